@@ -1,0 +1,60 @@
+"""Every error hub_mpq raises for a user's mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+
+class HubMPQError(Exception):
+    """Base class: one clear sentence for the person who made the call."""
+
+
+class InvalidArgument(HubMPQError, ValueError):
+    """An argument has a value that means nothing here."""
+
+
+class UnsupportedLayer(HubMPQError):
+    """A layer was asked to be quantized that has no quantized form."""
+
+    def __init__(self, name: str, type_name: str, reason: str = "no quantized form is known") -> None:
+        super().__init__(f"layer {name!r} of type {type_name}: {reason}; leave it float with exclude=[{name!r}]")
+        self.name, self.type_name = name, type_name
+
+
+class InfeasibleBudget(HubMPQError):
+    """No policy meets the budget.
+
+    `least` maps every limit to the least value any policy reaches on it alone;
+    `binding` names the limits that lie below that (empty: they only clash together).
+    """
+
+    def __init__(self, limits: Mapping[str, float], least: Mapping[str, float], binding: Iterable[str]) -> None:
+        self.limits, self.least, self.binding = dict(limits), dict(least), sorted(binding)
+        rows = ", ".join(f"{k} <= {limits[k]:.10g} (least reachable {least[k]:.10g})" for k in sorted(limits))
+        which = f"unreachable: {', '.join(self.binding)}" if self.binding else "each is reachable alone, not together"
+        super().__init__(f"no policy meets the budget: {rows}; {which}")
+
+
+class PackedFormat(HubMPQError):
+    """A packed file is torn, tampered with, or of another format version."""
+
+    def __init__(self, file: object, message: str) -> None:
+        super().__init__(f"{file}: {message}")
+        self.file = str(file)
+
+
+class PolicyMismatch(HubMPQError):
+    """A policy speaks of other layers than the model has."""
+
+    def __init__(self, missing: Iterable[str], extra: Iterable[str]) -> None:
+        self.missing, self.extra = sorted(missing), sorted(extra)
+        super().__init__(f"policy is for another model: missing layers {self.missing}, unknown layers {self.extra}")
+
+
+class TrainingDiverged(HubMPQError):
+    """The loss became NaN or infinite."""
+
+    def __init__(self, step: int, loss: float, checkpoint: object | None) -> None:
+        kept = f"last good checkpoint: {checkpoint}" if checkpoint else "no checkpoint had been written"
+        super().__init__(f"loss is {loss} at step {step}; stopped ({kept}). Try a lower learning rate")
+        self.step = step

@@ -1,0 +1,142 @@
+"""What a model is to the search: its layers, by name."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ..errors import InvalidArgument
+from .bits import LayerBits
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One quantizable layer.
+
+    `kind`: conv2d | linear | conv1d (GPT-2's transposed linear) | embedding.
+    `weight_shape`: the module's own. `macs`: multiply-accumulates per sample, output area floored.
+    `activation_count`: input features per sample. `activation_signed`: None until data have said so.
+    `tie`: layers of one tie take the same widths. `activation_tie`: the same activation width only
+    (q, k, v read one input). `weight_owner`: name of the layer whose Parameter this one shares (a tied
+    head), None when it owns it. `fixed`: widths it keeps, None when it is searched.
+    """
+
+    name: str
+    kind: str
+    weight_shape: tuple[int, ...]
+    macs: int
+    weight_count: int
+    activation_count: int
+    activation_signed: bool | None = None
+    tie: str | None = None
+    activation_tie: str | None = None
+    weight_owner: str | None = None
+    fixed: LayerBits | None = None
+
+    @property
+    def weight_only(self) -> bool:
+        """An embedding reads indices: it has no activation to quantize."""
+        return self.kind == "embedding"
+
+
+@dataclass(frozen=True)
+class FloatOp:
+    """Work that stays float and counts 32×32: attention products, layers with no quantized form, excluded ones."""
+
+    name: str
+    kind: str
+    macs: int
+    weight_count: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class LayerGraph:
+    """The layers of one model in the order they run, and what stays float.
+
+    `input_shape`: per sample, without the batch axis. `other_bytes`: bytes of every tensor of the state
+    dict that is no quantized layer's weight (biases, norms, buffers), as stored.
+    """
+
+    model_id: str
+    revision: str | None
+    library: str
+    input_shape: tuple[int, ...]
+    layers: tuple[LayerSpec, ...]
+    floats: tuple[FloatOp, ...] = ()
+    other_bytes: int = 0
+
+    def __iter__(self) -> Iterator[LayerSpec]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, name: str) -> LayerSpec:
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(layer.name for layer in self.layers)
+
+    @property
+    def searched(self) -> tuple[LayerSpec, ...]:
+        return tuple(layer for layer in self.layers if layer.fixed is None)
+
+    def match(self, pattern: str) -> tuple[str, ...]:
+        """Names of the layers a glob pattern matches; InvalidArgument when it matches none."""
+        names = tuple(name for name in self.names if fnmatch.fnmatchcase(name, pattern))
+        if not names:
+            some = ", ".join(self.names[:4])
+            raise InvalidArgument(f"layer pattern {pattern!r} matches none of the {len(self)} layers ({some}, …)")
+        return names
+
+    def with_fixed(self, pins: Mapping[str, LayerBits | str | None]) -> LayerGraph:
+        """A graph with layers pinned by name or pattern; None frees them for the search."""
+        fixed = {layer.name: layer.fixed for layer in self.layers}
+        for pattern, bits in pins.items():
+            for name in self.match(pattern):
+                fixed[name] = LayerBits.parse(bits) if isinstance(bits, str) else bits
+        return replace(self, layers=tuple(replace(layer, fixed=fixed[layer.name]) for layer in self.layers))
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of the layers' names, kinds and shapes: two models with one digest take one policy."""
+        rows = [[layer.name, layer.kind, list(layer.weight_shape)] for layer in sorted(self.layers, key=_name)]
+        return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        out = asdict(self)
+        for row, layer in zip(out["layers"], self.layers, strict=True):
+            row["fixed"] = str(layer.fixed) if layer.fixed else None
+        return out
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LayerGraph:
+        def layer(row: Mapping[str, Any]) -> LayerSpec:
+            fixed = LayerBits.parse(row["fixed"]) if row["fixed"] else None
+            return LayerSpec(**{**row, "weight_shape": tuple(row["weight_shape"]), "fixed": fixed})
+
+        return cls(
+            **{
+                **data,
+                "input_shape": tuple(data["input_shape"]),
+                "layers": tuple(layer(row) for row in data["layers"]),
+                "floats": tuple(FloatOp(**row) for row in data["floats"]),
+            }
+        )
+
+
+def _name(layer: LayerSpec) -> str:
+    return layer.name
+
+
+def by_name(layers: Iterable[LayerSpec]) -> dict[str, LayerSpec]:
+    return {layer.name: layer for layer in layers}
