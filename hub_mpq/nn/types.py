@@ -1,0 +1,84 @@
+"""Which modules have a quantized form: a registry of exact types, by qualified name.
+
+Dispatch is never by isinstance: timm's StdConv2d is an nn.Conv2d with a forward of its own and would silently
+change. Names instead of classes, so that neither timm nor transformers is imported here.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+KINDS: dict[str, str] = {
+    "torch.nn.modules.conv.Conv2d": "conv2d",
+    "torch.nn.modules.linear.Linear": "linear",
+    "torch.nn.modules.sparse.Embedding": "embedding",
+    # pads its input to the "same" size, then convolves as nn.Conv2d does
+    "timm.layers.conv2d_same.Conv2dSame": "conv2d",
+    # differs from nn.Linear under torch.jit only
+    "timm.layers.linear.Linear": "linear",
+    # weight [in, out]
+    "transformers.pytorch_utils.Conv1D": "conv1d",
+    # constructors of their own, nn.Conv2d's forward
+    "transformers.models.efficientnet.modeling_efficientnet.EfficientNetDepthwiseConv2d": "conv2d",
+    "transformers.models.align.modeling_align.AlignVisionDepthwiseConv2d": "conv2d",
+    # input @ weight.T + bias, written out
+    "transformers.models.falcon.modeling_falcon.FalconLinear": "linear",
+}
+"""{qualified name of the exact type: kind as in LayerSpec}."""
+
+_REASONS: dict[str, str] = {
+    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": "MultiheadAttention uses its weight without calling it",
+    "torch.nn.modules.activation.MultiheadAttention": "its query, key and value weights are one fused Parameter",
+}
+
+_FAMILIES: tuple[tuple[type[nn.Module], str], ...] = (
+    (nn.modules.conv._ConvTransposeNd, "transposed convolutions have no quantized form"),
+    (nn.Conv1d, "1-D convolutions have no quantized form"),
+    (nn.Conv3d, "3-D convolutions have no quantized form"),
+    (nn.RNNBase, "recurrent layers have no quantized form"),
+    (nn.RNNCellBase, "recurrent cells have no quantized form"),
+    (nn.EmbeddingBag, "bags of embeddings have no quantized form"),
+    (nn.Bilinear, "bilinear layers have no quantized form"),
+)
+
+
+def type_name(module: nn.Module) -> str:
+    """The qualified name of the module's exact type, such as "torch.nn.modules.conv.Conv2d"."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def layer_kind(module: nn.Module) -> str | None:
+    """The LayerSpec kind of a layer that can be quantized; None for every other module (see `why_not`)."""
+    kind = KINDS.get(type_name(module))
+    return None if kind is None or _odd(module) else kind
+
+
+def _odd(module: nn.Module) -> str:
+    """Why this one module of a known type can't be quantized, or ""."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed by a hook (weight_norm, spectral_norm), not a Parameter"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}, not floating point"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "it renormalises its weight while it runs (max_norm)"
+    return ""
+
+
+def why_not(module: nn.Module) -> str:
+    """Why a module with weights of its own has no quantized form, in a few words; "" when it has one."""
+    name = type_name(module)
+    if name in KINDS:
+        return _odd(module)
+    if name in _REASONS:
+        return _REASONS[name]
+    for base, reason in _FAMILIES:
+        if isinstance(module, base):
+            return reason
+    for plain in (nn.Conv2d, nn.Linear, nn.Embedding):
+        if isinstance(module, plain):
+            own = "a forward of its own" if type(module).forward is not plain.forward else "a type of its own"
+            return f"{type(module).__name__} is nn.{plain.__name__} with {own}"
+    if any(parameter.ndim == 3 for parameter in module._parameters.values() if parameter is not None):
+        return f"3-D Parameters of {type(module).__name__} (stacked experts) have no quantized form"
+    return f"no quantized form of {type(module).__name__} is known"
