@@ -1,0 +1,84 @@
+"""Set the start of every quantizer of a model from its weights and from a few batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..quantizers import LSQ, activation_scale, weight_scale_mse, weight_scale_sigma
+from .swap import quantized_layers
+
+_SAMPLE = 1 << 16  # values kept per layer and batch: enough for a scale, little to hold
+
+
+def _thin(x: Tensor) -> Tensor:
+    """An evenly spaced sample of x's values. An odd stride does not lock onto the channels."""
+    flat = x.detach().flatten()
+    step = max(flat.numel() // _SAMPLE, 1) | 1
+    return flat[::step].float()
+
+
+@contextmanager
+def widths_off(model: nn.Module) -> Iterator[None]:
+    """Let all quantizers pass their input through, and give them their widths back afterwards."""
+    quantizers = [m for m in model.modules() if isinstance(m, LSQ)]
+    kept = [q._index for q in quantizers]
+    for q in quantizers:
+        q.set_width(None)
+    try:
+        yield
+    finally:
+        for q, index in zip(quantizers, kept, strict=True):
+            q._index = index
+
+
+@torch.no_grad()
+def sample_inputs(model: nn.Module, batches: Iterable[Any], run: Callable[[nn.Module, Any], Any]) -> dict[str, Tensor]:
+    """{layer name: sample of the values it reads}, from float forwards in eval mode."""
+    samples: dict[str, list[Tensor]] = {}
+    handles = []
+    for name, module in quantized_layers(model):
+        if module.input_quantizer is not None:
+
+            def hook(_module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                samples.setdefault(name, []).append(_thin(args[0]))
+
+            handles.append(module.register_forward_pre_hook(hook))
+    training = model.training
+    model.eval()
+    try:
+        with widths_off(model):
+            for batch in batches:
+                run(model, batch)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(parts) for name, parts in samples.items()}
+
+
+@torch.no_grad()
+def calibrate_weights(model: nn.Module, *, mse: bool) -> None:
+    """Scales of all weights: of least squared error, or LIMPQ's initial value (per tensor)."""
+    for _, module in quantized_layers(model):
+        q = module.weight_quantizer
+        for bits in q.widths:
+            if not mse and bits > 1:
+                start = weight_scale_sigma(module.weight, bits)
+            else:
+                start = weight_scale_mse(module.weight, bits, axis=q.axis if q.base.shape[1] > 1 else None)
+            q.init(bits, start)
+
+
+@torch.no_grad()
+def calibrate_inputs(model: nn.Module, samples: dict[str, Tensor], *, mse: bool) -> None:
+    """Scales and zero points of all activations, every width, from samples of what the layers read."""
+    for name, module in quantized_layers(model):
+        q = module.input_quantizer
+        if q is not None and name in samples:
+            for bits in q.widths:
+                q.init(bits, *activation_scale(samples[name], bits, mse=mse))

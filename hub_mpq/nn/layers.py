@@ -1,0 +1,88 @@
+"""Layers whose weight and input pass through a quantizer. Each keeps its float form's attributes and state-dict keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..quantizers import Quantizer
+
+
+def _operands(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Input and weight on their grids, the weight in the input's dtype."""
+    if layer.input_quantizer is not None:
+        x = layer.input_quantizer(x)
+    return x, layer.weight_quantizer(layer.weight).to(x.dtype)
+
+
+class QuantConv2d(nn.Conv2d):
+    """2-d convolution, x [N, C, H, W]. `same_padding`: TensorFlow's SAME, computed from the input (timm's Conv2dSame)."""
+
+    weight_quantizer: Quantizer
+    input_quantizer: Quantizer | None
+    same_padding: bool = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, weight = _operands(self, x)
+        if not self.same_padding:
+            return self._conv_forward(x, weight, self.bias)
+        pads: list[int] = []
+        for axis in (1, 0):  # F.pad wants the last axis first
+            size, stride = x.shape[2 + axis], self.stride[axis]
+            span = (-(-size // stride) - 1) * stride + (self.kernel_size[axis] - 1) * self.dilation[axis] + 1
+            pad = max(span - size, 0)
+            pads += [pad // 2, pad - pad // 2]
+        return F.conv2d(F.pad(x, pads), weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class QuantLinear(nn.Linear):
+    """x [..., in] to [..., out]."""
+
+    weight_quantizer: Quantizer
+    input_quantizer: Quantizer | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, weight = _operands(self, x)
+        return F.linear(x, weight, self.bias)
+
+
+class QuantConv1D(nn.Module):
+    """GPT-2's linear layer with its weight kept as [in, out]; x [..., in] to [..., out]."""
+
+    weight: Tensor
+    bias: Tensor
+    nf: int
+    weight_quantizer: Quantizer
+    input_quantizer: Quantizer | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, weight = _operands(self, x)
+        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], self.nf)
+
+
+class QuantEmbedding(nn.Embedding):
+    """Rows of a quantized table: weight-only, indices have no width."""
+
+    weight_quantizer: Quantizer
+    input_quantizer: Quantizer | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        table = self.weight_quantizer(self.weight)
+        return F.embedding(
+            input, table, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
+        )
+
+
+QUANTIZED: dict[str, type[nn.Module]] = {
+    "conv2d": QuantConv2d,
+    "linear": QuantLinear,
+    "conv1d": QuantConv1D,
+    "embedding": QuantEmbedding,
+}
+"""Quantized class of each LayerSpec.kind."""
+
+CHANNEL_AXIS = {"conv2d": 0, "linear": 0, "conv1d": 1, "embedding": 0}
+"""Axis of the weight that has one scale per index (output channels; rows of an embedding)."""

@@ -1,0 +1,16 @@
+"""Quantizers, one parametrization a file. The same code serves search, fine-tuning and packing."""
+
+from .base import Quantizer
+from .calibrate import activation_scale, weight_scale_mse, weight_scale_sigma
+from .lsq import LSQ
+from .ste import fake_quantize, to_int
+
+__all__ = [
+    "LSQ",
+    "Quantizer",
+    "activation_scale",
+    "fake_quantize",
+    "to_int",
+    "weight_scale_mse",
+    "weight_scale_sigma",
+]

@@ -1,0 +1,74 @@
+"""Where scales start: the LIMPQ authors' formulas, and the scale of least squared error."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..spec import QuantSpec
+from .ste import to_int
+
+_RATIOS = torch.linspace(0.2, 1.1, 46)
+
+
+def weight_scale_sigma(weight: Tensor, bits: int) -> Tensor:
+    """max(|μ−3σ|, |μ+3σ|) / 2^(b−1) of the whole tensor, shape [1] (LIMPQ's initial value)."""
+    mean, sigma = weight.mean(), weight.std(unbiased=False)
+    return (torch.maximum((mean - 3 * sigma).abs(), (mean + 3 * sigma).abs()) / 2 ** (bits - 1)).reshape(1)
+
+
+@torch.no_grad()
+def weight_scale_mse(weight: Tensor, bits: int, *, axis: int | None = 0) -> Tensor:
+    """Scale of least squared error per index of `axis`, shape [channels]; axis None: per tensor, [1]."""
+    rows = weight.detach().float()
+    rows = rows.reshape(1, -1) if axis is None else rows.movedim(axis, 0).reshape(weight.shape[axis], -1)
+    spec = QuantSpec(bits)
+    if spec.binary:  # closed form: mean |w|
+        return rows.abs().mean(1).clamp_min(1e-8)
+    top = rows.abs().amax(1, keepdim=True).clamp_min(1e-8) / max(spec.qmax, 1)
+    best = torch.full_like(top, math.inf)
+    scale = top.clone()
+    for ratio in _RATIOS.tolist():
+        trial = top * ratio
+        error = to_int(rows, trial, spec.qmin, spec.qmax).mul_(trial).sub_(rows).square_().sum(1, keepdim=True)
+        scale = torch.where(error < best, trial, scale)
+        best = torch.minimum(error, best)
+    return scale.reshape(-1)
+
+
+@torch.no_grad()
+def activation_scale(sample: Tensor, bits: int, *, mse: bool) -> tuple[Tensor, int]:
+    """(scale [1], zero point) of an activation from a sample of its values, any shape.
+
+    mse False: LIMPQ's start 2·mean|x|/sqrt(Qp), the zero point of least squared error at that scale.
+    mse True: scale and zero point of least squared error together.
+    A sample without negative values has zero point 0; else the codes 0 … 2^b−1 are shifted by it.
+    """
+    x = sample.detach().float().flatten()
+    x = x[torch.isfinite(x)]
+    qmax = 2**bits - 1
+    low, high = (x.min().item(), x.max().item()) if x.numel() else (0.0, 1.0)
+    if high - min(low, 0.0) < 1e-8:
+        return torch.full((1,), 1.0 / qmax), 0
+    if low >= 0:
+        zeros = [0]
+    else:  # around the zero point that spans the range, and around the symmetric one
+        spans = {round(-low / (max(high, 0.0) - low) * qmax), 2 ** (bits - 1)}
+        zeros = sorted({min(max(z + d, 0), qmax) for z in spans for d in (-1, 0, 1)})
+    best, choice = math.inf, (1.0, 0)
+    for z in zeros:
+        if mse:
+            full = max(high / (qmax - z) if qmax > z else 0.0, -low / z if z else 0.0)
+            trials = [full * r for r in _RATIOS.tolist()]
+        else:
+            trials = [2 * x.abs().mean().item() / math.sqrt(qmax if low >= 0 else max(2 ** (bits - 1) - 1, 1))]
+        for s in trials:
+            if s <= 0:
+                continue
+            q = to_int(x, torch.tensor(s), -z, qmax - z).mul_(s)
+            error = q.sub_(x).square_().sum().item()
+            if error < best:
+                best, choice = error, (s, z)
+    return torch.full((1,), choice[0]), choice[1]

@@ -1,0 +1,108 @@
+"""LSQ: the scale is learned. One scale per candidate width, in one vector (LIMPQ §3.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidArgument
+from ..spec import QuantSpec
+from .base import Quantizer
+from .ste import fake_quantize, to_int
+
+
+class LSQ(Quantizer):
+    """Learned step size quantization (Esser et al., ICLR 2020) at any of several widths.
+
+    widths: the candidate widths, ascending; `set_width` selects one, None lets the input through.
+    signed: weights: symmetric codes −2^(b−1) … 2^(b−1)−1 (1 bit: {−1, +1}). Unsigned: activations, codes
+        0 … 2^b−1 with an integer zero point: 0 behind a ReLU, else chosen from data and then kept.
+    channels, axis: one scale per index of `axis` (weights); channels = 1 is per tensor.
+    log: scale = base · exp(shift), the learned `shift` starting at zero [our construction: scale-free, so that one
+        learning rate fits every layer]; False: base + shift, the paper's own parameter.
+
+    `base` is the start (a buffer), `shift` how far training went from it. Shapes [len(widths), channels].
+    """
+
+    base: Tensor
+    zero_points: Tensor
+
+    def __init__(
+        self, widths: Sequence[int], *, signed: bool, channels: int = 1, axis: int = 0, log: bool = True
+    ) -> None:
+        super().__init__()
+        self.widths, self.signed, self.axis, self.log = tuple(widths), signed, axis, log
+        self.shift = nn.Parameter(torch.zeros(len(self.widths), channels))
+        self.register_buffer("base", torch.ones(len(self.widths), channels))
+        self.register_buffer("zero_points", torch.zeros(len(self.widths), dtype=torch.int32))
+        self._zero_cache: tuple[int, list[int]] = (-1, [])
+        self._specs = [QuantSpec(b, signed, signed, "channel" if channels > 1 else "tensor", axis) for b in self.widths]
+        self._index: int | None = 0
+
+    def set_width(self, bits: int | None) -> None:
+        """Select a width; None passes the input through. Raises InvalidArgument for a width it does not have."""
+        if bits is not None and bits not in self.widths:
+            raise InvalidArgument(f"{bits} bits is none of this quantizer's widths {self.widths}")
+        self._index = None if bits is None else self.widths.index(bits)
+
+    def nearest(self, bits: int) -> int:
+        """The candidate width nearest to `bits`, the wider one of two equally near."""
+        return min(self.widths, key=lambda b: (abs(b - bits), -b))
+
+    @property
+    def spec(self) -> QuantSpec | None:
+        return None if self._index is None else self._specs[self._index]
+
+    @property
+    def scales(self) -> Tensor:
+        """All scales, [len(widths), channels]."""
+        # the floor only guards linear steps past zero; nothing is capped from above
+        return self.base * self.shift.exp() if self.log else (self.base + self.shift).clamp_min(1e-8)
+
+    @property
+    def scale(self) -> Tensor:
+        return self.scales[self._index or 0]
+
+    @property
+    def zero_point(self) -> int:
+        version = self.zero_points._version
+        if self._zero_cache[0] != version:  # reading a tensor would wait for a GPU at every step
+            self._zero_cache = (version, self.zero_points.tolist())
+        return self._zero_cache[1][self._index or 0]
+
+    @torch.no_grad()
+    def init(self, bits: int, scale: Tensor, zero_point: int = 0) -> None:
+        """Set the start of one width; `scale` [channels] or [1], above zero."""
+        row = self.widths.index(bits)
+        self.base[row] = scale.to(self.base).clamp_min(1e-8)
+        self.shift[row] = 0
+        self.zero_points[row] = zero_point
+
+    def _grid(self, x: Tensor) -> tuple[Tensor, QuantSpec, int, int]:
+        spec = self._specs[self._index or 0]
+        scale = self.scale
+        if spec.granularity == "channel":
+            scale = scale.view([-1 if d == self.axis % x.dim() else 1 for d in range(x.dim())])
+        z = self.zero_point
+        return scale, spec, spec.qmin - z, spec.qmax - z
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._index is None:
+            return x
+        scale, spec, low, high = self._grid(x)
+        # n counts the elements one scale serves: per sample for an activation, so that the gradient
+        # does not depend on how a batch is spread over processes
+        n = x.numel() // scale.numel() if self.signed else x[0].numel()
+        factor = 1 / math.sqrt(max(n, 1) * max(abs(low), high))
+        return fake_quantize(x, scale, low, high, binary=spec.binary, grad_factor=factor)
+
+    @torch.no_grad()
+    def to_int(self, x: Tensor) -> Tensor:
+        scale, spec, low, high = self._grid(x)
+        return to_int(x.float(), scale, low, high, binary=spec.binary).to(torch.int16)
+
+    def extra_repr(self) -> str:
+        return f"widths={self.widths}, signed={self.signed}, channels={self.base.shape[1]}"

@@ -1,0 +1,55 @@
+"""From indicators to one score per layer and pair of widths (LIMPQ §3.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..errors import InvalidArgument
+from ..spec import FLOAT_BITS, Candidates, Indicators, LayerBits, LayerGraph
+
+Scores = Mapping[str, Mapping[LayerBits, float]]
+
+
+def available(scales: Mapping[int, float]) -> list[int]:
+    """Widths of a layer that joint training left usable, ascending.
+
+    A scale below that of the next wider width is an outlier of the training; its width is dropped, but never the
+    narrowest one, so that no budget becomes unreachable.
+    """
+    widths = sorted(scales)
+    kept = [b for b, wider in zip(widths[1:], widths[2:], strict=False) if scales[b] >= scales[wider]]
+    return [*widths[:1], *kept, *widths[1:][-1:]]
+
+
+def balance(indicators: Indicators) -> float:
+    """Default α: Σ activation indicators / Σ weight indicators, so that both count alike [ours]."""
+    weight = sum(s for row in indicators.weight.values() for s in row.values())
+    activation = sum(s for row in indicators.activation.values() for s in row.values())
+    return activation / weight if weight and activation else 1.0
+
+
+def limpq_scores(
+    indicators: Indicators, graph: LayerGraph, candidates: Mapping[str, Candidates], alpha: float
+) -> dict[str, dict[LayerBits, float]]:
+    """{layer: {widths: activation indicator + α · weight indicator}} of the searched layers; smaller is better.
+
+    Raises InvalidArgument when a layer or a candidate width has no indicator.
+    """
+    out: dict[str, dict[LayerBits, float]] = {}
+    for layer in graph.searched:
+        wanted, name = candidates[layer.name], layer.name
+        weight = _pick(indicators.weight, name, wanted.weight, "weight")
+        activation = (
+            {FLOAT_BITS: 0.0}
+            if layer.weight_only
+            else _pick(indicators.activation, name, wanted.activation, "activation")
+        )
+        out[name] = {LayerBits(w, a): activation[a] + alpha * weight[w] for w in weight for a in activation}
+    return out
+
+
+def _pick(table: Mapping[str, Mapping[int, float]], name: str, widths: tuple[int, ...], what: str) -> dict[int, float]:
+    row = table.get(name, {})
+    if missing := [b for b in widths if b not in row]:
+        raise InvalidArgument(f"layer {name!r} has no {what} indicator for {missing} bits; train them with candidates")
+    return {b: row[b] for b in available({b: row[b] for b in widths})}

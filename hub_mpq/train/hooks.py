@@ -1,0 +1,36 @@
+"""What a strategy may hook into the loop. Every method has a default that does nothing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Hooks:
+    """Base of everything that trains: fine-tuning and each search strategy.
+
+    `passes`: how many (loss, group) pairs `losses` yields a step; the loop syncs gradients on the last one.
+    """
+
+    passes: int = 1
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Optimizer groups: {"name", "params", "lr", "weight_decay"?}."""
+        raise NotImplementedError
+
+    def losses(self, model: nn.Module, batch: Any, rng: random.Random) -> Iterator[tuple[Tensor, str | None]]:
+        """Yield (loss, group name): each gets its own backward, and gradients add up. A None group is all parameters."""
+        raise NotImplementedError
+
+    def before_step(self, model: nn.Module, step: int) -> None:
+        """Gradients are complete, the optimizer has not stepped."""
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """The optimizer has stepped: projections, averages."""
+
+    def after_epoch(self, model: nn.Module, epoch: int) -> bool:
+        """True when parameters were rebuilt and the optimizer must be made anew."""
+        return False
