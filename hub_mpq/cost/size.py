@@ -1,0 +1,62 @@
+"""Bytes of a packed weight and of everything a layer stores beside it: exact integers, as hub_mpq.pack writes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..errors import InvalidArgument
+from ..spec import FLOAT_BITS, LayerBits, LayerSpec, check_width
+
+ROW_AXES = {"linear": (0, 1), "embedding": (0, 1), "conv1d": (1, 0)}
+"""(row axis, column axis) of the kinds packed row by row; GPT-2's conv1d weight is [in, out], its rows are outputs."""
+FLAT_KINDS = ("conv2d",)
+"""Kinds packed as one flat stream of values, output channels first."""
+
+
+def packed_shape(kind: str, weight_shape: Sequence[int], num_bits: int) -> tuple[int, ...]:
+    """Shape, in int32 words, of `<layer>.weight_packed`: [rows, ceil(cols·b/32)], or [ceil(count·b/32)] for a conv2d.
+
+    `weight_shape` is the module's own. InvalidArgument for an unknown kind, width or number of axes.
+    """
+    bits = check_width(num_bits)
+    if kind in FLAT_KINDS:
+        if not weight_shape:
+            raise InvalidArgument(f"a {kind} weight has at least one axis")
+        return (-(-math.prod(weight_shape) * bits // 32),)
+    if kind not in ROW_AXES:
+        raise InvalidArgument(f"unknown kind of layer {kind!r}: one of {', '.join((*ROW_AXES, *FLAT_KINDS))}")
+    if len(weight_shape) != 2:
+        raise InvalidArgument(f"a {kind} weight has two axes, not the shape {tuple(weight_shape)}")
+    rows, cols = (weight_shape[axis] for axis in ROW_AXES[kind])
+    return (rows, -(-cols * bits // 32))
+
+
+def packed_nbytes(kind: str, weight_shape: Sequence[int], num_bits: int) -> int:
+    """Bytes of one packed weight at `num_bits` (1 to 8)."""
+    return 4 * math.prod(packed_shape(kind, weight_shape, num_bits))
+
+
+def channel_count(kind: str, weight_shape: Sequence[int]) -> int:
+    """Output channels of a weight (rows of an embedding): the number of its per-channel scales."""
+    return weight_shape[ROW_AXES.get(kind, (0, 1))[0]]
+
+
+def layer_nbytes(layer: LayerSpec, bits: LayerBits, *, per_channel: bool = True, input_zero_point: bool = False) -> int:
+    """Bytes of the payload of a packed file that one layer takes at these widths (the header is not in it).
+
+    Packed weight, float32 scales (one per output channel, or one), the int64 weight shape, and, where the
+    activation is quantized, its float32 scale and with `input_zero_point` its int32 zero point. A float weight
+    takes 4 bytes a value. A layer whose weight another one owns stores its activation's part only.
+    """
+    total = 0
+    if layer.weight_owner is None:
+        if bits.weight == FLOAT_BITS:
+            total += 4 * layer.weight_count
+        else:
+            scales = channel_count(layer.kind, layer.weight_shape) if per_channel else 1
+            total += packed_nbytes(layer.kind, layer.weight_shape, bits.weight) + 4 * scales
+            total += 8 * len(layer.weight_shape)
+    if bits.activation != FLOAT_BITS:
+        total += 4 + 4 * input_zero_point
+    return total

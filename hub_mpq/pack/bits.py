@@ -1,0 +1,95 @@
+"""Dense streams of 1- to 8-bit values in int32 words, the bit order of compressed-tensors' pack-quantized.
+
+Value k of a stream lies in bits k·b … k·b+b−1, counted from the least significant bit of word 0: 32 values take
+exactly b words, and the last word is filled with zero bits. Eight values take exactly b bytes, so that a group of
+eight is one 64-bit integer whose fields are spread from b to 8 bits (and back) in three steps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidArgument
+from ..spec import check_width
+
+_GROUPS = 1 << 14
+"""Groups of eight values handled at a time: their 64-bit integers and one temporary stay in a core's cache."""
+
+
+def _steps(num_bits: int) -> list[tuple[int, int, int]]:
+    """(mask of lower fields, mask of upper fields, shift) from the widest cells to the narrowest."""
+    steps = []
+    for fields, cell in ((4, 64), (2, 32), (1, 16)):
+        width = fields * num_bits
+        low = sum(((1 << width) - 1) << at for at in range(0, 64, cell))
+        steps.append((low, low << width, cell // 2 - width))
+    return steps
+
+
+def _spread(x: Tensor, num_bits: int) -> None:
+    """Move eight b-bit fields of every int64 to its eight bytes, in place."""
+    for low, high, shift in _steps(num_bits):
+        upper = x & high
+        x &= low
+        x |= upper.bitwise_left_shift_(shift)
+
+
+def _gather(x: Tensor, num_bits: int) -> None:
+    """The inverse of _spread."""
+    for low, high, shift in reversed(_steps(num_bits)):
+        upper = (x >> shift).bitwise_and_(high)
+        x &= low
+        x |= upper
+
+
+def word_count(count: int, num_bits: int) -> int:
+    """int32 words of a stream of `count` values."""
+    return -(-count * num_bits // 32)
+
+
+def pack_bits(values: Tensor, num_bits: int, *, offset: int = 0) -> Tensor:
+    """Pack integers [..., count] along the last axis into int32 words [..., ceil(count·b/32)].
+
+    The stored code is value + offset and must fit `num_bits` (1 to 8) unsigned bits; InvalidArgument otherwise.
+    """
+    bits = check_width(num_bits)
+    if values.is_floating_point() or values.is_complex() or values.dim() == 0:
+        raise InvalidArgument(f"pack_bits takes integers [..., count], not {values.dtype} {tuple(values.shape)}")
+    *lead, count = values.shape
+    if values.numel() == 0:
+        return torch.zeros(*lead, word_count(count, bits), dtype=torch.int32, device=values.device)
+    least, most = (int(v) + offset for v in torch.aminmax(values))
+    if least < 0 or most >= 1 << bits:
+        raise InvalidArgument(f"values {least - offset} to {most - offset} do not fit {bits} bits (offset {offset})")
+    groups, words = -(-count // 8), word_count(count, bits)
+    codes = torch.zeros(*lead, 8 * groups, dtype=torch.uint8, device=values.device)
+    codes[..., :count] = values.to(torch.int16) + offset if offset else values
+    if bits < 8:
+        cells = codes.view(torch.int64)
+        for part in torch.split(cells.reshape(-1), _GROUPS):
+            _gather(part, bits)
+        codes = cells.view(torch.uint8).reshape(*lead, groups, 8)[..., :bits].flatten(-2)
+    stream = torch.nn.functional.pad(codes, (0, 4 * words - codes.shape[-1]))  # a negative pad trims zeros
+    return stream.contiguous().view(torch.int32)
+
+
+def unpack_bits(words: Tensor, num_bits: int, count: int) -> Tensor:
+    """Codes, uint8 [..., count], of int32 words [..., ceil(count·b/32)]: the inverse of pack_bits at offset 0."""
+    bits = check_width(num_bits)
+    *lead, have = words.shape
+    if words.dtype != torch.int32 or have != word_count(count, bits):
+        raise InvalidArgument(
+            f"{count} values of {bits} bits take {word_count(count, bits)} int32 words, not {have} of {words.dtype}"
+        )
+    stream = words.contiguous().view(torch.uint8)
+    if bits == 8 or count == 0:
+        return stream[..., :count].contiguous()
+    groups = -(-count // 8)
+    if stream.shape[-1] != groups * bits:
+        stream = torch.nn.functional.pad(stream, (0, groups * bits - stream.shape[-1]))
+    cells = torch.zeros(*lead, groups, 8, dtype=torch.uint8, device=words.device)
+    cells[..., :bits] = stream.reshape(*lead, groups, bits)
+    for part in torch.split(cells.view(torch.int64).reshape(-1), _GROUPS):
+        _spread(part, bits)
+    return cells.flatten(-2)[..., :count]

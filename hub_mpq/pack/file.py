@@ -1,0 +1,119 @@
+"""Packed models on disk: one safetensors file, described to the byte in FORMAT.md."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from ..errors import InvalidArgument, PackedFormat
+from ..spec import FLOAT_BITS, LayerBits, Policy
+from . import container, header
+from .canonical import dump_json
+from .layout import assemble, flatten, packed_layers
+from .manifest import PROVENANCE_RESERVE, Manifest
+from .tensor import PackedTensor, empty_packed
+
+CONTENT = "mpq-weights"
+Tensors = Mapping[str, PackedTensor | Tensor]
+
+
+def header_nbytes(tensors: Tensors, manifest: Manifest) -> int:
+    """Bytes of length field and header of the file `write_packed` would write; tensors on the meta device will do.
+
+    It is what all weights at 8 bits would need, whatever their widths, and holds a provenance of up to
+    PROVENANCE_RESERVE bytes: so the size of a file is a sum over its layers, known before its figures are.
+    """
+    wide = {name: _at_eight_bits(value) for name, value in tensors.items()}
+    bits = {
+        name: LayerBits(min(level.weight, 8) if level.weight != FLOAT_BITS else FLOAT_BITS, level.activation)
+        for name, level in manifest.policy.bits.items()
+    }
+    text = replace(manifest, policy=Policy(bits, manifest.policy.graph_digest)).to_text()
+    spare = max(0, PROVENANCE_RESERVE - len(dump_json(dump_json(dict(manifest.provenance))).encode()))
+    entries = header.place(container.describe(flatten(wide)))
+    size = header.rendered_nbytes(CONTENT, text, entries) + spare
+    return 8 + -(-size // 8) * 8
+
+
+def _at_eight_bits(value: PackedTensor | Tensor) -> PackedTensor | Tensor:
+    if not isinstance(value, PackedTensor):
+        return value
+    wide = empty_packed(value.kind, value.weight_shape, 8)
+    return replace(wide, weight_scale=value.weight_scale, weight_zero_point=value.weight_zero_point)
+
+
+def file_nbytes(tensors: Tensors, manifest: Manifest) -> int:
+    """Exact bytes of the file `write_packed` would write; tensors on the meta device will do (empty_packed)."""
+    entries = header.place(container.describe(flatten(tensors)))
+    return header_nbytes(tensors, manifest) + (entries[-1].end if entries else 0)
+
+
+def write_packed(path: str | os.PathLike[str], tensors: Tensors, manifest: Manifest) -> int:
+    """Write a packed model atomically and return its bytes.
+
+    `tensors`: {layer name: PackedTensor} for every weight the policy packs, and every other tensor under its
+    state-dict name in its own dtype; `<layer>.input_scale` (float32, one value) and, if need be,
+    `<layer>.input_zero_point` (an integer) where the policy quantizes an input. InvalidArgument or PolicyMismatch
+    when tensors and manifest disagree, HubMPQError when the disk refuses; the old file then stays as it was.
+    """
+    text = manifest.to_text()
+    for name, value in tensors.items():
+        level = manifest.policy.bits.get(name)
+        if isinstance(value, PackedTensor) and (level is None or level.weight != value.num_bits):
+            raise InvalidArgument(f"layer {name!r} is packed at {value.num_bits} bits, the policy says {level}")
+    flat = flatten(tensors)
+    assemble(flat, manifest)
+    return container.write(path, CONTENT, text, flat, header_nbytes(tensors, manifest) - 8)
+
+
+def read_packed(path: str | os.PathLike[str]) -> tuple[dict[str, PackedTensor | Tensor], Manifest]:
+    """Tensors, as write_packed took them, and manifest. Every byte is verified before anything is believed.
+
+    PackedFormat, naming the file and where it applies the tensor, for any other content; OSError when it cannot be
+    opened. The tensors share one buffer of the file's size; nothing else of that size is allocated.
+    """
+    head, flat = container.read(path, CONTENT)
+    try:
+        manifest = Manifest.from_text(head.manifest)
+        return assemble(flat, manifest), manifest
+    except InvalidArgument as error:
+        raise PackedFormat(path, str(error)) from None
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """The manifest alone: reads and verifies the header, not the tensors."""
+    head = container.read_header(path, CONTENT)
+    return _manifest(path, head)
+
+
+def parse_manifest(first_bytes: bytes, file: str) -> Manifest:
+    """The manifest from the first bytes of a file (a range request): 8, then as many as they say.
+
+    `file` names it in errors. PackedFormat when the bytes are wrong or too few.
+    """
+    try:
+        size = header.header_nbytes_of(first_bytes[:8], len(first_bytes))
+        return _manifest(file, header.decode(first_bytes[:size], CONTENT))
+    except InvalidArgument as error:
+        raise PackedFormat(file, str(error)) from None
+
+
+def _manifest(file: object, head: header.Header) -> Manifest:
+    try:
+        return Manifest.from_text(head.manifest)
+    except InvalidArgument as error:
+        raise PackedFormat(file, str(error)) from None
+
+
+__all__ = [
+    "file_nbytes",
+    "header_nbytes",
+    "packed_layers",
+    "parse_manifest",
+    "read_manifest",
+    "read_packed",
+    "write_packed",
+]

@@ -1,0 +1,160 @@
+"""The header of our safetensors files: written in one spelling, read without trust.
+
+FORMAT.md says it to the byte. The first keys of the metadata stand at fixed places, so that the version and the
+digest are checked before anything is parsed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InvalidArgument
+from .canonical import dump_json, load_json
+
+FORMAT_VERSION = 1
+MAX_HEADER = 1 << 25
+"""32 MiB: about 250,000 tensors. Nothing larger is read into memory."""
+
+ITEM_BYTES = {
+    **{"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2},
+    **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1},
+}
+_START = re.compile(
+    rb'\{"__metadata__":\{"format":"pt","format_version":"([0-9]{1,9})","content":"([a-z-]{1,40})",'
+    rb'"digest":"([0-9a-f]{64})","payload_sha256":"([0-9a-f]{64})","manifest":'
+)
+_MAX_DIM = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor's place: `dtype` as safetensors writes it, bytes `begin` to `end` of the payload."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a verified header says. `nbytes`: of the header with its length field; `manifest`: JSON text."""
+
+    entries: tuple[Entry, ...]
+    manifest: str
+    payload_sha256: str
+    nbytes: int
+
+    @property
+    def payload_nbytes(self) -> int:
+        return self.entries[-1].end if self.entries else 0
+
+
+def place(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[Entry, ...]:
+    """Entries of {name: (dtype, shape)} in file order: wide items first, then by name, so each one is aligned."""
+    entries, at = [], 0
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-ITEM_BYTES[item[1][0]], item[0])):
+        end = at + ITEM_BYTES[dtype] * math.prod(shape)
+        entries.append(Entry(name, dtype, tuple(shape), at, end))
+        at = end
+    return tuple(entries)
+
+
+def _render(content: str, manifest: str, entries: Iterable[Entry], digest: str, payload_sha256: str) -> str:
+    metadata = {"format": "pt", "format_version": str(FORMAT_VERSION), "content": content, "digest": digest}
+    header: dict[str, Any] = {"__metadata__": {**metadata, "payload_sha256": payload_sha256, "manifest": manifest}}
+    for e in entries:
+        header[e.name] = {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [e.begin, e.end]}
+    return dump_json(header, sort=False)
+
+
+def rendered_nbytes(content: str, manifest: str, entries: Iterable[Entry]) -> int:
+    """Bytes of the JSON, before padding and without the length field."""
+    return len(_render(content, manifest, entries, "0" * 64, "0" * 64).encode())
+
+
+def encode(content: str, manifest: str, entries: Iterable[Entry], payload_sha256: str, room: int) -> bytes:
+    """Length field and header, padded with spaces to at least `room` and to a multiple of 8, digest filled in."""
+    text = _render(content, manifest, entries, "0" * 64, payload_sha256).encode()
+    size = -(-max(room, len(text)) // 8) * 8
+    if size > MAX_HEADER:
+        raise InvalidArgument(f"the header would take {size} bytes; {MAX_HEADER} is the most a file may have")
+    raw = size.to_bytes(8, "little") + text.ljust(size)
+    at = 8 + _start(raw[8:]).start(3)
+    return raw[:at] + hashlib.sha256(raw).hexdigest().encode() + raw[at + 64 :]
+
+
+def _start(header: bytes) -> re.Match[bytes]:
+    match = _START.match(header)
+    if match is None:
+        raise InvalidArgument("not written by hub_mpq: the metadata of the header does not start as it should")
+    return match
+
+
+def header_nbytes_of(length_field: bytes, file_nbytes: int) -> int:
+    """Bytes of length field and header together, from a file's first 8 bytes and its size."""
+    if len(length_field) != 8:
+        raise InvalidArgument(f"truncated: {file_nbytes} bytes are no file of this format")
+    size = int.from_bytes(length_field, "little")
+    if size > file_nbytes - 8:
+        raise InvalidArgument(f"the header claims {size} bytes, the file has {file_nbytes}: torn or tampered with")
+    if size > MAX_HEADER or size % 8:
+        raise InvalidArgument(f"a header of {size} bytes: must be a multiple of 8 and at most {MAX_HEADER}")
+    return size + 8
+
+
+def decode(raw: bytes, content: str) -> Header:
+    """Parse the length field and header of a file of this `content`, digest first; InvalidArgument if it is wrong."""
+    if header_nbytes_of(raw[:8], len(raw)) != len(raw):
+        raise InvalidArgument("the header's length field is wrong")
+    start = _start(raw[8:])
+    version, kind, digest, payload = (start.group(i).decode() for i in range(1, 5))
+    if version != str(FORMAT_VERSION):
+        raise InvalidArgument(f"format version {version}; this hub_mpq reads version {FORMAT_VERSION}")
+    at = 8 + start.start(3)
+    if hashlib.sha256(raw[:at] + b"0" * 64 + raw[at + 64 :]).hexdigest() != digest:
+        raise InvalidArgument("the header does not match its digest: torn or tampered with")
+    if kind != content:
+        raise InvalidArgument(f"holds {kind}, not {content}")
+    tree = load_json(raw[8:], "the header")
+    if dump_json(tree, sort=False).encode() != raw[8:].rstrip(b" "):
+        raise InvalidArgument("the header is not in its one spelling")
+    metadata = tree.pop("__metadata__")
+    names = {"format", "format_version", "content", "digest", "payload_sha256", "manifest"}
+    if set(metadata) != names or not isinstance(metadata["manifest"], str):
+        raise InvalidArgument("the metadata has other keys than it should")
+    return Header(_entries(tree), metadata["manifest"], payload, len(raw))
+
+
+def _entries(tree: Mapping[str, Any]) -> tuple[Entry, ...]:
+    out, at = [], 0
+    for name, row in tree.items():
+        if not isinstance(row, dict) or list(row) != ["dtype", "shape", "data_offsets"]:
+            raise InvalidArgument(f"tensor {name!r}: needs dtype, shape and data_offsets")
+        dtype, shape, offsets = row.values()
+        if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+            raise InvalidArgument(f"tensor {name!r}: unknown dtype {json.dumps(dtype)[:40]}")
+        if not _sizes(shape) or len(shape) > 16 or math.prod(max(d, 1) for d in shape) > _MAX_DIM:
+            raise InvalidArgument(f"tensor {name!r}: wrong shape {json.dumps(shape)[:80]}")
+        if not _sizes(offsets) or len(offsets) != 2:
+            raise InvalidArgument(f"tensor {name!r}: wrong data_offsets")
+        end = at + ITEM_BYTES[dtype] * math.prod(shape)
+        if offsets != [at, end] or at % ITEM_BYTES[dtype]:
+            found = f"{offsets[0]} to {offsets[1]}"
+            raise InvalidArgument(
+                f"tensor {name!r}: bytes {found}, expected {at} to {end} (overlap, hole or misaligned)"
+            )
+        out.append(Entry(name, dtype, tuple(shape), at, end))
+        at = end
+    return tuple(out)
+
+
+def _sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(v) is int and 0 <= v <= _MAX_DIM for v in value)

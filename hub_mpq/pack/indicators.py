@@ -1,0 +1,66 @@
+"""Indicators on disk, in the same container as packed weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidArgument, PackedFormat
+from ..spec import Indicators, check_width
+from . import container
+from .canonical import dump_json, load_json
+
+CONTENT = "mpq-indicators"
+
+
+def _rows(name: str, scales: Mapping[int, float]) -> Tensor:
+    rows = torch.tensor([[float(bits), float(scales[bits])] for bits in sorted(scales)], dtype=torch.float64)
+    return _checked(name, rows.reshape(-1, 2))
+
+
+def _checked(name: str, rows: Tensor) -> Tensor:
+    good = rows.dtype == torch.float64 and rows.dim() == 2 and rows.shape[1] == 2
+    if not good or not bool((torch.isfinite(rows) & (rows > 0)).all()):
+        raise InvalidArgument(f"tensor {name!r}: rows of (bits, scale), finite and above zero")
+    widths = [check_width(int(b)) if b == int(b) else check_width(b) for b in rows[:, 0].tolist()]
+    if sorted(set(widths)) != widths:
+        raise InvalidArgument(f"tensor {name!r}: widths must ascend")
+    return rows
+
+
+def write_indicators(path: str | os.PathLike[str], indicators: Indicators) -> int:
+    """Write indicators atomically and return the bytes. InvalidArgument unless widths are 1 to 8, scales above 0."""
+    tensors = {}
+    for side in ("weight", "activation"):
+        for layer, scales in getattr(indicators, side).items():
+            tensors[f"{side}/{layer}"] = _rows(f"{side}/{layer}", scales)
+    text = dump_json(
+        {"activation_signed": dict(indicators.activation_signed), "provenance": dict(indicators.provenance)}
+    )
+    return container.write(path, CONTENT, text, tensors, 0)
+
+
+def read_indicators(path: str | os.PathLike[str]) -> Indicators:
+    """The inverse of write_indicators; PackedFormat when the file is torn, tampered with or of another format."""
+    head, tensors = container.read(path, CONTENT)
+    try:
+        tree = load_json(head.manifest, "the manifest")
+        if not isinstance(tree, dict) or set(tree) != {"activation_signed", "provenance"}:
+            raise InvalidArgument("the manifest needs activation_signed and provenance")
+        signed, provenance = tree["activation_signed"], tree["provenance"]
+        if not isinstance(signed, dict) or not all(isinstance(v, bool) for v in signed.values()):
+            raise InvalidArgument("activation_signed must say true or false for each layer")
+        if not isinstance(provenance, dict):
+            raise InvalidArgument("provenance must be an object")
+        sides: dict[str, dict[str, dict[int, float]]] = {"weight": {}, "activation": {}}
+        for name, rows in tensors.items():
+            side, slash, layer = name.partition("/")
+            if side not in sides or not slash:
+                raise InvalidArgument(f"tensor {name!r}: expected weight/<layer> or activation/<layer>")
+            sides[side][layer] = {int(bits): scale for bits, scale in _checked(name, rows).tolist()}
+        return Indicators(sides["weight"], sides["activation"], signed, provenance)
+    except InvalidArgument as error:
+        raise PackedFormat(path, str(error)) from None

@@ -1,0 +1,162 @@
+"""What a packed file says about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass, field, fields
+from typing import Any
+
+from ..errors import InvalidArgument
+from ..spec import FloatOp, LayerBits, LayerGraph, LayerSpec, Policy
+from .canonical import dump_json, load_json
+from .header import FORMAT_VERSION
+
+PROVENANCE_RESERVE = 2048
+"""Bytes the provenance always takes in the header, so that a file's size is known before its figures are."""
+
+_LAYER = [f.name for f in fields(LayerSpec)]
+_FLOAT = [f.name for f in fields(FloatOp)]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Where a packed model comes from and what it is.
+
+    `base_model`, `revision`, `library`: the float model. `graph`: its layers. `policy`: their widths, of exactly
+    the layers of `graph`. `provenance`: how it was made and measured, JSON values only.
+    """
+
+    base_model: str
+    revision: str | None
+    library: str
+    graph: LayerGraph
+    policy: Policy
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_text(self) -> str:
+        """Canonical JSON. PolicyMismatch when the policy is for other layers; InvalidArgument if it is no JSON."""
+        self.policy.check(self.graph)
+        graph = self.graph
+        rows = []
+        for layer in graph:
+            row = [str(v) if isinstance(v, LayerBits) else v for v in astuple(layer)]
+            rows.append([*row[: _LAYER.index("fixed")], str(layer.fixed) if layer.fixed else None])
+            rows[-1].append(str(self.policy.bits[layer.name]))
+        return dump_json(
+            {
+                "base_model": self.base_model,
+                "revision": self.revision,
+                "library": self.library,
+                "provenance": dict(self.provenance),
+                "graph_digest": graph.digest,
+                "graph": {
+                    "model_id": graph.model_id,
+                    "revision": graph.revision,
+                    "library": graph.library,
+                    "input_shape": list(graph.input_shape),
+                    "other_bytes": graph.other_bytes,
+                },
+                "layers": {"columns": [*_LAYER, "bits"], "rows": rows},
+                "floats": {"columns": _FLOAT, "rows": [list(astuple(op)) for op in graph.floats]},
+            }
+        )
+
+    @classmethod
+    def from_text(cls, text: str) -> Manifest:
+        """The inverse of to_text, trusting nothing; InvalidArgument names what is wrong."""
+        tree = load_json(text, "the manifest")
+        try:
+            return cls._parse(tree)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InvalidArgument(f"the manifest is wrong: {error}") from None
+
+    @classmethod
+    def _parse(cls, tree: Any) -> Manifest:
+        head = _typed(tree, _MANIFEST)
+        layers, bits = [], {}
+        for row in _table(head["layers"], {**_LAYER_TYPES, "bits": _text}):
+            level, fixed = LayerBits.parse(row.pop("bits")), row["fixed"]
+            layer = LayerSpec(**{**row, "fixed": None if fixed is None else LayerBits.parse(fixed)})
+            if layer.name in bits:
+                raise InvalidArgument(f"duplicate layer {layer.name!r}")
+            layers.append(layer)
+            bits[layer.name] = level
+        floats = tuple(FloatOp(**row) for row in _table(head["floats"], _FLOAT_TYPES))
+        graph = LayerGraph(**_typed(head["graph"], _GRAPH), layers=tuple(layers), floats=floats)
+        if graph.digest != head["graph_digest"]:
+            raise InvalidArgument("graph_digest disagrees with the layers")
+        return cls(
+            head["base_model"], head["revision"], head["library"], graph, Policy(bits, graph.digest), head["provenance"]
+        )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise InvalidArgument(f"expected text, not {dump_json(value)[:40]}")
+    return value
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise InvalidArgument(f"expected a whole number, not {dump_json(value)[:40]}")
+    return value
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) > 16:
+        raise InvalidArgument(f"expected a shape, not {dump_json(value)[:40]}")
+    return tuple(_number(v) for v in value)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidArgument(f"expected true or false, not {dump_json(value)[:40]}")
+    return value
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InvalidArgument(f"expected an object, not {dump_json(value)[:40]}")
+    return value
+
+
+def _optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else check(value)
+
+
+_Types = Mapping[str, Callable[[Any], Any]]
+
+_MANIFEST: _Types = {
+    **{"base_model": _text, "revision": _optional(_text), "library": _text, "provenance": _mapping},
+    **{"graph_digest": _text, "graph": _mapping, "layers": _mapping, "floats": _mapping},
+}
+_GRAPH: _Types = {
+    **{"model_id": _text, "revision": _optional(_text), "library": _text, "input_shape": _shape},
+    **{"other_bytes": _number},
+}
+_LAYER_TYPES: _Types = {
+    **{"name": _text, "kind": _text, "weight_shape": _shape, "macs": _number, "weight_count": _number},
+    **{"activation_count": _number, "activation_signed": _optional(_flag), "tie": _optional(_text)},
+    **{"activation_tie": _optional(_text), "weight_owner": _optional(_text), "fixed": _optional(_text)},
+}
+_FLOAT_TYPES: _Types = {
+    **{"name": _text, "kind": _text, "macs": _number, "weight_count": _number, "reason": _text},
+}
+
+
+def _typed(row: Any, types: _Types) -> dict[str, Any]:
+    if set(_mapping(row)) != set(types):
+        raise InvalidArgument(f"keys {sorted(row)[:12]}, expected {sorted(types)}")
+    return {name: check(row[name]) for name, check in types.items()}
+
+
+def _table(table: Mapping[str, Any], types: _Types) -> list[dict[str, Any]]:
+    columns = table["columns"]
+    if set(table) != {"columns", "rows"} or not isinstance(columns, list) or not isinstance(table["rows"], list):
+        raise InvalidArgument("a table has columns and rows")
+    if any(not isinstance(row, list) or len(row) != len(columns) for row in table["rows"]):
+        raise InvalidArgument("a row of a table has another length than its columns")
+    if len(set(map(_text, columns))) != len(columns):
+        raise InvalidArgument("a column stands twice")
+    return [_typed(dict(zip(columns, row, strict=True)), types) for row in table["rows"]]
