@@ -1,0 +1,55 @@
+"""What every adapter answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HubMPQError
+from ..spec import LayerGraph
+from .forward import Example
+
+
+@dataclass
+class Source:
+    """A model, where it comes from, and what runs through it.
+
+    `library`: timm | transformers | module. `example`: one sample on the model's device, keyword arguments
+    or a tuple of positional ones. `preprocess`: timm's data config (input_size, mean, std, …), or the name of the
+    tokenizer or processor. `config`: the hub's own config.json, as it is to be published; {} for a module.
+    """
+
+    model: nn.Module
+    model_id: str
+    revision: str | None
+    library: str
+    example: Example
+    graph: LayerGraph
+    preprocess: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def noise(*shape: int, like: nn.Module) -> Tensor:
+    """Standard normal values, the same each time, in the dtype and on the device of the model's Parameters."""
+    weight = next((p for p in like.parameters() if p.is_floating_point()), torch.empty(0))
+    if weight.is_meta:
+        return torch.empty(*shape, dtype=weight.dtype, device="meta")
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(weight)
+
+
+def cannot_build(model_id: str, error: Exception, *, pretrained: bool) -> HubMPQError:
+    """One sentence on why a model could not be built, from whatever its library raised."""
+    said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    origin = type(error).__module__.partition(".")[0]
+    if isinstance(error, OSError) or origin in ("huggingface_hub", "httpx", "requests", "urllib3"):
+        what = "weights" if pretrained else "configuration"
+        way = "pretrained=False builds it without weights, checkpoint_path= takes a file that is here"
+        return HubMPQError(
+            f"the {what} of {model_id!r} can't be fetched; check the name and the network"
+            f"{f' ({way})' if pretrained else ', or give a local folder'} [{said}]"
+        )
+    return HubMPQError(f"{model_id!r} can't be built [{said}]")

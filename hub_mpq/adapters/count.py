@@ -1,0 +1,60 @@
+"""Multiply-accumulates of torch operators, seen below autograd, credited to the module that runs them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def operands_and_macs(name: str, args: tuple[Any, ...], out: Any) -> tuple[tuple[Tensor, ...], int]:
+    """The multiplied tensors and the MACs of one aten operator; ((), 0) for one that multiplies no matrices.
+
+    A convolution counts its real output area (floored), kernel and input channels per group; a transposed one its
+    input area. Attention counts both products, masked or not. Additions and element-wise work count nothing.
+    """
+    if name in ("mm", "bmm", "mv", "dot", "_grouped_mm", "addmm", "baddbmm", "addbmm", "addmv", "_addmm_activation"):
+        a, b = args[1:3] if "add" in name else args[:2]
+        if name == "_grouped_mm":  # each row meets one of the stacked matrices
+            return (a, b), a.numel() * b.shape[-1]
+        return (a, b), a.numel() * (b.shape[-1] if b.ndim >= 2 else 1)
+    if name in ("convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution"):
+        x, w = args[:2]
+        transposed = len(args) > 6 and args[6] is True
+        return (x, w), (x.numel() if transposed else out.numel()) * w.shape[1:].numel()
+    if name.startswith("_scaled_dot_product"):
+        q, k, v = args[:3]  # [batch, heads, length, features]
+        return (q, k, v), q.numel() * k.shape[-2] + q.shape[:-1].numel() * k.shape[-2] * v.shape[-1]
+    if name in ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn"):  # x [time, batch, features], then its weights
+        weights = args[1:3] if name == "mkldnn_rnn_layer" else tuple(w for w in args[1] if w.ndim == 2)
+        return (args[0], *weights), args[0].shape[:-1].numel() * sum(w.numel() for w in weights)
+    return (), 0
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Equal for a tensor and its views."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts products while it is entered.
+
+    `where`: a list whose last entry names the running module. `known`: {storage key: name} of Parameters and buffers.
+    `macs`: {(module name, name of the Parameter or buffer that takes part or "", fused attention): MACs}.
+    """
+
+    def __init__(self, where: list[str], known: dict[int, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.where, self.known = where, known
+        self.macs: Counter[tuple[str, str, bool]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.partition("::")[2]
+        tensors, macs = operands_and_macs(name, args, out)
+        if macs:
+            part = next((self.known[key] for t in tensors if (key := storage_key(t)) in self.known), "")
+            self.macs[self.where[-1], part, "scaled_dot_product" in name] += macs
+        return out

@@ -1,0 +1,143 @@
+"""One watched forward: which layer ran when, on which tensor, and what was multiplied where."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..errors import HubMPQError
+from .count import MacCounter, storage_key
+from .untouched import untouched
+
+Example = Mapping[str, Any] | Sequence[Any] | Tensor
+"""One batch for a model: keyword arguments, positional arguments, or a single tensor."""
+
+
+TensorKey = tuple[int, int, int]
+"""A tensor object, how often it was written to, its elements."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One run of a leaf module. `reads` is its first input, `source` the tensor that input is a view of (or itself),
+    `writes` likewise of its output; `count` the elements of its input."""
+
+    name: str
+    reads: TensorKey | None
+    source: TensorKey | None
+    writes: TensorKey | None
+    count: int
+
+
+@dataclass
+class Run:
+    """`calls` in order; `macs` as in MacCounter; `batch`: samples the forward ran on."""
+
+    calls: list[Call] = field(default_factory=list)
+    macs: Counter[tuple[str, str, bool]] = field(default_factory=Counter)
+    batch: int = 1
+
+
+def call(model: nn.Module, example: Example) -> Any:
+    """`model` on `example`."""
+    args, kwargs = _arguments(example)
+    return model(*args, **kwargs)
+
+
+def _arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, Tensor):
+        return (example,), {}
+    return ((), dict(example)) if isinstance(example, Mapping) else (tuple(example), {})
+
+
+def batch_size(example: Example) -> int:
+    """Samples in an example: the first axis of its first tensor."""
+    return next((t.shape[0] for t in tensors_of(example) if t.ndim), 1)
+
+
+def tensors_of(example: Example) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
+
+
+def watched_forward(model: nn.Module, example: Example) -> Run:
+    """Run the model once on one sample, on meta tensors where that works, and leave it as it was.
+
+    Raises HubMPQError when no way of running it works, with the model's own message.
+    """
+    batch = batch_size(example)
+    first = tree_map(lambda x: x[:1] if isinstance(x, Tensor) and x.ndim and x.shape[0] == batch else x, example)
+    on_meta = all(p.is_meta for p in model.parameters())
+    error: Exception | None = None
+    for sample in (first, example) if batch > 1 else (example,):
+        for meta in (True,) if on_meta else (True, False):
+            try:
+                run = _run(model, sample, meta=meta)
+                run.batch = batch_size(sample)
+                return run
+            except Exception as caught:  # a model may raise anything on meta tensors or on a batch of one
+                error = caught
+    what = "without weights (its forward looks at values)" if on_meta else "on the example input"
+    message = str(error).strip().partition("\n")[0]
+    raise HubMPQError(f"{type(model).__name__} does not run {what}: {type(error).__name__}: {message}") from error
+
+
+def _run(model: nn.Module, example: Example, *, meta: bool) -> Run:
+    named = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    if not meta:
+        return _hooked(model, named, lambda: call(model, example))
+    example = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, example)
+    swapped = {name: torch.empty_like(tensor, device="meta") for name, tensor in named.items()}
+    args, kwargs = _arguments(example)
+    return _hooked(model, swapped, lambda: torch.func.functional_call(model, swapped, args, kwargs))
+
+
+def _hooked(model: nn.Module, named: Mapping[str, Tensor], forward: Callable[[], Any]) -> Run:
+    run, where = Run(), [""]
+    names = {module: name for name, module in model.named_modules()}
+    tokens: WeakIdKeyDictionary = WeakIdKeyDictionary()
+    fresh = itertools.count()
+    pending: list[tuple[TensorKey | None, TensorKey | None, int]] = []
+
+    def key(t: Tensor) -> TensorKey:
+        if t not in tokens:
+            tokens[t] = next(fresh)
+        return tokens[t], t._version, t.numel()  # the version tells t from what an in-place operation makes of it
+
+    def view_key(t: Tensor) -> TensorKey:
+        return (*key(t if t._base is None else t._base)[:2], t.numel())
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        where.append(names[module])
+        inputs = tensors_of((args, kwargs))
+        pending.append((key(inputs[0]), view_key(inputs[0]), inputs[0].numel()) if inputs else (None, None, 0))
+
+    def after(module: nn.Module, args: Any, out: Any) -> None:
+        where.pop()
+        whole, view, count = pending.pop()
+        if isinstance(module, _BatchNorm) or not any(True for _ in module.children()):
+            run.calls.append(
+                Call(names[module], whole, view, view_key(out) if isinstance(out, Tensor) else None, count)
+            )
+
+    handles: list[Any] = []
+    with untouched(model):
+        try:
+            for module in names:
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                handles.append(module.register_forward_hook(after))
+            with MacCounter(where, {storage_key(tensor): name for name, tensor in named.items()}) as counter:
+                forward()
+        finally:
+            for handle in handles:
+                handle.remove()
+    run.macs = counter.macs
+    return run

@@ -1,0 +1,37 @@
+"""Any network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import InvalidArgument
+from .base import Source
+from .forward import Example, tensors_of
+from .trace import build_graph
+
+
+def from_module(
+    net: nn.Module,
+    example_input: Example,
+    *,
+    model_id: str | None = None,
+    preprocess: Mapping[str, Any] | None = None,
+    exclude: Iterable[str] = (),
+) -> Source:
+    """The Source of any network, traced on `example_input`: a tensor, a tuple of arguments or a dict of keywords,
+    each tensor with the batch axis in front.
+
+    The head is the last quantizable layer that runs; `graph.with_fixed` changes that. Raises InvalidArgument for
+    an example without tensors, HubMPQError when the network does not run on it.
+    """
+    if not isinstance(net, nn.Module):
+        raise InvalidArgument(f"from_module takes an nn.Module, not {type(net).__name__}")
+    if not tensors_of(example_input):
+        raise InvalidArgument("example_input holds no tensor: give one batch as the network takes it")
+    name = model_id or type(net).__name__
+    example = (example_input,) if isinstance(example_input, Tensor) else example_input
+    graph = build_graph(net, example, model_id=name, exclude=exclude)
+    return Source(net, name, None, "module", example, graph, dict(preprocess or {}))

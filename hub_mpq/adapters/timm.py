@@ -1,0 +1,137 @@
+"""timm models by name, Hub id or local folder."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import HubMPQError, InvalidArgument
+from .base import Source, cannot_build, noise
+from .trace import build_graph
+
+
+def is_timm_name(name: str) -> bool:
+    """Whether timm's registry has the name, with or without a pretrained tag ("resnet18.a1_in1k")."""
+    import timm
+
+    return "/" not in name and ":" not in name and timm.is_model(name.partition(".")[0])
+
+
+def near_names(name: str) -> list[str]:
+    """Up to three names of timm's registry that look like `name`."""
+    import timm
+
+    return difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3, cutoff=0.6)
+
+
+def load_timm(
+    model_id: str,
+    *,
+    pretrained: bool = True,
+    checkpoint_path: str | Path | None = None,
+    meta: bool = False,
+    input_size: tuple[int, int, int] | None = None,
+    exclude: Iterable[str] = (),
+    **model_kwargs: Any,
+) -> Source:
+    """The Source of a timm model: "resnet18", "resnet18.a1_in1k", "timm/…", "hf-hub:user/name" or a folder.
+
+    `meta`: no weights and no memory. `input_size`: (channels, height, width) where the model's own is not wanted.
+    `model_kwargs` go to timm.create_model. Raises InvalidArgument for an unknown name (with near ones) and for
+    arguments that the model does not take, HubMPQError when weights can't be had.
+    """
+    import timm
+    from timm.data.config import resolve_model_data_config
+
+    if checkpoint_path is not None and not Path(checkpoint_path).is_file():
+        raise InvalidArgument(f"checkpoint_path: no file {str(checkpoint_path)!r}")
+    name = _timm_uri(model_id)
+    pretrained = pretrained and checkpoint_path is None and not meta
+    path = None if checkpoint_path is None or meta else str(checkpoint_path)
+    try:
+        with torch.device("meta") if meta else contextlib.nullcontext():
+            model = timm.create_model(name, pretrained=pretrained, checkpoint_path=path, **model_kwargs)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise InvalidArgument(f"timm can't build {model_id!r}: {error}") from error
+    except Exception as error:
+        raise cannot_build(model_id, error, pretrained=pretrained) from error
+    data: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+    if input_size is not None:
+        data["input_size"] = tuple(input_size)
+    elif "img_size" in model_kwargs:
+        side = model_kwargs["img_size"]
+        data["input_size"] = (data["input_size"][0], *((side, side) if isinstance(side, int) else side))
+    if "in_chans" in model_kwargs:
+        data["input_size"] = (model_kwargs["in_chans"], *data["input_size"][1:])
+    example = (noise(1, *data["input_size"], like=model),)
+    revision = _revision(model)
+    graph = build_graph(
+        model, example, model_id=model_id, revision=revision, library="timm", head=_head(model), exclude=exclude
+    )
+    return Source(model, model_id, revision, "timm", example, graph, data, _config(model, model_kwargs))
+
+
+def _timm_uri(model_id: str) -> str:
+    """The name as timm.create_model takes it; InvalidArgument for one that timm does not know."""
+    if Path(model_id).is_dir():
+        return f"local-dir:{model_id}"
+    if model_id.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return model_id
+    name = model_id.removeprefix("timm/")
+    if is_timm_name(name):
+        return name
+    if "/" in model_id:
+        return f"hf-hub:{model_id}"
+    near = near_names(name)
+    raise InvalidArgument(f"timm has no model {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+
+
+def _head(model: nn.Module) -> tuple[str, ...]:
+    """Names of the classifier (two for distilled models); () for a model without one."""
+    try:
+        found = model.get_classifier()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return ()
+    heads = {id(m) for m in (found if isinstance(found, (tuple, list)) else (found,)) if isinstance(m, nn.Module)}
+    return tuple(name for name, module in model.named_modules() if id(module) in heads)
+
+
+def _revision(model: nn.Module) -> str | None:
+    """Commit of the Hub repository the model's files were taken from, when they lie in the local cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    repo = (getattr(model, "pretrained_cfg", None) or {}).get("hf_hub_id")
+    if not repo:
+        return None
+    repo, _, revision = repo.partition("@")
+    for file in ("model.safetensors", "config.json"):
+        found = try_to_load_from_cache(repo, file, revision=revision or None)
+        if isinstance(found, str) and "snapshots" in Path(found).parts:
+            parts = Path(found).parts
+            return parts[parts.index("snapshots") + 1]
+    return None
+
+
+def _config(model: nn.Module, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """config.json as timm writes it. num_classes stays out of model_args: transformers' TimmWrapper trips over it."""
+    from timm.models import _hub
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        try:
+            _hub.save_config_for_hf(model, str(file), model_args=dict(model_kwargs))
+        except (TypeError, ValueError) as error:
+            raise HubMPQError(f"these model arguments can't be written to a config.json: {error}") from error
+        config: dict[str, Any] = json.loads(file.read_text())
+    config.get("model_args", {}).pop("num_classes", None)
+    if not config.get("model_args", True):
+        del config["model_args"]
+    return config

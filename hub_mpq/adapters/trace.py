@@ -1,0 +1,174 @@
+"""From one watched forward to the LayerGraph, by exact layer type."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..errors import InvalidArgument
+from ..nn.types import layer_kind
+from ..spec import FloatOp, LayerBits, LayerGraph, LayerSpec
+from .floats import float_ops, weighty
+from .forward import Example, Run, call, tensors_of, watched_forward
+from .untouched import untouched
+
+EDGE = LayerBits(8, 8)
+"""Stem and head keep 8 bits (LIMPQ §4.1)."""
+EDGE_EMBEDDING = LayerBits(8, 32)
+
+
+def trace(
+    model: nn.Module, example: Example, *, head: Sequence[str] | None = None, exclude: Iterable[str] = ()
+) -> tuple[tuple[LayerSpec, ...], tuple[FloatOp, ...]]:
+    """Layers in the order they first run, and the work that stays float, from one forward on one sample.
+
+    `example` has a batch axis in front. `head`: names of the classifier's layers or of modules that hold them, ()
+    for none; by default the last quantizable layer that runs. `exclude`: glob patterns of layers to leave float.
+    The first layer with weights to run (the stem), every embedding and the head are fixed at 8 bits.
+    A layer that runs several times has its MACs and its input features added up.
+    Layers that share a Parameter get one `tie` and name its first user as `weight_owner`. Linear layers of one
+    parent that read the same tensor (q, k, v; gate, up) get one `activation_tie`.
+    The model is left as it was. Raises HubMPQError when the model does not run on the example.
+    """
+    run = watched_forward(model, example)
+    modules = dict(model.named_modules())
+    left_out = _excluded(modules, exclude)
+    order = list(dict.fromkeys(c.name for c in run.calls if weighty(modules[c.name])))
+    names = [name for name in order if layer_kind(modules[name]) and name not in left_out]
+    macs: Counter[str] = Counter()
+    for (where, _, _), count in run.macs.items():
+        macs[where] += count
+    features: Counter[str] = Counter()
+    for c in run.calls:
+        features[c.name] += c.count
+    owners = _owners(modules, names)
+    shared = set(owners.values())
+    ties = _input_ties(run, {n for n in names if layer_kind(modules[n]) in ("linear", "conv1d")})
+    fixed = _fixed(modules, order, names, head)
+    layers = tuple(
+        LayerSpec(
+            name=name,
+            kind=layer_kind(modules[name]) or "",
+            weight_shape=tuple(modules[name].weight.shape),
+            macs=macs[name] // run.batch,
+            weight_count=modules[name].weight.numel(),
+            activation_count=features[name] // run.batch,
+            tie=owners.get(name) or (name if name in shared else None),
+            activation_tie=ties.get(name),
+            weight_owner=owners.get(name),
+            fixed=fixed.get(name),
+        )
+        for name in names
+    )
+    return layers, float_ops(modules, run, names, left_out)
+
+
+def build_graph(
+    model: nn.Module,
+    example: Example,
+    *,
+    model_id: str,
+    revision: str | None = None,
+    library: str = "module",
+    head: Sequence[str] | None = None,
+    exclude: Iterable[str] = (),
+) -> LayerGraph:
+    """The LayerGraph of a model; arguments as in `trace`."""
+    layers, floats = trace(model, example, head=head, exclude=exclude)
+    first = next(iter(tensors_of(example)), None)
+    weights = {id(model.get_parameter(f"{layer.name}.weight")) for layer in layers}
+    state = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, torch.Tensor)}
+    return LayerGraph(
+        model_id=model_id,
+        revision=revision,
+        library=library,
+        input_shape=() if first is None else tuple(first.shape[1:]),
+        layers=layers,
+        floats=floats,
+        other_bytes=sum(t.numel() * t.element_size() for key, t in state.items() if key not in weights),
+    )
+
+
+def norm_of(model: nn.Module, example: Example) -> dict[str, str]:
+    """{BatchNorm: layer}: which BatchNorm reads nothing but the whole output of which quantizable layer.
+
+    Views count as the output itself, what an in-place operation has made of it does not. A BatchNorm after a sum,
+    a concatenation or an activation, or after different layers in one forward, is left out.
+    """
+    run = watched_forward(model, example)
+    modules = dict(model.named_modules())
+    writer = {c.writes: c.name for c in run.calls if c.writes and layer_kind(modules[c.name])}
+    sources: dict[str, set[str | None]] = defaultdict(set)
+    for c in run.calls:
+        if isinstance(modules[c.name], _BatchNorm):
+            sources[c.name].add(writer.get(c.source) if c.source else None)
+    return {norm: only for norm, (only, *more) in sources.items() if only and not more}
+
+
+def observe_signed(model: nn.Module, names: Iterable[str], batch: Example) -> dict[str, bool]:
+    """Whether the input of each named layer goes below zero on a batch; layers that do not run are left out."""
+    signed: dict[str, bool] = {}
+
+    def watch(name: str) -> torch.utils.hooks.RemovableHandle:
+        def hook(module: nn.Module, args: object, kwargs: object) -> None:
+            inputs = tensors_of((args, kwargs))
+            if inputs:
+                signed[name] = signed.get(name, False) or bool((inputs[0] < 0).any())
+
+        return model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+
+    with untouched(model):
+        handles = [watch(name) for name in names]
+        try:
+            call(model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return signed
+
+
+def _excluded(modules: dict[str, nn.Module], patterns: Iterable[str]) -> set[str]:
+    """Names of weighty modules that the patterns match, and of those that share a Parameter with them."""
+    layers = [name for name, module in modules.items() if weighty(module)]
+    out: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = fnmatch.filter(layers, pattern)
+        if not found:
+            raise InvalidArgument(f"exclude pattern {pattern!r} matches none of the {len(layers)} layers with weights")
+        out.update(found)
+    weights = {id(modules[name]._parameters.get("weight")) for name in out} - {id(None)}
+    return out | {name for name in layers if id(modules[name]._parameters.get("weight")) in weights}
+
+
+def _owners(modules: dict[str, nn.Module], names: Iterable[str]) -> dict[str, str]:
+    """{layer: the first layer that runs with the same Parameter}, for all but that first one."""
+    first: dict[int, str] = {}
+    found = {name: first.setdefault(id(modules[name].weight), name) for name in names}
+    return {name: owner for name, owner in found.items() if owner != name}
+
+
+def _input_ties(run: Run, names: set[str]) -> dict[str, str]:
+    reads: dict[str, list[object]] = defaultdict(list)
+    for c in run.calls:
+        if c.name in names:
+            reads[c.name].append(c.reads)
+    groups: dict[object, list[str]] = defaultdict(list)
+    for name, keys in reads.items():
+        # one parent: all cross-attentions of a decoder read the encoder's output, but nothing fuses them
+        groups[name.rpartition(".")[0], tuple(keys)].append(name)
+    return {name: group[0] for group in groups.values() if len(group) > 1 for name in group}
+
+
+def _fixed(
+    modules: dict[str, nn.Module], order: list[str], names: list[str], head: Sequence[str] | None
+) -> dict[str, LayerBits]:
+    kinds = {name: layer_kind(modules[name]) for name in names}
+    fixed = {name: EDGE_EMBEDDING for name in names if kinds[name] == "embedding"}
+    multiply = [name for name in names if name not in fixed]
+    last = multiply[-1:] if head is None else [n for n in multiply for h in head if f"{n}.".startswith(f"{h}.")]
+    return {**dict.fromkeys([name for name in order[:1] if name in multiply] + last, EDGE), **fixed}

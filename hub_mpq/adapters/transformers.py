@@ -1,0 +1,168 @@
+"""transformers models by Hub id or local folder."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import HubMPQError, InvalidArgument
+from ..nn.types import layer_kind
+from .base import Source, cannot_build, noise
+from .trace import build_graph
+
+
+def load_transformers(
+    model_id: str,
+    *,
+    pretrained: bool = True,
+    checkpoint_path: str | Path | None = None,
+    meta: bool = False,
+    auto_class: str | None = None,
+    sequence_length: int = 128,
+    exclude: Iterable[str] = (),
+    **kwargs: Any,
+) -> Source:
+    """The Source of a transformers model, built as the first of its config's `architectures`.
+
+    `meta`: no weights and no memory. `auto_class`: another class of transformers, for example
+    "AutoModelForSequenceClassification". `sequence_length`: tokens of the example, at most what the model takes.
+    `checkpoint_path`: a safetensors file with the state dict. `kwargs` are values of the config (num_labels=3) and
+    arguments of from_pretrained (revision, dtype). Raises HubMPQError when config or weights can't be had.
+    """
+    import transformers
+
+    if checkpoint_path is not None and not Path(checkpoint_path).is_file():
+        raise InvalidArgument(f"checkpoint_path: no file {str(checkpoint_path)!r}")
+    pretrained = pretrained and checkpoint_path is None and not meta
+    try:
+        config, unused = transformers.AutoConfig.from_pretrained(model_id, return_unused_kwargs=True, **kwargs)
+    except Exception as error:
+        raise cannot_build(model_id, error, pretrained=False) from error
+    cls = _model_class(config, auto_class)
+    try:
+        if pretrained:
+            model = cls.from_pretrained(model_id, config=config, **unused)
+        else:
+            model = _skeleton(cls, config, unused, meta=meta)
+            if checkpoint_path is not None and not meta:
+                _fill(model, Path(checkpoint_path))
+    except HubMPQError:
+        raise
+    except Exception as error:
+        raise cannot_build(model_id, error, pretrained=pretrained) from error
+    example = example_for(model, sequence_length)
+    revision = getattr(config, "_commit_hash", None)
+    graph = build_graph(
+        model,
+        example,
+        model_id=model_id,
+        revision=revision,
+        library="transformers",
+        head=head_of(model),
+        exclude=exclude,
+    )
+    config.architectures = [type(model).__name__]
+    preprocess = {"tokenizer" if "input_ids" in example else "processor": model_id}
+    if "input_ids" in example:
+        preprocess["sequence_length"] = example["input_ids"].shape[1]
+    return Source(model, model_id, revision, "transformers", example, graph, preprocess, config.to_dict())
+
+
+def _model_class(config: Any, auto_class: str | None) -> Any:
+    import transformers
+
+    if auto_class is not None:
+        if not hasattr(transformers, auto_class):
+            raise InvalidArgument(f"transformers has no class {auto_class!r}")
+        return getattr(transformers, auto_class)
+    names = getattr(config, "architectures", None) or []
+    return next((getattr(transformers, name) for name in names if hasattr(transformers, name)), transformers.AutoModel)
+
+
+def _skeleton(cls: Any, config: Any, unused: dict[str, Any], *, meta: bool) -> nn.Module:
+    """The model without its weights: on meta, or initialised at random."""
+    known = {key: unused.pop(key) for key in ("dtype", "torch_dtype", "attn_implementation") if key in unused}
+    unused = {key: value for key, value in unused.items() if key not in ("revision", "token", "cache_dir")}
+    if unused:
+        raise InvalidArgument(f"{type(config).__name__} knows no {', '.join(sorted(unused))}")
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the skeleton is the float model
+    with torch.device("meta") if meta else contextlib.nullcontext():
+        build = cls.from_config if hasattr(cls, "from_config") else cls._from_config
+        model: nn.Module = build(config, **known)
+    return model.eval()
+
+
+def _fill(model: nn.Module, file: Path) -> None:
+    from safetensors.torch import load_file
+
+    missing, unexpected = model.load_state_dict(load_file(file), strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    missing = [name for name in missing if name not in tied]
+    if missing or unexpected:
+        raise HubMPQError(
+            f"{file.name} is for another model: missing {missing[:3]} and {max(0, len(missing) - 3)} more, "
+            f"unknown {unexpected[:3]} and {max(0, len(unexpected) - 3)} more"
+        )
+
+
+def head_of(model: nn.Module) -> tuple[str, ...]:
+    """The language model's head, else the layers outside the base model that run last; () for a bare encoder."""
+    outside = [name for name, module in model.named_modules() if layer_kind(module)]
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        output = model.get_output_embeddings()  # type: ignore[operator]
+        found = tuple(name for name in outside if model.get_submodule(name) is output)
+        if found:
+            return found
+    base = getattr(model, "base_model_prefix", "")
+    if not base or not isinstance(getattr(model, base, None), nn.Module):
+        return ()
+    return tuple(name for name in outside if not name.startswith(f"{base}."))[-1:]
+
+
+def example_for(model: nn.Module, sequence_length: int = 128) -> dict[str, Any]:
+    """One sample for a transformers model, from its config: token ids, an image, sound, or what it takes together."""
+    config: Any = model.config
+    text = config.get_text_config()
+    takes = inspect.signature(model.forward).parameters
+    main = getattr(model, "main_input_name", "input_ids")
+    vision = getattr(config, "vision_config", None)
+    both = vision is not None and hasattr(config, "text_config") and not model.can_generate()  # type: ignore[operator]
+    example: dict[str, Any] = {}
+    if main == "input_ids" or (both and "input_ids" in takes):
+        example["input_ids"] = _tokens(model, text, sequence_length)
+    if main == "pixel_values" or (both and "pixel_values" in takes):
+        example["pixel_values"] = noise(1, *_image_shape(vision or config), like=model)
+    if main == "input_features":
+        example["input_features"] = noise(1, config.num_mel_bins, 2 * config.max_source_positions, like=model)
+    if main == "input_values":
+        example["input_values"] = noise(1, 16000, like=model)
+    if not example:
+        raise InvalidArgument(f"no example input is known for {type(model).__name__}, whose main input is {main!r}")
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
+        example["decoder_input_ids"] = _tokens(model, text, sequence_length)
+    return example
+
+
+def _tokens(model: nn.Module, config: Any, length: int) -> torch.Tensor:
+    longest = getattr(config, "max_position_embeddings", None)
+    length = min(length, longest) if isinstance(longest, int) and longest > 0 else length
+    ids = torch.arange(length) % config.vocab_size
+    end = getattr(config, "eos_token_id", None)
+    if isinstance(end, int) and 0 <= end < config.vocab_size:
+        ids[ids == end] = (end + 1) % config.vocab_size  # some classifiers read the state of the one end token
+        ids[-1] = end
+    sample: torch.Tensor = ids[None].to(next(model.parameters()).device)
+    return sample
+
+
+def _image_shape(config: Any) -> tuple[int, int, int]:
+    size = getattr(config, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    return getattr(config, "num_channels", 3), height, width

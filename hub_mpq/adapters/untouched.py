@@ -1,0 +1,49 @@
+"""Running a model without leaving a trace on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients; afterwards modes, buffers, caches, attributes and random state are as before.
+
+    Some forwards write to their modules: caches keyed by device (LeViT), counters, rescaled rotary frequencies.
+    """
+    saved = [(module, _contents(module)) for module in model.modules()]
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    fused = torch.backends.mha.get_fastpath_enabled()
+    with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.no_grad():
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer runs without its modules
+            model.eval()
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
+            for module, contents in saved:
+                _restore(module, contents)
+            for buffer, version, copy in buffers:
+                if buffer._version != version:
+                    buffer.copy_(copy)
+
+
+def _contents(module: nn.Module) -> dict[str, tuple[Any, dict[Any, Any] | None]]:
+    return {k: (v, dict(v) if isinstance(v, dict) else None) for k, v in module.__dict__.items()}
+
+
+def _restore(module: nn.Module, contents: dict[str, tuple[Any, dict[Any, Any] | None]]) -> None:
+    own = module.__dict__
+    for key in own.keys() - contents.keys():
+        del own[key]
+    for key, (value, items) in contents.items():
+        own[key] = value
+        if items is not None and list(map(id, value.values())) != list(map(id, items.values())):
+            value.clear()
+            value.update(items)
