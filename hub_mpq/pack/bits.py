@@ -7,13 +7,14 @@ eight is one 64-bit integer whose fields are spread from b to 8 bits (and back) 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InvalidArgument
 from ..spec import check_width
 
-_GROUPS = 1 << 14
+_GROUPS = 1 << 15
 """Groups of eight values handled at a time: their 64-bit integers and one temporary stay in a core's cache."""
 
 
@@ -58,7 +59,7 @@ def pack_bits(values: Tensor, num_bits: int, *, offset: int = 0) -> Tensor:
         raise InvalidArgument(f"pack_bits takes integers [..., count], not {values.dtype} {tuple(values.shape)}")
     *lead, count = values.shape
     if values.numel() == 0:
-        return torch.zeros(*lead, word_count(count, bits), dtype=torch.int32, device=values.device)
+        return torch.empty(*lead, word_count(count, bits), dtype=torch.int32, device=values.device)
     least, most = (int(v) + offset for v in torch.aminmax(values))
     if least < 0 or most >= 1 << bits:
         raise InvalidArgument(f"values {least - offset} to {most - offset} do not fit {bits} bits (offset {offset})")
@@ -70,8 +71,23 @@ def pack_bits(values: Tensor, num_bits: int, *, offset: int = 0) -> Tensor:
         for part in torch.split(cells.reshape(-1), _GROUPS):
             _gather(part, bits)
         codes = cells.view(torch.uint8).reshape(*lead, groups, 8)[..., :bits].flatten(-2)
-    stream = torch.nn.functional.pad(codes, (0, 4 * words - codes.shape[-1]))  # a negative pad trims zeros
-    return stream.contiguous().view(torch.int32)
+    out = torch.zeros(*lead, words, dtype=torch.int32, device=values.device)
+    keep = min(4 * words, codes.shape[-1])  # what is cut off are bits of the filling of the last group
+    out.view(torch.uint8)[..., :keep] = codes[..., :keep]
+    return out
+
+
+def _cells(stream: Tensor, rows: int, groups: int, num_bits: int) -> Tensor:
+    """int64 [rows, groups] whose lower 8·b bits are the groups of eight values of each row of bytes."""
+    cells = torch.empty(rows, groups, dtype=torch.int64, device=stream.device)
+    wide = torch.nn.functional.pad(stream.reshape(-1), (0, 8))  # the last group may read past the end
+    stride = stream.numel() // rows
+    if stream.device.type == "cpu":  # NumPy reads 8 bytes at every b-th one; torch has no unaligned strides
+        source = np.ndarray((rows, groups), "<i8", wide.numpy().data, 0, (stride, num_bits))
+        np.copyto(cells.numpy(), source)
+    else:
+        cells.view(torch.uint8).view(rows, groups, 8).copy_(wide.as_strided((rows, groups, 8), (stride, num_bits, 1)))
+    return cells
 
 
 def unpack_bits(words: Tensor, num_bits: int, count: int) -> Tensor:
@@ -83,13 +99,14 @@ def unpack_bits(words: Tensor, num_bits: int, count: int) -> Tensor:
             f"{count} values of {bits} bits take {word_count(count, bits)} int32 words, not {have} of {words.dtype}"
         )
     stream = words.contiguous().view(torch.uint8)
-    if bits == 8 or count == 0:
-        return stream[..., :count].contiguous()
-    groups = -(-count // 8)
-    if stream.shape[-1] != groups * bits:
-        stream = torch.nn.functional.pad(stream, (0, groups * bits - stream.shape[-1]))
-    cells = torch.zeros(*lead, groups, 8, dtype=torch.uint8, device=words.device)
-    cells[..., :bits] = stream.reshape(*lead, groups, bits)
-    for part in torch.split(cells.view(torch.int64).reshape(-1), _GROUPS):
+    if words.numel() == 0:
+        return torch.empty(*lead, count, dtype=torch.uint8, device=words.device)
+    if bits == 8:
+        return stream[..., :count].clone()
+    rows, groups = words.numel() // have, -(-count // 8)
+    if groups * bits == 4 * have:  # no padding between the rows: one long row
+        rows, groups = 1, rows * groups
+    cells = _cells(stream, rows, groups, bits)
+    for part in torch.split(cells.view(-1), _GROUPS):
         _spread(part, bits)
-    return cells.flatten(-2)[..., :count]
+    return cells.view(torch.uint8).view(*lead, -1)[..., :count]

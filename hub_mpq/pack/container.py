@@ -36,14 +36,16 @@ _CHUNK = 1 << 20
 def describe(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """{name: (dtype, shape)} as the header writes them; tensors on the meta device will do."""
     for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES or not name or name == "__metadata__":
-            raise InvalidArgument(f"tensor {name!r} of {tensor.dtype} cannot be stored")
+        if tensor.dtype not in _NAMES or tensor.layout != torch.strided or not name or name == "__metadata__":
+            raise InvalidArgument(f"tensor {name!r}, {tensor.dtype} {tensor.layout}, cannot be stored")
     return {name: (_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def write(path: str | os.PathLike[str], content: str, manifest: str, tensors: Mapping[str, Tensor], room: int) -> int:
     """Write the file atomically, its header padded to `room` bytes; return the bytes written."""
     entries = place(describe(tensors))
+    if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise InvalidArgument(f"tensor {empty[0]!r} is on the meta device: it has no values to write")
     flat = {e.name: tensors[e.name].detach().to("cpu").contiguous().reshape(-1).view(torch.uint8) for e in entries}
     payload = [flat[e.name].numpy().data for e in entries if e.end > e.begin]
     digest = hashlib.sha256()

@@ -9,10 +9,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..errors import InvalidArgument, PackedFormat
-from ..spec import FLOAT_BITS, LayerBits, Policy
 from . import container, header
 from .canonical import dump_json
-from .layout import assemble, flatten, packed_layers
+from .layout import assemble, flatten
 from .manifest import PROVENANCE_RESERVE, Manifest
 from .tensor import PackedTensor, empty_packed
 
@@ -27,14 +26,9 @@ def header_nbytes(tensors: Tensors, manifest: Manifest) -> int:
     PROVENANCE_RESERVE bytes: so the size of a file is a sum over its layers, known before its figures are.
     """
     wide = {name: _at_eight_bits(value) for name, value in tensors.items()}
-    bits = {
-        name: LayerBits(min(level.weight, 8) if level.weight != FLOAT_BITS else FLOAT_BITS, level.activation)
-        for name, level in manifest.policy.bits.items()
-    }
-    text = replace(manifest, policy=Policy(bits, manifest.policy.graph_digest)).to_text()
     spare = max(0, PROVENANCE_RESERVE - len(dump_json(dump_json(dict(manifest.provenance))).encode()))
     entries = header.place(container.describe(flatten(wide)))
-    size = header.rendered_nbytes(CONTENT, text, entries) + spare
+    size = header.rendered_nbytes(CONTENT, manifest.to_text(), entries) + spare
     return 8 + -(-size // 8) * 8
 
 
@@ -84,9 +78,11 @@ def read_packed(path: str | os.PathLike[str]) -> tuple[dict[str, PackedTensor | 
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """The manifest alone: reads and verifies the header, not the tensors."""
-    head = container.read_header(path, CONTENT)
-    return _manifest(path, head)
+    """The manifest alone: reads and verifies the header and the file's size, not the tensors."""
+    try:
+        return Manifest.from_text(container.read_header(path, CONTENT).manifest)
+    except InvalidArgument as error:
+        raise PackedFormat(path, str(error)) from None
 
 
 def parse_manifest(first_bytes: bytes, file: str) -> Manifest:
@@ -96,24 +92,6 @@ def parse_manifest(first_bytes: bytes, file: str) -> Manifest:
     """
     try:
         size = header.header_nbytes_of(first_bytes[:8], len(first_bytes))
-        return _manifest(file, header.decode(first_bytes[:size], CONTENT))
+        return Manifest.from_text(header.decode(first_bytes[:size], CONTENT).manifest)
     except InvalidArgument as error:
         raise PackedFormat(file, str(error)) from None
-
-
-def _manifest(file: object, head: header.Header) -> Manifest:
-    try:
-        return Manifest.from_text(head.manifest)
-    except InvalidArgument as error:
-        raise PackedFormat(file, str(error)) from None
-
-
-__all__ = [
-    "file_nbytes",
-    "header_nbytes",
-    "packed_layers",
-    "parse_manifest",
-    "read_manifest",
-    "read_packed",
-    "write_packed",
-]

@@ -18,16 +18,17 @@ from ..errors import InvalidArgument
 from .canonical import dump_json, load_json
 
 FORMAT_VERSION = 1
-MAX_HEADER = 1 << 25
-"""32 MiB: about 250,000 tensors. Nothing larger is read into memory."""
+MAX_HEADER = 1 << 24
+"""16 MiB: some 100,000 tensors. A larger one is refused before it is read."""
 
 ITEM_BYTES = {
     **{"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2},
     **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1},
 }
+_VERSION = re.compile(rb'\{"__metadata__":\{"format":"pt","format_version":"([0-9]{1,9})","')
 _START = re.compile(
-    rb'\{"__metadata__":\{"format":"pt","format_version":"([0-9]{1,9})","content":"([a-z-]{1,40})",'
-    rb'"digest":"([0-9a-f]{64})","payload_sha256":"([0-9a-f]{64})","manifest":'
+    _VERSION.pattern + rb'content":"([a-z-]{1,40})","digest":"([0-9a-f]{64})",'
+    rb'"payload_sha256":"([0-9a-f]{64})","manifest":'
 )
 _MAX_DIM = 2**63 - 1
 
@@ -92,9 +93,13 @@ def encode(content: str, manifest: str, entries: Iterable[Entry], payload_sha256
 
 
 def _start(header: bytes) -> re.Match[bytes]:
+    version = _VERSION.match(header)
+    if version and int(version.group(1)) != FORMAT_VERSION:
+        found = int(version.group(1))
+        raise InvalidArgument(f"format version {found}: this hub_mpq reads version {FORMAT_VERSION}; try a newer one")
     match = _START.match(header)
     if match is None:
-        raise InvalidArgument("not written by hub_mpq: the metadata of the header does not start as it should")
+        raise InvalidArgument("no file of hub_mpq: its header does not start as one does")
     return match
 
 
@@ -115,9 +120,7 @@ def decode(raw: bytes, content: str) -> Header:
     if header_nbytes_of(raw[:8], len(raw)) != len(raw):
         raise InvalidArgument("the header's length field is wrong")
     start = _start(raw[8:])
-    version, kind, digest, payload = (start.group(i).decode() for i in range(1, 5))
-    if version != str(FORMAT_VERSION):
-        raise InvalidArgument(f"format version {version}; this hub_mpq reads version {FORMAT_VERSION}")
+    kind, digest, payload = (start.group(i).decode() for i in range(2, 5))
     at = 8 + start.start(3)
     if hashlib.sha256(raw[:at] + b"0" * 64 + raw[at + 64 :]).hexdigest() != digest:
         raise InvalidArgument("the header does not match its digest: torn or tampered with")

@@ -17,8 +17,8 @@ CONTENT = "mpq-indicators"
 
 
 def _rows(name: str, scales: Mapping[int, float]) -> Tensor:
-    rows = torch.tensor([[float(bits), float(scales[bits])] for bits in sorted(scales)], dtype=torch.float64)
-    return _checked(name, rows.reshape(-1, 2))
+    rows = [(float(bits), float(scales[bits])) for bits in sorted(scales)]
+    return _checked(name, torch.tensor(rows, dtype=torch.float64).reshape(len(rows), 2))
 
 
 def _checked(name: str, rows: Tensor) -> Tensor:
@@ -31,6 +31,12 @@ def _checked(name: str, rows: Tensor) -> Tensor:
     return rows
 
 
+def _signed(value: object) -> dict[str, bool]:
+    if not isinstance(value, Mapping) or not all(isinstance(v, bool) for v in value.values()):
+        raise InvalidArgument("activation_signed must say true or false for each layer")
+    return dict(value)
+
+
 def write_indicators(path: str | os.PathLike[str], indicators: Indicators) -> int:
     """Write indicators atomically and return the bytes. InvalidArgument unless widths are 1 to 8, scales above 0."""
     tensors = {}
@@ -38,7 +44,7 @@ def write_indicators(path: str | os.PathLike[str], indicators: Indicators) -> in
         for layer, scales in getattr(indicators, side).items():
             tensors[f"{side}/{layer}"] = _rows(f"{side}/{layer}", scales)
     text = dump_json(
-        {"activation_signed": dict(indicators.activation_signed), "provenance": dict(indicators.provenance)}
+        {"activation_signed": _signed(indicators.activation_signed), "provenance": dict(indicators.provenance)}
     )
     return container.write(path, CONTENT, text, tensors, 0)
 
@@ -50,9 +56,7 @@ def read_indicators(path: str | os.PathLike[str]) -> Indicators:
         tree = load_json(head.manifest, "the manifest")
         if not isinstance(tree, dict) or set(tree) != {"activation_signed", "provenance"}:
             raise InvalidArgument("the manifest needs activation_signed and provenance")
-        signed, provenance = tree["activation_signed"], tree["provenance"]
-        if not isinstance(signed, dict) or not all(isinstance(v, bool) for v in signed.values()):
-            raise InvalidArgument("activation_signed must say true or false for each layer")
+        signed, provenance = _signed(tree["activation_signed"]), tree["provenance"]
         if not isinstance(provenance, dict):
             raise InvalidArgument("provenance must be an object")
         sides: dict[str, dict[str, dict[int, float]]] = {"weight": {}, "activation": {}}

@@ -14,7 +14,7 @@ from .header import FORMAT_VERSION
 PROVENANCE_RESERVE = 2048
 """Bytes the provenance always takes in the header, so that a file's size is known before its figures are."""
 
-_LAYER = [f.name for f in fields(LayerSpec)]
+_LAYER = [*(f.name for f in fields(LayerSpec) if f.name != "fixed"), "fixed"]
 _FLOAT = [f.name for f in fields(FloatOp)]
 
 
@@ -38,11 +38,10 @@ class Manifest:
         """Canonical JSON. PolicyMismatch when the policy is for other layers; InvalidArgument if it is no JSON."""
         self.policy.check(self.graph)
         graph = self.graph
-        rows = []
-        for layer in graph:
-            row = [str(v) if isinstance(v, LayerBits) else v for v in astuple(layer)]
-            rows.append([*row[: _LAYER.index("fixed")], str(layer.fixed) if layer.fixed else None])
-            rows[-1].append(str(self.policy.bits[layer.name]))
+        rows = [
+            [*(getattr(layer, name) for name in _LAYER[:-1]), layer.fixed and str(layer.fixed), str(bits)]
+            for layer, bits in ((layer, self.policy.bits[layer.name]) for layer in graph)
+        ]
         return dump_json(
             {
                 "base_model": self.base_model,
