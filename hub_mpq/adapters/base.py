@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..errors import HubMPQError
 from ..spec import LayerGraph
@@ -34,11 +35,15 @@ class Source:
 
 
 def noise(*shape: int, like: nn.Module) -> Tensor:
-    """Standard normal values, the same each time, in the dtype and on the device of the model's Parameters."""
+    """Standard normal values on the CPU, the same each time, in the dtype of the model's Parameters."""
     weight = next((p for p in like.parameters() if p.is_floating_point()), torch.empty(0))
-    if weight.is_meta:
-        return torch.empty(*shape, dtype=weight.dtype, device="meta")
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(weight)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+
+
+def placed(example: Example, model: nn.Module) -> Any:
+    """The example on the device of the model."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, example)
 
 
 def cannot_build(model_id: str, error: Exception, *, pretrained: bool) -> HubMPQError:

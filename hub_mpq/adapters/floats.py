@@ -20,11 +20,20 @@ _WEIGHTY = (
     nn.RNNBase,
     nn.RNNCellBase,
 )
+Row = tuple[str, str, str]
+"""Name, kind and reason of a FloatOp."""
 
 
 def weighty(module: nn.Module) -> bool:
     """Whether a module is a layer that multiplies its input by, or looks it up in, a weight of its own."""
     return isinstance(module, _WEIGHTY) or layer_kind(module) is not None
+
+
+def replaced_parameters(modules: Mapping[str, nn.Module], quantized: Collection[str]) -> set[int]:
+    """ids of the Parameters that only quantized layers hold as their weight: no float copy of them is kept."""
+    mine = {id(modules[name].weight) for name in quantized}
+    others = {id(p) for name, m in modules.items() if name not in quantized for p in m._parameters.values()}
+    return mine - others
 
 
 def float_ops(
@@ -33,8 +42,8 @@ def float_ops(
     """Every product outside the quantized layers, and every layer left float even if it multiplied nothing.
 
     A layer goes by its own name, and so does one whose weight is used without calling it; a product of two
-    activations by the name of the module in which it ran, kind "attention" or "matmul". Each Parameter is counted
-    in one row, and in none when a quantized layer has it.
+    activations by the name of the module in which it ran, kind "attention" or "matmul". Each Parameter of which a
+    float copy is kept counts in one row.
     """
     parameters = {
         f"{name}.{key}" if name else key: value
@@ -51,22 +60,18 @@ def float_ops(
             weights[row] += used
     ran = {c.name for c in run.calls}
     listed = {name for name, _, _ in rows}
-    counted = {id(modules[name].weight) for name in quantized}
     for name, module in modules.items():
-        if weighty(module) and name not in quantized and name not in listed and not _alias(module, counted):
-            reason = _reason(module, name in excluded) if name in ran else "it does not run in the traced forward"
-            rows[name, type(module).__name__, reason] += 0
-            weights[name, type(module).__name__, reason] += _matrices(module)
+        if weighty(module) and name not in quantized and name not in listed:
+            row = name, type(module).__name__, _reason(module, name in excluded, ran=name in ran)
+            rows[row] += 0
+            weights[row] += _matrices(module)
+    counted = replaced_parameters(modules, quantized)
     ops = []
     for (name, kind, reason), count in rows.items():
         new = {id(p): p.numel() for p in weights[name, kind, reason] if id(p) not in counted}
         counted |= new.keys()
         ops.append(FloatOp(name, kind, count // run.batch, sum(new.values()), reason))
     return tuple(ops)
-
-
-Row = tuple[str, str, str]
-"""Name, kind and reason of a FloatOp."""
 
 
 def _product(
@@ -84,22 +89,24 @@ def _product(
     if weight is not None and all(p is not weight for p in own):
         owner, _, key = part.rpartition(".")
         name = owner if key == "weight" else part
-        return (name, type(modules[owner]).__name__, "its weight is used outside its own forward"), [weight]
-    if weight is not None or weighty(module) or (_matrices(module) and not list(module.children())):
+        return (name, type(modules[owner]).__name__, _reason(modules[owner], owner in excluded, ran=True)), [weight]
+    if weight is not None or weighty(module) or (own and _matrices(module) and not list(module.children())):
         # a weight of its own, as it is or standardised, normalised, masked before use
-        return (where or part, kind, _reason(module, where in excluded)), [weight] if weight is not None else own
-    name = kind.lower()
-    kind = "attention" if fused or "attention" in name or "attn" in name else "matmul"
-    return (where, kind, f"product with the buffer {part}" if part else "product of two activations"), []
+        used = [weight] if weight is not None else _matrices(module)
+        return (where or part, kind, _reason(module, where in excluded, ran=True)), used
+    attention = fused or "attention" in kind.lower() or "attn" in kind.lower()
+    reason = f"product with the buffer {part}" if part else "product of two activations"
+    return (where or kind, "attention" if attention else "matmul", reason), []
 
 
 def _matrices(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module._parameters.values() if p is not None and p.ndim >= 2]
+    weight = module._parameters.get("weight")
+    return [p for p in module.parameters() if p.ndim >= 2] if weight is None else [weight]
 
 
-def _alias(module: nn.Module, counted: Collection[int]) -> bool:
-    return any(id(p) in counted for p in _matrices(module))
-
-
-def _reason(module: nn.Module, excluded: bool) -> str:
-    return "excluded by the user" if excluded else why_not(module) or "its weight is used outside its own forward"
+def _reason(module: nn.Module, excluded: bool, *, ran: bool) -> str:
+    if excluded:
+        return "excluded by the user"
+    return why_not(module) or (
+        "its weight is used outside its own forward" if ran else "it does not run in the traced forward"
+    )

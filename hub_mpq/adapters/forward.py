@@ -71,32 +71,44 @@ def tensors_of(example: Example) -> list[Tensor]:
 def watched_forward(model: nn.Module, example: Example) -> Run:
     """Run the model once on one sample, on meta tensors where that works, and leave it as it was.
 
+    A model whose forward looks at values runs on its own Parameters; one that is on meta itself runs on zeros that
+    take no memory, and then on as many samples as the example has, where one alone does not do.
     Raises HubMPQError when no way of running it works, with the model's own message.
     """
     batch = batch_size(example)
     first = tree_map(lambda x: x[:1] if isinstance(x, Tensor) and x.ndim and x.shape[0] == batch else x, example)
-    on_meta = all(p.is_meta for p in model.parameters())
-    error: Exception | None = None
+    on_meta = any(p.is_meta for p in model.parameters())
+    errors: list[Exception] = []
     for sample in (first, example) if batch > 1 else (example,):
-        for meta in (True,) if on_meta else (True, False):
+        for way in (_on_meta, _on_zeros if on_meta else _as_is):
             try:
-                run = _run(model, sample, meta=meta)
+                run = way(model, sample)
                 run.batch = batch_size(sample)
                 return run
-            except Exception as caught:  # a model may raise anything on meta tensors or on a batch of one
-                error = caught
-    what = "without weights (its forward looks at values)" if on_meta else "on the example input"
-    message = str(error).strip().partition("\n")[0]
-    raise HubMPQError(f"{type(model).__name__} does not run {what}: {type(error).__name__}: {message}") from error
+            except Exception as error:  # a model may raise anything on meta tensors or on a batch of one
+                errors.append(error)
+    said = f"{type(errors[-1]).__name__}: {str(errors[-1]).strip().partition(chr(10))[0]}"
+    raise HubMPQError(f"{type(model).__name__} does not run on the example input [{said}]") from errors[-1]
 
 
-def _run(model: nn.Module, example: Example, *, meta: bool) -> Run:
+def _as_is(model: nn.Module, example: Example) -> Run:
     named = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-    if not meta:
-        return _hooked(model, named, lambda: call(model, example))
-    example = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, example)
-    swapped = {name: torch.empty_like(tensor, device="meta") for name, tensor in named.items()}
-    args, kwargs = _arguments(example)
+    return _hooked(model, named, lambda: call(model, example))
+
+
+def _on_meta(model: nn.Module, example: Example) -> Run:
+    return _instead(model, example, lambda t: torch.empty_like(t, device="meta"), "meta")
+
+
+def _on_zeros(model: nn.Module, example: Example) -> Run:
+    return _instead(model, example, lambda t: torch.zeros((), dtype=t.dtype).expand(t.shape), "cpu")
+
+
+def _instead(model: nn.Module, example: Example, stand_in: Callable[[Tensor], Tensor], device: str) -> Run:
+    """Run with other tensors in the place of Parameters and buffers."""
+    named = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    swapped = {name: stand_in(tensor) for name, tensor in named.items()}
+    args, kwargs = _arguments(tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, example))
     return _hooked(model, swapped, lambda: torch.func.functional_call(model, swapped, args, kwargs))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import HubMPQError, InvalidArgument
-from .base import Source, cannot_build, noise
+from .base import Source, cannot_build, noise, placed
 from .trace import build_graph
 
 
@@ -38,6 +38,7 @@ def load_timm(
     pretrained: bool = True,
     checkpoint_path: str | Path | None = None,
     meta: bool = False,
+    revision: str | None = None,
     input_size: tuple[int, int, int] | None = None,
     exclude: Iterable[str] = (),
     **model_kwargs: Any,
@@ -54,6 +55,10 @@ def load_timm(
     if checkpoint_path is not None and not Path(checkpoint_path).is_file():
         raise InvalidArgument(f"checkpoint_path: no file {str(checkpoint_path)!r}")
     name = _timm_uri(model_id)
+    if revision is not None:
+        if not name.startswith(("hf-hub:", "hf_hub:")):
+            raise InvalidArgument(f"revision={revision!r} needs a Hub id such as hf-hub:user/name, not {model_id!r}")
+        name = f"{name}@{revision}"
     pretrained = pretrained and checkpoint_path is None and not meta
     path = None if checkpoint_path is None or meta else str(checkpoint_path)
     try:
@@ -72,11 +77,18 @@ def load_timm(
     if "in_chans" in model_kwargs:
         data["input_size"] = (model_kwargs["in_chans"], *data["input_size"][1:])
     example = (noise(1, *data["input_size"], like=model),)
-    revision = _revision(model)
+    on_device = placed(example, model)
+    commit = _revision(model)
     graph = build_graph(
-        model, example, model_id=model_id, revision=revision, library="timm", head=_head(model), exclude=exclude
+        model,
+        example if meta else on_device,
+        model_id=model_id,
+        revision=commit,
+        library="timm",
+        head=_head(model),
+        exclude=exclude,
     )
-    return Source(model, model_id, revision, "timm", example, graph, data, _config(model, model_kwargs))
+    return Source(model, model_id, commit, "timm", on_device, graph, data, _config(model, model_kwargs))
 
 
 def _timm_uri(model_id: str) -> str:

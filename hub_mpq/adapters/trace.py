@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import InvalidArgument
 from ..nn.types import layer_kind
 from ..spec import FloatOp, LayerBits, LayerGraph, LayerSpec
-from .floats import float_ops, weighty
+from .floats import float_ops, replaced_parameters, weighty
 from .forward import Example, Run, call, tensors_of, watched_forward
 from .untouched import untouched
 
@@ -31,7 +31,8 @@ def trace(
     for none; by default the last quantizable layer that runs. `exclude`: glob patterns of layers to leave float.
     The first layer with weights to run (the stem), every embedding and the head are fixed at 8 bits.
     A layer that runs several times has its MACs and its input features added up.
-    Layers that share a Parameter get one `tie` and name its first user as `weight_owner`. Linear layers of one
+    Layers that share a Parameter get one `tie` and name its first user as `weight_owner`, those that never run
+    themselves come last. Linear layers of one
     parent that read the same tensor (q, k, v; gate, up) get one `activation_tie`.
     The model is left as it was. Raises HubMPQError when the model does not run on the example.
     """
@@ -40,6 +41,12 @@ def trace(
     left_out = _excluded(modules, exclude)
     order = list(dict.fromkeys(c.name for c in run.calls if weighty(modules[c.name])))
     names = [name for name in order if layer_kind(modules[name]) and name not in left_out]
+    held = {id(modules[name].weight) for name in names}
+    names += [
+        name
+        for name, module in modules.items()  # T5's `shared` only lends its Parameter: replaced with the rest
+        if layer_kind(module) and name not in order and name not in left_out and id(module.weight) in held
+    ]
     macs: Counter[str] = Counter()
     for (where, _, _), count in run.macs.items():
         macs[where] += count
@@ -81,7 +88,7 @@ def build_graph(
     """The LayerGraph of a model; arguments as in `trace`."""
     layers, floats = trace(model, example, head=head, exclude=exclude)
     first = next(iter(tensors_of(example)), None)
-    weights = {id(model.get_parameter(f"{layer.name}.weight")) for layer in layers}
+    replaced = replaced_parameters(dict(model.named_modules()), {layer.name for layer in layers})
     state = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, torch.Tensor)}
     return LayerGraph(
         model_id=model_id,
@@ -90,7 +97,7 @@ def build_graph(
         input_shape=() if first is None else tuple(first.shape[1:]),
         layers=layers,
         floats=floats,
-        other_bytes=sum(t.numel() * t.element_size() for key, t in state.items() if key not in weights),
+        other_bytes=sum(t.numel() * t.element_size() for key, t in state.items() if key not in replaced),
     )
 
 

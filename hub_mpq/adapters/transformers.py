@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import HubMPQError, InvalidArgument
 from ..nn.types import layer_kind
-from .base import Source, cannot_build, noise
+from .base import Source, cannot_build, noise, placed
 from .trace import build_graph
 
 
@@ -57,10 +57,11 @@ def load_transformers(
     except Exception as error:
         raise cannot_build(model_id, error, pretrained=pretrained) from error
     example = example_for(model, sequence_length)
+    on_device = placed(example, model)
     revision = getattr(config, "_commit_hash", None)
     graph = build_graph(
         model,
-        example,
+        example if meta else on_device,
         model_id=model_id,
         revision=revision,
         library="transformers",
@@ -71,7 +72,7 @@ def load_transformers(
     preprocess = {"tokenizer" if "input_ids" in example else "processor": model_id}
     if "input_ids" in example:
         preprocess["sequence_length"] = example["input_ids"].shape[1]
-    return Source(model, model_id, revision, "transformers", example, graph, preprocess, config.to_dict())
+    return Source(model, model_id, revision, "transformers", on_device, graph, preprocess, config.to_dict())
 
 
 def _model_class(config: Any, auto_class: str | None) -> Any:
@@ -113,7 +114,8 @@ def _fill(model: nn.Module, file: Path) -> None:
 
 
 def head_of(model: nn.Module) -> tuple[str, ...]:
-    """The language model's head, else the layers outside the base model that run last; () for a bare encoder."""
+    """The language model's head, else the layers outside the base model with as many outputs as the last of them
+    (a distilled model has two classifiers); () for a bare encoder."""
     outside = [name for name, module in model.named_modules() if layer_kind(module)]
     with contextlib.suppress(AttributeError, NotImplementedError):
         output = model.get_output_embeddings()  # type: ignore[operator]
@@ -123,7 +125,9 @@ def head_of(model: nn.Module) -> tuple[str, ...]:
     base = getattr(model, "base_model_prefix", "")
     if not base or not isinstance(getattr(model, base, None), nn.Module):
         return ()
-    return tuple(name for name in outside if not name.startswith(f"{base}."))[-1:]
+    outside = [name for name in outside if not name.startswith(f"{base}.")]
+    outputs = {name: model.get_parameter(f"{name}.weight").shape[0] for name in outside}
+    return tuple(name for name in outside if outputs[name] == outputs[outside[-1]])
 
 
 def example_for(model: nn.Module, sequence_length: int = 128) -> dict[str, Any]:
@@ -136,7 +140,7 @@ def example_for(model: nn.Module, sequence_length: int = 128) -> dict[str, Any]:
     both = vision is not None and hasattr(config, "text_config") and not model.can_generate()  # type: ignore[operator]
     example: dict[str, Any] = {}
     if main == "input_ids" or (both and "input_ids" in takes):
-        example["input_ids"] = _tokens(model, text, sequence_length)
+        example["input_ids"] = _tokens(text, sequence_length)
     if main == "pixel_values" or (both and "pixel_values" in takes):
         example["pixel_values"] = noise(1, *_image_shape(vision or config), like=model)
     if main == "input_features":
@@ -146,20 +150,19 @@ def example_for(model: nn.Module, sequence_length: int = 128) -> dict[str, Any]:
     if not example:
         raise InvalidArgument(f"no example input is known for {type(model).__name__}, whose main input is {main!r}")
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
-        example["decoder_input_ids"] = _tokens(model, text, sequence_length)
+        example["decoder_input_ids"] = _tokens(text, sequence_length)
     return example
 
 
-def _tokens(model: nn.Module, config: Any, length: int) -> torch.Tensor:
+def _tokens(config: Any, length: int) -> torch.Tensor:
     longest = getattr(config, "max_position_embeddings", None)
     length = min(length, longest) if isinstance(longest, int) and longest > 0 else length
-    ids = torch.arange(length) % config.vocab_size
+    ids: torch.Tensor = torch.arange(length) % config.vocab_size
     end = getattr(config, "eos_token_id", None)
     if isinstance(end, int) and 0 <= end < config.vocab_size:
         ids[ids == end] = (end + 1) % config.vocab_size  # some classifiers read the state of the one end token
         ids[-1] = end
-    sample: torch.Tensor = ids[None].to(next(model.parameters()).device)
-    return sample
+    return ids.unsqueeze(0)
 
 
 def _image_shape(config: Any) -> tuple[int, int, int]:
