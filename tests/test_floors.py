@@ -13,6 +13,7 @@ FLOOR = {
     **dict.fromkeys(["adapters", "train"], 4),
     "search": 5,
     "hub": 6,
+    "report": 6,
     "model": 7,
     **dict.fromkeys(["cli", "__main__", "__init__"], 8),
 }

@@ -1,4 +1,4 @@
-"""Layers whose weight and input pass through a quantizer. Each keeps its float form's attributes and state-dict keys."""
+"""Layers whose weight and input pass through a quantizer; attributes and state-dict keys stay the float form's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _operands(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class QuantConv2d(nn.Conv2d):
-    """2-d convolution, x [N, C, H, W]. `same_padding`: TensorFlow's SAME, computed from the input (timm's Conv2dSame)."""
+    """2-d convolution, x [N, C, H, W]. `same_padding`: TensorFlow's SAME, as timm's Conv2dSame computes it."""
 
     weight_quantizer: Quantizer
     input_quantizer: Quantizer | None

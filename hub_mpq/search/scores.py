@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 from ..errors import InvalidArgument
 from ..spec import FLOAT_BITS, Candidates, Indicators, LayerBits, LayerGraph
@@ -17,8 +18,8 @@ def available(scales: Mapping[int, float]) -> list[int]:
     narrowest one, so that no budget becomes unreachable.
     """
     widths = sorted(scales)
-    kept = [b for b, wider in zip(widths[1:], widths[2:], strict=False) if scales[b] >= scales[wider]]
-    return [*widths[:1], *kept, *widths[1:][-1:]]
+    kept = {b for b, wider in pairwise(widths) if scales[b] >= scales[wider]}
+    return [b for b in widths if b in kept or b in (widths[0], widths[-1])]
 
 
 def balance(indicators: Indicators) -> float:

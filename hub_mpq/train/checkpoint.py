@@ -28,7 +28,7 @@ class Checkpoints:
         return found[-1] if found else None
 
     def save(self, step: int) -> None:
-        """Write the state after `step` optimizer steps; raises HubMPQError when the disk is full, keeping the old one."""
+        """Write the state after `step` optimizer steps; HubMPQError when the disk is full, the old one then stays."""
         before, final = self.last, self.folder / f"step-{step:08d}"
         partial = self.folder / f"partial-{step:08d}"
         try:
@@ -55,7 +55,7 @@ class Checkpoints:
 
 
 class StopOnSignal:
-    """While active, SIGINT and SIGTERM only set `raised`; the loop stops after the step it is in. A second one ends it."""
+    """While active, SIGINT and SIGTERM set `raised`, and the loop stops after its step; a second one stops at once."""
 
     def __init__(self, *, active: bool) -> None:
         self.raised = False

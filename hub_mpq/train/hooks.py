@@ -22,7 +22,7 @@ class Hooks:
         raise NotImplementedError
 
     def losses(self, model: nn.Module, batch: Any, rng: random.Random) -> Iterator[tuple[Tensor, str | None]]:
-        """Yield (loss, group name): each gets its own backward, and gradients add up. A None group is all parameters."""
+        """Yield (loss, group name): each gets its own backward, gradients add up. A group of None: all parameters."""
         raise NotImplementedError
 
     def before_step(self, model: nn.Module, step: int) -> None:

@@ -1,0 +1,67 @@
+"""The table a user wants to read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .cost.bitops import float_bitops, layer_bitops
+from .cost.size import layer_nbytes
+from .spec import LayerGraph, Policy, Usage
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Text table: first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        return "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+
+    return "\n".join([line(head), line(["-" * w for w in widths]), *map(line, rows)])
+
+
+def human(amount: float) -> str:
+    """1234567 → "1.235 M"."""
+    for factor, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " K")):
+        if abs(amount) >= factor:
+            return f"{amount / factor:.3f}{unit}"
+    return f"{amount:.4g}"
+
+
+def report(
+    graph: LayerGraph,
+    policy: Policy | None,
+    usage: Usage | None,
+    metrics: Mapping[str, Mapping[str, float]],
+    seconds: Mapping[str, float],
+) -> str:
+    """Per layer and in all; layers left float and products of activations at the end."""
+    rows = []
+    for layer in graph:
+        bits = policy.bits[layer.name] if policy else layer.fixed
+        rows.append(
+            [
+                layer.name,
+                layer.kind,
+                ("fixed " if layer.fixed else "") + (str(bits) if bits else "searched"),
+                human(layer.macs),
+                human(layer.weight_count),
+                human(layer_bitops(layer, bits)) if bits else "",
+                human(layer_nbytes(layer, bits)) if bits else "",
+            ]
+        )
+    for op in graph.floats:
+        rows.append([op.name, op.kind, "float", human(op.macs), human(op.weight_count), human(float_bitops(op)), ""])
+    lines = [f"{graph.model_id} ({graph.library}), input {'×'.join(map(str, graph.input_shape))}"]
+    lines.append(table(["layer", "kind", "bits", "MACs", "weights", "BitOps", "bytes"], rows))
+    if usage is not None:
+        lines.append(
+            f"BitOps {human(usage['bitops'])}  packed file {human(usage['size'])}B"
+            f"  compression {usage['compression']:.2f}x of the quantized weights"
+        )
+    for op in graph.floats:
+        lines.append(f"float: {op.name} ({op.reason})")
+    for which, figures in metrics.items():
+        lines.append(f"{which}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+    if seconds:
+        lines.append("seconds: " + ", ".join(f"{k} {v:.3g}" for k, v in seconds.items()))
+    return "\n".join(lines)
