@@ -46,6 +46,8 @@ def _library(model_id: str, revision: str | None) -> Library:
         if not (folder / "config.json").is_file():
             raise InvalidArgument(f"{model_id!r} holds no config.json, so it is no model folder")
         return _library_of(model_id, folder / "config.json")
+    if model_id.startswith((".", "/", "~", "\\")):
+        raise InvalidArgument(f"no such folder: {model_id!r}")
     if model_id.startswith(("timm/", "hf-hub:", "hf_hub:", "local-dir:")):
         return "timm"
     from .timm import is_timm_name, near_names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,13 +49,18 @@ def placed(example: Example, model: nn.Module) -> Any:
 
 def cannot_build(model_id: str, error: Exception, *, pretrained: bool) -> HubMPQError:
     """One sentence on why a model could not be built, from whatever its library raised."""
-    said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    first = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
+    said = f"[{type(error).__name__}: {first}]"
     origin = type(error).__module__.partition(".")[0]
-    if isinstance(error, OSError) or origin in ("huggingface_hub", "httpx", "requests", "urllib3"):
-        what = "weights" if pretrained else "configuration"
-        way = "pretrained=False builds it without weights, checkpoint_path= takes a file that is here"
+    if not (isinstance(error, OSError) or origin in ("huggingface_hub", "httpx", "requests", "urllib3")):
+        return HubMPQError(f"{model_id!r} can't be built {said}")
+    way = "pretrained=False builds it without weights, checkpoint_path= takes a file that is here"
+    if Path(model_id).is_dir():
+        return HubMPQError(f"the folder {model_id!r} can't be read; {way} {said}")
+    if pretrained:
         return HubMPQError(
-            f"the {what} of {model_id!r} can't be fetched; check the name and the network"
-            f"{f' ({way})' if pretrained else ', or give a local folder'} [{said}]"
+            f"the weights of {model_id!r} can't be fetched; check the name and the network ({way}) {said}"
         )
-    return HubMPQError(f"{model_id!r} can't be built [{said}]")
+    return HubMPQError(
+        f"the configuration of {model_id!r} can't be fetched; check the name and the network, or give a folder {said}"
+    )

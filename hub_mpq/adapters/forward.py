@@ -108,8 +108,13 @@ def _instead(model: nn.Module, example: Example, stand_in: Callable[[Tensor], Te
     """Run with other tensors in the place of Parameters and buffers."""
     named = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     swapped = {name: stand_in(tensor) for name, tensor in named.items()}
-    args, kwargs = _arguments(tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, example))
+    example = tree_map(lambda x: _moved(x, device) if isinstance(x, Tensor) else x, example)
+    args, kwargs = _arguments(example)
     return _hooked(model, swapped, lambda: torch.func.functional_call(model, swapped, args, kwargs))
+
+
+def _moved(x: Tensor, device: str) -> Tensor:
+    return torch.zeros_like(x, device=device) if x.is_meta and device != "meta" else x.to(device)
 
 
 def _hooked(model: nn.Module, named: Mapping[str, Tensor], forward: Callable[[], Any]) -> Run:

@@ -68,6 +68,7 @@ def load_timm(
         raise InvalidArgument(f"timm can't build {model_id!r}: {error}") from error
     except Exception as error:
         raise cannot_build(model_id, error, pretrained=pretrained) from error
+    model.eval()  # as transformers returns its models
     data: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
     if input_size is not None:
         data["input_size"] = tuple(input_size)
@@ -140,8 +141,8 @@ def _config(model: nn.Module, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         file = Path(folder) / "config.json"
         try:
             _hub.save_config_for_hf(model, str(file), model_args=dict(model_kwargs))
-        except (TypeError, ValueError) as error:
-            raise HubMPQError(f"these model arguments can't be written to a config.json: {error}") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise HubMPQError(f"timm writes no config.json for a model built like this: {error}") from error
         config: dict[str, Any] = json.loads(file.read_text())
     config.get("model_args", {}).pop("num_classes", None)
     if not config.get("model_args", True):

@@ -1,0 +1,169 @@
+"""timm models without weights, against known counts."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hub_mpq.adapters import from_module, load, norm_of
+from hub_mpq.cost import level_bitops
+from hub_mpq.errors import HubMPQError, InvalidArgument
+from hub_mpq.spec import LayerBits
+
+
+def macs(graph):
+    return sum(layer.macs for layer in graph), sum(op.macs for op in graph.floats)
+
+
+def test_resnet18_bitops_are_the_published_ones():
+    graph = load("resnet18", meta=True).graph
+    assert len(graph) == 21
+    assert {layer.name: layer.fixed for layer in graph if layer.fixed} == dict.fromkeys(
+        ("conv1", "fc"), LayerBits(8, 8)
+    )
+    assert graph.input_shape == (3, 224, 224)
+    assert graph["layer2.0.downsample.0"].macs == 28 * 28 * 64 * 128
+    assert level_bitops(graph, "W4A4") == 34_714_419_200
+    assert level_bitops(graph, "W3A3") == 22_845_587_456
+    assert graph.floats == ()
+    # 20 norms of 4 float32 vectors and a counter, and the bias of fc
+    assert graph.other_bytes == 4800 * 4 * 4 + 20 * 8 + 4000
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "modules", "attention"),
+    [
+        ("resnet50", 54, 4_089_184_256, 0),
+        ("mobilenetv2_100", 53, 300_774_272, 0),
+        ("vit_small_patch16_224", 50, 4_241_218_560, 12 * 2 * 197 * 197 * 384),
+    ],
+)
+def test_known_counts(name, layers, modules, attention):
+    graph = load(name, meta=True).graph
+    assert len(graph) == layers
+    assert macs(graph) == (modules, attention)
+
+
+FAMILIES = {
+    "convnext_atto": 1,
+    "efficientnet_b0": 1,
+    "densenet121": 1,
+    "regnety_002": 1,
+    "mobilenetv3_small_050": 1,
+    "ghostnet_050": 1,
+    "mixer_s32_224": 1,
+    "inception_v3": 1,
+    "levit_128s": 2,
+    "deit_tiny_distilled_patch16_224": 2,
+    "swin_tiny_patch4_window7_224": 1,
+    "mobilevit_xxs": 1,
+    "beit_base_patch16_224": 1,
+    "swinv2_tiny_window8_256": 1,
+    "resnetv2_50x1_bit": 1,
+    "nfnet_l0": 1,
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_product_is_counted_once(name):
+    """All layers and float work together are what torch's own flop counter sees, and each head is found."""
+    source = load(name, meta=True)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        source.model.eval()(*source.example)
+    assert 2 * sum(macs(source.graph)) == counter.get_total_flops()
+    heads = [layer.name for layer in source.graph if layer.fixed][-FAMILIES[name] :]
+    assert all(source.graph[head].weight_shape[0] == 1000 for head in heads)
+    assert all(op.reason for op in source.graph.floats)
+
+
+def test_hard_layers_stay_float_and_say_why():
+    floats = {op.name: op for op in load("nfnet_l0", meta=True).graph.floats}
+    assert floats["stem.conv1"].kind == "ScaledStdConv2d"
+    assert "forward of its own" in floats["stem.conv1"].reason
+    floats = {op.name: op for op in load("beit_base_patch16_224", meta=True).graph.floats}
+    assert floats["blocks.0.attn.qkv"].macs == 197 * 768 * 2304
+    assert "outside its own forward" in floats["blocks.0.attn.qkv"].reason
+
+
+def test_norms_of_timm():
+    for name, norms in {"resnet18": 20, "mobilenetv2_100": 52, "efficientnet_b0": 49}.items():
+        source = load(name, meta=True)
+        found = norm_of(source.model, source.example)
+        assert len(found) == norms == len(set(found.values()))
+    assert found["blocks.0.0.bn1"] == "blocks.0.0.conv_dw"
+
+
+def test_mobilenet_v1_is_quantized_whole():
+    """shared/data: strided convolutions are Conv2dSame."""
+    from timm.models.efficientnet import _gen_mobilenet_v1
+
+    net = _gen_mobilenet_v1("mobilenetv1_100", channel_multiplier=0.75, pad_type="same", bn_eps=1e-3)
+    source = from_module(net, torch.randn(2, 3, 224, 224))
+    same = {name for name, m in net.named_modules() if type(m).__name__ == "Conv2dSame"}
+    assert len(same) == 5
+    assert same < set(source.graph.names)
+    assert len(source.graph) == 28
+    assert source.graph.floats == ()
+    assert source.graph["conv_stem"].macs == 112 * 112 * 27 * 24
+    # width multiplier 0.75 at 224: 325 million multiply-adds (Howard et al., 2017, table 6)
+    assert round(macs(source.graph)[0] / 1e6) == 325
+    assert [layer.name for layer in source.graph if layer.fixed] == ["conv_stem", "classifier"]
+    assert len(norm_of(net, source.example)) == 27
+    assert (source.library, source.model_id, source.config) == ("module", "EfficientNet", {})
+
+
+def test_model_arguments_example_and_config():
+    source = load("resnet18", pretrained=False, num_classes=10, in_chans=1)
+    assert source.graph["fc"].weight_shape == (10, 512)
+    assert source.example[0].shape == (1, 1, 224, 224)
+    assert source.config["architecture"] == "resnet18"
+    assert "num_classes" not in source.config["model_args"]
+    assert source.preprocess["input_size"][0] == 1
+    assert load("vit_tiny_patch16_224", meta=True, img_size=96).graph.input_shape == (3, 96, 96)
+    assert load("resnet18", meta=True, input_size=(3, 64, 64)).graph.input_shape == (3, 64, 64)
+    bare = load("resnet18", meta=True, num_classes=0).graph
+    assert [layer.name for layer in bare if layer.fixed] == ["conv1"]
+
+
+def test_a_saved_folder_loads_again(tmp_path):
+    from safetensors.torch import save_file
+
+    source = load("test_resnet", pretrained=False, num_classes=7)
+    (tmp_path / "config.json").write_text(json.dumps(source.config))
+    assert load(str(tmp_path), pretrained=False).graph.digest == source.graph.digest
+    with pytest.raises(HubMPQError, match="No suitable checkpoints"):
+        load(str(tmp_path))
+    save_file(source.model.state_dict(), tmp_path / "model.safetensors")
+    for again in (
+        load(str(tmp_path)),
+        load("test_resnet", num_classes=7, checkpoint_path=tmp_path / "model.safetensors"),
+    ):
+        assert all(torch.equal(v, again.model.state_dict()[k]) for k, v in source.model.state_dict().items())
+
+
+def test_what_timm_does_not_have():
+    with pytest.raises(InvalidArgument, match="unknown model 'resnet81'; did you mean resnet18"):
+        load("resnet81")
+    with pytest.raises(InvalidArgument, match="timm has no model 'mobilenetv2_1oo'; did you mean .*mobilenetv2_100"):
+        load("mobilenetv2_1oo", library="timm")
+    with pytest.raises(
+        HubMPQError, match=r"weights of 'resnet18' can't be fetched.*pretrained=False.*checkpoint_path="
+    ):
+        load("resnet18")
+    with pytest.raises(HubMPQError, match=r"weights of 'timm/resnet18.a1_in1k' can't be fetched"):
+        load("timm/resnet18.a1_in1k")
+    with pytest.raises(InvalidArgument, match=r"no file 'missing\.pth'"):
+        load("resnet18", checkpoint_path="missing.pth")
+    with pytest.raises(InvalidArgument, match="unexpected keyword argument 'colour'"):
+        load("resnet18", pretrained=False, colour=3)
+    with pytest.raises(InvalidArgument, match="needs a Hub id"):
+        load("resnet18", pretrained=False, revision="main")
+
+
+def test_from_module_refuses_what_is_no_network():
+    with pytest.raises(InvalidArgument, match=r"takes an nn\.Module"):
+        from_module("resnet18", torch.zeros(1))
+    with pytest.raises(InvalidArgument, match="holds no tensor"):
+        from_module(nn.Linear(2, 2), ())

@@ -1,0 +1,221 @@
+"""transformers models from configs, against closed forms."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as T
+from torch.utils.flop_counter import FlopCounterMode
+
+from hub_mpq.adapters import load
+from hub_mpq.errors import HubMPQError, InvalidArgument
+from hub_mpq.spec import LayerBits
+
+EMBEDDING, EDGE = LayerBits(8, 32), LayerBits(8, 8)
+
+
+def macs(graph):
+    return sum(layer.macs for layer in graph), sum(op.macs for op in graph.floats)
+
+
+def fixed(graph):
+    return {layer.name: layer.fixed for layer in graph if layer.fixed}
+
+
+def test_bert_base(folder):
+    source = load(folder(T.BertConfig(), "BertModel"), meta=True, sequence_length=200)
+    length, width = 200, 768
+    layer = length * (4 * width * width + 2 * width * 3072)
+    assert macs(source.graph) == (12 * layer + width * width, 12 * 2 * length * length * width)
+    assert {op.kind for op in source.graph.floats} == {"attention"}
+    assert set(fixed(source.graph).values()) == {EMBEDDING}  # a bare encoder has no head
+    assert len(fixed(source.graph)) == 3
+    attention = [n for n in source.graph.names if n.startswith("encoder.layer.3.attention.self.")]
+    assert len(attention) == 3
+    assert len({source.graph[n].activation_tie for n in attention} - {None}) == 1
+    assert source.example["input_ids"].is_meta
+    assert source.preprocess["sequence_length"] == 200
+    assert source.graph.input_shape == (200,)
+
+
+def test_gpt2_and_its_transposed_linears(folder):
+    source = load(folder(T.GPT2Config(), "GPT2LMHeadModel"), meta=True)
+    graph, length, width = source.graph, 128, 768
+    first = graph["transformer.h.0.attn.c_attn"]
+    assert (first.kind, first.weight_shape, first.macs) == ("conv1d", (width, 3 * width), 3 * length * width * width)
+    assert macs(graph) == (12 * 12 * length * width**2 + length * width * 50257, 12 * 2 * length**2 * width)
+    assert graph["lm_head"].weight_owner == "transformer.wte"
+    assert graph["lm_head"].tie == graph["transformer.wte"].tie
+    assert fixed(graph) == {"transformer.wte": EMBEDDING, "transformer.wpe": EMBEDDING, "lm_head": EDGE}
+
+
+def test_seven_billion_parameters_take_seconds_and_no_memory(folder):
+    path = folder(T.LlamaConfig(), "LlamaForCausalLM")
+    start = time.perf_counter()
+    source = load(path, meta=True)
+    assert time.perf_counter() - start < 20  # 0.5 s alone on this machine; two cores are shared
+    graph, length, width = source.graph, 128, 4096
+    assert all(p.is_meta for p in source.model.parameters())
+    assert sum(layer.weight_count for layer in graph) > 6.7e9
+    block = length * (4 * width * width + 3 * width * 11008)
+    assert macs(graph) == (32 * block + length * width * 32000, 32 * 2 * length * length * width)
+    mlp = [graph[f"model.layers.5.mlp.{n}_proj"].activation_tie for n in ("gate", "up", "down")]
+    assert mlp[0] == mlp[1] is not None
+    assert mlp[2] is None
+    assert fixed(graph) == {"model.embed_tokens": EMBEDDING, "lm_head": EDGE}
+
+
+def test_vit(folder):
+    graph = load(folder(T.ViTConfig(num_hidden_layers=2), "ViTForImageClassification"), meta=True).graph
+    tokens, width = 197, 768
+    modules = 2 * tokens * 12 * width * width + 196 * width * width + 2 * width
+    assert macs(graph) == (modules, 2 * 2 * tokens * tokens * width)
+    assert list(fixed(graph).values()) == [EDGE, EDGE]
+    assert fixed(graph).keys() == {"vit.embeddings.patch_embeddings.projection", "classifier"}
+    assert graph.input_shape == (3, 224, 224)
+
+
+SMALL = {
+    "BertForSequenceClassification": (T.BertConfig(num_hidden_layers=1), ["classifier"]),
+    "RobertaForSequenceClassification": (T.RobertaConfig(num_hidden_layers=1), ["classifier.out_proj"]),
+    "DistilBertForSequenceClassification": (T.DistilBertConfig(n_layers=1), ["classifier"]),
+    "BertForMaskedLM": (T.BertConfig(num_hidden_layers=1), ["cls.predictions.decoder"]),
+    "DebertaV2Model": (T.DebertaV2Config(num_hidden_layers=1), []),
+    "AlbertModel": (T.AlbertConfig(hidden_size=64, num_attention_heads=4, intermediate_size=96), []),
+    "T5ForConditionalGeneration": (T.T5Config(num_layers=1), ["lm_head"]),
+    "BartForSequenceClassification": (
+        T.BartConfig(encoder_layers=1, decoder_layers=1),
+        ["classification_head.out_proj"],
+    ),
+    "OPTForCausalLM": (T.OPTConfig(num_hidden_layers=1), ["lm_head"]),
+    "Qwen2ForCausalLM": (T.Qwen2Config(num_hidden_layers=1), ["lm_head"]),
+    "MixtralForCausalLM": (T.MixtralConfig(num_hidden_layers=1), ["lm_head"]),
+    "CLIPModel": (T.CLIPConfig(), []),
+    "SwinForImageClassification": (T.SwinConfig(depths=[1, 1], num_heads=[2, 4]), ["classifier"]),
+    "ConvNextForImageClassification": (T.ConvNextConfig(), ["classifier"]),
+    "DeiTForImageClassificationWithTeacher": (
+        T.DeiTConfig(num_hidden_layers=1),
+        ["cls_classifier", "distillation_classifier"],
+    ),
+    "WhisperForConditionalGeneration": (T.WhisperConfig(encoder_layers=1, decoder_layers=1), ["proj_out"]),
+}
+
+
+@pytest.mark.parametrize("architecture", SMALL)
+def test_families_are_traced_without_weights(folder, architecture):
+    config, heads = SMALL[architecture]
+    source = load(folder(config, architecture), meta=True)
+    assert type(source.model).__name__ == architecture
+    assert [layer.name for layer in source.graph if layer.fixed == EDGE and "patch" not in layer.name] == heads
+    assert all(op.reason for op in source.graph.floats)
+    if architecture in ("DebertaV2Model", "BartForSequenceClassification", "MixtralForCausalLM"):
+        return  # they look at values, or run operators that torch does not count
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        source.model.eval()(**source.example)
+    assert 2 * sum(macs(source.graph)) == counter.get_total_flops()
+
+
+def test_a_parameter_that_only_lends_itself_is_replaced_too(folder):
+    graph = load(folder(T.T5Config(num_layers=1), "T5ForConditionalGeneration"), meta=True).graph
+    owners = {layer.name: layer.weight_owner for layer in graph if layer.tie == "encoder.embed_tokens"}
+    assert owners == {
+        "encoder.embed_tokens": None,
+        **dict.fromkeys(["decoder.embed_tokens", "lm_head", "shared"], "encoder.embed_tokens"),
+    }
+    assert graph["shared"].macs == graph["shared"].activation_count == 0
+    assert graph.other_bytes < graph["shared"].weight_count  # no float copy of the vocabulary
+
+
+def test_a_parameter_that_a_float_layer_keeps_is_counted(folder):
+    config = T.Gemma2Config(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, vocab_size=1000,
+    )  # fmt: skip
+    graph = load(folder(config, "Gemma2ForCausalLM"), meta=True).graph
+    embedding = next(op for op in graph.floats if op.name == "model.embed_tokens")
+    assert embedding.weight_count == 64_000
+    assert graph["lm_head"].weight_owner is None
+    assert graph.other_bytes > 4 * 64_000
+
+
+def test_experts_stay_float_and_count(folder):
+    config = T.MixtralConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, num_experts_per_tok=2, vocab_size=100,
+    )  # fmt: skip
+    path = folder(config, "MixtralForCausalLM")
+    for options in ({"meta": True}, {"pretrained": False}):
+        experts = next(op for op in load(path, **options).graph.floats if op.kind == "MixtralExperts")
+        assert experts.macs == 128 * 2 * 3 * 64 * 96
+        assert experts.weight_count == 4 * 3 * 64 * 96
+        assert "3-D" in experts.reason
+
+
+def test_weights_arguments_and_config(folder, tmp_path):
+    config = T.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=99
+    )
+    path = folder(config, "BertModel")
+    source = load(path, pretrained=False, num_labels=3, auto_class="AutoModelForSequenceClassification")
+    assert source.graph["classifier"].weight_shape == (3, 32)
+    assert source.config["architectures"] == ["BertForSequenceClassification"]
+    assert json.loads(json.dumps(source.config))["model_type"] == "bert"
+    source.model.save_pretrained(tmp_path / "saved")
+    again = load(str(tmp_path / "saved"))
+    assert all(torch.equal(v, again.model.state_dict()[k]) for k, v in source.model.state_dict().items())
+    filled = load(str(tmp_path / "saved"), checkpoint_path=tmp_path / "saved" / "model.safetensors")
+    assert torch.equal(filled.model.classifier.weight, source.model.classifier.weight)
+    with pytest.raises(HubMPQError, match="is for another model"):
+        load(path, checkpoint_path=tmp_path / "saved" / "model.safetensors")
+    with pytest.raises(HubMPQError, match=r"can't be read; pretrained=False"):
+        load(path)
+    with pytest.raises(InvalidArgument, match="BertConfig knows no colour"):
+        load(path, pretrained=False, colour=3)
+    with pytest.raises(InvalidArgument, match="no class 'AutoNothing'"):
+        load(path, pretrained=False, auto_class="AutoNothing")
+
+
+def test_a_quantization_config_is_no_part_of_the_skeleton(folder):
+    config = T.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    path = folder(config, "BertModel")
+    plain = load(path, pretrained=False).graph.digest
+    file = Path(path) / "config.json"
+    data = json.loads(file.read_text())
+    file.write_text(json.dumps({**data, "quantization_config": {"quant_method": "mpq", "format_version": 1}}))
+    source = load(path, pretrained=False)
+    assert source.graph.digest == plain
+    assert "quantization_config" not in source.config
+
+
+@pytest.mark.parametrize(
+    ("model_id", "message"),
+    [
+        ("", "is empty"),
+        ("./nothing/here", "no such folder"),
+        ("nobody/nothing", r"configuration of 'nobody/nothing' can't be fetched.*network"),
+        ("gpt2", "configuration of 'gpt2' can't be fetched"),
+        ("a/b/c", "can't be fetched"),
+    ],
+)
+def test_ids_that_name_nothing(model_id, message):
+    with pytest.raises(HubMPQError, match=message) as caught:
+        load(model_id)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "can't be read"),
+        ("[]", "neither timm's"),
+        ('{"model_type": "zzz"}', "can't be built"),
+        (None, "no config.json"),
+    ],
+)
+def test_folders_that_hold_no_model(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(HubMPQError, match=message):
+        load(str(tmp_path))
