@@ -1,0 +1,52 @@
+"""The last word on a policy: its cost and score from the table's own numbers, whole numbers exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Integral
+from typing import Any
+
+from .table import Problem
+
+ROUNDING = 1e-12
+"""What a sum of fractional costs may pass its limit by, relative: its own rounding. Whole numbers: nothing."""
+
+Amounts = Mapping[str, float]
+
+
+def total(values: Iterable[Any]) -> float:
+    """Exact int when all are whole numbers by type, else the correctly rounded float."""
+    numbers = list(values)
+    if all(isinstance(v, Integral) for v in numbers):
+        return sum(int(v) for v in numbers)
+    return math.fsum(float(v) for v in numbers)
+
+
+def score(table: Mapping[str, Any], choices: Mapping[str, str]) -> float:
+    """Sum of the chosen scores, correctly rounded."""
+    return math.fsum(float(table["layers"][name][choice]["score"]) for name, choice in choices.items())
+
+
+def usage(table: Mapping[str, Any], choices: Mapping[str, str], limits: Iterable[str]) -> dict[str, float]:
+    """{limit: amount used}."""
+    bags = [table["layers"][name][choice].get("cost") or {} for name, choice in choices.items()]
+    return {limit: total(bag.get(limit, 0) for bag in bags) for limit in limits}
+
+
+def over(used: Amounts, limits: Amounts) -> list[str]:
+    """The limits that are passed."""
+    return [k for k, cap in limits.items() if used[k] > (cap if isinstance(used[k], int) else cap * (1 + ROUNDING))]
+
+
+def least(table: Mapping[str, Any], problem: Problem) -> dict[str, float]:
+    """{limit: the least any policy reaches on it alone}, in closed form: the sum of each row's least cost."""
+    layers, rows = table["layers"], list(zip(problem.names, problem.choices, strict=True))
+
+    def cost(layer: str, choice: str, limit: str) -> Any:
+        return (layers[layer][choice].get("cost") or {}).get(limit, 0)
+
+    def cheapest(limit: str) -> Iterable[float]:
+        return (min(total(cost(name, c, limit) for name in names) for c in choices) for names, choices in rows)
+
+    return {limit: total(cheapest(limit)) for limit in problem.limits}

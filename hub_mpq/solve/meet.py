@@ -1,0 +1,123 @@
+"""Exact search by meeting in the middle.
+
+With prices p and bound L, a feasible policy scores exactly L + Σ reduced costs + p·slack. So every policy within a
+window W of the bound is a pair of part-policies whose reduced costs sum to at most W and whose slacks lie in a box of
+sides W/p: a narrow box, found by sorting. If no pair is found, no policy scores below L + W: the window is a proved
+bound and grows. As soon as the best pair lies inside the window, it is the optimum (Horowitz and Sahni's split, 1974,
+over the core of reduced costs of Balas and Zemel, 1980).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .halves import Half, OutOfTime, TooMany, check_time, list_halves
+from .lagrangian import Dual
+from .pairs import Pairs
+from .reduce import Core, NoPolicy
+from .table import Floats
+
+MAX_PAIRS = 100_000_000
+"""Pairs looked at in one window; above it the core goes to SCIP."""
+
+Accept = Callable[[NDArray[np.intp]], bool]
+
+
+@dataclass
+class Progress:
+    """What the search knows. `choice` (n,): best policy so far, None without one; it lies `above` the bound.
+
+    No policy lies below `proved` above the bound. `done`: the two have met (or the time is up: `out_of_time`).
+    """
+
+    above: float = math.inf
+    choice: NDArray[np.intp] | None = None
+    proved: float = 0.0
+    done: bool = False
+    out_of_time: bool = False
+
+
+def search(core: Core, dual: Dual, accept: Accept, deadline: float, above: float = math.inf) -> Progress:
+    """Widen the window until it holds the optimum, or TooMany ends it. NoPolicy: the widest window holds none.
+
+    `accept(choice)`: the exact check of a policy, asked only where the core is not exact. `above`: of a policy
+    known already.
+    """
+    out = Progress(above)
+    steps = np.sort(dual.reduced[(dual.reduced > 0) & np.isfinite(dual.reduced)])
+    widest = float(np.where(np.isfinite(dual.reduced), dual.reduced, 0.0).max(1).sum()) + dual.slop
+    window = float(steps[min(len(steps) - 1, 25)]) if len(steps) else widest
+    try:
+        while True:
+            window = min(window, out.above + dual.slop, widest)
+            last = window >= widest
+            left, right = list_halves(core, dual, window + dual.slop, deadline)
+            sizes = left.state.shape[1], right.state.shape[1]
+            # pairs a little outside the window are not all there, but give good policies early
+            reach = math.inf if last or sizes[0] * sizes[1] <= 1_000_000 else 1.5 * window
+            _join(core, dual, left, right, accept, deadline, out, reach)
+            out.proved = min(window, out.above)
+            if out.above <= window or last:
+                break
+            # part-policies grow like exp(sqrt(window)): this step makes about four times as many
+            window *= math.exp(2.5 / (math.log(sum(sizes)) + 1))
+    except TooMany:
+        return out
+    except OutOfTime:
+        out.out_of_time = True
+        return out
+    if math.isinf(out.above):
+        raise NoPolicy
+    out.done, out.proved = True, out.above
+    return out
+
+
+def _join(
+    core: Core, dual: Dual, left: Half, right: Half, accept: Accept, deadline: float, out: Progress, reach: float
+) -> None:
+    """Best feasible pair less than `reach` and less than `out.above` above the bound, into `out`."""
+    if left.state.shape[1] > right.state.shape[1]:
+        left, right = right, left
+    order_a, order_b = np.argsort(left.state[0]), np.argsort(right.state[0])
+    a, b = left.state[:, order_a], right.state[:, order_b]
+    spare = core.caps - core.cost[:, np.arange(len(dual.base)), dual.base].sum(1)
+
+    def keep(total: Floats, ia: NDArray[np.intp], ib: NDArray[np.intp]) -> None:
+        for j in [total.argmin()] if core.exact else np.argsort(total, kind="stable"):
+            if total[j] >= out.above:
+                return
+            choice = dual.base.copy()
+            left.recall(int(order_a[ia[j]]), choice)
+            right.recall(int(order_b[ib[j]]), choice)
+            if core.exact or accept(choice):
+                out.above, out.choice = float(total[j]), choice
+                return
+
+    # a dear part-policy of a only suits the cheap ones of b: halve b again and again while walking along a
+    start, count, seen = 0, b.shape[1], 0
+    while start < a.shape[1] and count:
+        limit = min(reach, out.above)
+        end = a.shape[1] if count <= 64 else int(np.searchsorted(a[0], limit - b[0, count // 2], side="right"))
+        if end > start:
+            pairs = Pairs(a[:, start:end], b[:, :count], spare, dual.prices, limit)
+            seen += pairs.count
+            if seen > MAX_PAIRS:
+                raise TooMany
+            for ia, ib in pairs.chunks():
+                check_time(deadline)
+                limit = min(reach, out.above)
+                total = a[0, start + ia] + b[0, ib]
+                for price, have, ca, cb in zip(dual.prices, spare, a[1:], b[1:], strict=True):
+                    slack = have - ca[start + ia] - cb[ib]
+                    total += price * slack
+                    fits = np.flatnonzero((slack >= 0) & (total <= limit))
+                    total, ia, ib = total[fits], ia[fits], ib[fits]
+                if len(total):
+                    keep(total, start + ia, ib)
+            start = end
+        count //= 2

@@ -1,0 +1,114 @@
+"""Table in, proved best policy out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import HubMPQError, InfeasibleBudget, InvalidArgument
+from . import exact
+from .incumbent import repair
+from .lagrangian import Dual, solve_dual
+from .meet import Accept, Progress, search
+from .reduce import Core, NoPolicy, reduce
+from .scip import search_scip
+from .solution import Solution
+from .table import Problem, parse
+
+
+def solve_table(
+    table: Mapping[str, Any], *, time_limit: float | None = None, start: Mapping[str, str] | None = None
+) -> Solution:
+    """Best choice of every layer under the limits, proved.
+
+    `table`: {"sense": "min" | "max", "layers": {name: {choice: {"score": float, "cost": {limit: number}}}},
+    "limits": {limit: number}, "ties": [[name, …], …]}. A cost left out is 0, a choice left out is not available,
+    tied layers take one choice that all of them have. Sums of whole-number costs are held exactly; a sum of
+    fractional ones may pass its limit by 1e-12 of it, its own rounding. Two policies whose scores differ by less than
+    1e-12 of the sum of the scores' magnitudes count as equally good.
+
+    `time_limit`: seconds; when it strikes, the best policy so far is returned as "feasible" with a bound that holds.
+    `start`: a policy to start from ({layer: choice}); ignored where it breaks a limit or a tie.
+
+    Raises InvalidArgument (the layer at fault is named), InfeasibleBudget (with the least reachable value of every
+    limit), HubMPQError when the time limit strikes before any policy is found.
+    """
+    begin = time.perf_counter()
+    if time_limit is not None and not time_limit > 0:
+        raise InvalidArgument(f"time_limit is {time_limit!r}; it must be above zero seconds")
+    deadline = begin + (math.inf if time_limit is None else time_limit)
+    problem = parse(table)
+    try:
+        picks, short = _decide(table, problem, _start(table, problem, start), deadline)
+    except NoPolicy:
+        least = exact.least(table, problem)
+        raise InfeasibleBudget(problem.limits, least, exact.over(least, problem.limits)) from None
+    if picks is None:
+        raise HubMPQError(f"no policy was found in {time_limit:g} s and none was ruled out; give a longer time_limit")
+
+    policy = problem.policy(picks)
+    choices = {name: policy[name] for name in table["layers"]}
+    objective, used = exact.score(table, choices), exact.usage(table, choices, problem.limits)
+    if exact.over(used, problem.limits):
+        raise HubMPQError(f"the solver's policy passes {exact.over(used, problem.limits)}; please report this table")
+    bound = objective + short if problem.maximise else objective - short
+    gap = short / max(abs(objective), abs(bound)) if short else 0.0
+    status = "feasible" if short else "optimal"
+    return Solution(status, objective, bound, gap, time.perf_counter() - begin, choices, used)
+
+
+def _decide(
+    table: Mapping[str, Any], problem: Problem, first: NDArray[np.intp] | None, deadline: float
+) -> tuple[NDArray[np.intp] | None, float]:
+    """The best picks known when the search ends (None: none known), and how far they may be from the best there is."""
+    core = reduce(problem)
+    if not len(core.rows):
+        return core.fixed, 0.0
+    dual = solve_dual(core)
+
+    def accept(choice: NDArray[np.intp]) -> bool:
+        used = exact.usage(table, problem.policy(core.picks(choice)), problem.limits)
+        return not exact.over(used, problem.limits)
+
+    above = math.inf
+    if first is not None:
+        above = max(float(problem.score[np.arange(len(first)), first].sum()) - core.offset - dual.bound, 0.0)
+    found = search(core, dual, accept, deadline, above)
+    if not found.done:
+        _repair(core, dual, accept, found)
+        if not found.out_of_time:
+            search_scip(core, dual, accept, deadline - time.perf_counter(), found)
+    picks = first if found.choice is None else core.picks(found.choice)
+    return picks, 0.0 if found.done else found.above - found.proved
+
+
+def _repair(core: Core, dual: Dual, accept: Accept, found: Progress) -> None:
+    choice = repair(core, dual) if math.isinf(found.above) else None
+    if choice is not None and accept(choice):
+        rows = np.arange(len(choice))
+        slack = core.caps - core.cost[:, rows, choice].sum(1)
+        found.choice, found.above = choice, float(dual.reduced[rows, choice].sum() + dual.prices @ slack)
+
+
+def _start(table: Mapping[str, Any], problem: Problem, start: Mapping[str, str] | None) -> NDArray[np.intp] | None:
+    """The picks of a policy to start from; None where it breaks a tie or a limit."""
+    if start is None:
+        return None
+    layers = table["layers"]
+    if set(start) != set(layers):
+        odd = sorted(set(start) ^ set(layers))
+        raise InvalidArgument(f"start names other layers than the table: {odd}")
+    for name, choice in start.items():
+        if choice not in layers[name]:
+            raise InvalidArgument(f"start: layer {name!r} has no choice {choice!r}")
+    if any(len({start[name] for name in names}) > 1 for names in problem.names):
+        return None
+    if exact.over(exact.usage(table, start, problem.limits), problem.limits):
+        return None
+    rows = zip(problem.names, problem.choices, strict=True)
+    return np.array([choices.index(start[names[0]]) for names, choices in rows])

@@ -1,0 +1,146 @@
+"""The public table of scores and costs → arrays: checked, tied layers merged into one row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InvalidArgument
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A table as arrays: n rows (a layer, or the layers of one tie), up to k choices each, m limits.
+
+    `score` (n, k): to be minimised whatever the sense; +inf pads rows with fewer choices.
+    `cost` (m, n, k); `caps` (m,), may be inf. `names[i]`: the layers of row i; `choices[i]`: its choices.
+    """
+
+    maximise: bool
+    names: list[tuple[str, ...]]
+    choices: list[list[str]]
+    limits: dict[str, float]
+    score: Floats
+    cost: Floats
+    caps: Floats
+
+    def policy(self, picks: Sequence[int] | NDArray[np.intp]) -> dict[str, str]:
+        """{layer: choice} of one pick a row."""
+        rows = zip(self.names, self.choices, picks, strict=True)
+        return {name: choices[pick] for names, choices, pick in rows for name in names}
+
+
+def parse(table: Mapping[str, Any]) -> Problem:
+    """Check a table (DESIGN §3) and turn it into a Problem; InvalidArgument names the layer at fault."""
+    if not isinstance(table, Mapping):
+        raise InvalidArgument(f"a table is a mapping with sense, layers and limits, not {type(table).__name__}")
+    if table.get("sense") not in ("min", "max"):
+        raise InvalidArgument(f'sense is "min" or "max", not {table.get("sense")!r}')
+    layers = table.get("layers")
+    if not isinstance(layers, Mapping) or not layers:
+        raise InvalidArgument("layers is empty: a table has at least one layer {choice: {score, cost}}")
+    limits = _limits(table.get("limits", {}))
+    starts, score, costs = _flatten(layers, list(limits))
+    groups = _groups(layers, table.get("ties", ()))
+
+    names = [tuple(group) for group in groups]
+    choices = [_common(group, layers) for group in groups]
+    position = {name: {c: start + i for i, c in enumerate(layers[name])} for name, start in starts.items()}
+    flat = np.vstack([score if table["sense"] == "min" else -score, costs])
+    counts = np.array([len(row) for row in choices])
+    out = np.zeros((len(flat), len(choices), int(counts.max())))
+    out[0] = np.inf
+    out[:, np.arange(out.shape[2]) < counts[:, None]] = flat[
+        :, [position[group[0]][c] for group, row in zip(names, choices, strict=True) for c in row]
+    ]
+    for i, group in enumerate(names):
+        for name in group[1:]:
+            out[:, i, : counts[i]] += flat[:, [position[name][c] for c in choices[i]]]
+    caps = np.array([min(cap, 1e300) for cap in limits.values()], dtype=float)
+    return Problem(table["sense"] == "max", names, choices, limits, out[0], out[1:], caps)
+
+
+def _limits(limits: Any) -> dict[str, float]:
+    if not isinstance(limits, Mapping):
+        raise InvalidArgument(f"limits are a mapping of a name to an amount, not {limits!r}")
+    for name, cap in limits.items():
+        if isinstance(cap, bool) or not isinstance(cap, Real) or math.isnan(cap) or cap < 0:
+            raise InvalidArgument(f"limit {name!r} is {cap!r}; it must be a number of zero or more")
+    return {name: int(cap) if isinstance(cap, Integral) else float(cap) for name, cap in limits.items()}
+
+
+def _flatten(layers: Mapping[str, Any], limits: list[str]) -> tuple[dict[str, int], Floats, Floats]:
+    """Every choice of every layer in a row: where each layer starts, scores (N,), costs (m, N)."""
+    starts: dict[str, int] = {}
+    rows: list[Mapping[str, Any]] = []
+    for name, choices in layers.items():
+        if not isinstance(choices, Mapping) or not choices:
+            raise InvalidArgument(f"layer {name!r} has no choices; give it at least one {{choice: {{score, cost}}}}")
+        starts[name] = len(rows)
+        rows.extend(choices.values())
+    try:
+        score = _numbers([row["score"] for row in rows])
+        bags = [row.get("cost") or {} for row in rows]
+        costs = [_numbers([bag.get(limit, 0) for bag in bags]) for limit in limits]
+    except (TypeError, KeyError, AttributeError, OverflowError):
+        score, costs = np.array([np.nan]), []  # the slow look below says where
+    everything = np.vstack([score, *costs]) if costs else score[None]
+    if not np.isfinite(everything).all() or (everything[1:] < 0).any():
+        _complain(layers, limits)
+    return starts, score, everything[1:]
+
+
+def _numbers(values: list[Any]) -> Floats:
+    if not set(map(type, values)) <= {int, float} and not all(map(_is_number, values)):
+        raise TypeError("not a number")
+    return np.array(values, dtype=np.float64)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _complain(layers: Mapping[str, Any], limits: list[str]) -> None:
+    for name, choices in layers.items():
+        for choice, row in choices.items():
+            where = f"layer {name!r}, choice {choice!r}"
+            if not isinstance(row, Mapping) or not isinstance(row.get("cost") or {}, Mapping):
+                raise InvalidArgument(f"{where}: a choice is {{score: number, cost: {{limit: number}}}}, not {row!r}")
+            if not _is_number(row.get("score")):
+                raise InvalidArgument(f"{where}: score is {row.get('score')!r}; it must be a finite number")
+            for limit in limits:
+                cost = (row.get("cost") or {}).get(limit, 0)
+                if not _is_number(cost) or cost < 0:
+                    raise InvalidArgument(f"{where}: cost {limit!r} is {cost!r}; it must be finite and zero or more")
+    raise InvalidArgument("the table holds a number too large for a float")
+
+
+def _groups(layers: Mapping[str, Any], ties: Any) -> list[list[str]]:
+    """Layers that take one choice together, in the order of the table; ties that share a layer are joined."""
+    group = {name: [name] for name in layers}
+    for tie in ties or ():
+        if isinstance(tie, str) or not isinstance(tie, Sequence):
+            raise InvalidArgument(f"a tie is a list of layer names, not {tie!r}")
+        for name in tie:
+            if name not in group:
+                raise InvalidArgument(f"tie {list(tie)!r} names layer {name!r}, which the table does not have")
+            first, other = group[tie[0]], group[name]
+            if other is not first:
+                first.extend(other)
+                group.update(dict.fromkeys(other, first))
+    return list({id(names): names for names in group.values()}.values())
+
+
+def _common(group: list[str], layers: Mapping[str, Any]) -> list[str]:
+    choices = [c for c in layers[group[0]] if all(c in layers[name] for name in group[1:])]
+    if not choices:
+        raise InvalidArgument(f"tied layers {group!r} have no choice in common")
+    return choices
