@@ -36,6 +36,8 @@ class Manifest:
 
     def to_text(self) -> str:
         """Canonical JSON. PolicyMismatch when the policy is for other layers; InvalidArgument if it is no JSON."""
+        if self.format_version != FORMAT_VERSION:
+            raise InvalidArgument(f"format version {self.format_version} cannot be written, only {FORMAT_VERSION}")
         self.policy.check(self.graph)
         graph = self.graph
         rows = [

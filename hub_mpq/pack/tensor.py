@@ -70,12 +70,13 @@ class PackedTensor:
     def unpack(self) -> Tensor:
         """The integers, int8 of `weight_shape`."""
         values = self._values()
-        return values.t().contiguous() if self.kind == "conv1d" else values.reshape(self.weight_shape)
+        return (values.t() if self.kind == "conv1d" else values).contiguous().view(self.weight_shape)
 
     def dequantize(self) -> Tensor:
         """(integer − zero point)·scale, float32 of `weight_shape`."""
         rows = channel_count(self.kind, self.weight_shape)
-        out = self._values().reshape(rows, -1).to(torch.float32)
+        values = self._values()
+        out = values.reshape(rows, values.numel() // max(rows, 1)).to(torch.float32)
         if self.weight_zero_point is not None:
             out.sub_(self.weight_zero_point.to(torch.float32)[:, None])
         out.mul_(self.weight_scale[:, None])
@@ -94,7 +95,7 @@ def pack_weight(
     packed_shape(kind, int_weight.shape, bits)  # names an unknown kind or a wrong number of axes
     if int_weight.is_floating_point():
         raise InvalidArgument(f"pack_weight takes integers, not {int_weight.dtype}")
-    scale = scale.detach()
+    scale = scale.detach().to(torch.float32)
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise InvalidArgument("scales must be finite and above zero")
     values = int_weight.detach()
@@ -106,7 +107,7 @@ def pack_weight(
     else:
         offset = 1 << (bits - 1)
     words = pack_bits(values, bits, offset=offset)
-    return PackedTensor(words, scale.to(torch.float32), tuple(int_weight.shape), bits, kind, zero_point)
+    return PackedTensor(words, scale, tuple(int_weight.shape), bits, kind, zero_point)
 
 
 def empty_packed(kind: str, weight_shape: Sequence[int], num_bits: int, *, per_channel: bool = True) -> PackedTensor:
