@@ -29,7 +29,7 @@ from .search.joint import first_batch, train_indicators
 from .search.policy_search import pareto_front, search_policy, usage_of
 from .search.scores import balance, limpq_scores
 from .spec import Budget, Candidates, Indicators, LayerBits, LayerGraph, Policy, SearchResult, Usage
-from .train.batch import forward, to_device
+from .train.batch import forward, labels_of, to_device
 from .train.evaluate import evaluate
 from .train.loop import TrainLog
 from .train.norms import reestimate_batch_norm
@@ -268,7 +268,7 @@ class HubMPQ(nn.Module):
         """
         Budget(**budget)  # a nonsense budget must not cost a training first
         self._pin(fixed)
-        if val is not None and "float" not in self.metrics:
+        if val is not None and "float" not in self.metrics and labels_of(first_batch(val)) is not None:
             self.metrics["float"] = evaluate(self.float_model, val)
         self._ensure_indicators(train, indicators, candidates, indicator_options, seed, checkpoint_dir, resume)
         result = self.search(alpha=alpha, candidates=candidates, **budget)

@@ -11,7 +11,7 @@ from ..cost.memory import activation_nbytes, weight_bits
 from ..cost.size import layer_nbytes
 from ..errors import InfeasibleBudget, InvalidArgument
 from ..solve import Solution, solve_table
-from ..spec import Budget, LayerBits, LayerGraph, LayerSpec, parse_bytes, parse_count
+from ..spec import Budget, LayerBits, LayerGraph, LayerSpec, parse_bytes, parse_count, parse_ratio
 from .scores import Scores
 from .ties import merge_inputs
 
@@ -65,11 +65,13 @@ def _limits(graph: LayerGraph, budget: Budget, base_bytes: int) -> tuple[dict[st
         put("activation_memory", memory, activation_nbytes, beside, lambda: parse_bytes(memory, "activation_memory"))
     counts = {layer.name: 0 if layer.weight_owner else layer.weight_count for layer in graph}
     if budget.compression is not None:
-        ratio = _ratio(budget.compression)
+        ratio = parse_ratio(budget.compression)
         constant["compression"] = sum(weight_bits(*pair) for pair in fixed)
         limits["compression"] = 32 * sum(counts.values()) / ratio - constant["compression"]
     if budget.weight_bits is not None:
-        limits["weight_bits"] = float(budget.weight_bits) * sum(counts[layer.name] for layer in searched)
+        limits["weight_bits"] = parse_ratio(budget.weight_bits, "weight_bits") * sum(
+            counts[layer.name] for layer in searched
+        )
     for name, (limit, _) in budget.costs.items():
         if name in limits:
             raise InvalidArgument(f"cost {name!r} has the name of a built-in limit")
@@ -85,17 +87,6 @@ def _level(layer: LayerSpec, level: LayerBits, name: str) -> LayerBits:
     if layer.weight_only:
         return LayerBits(level.weight, 32)
     return LayerBits(min(level.weight, 8), min(level.activation, 8))
-
-
-def _ratio(value: str | float) -> float:
-    text = value.strip().lower().removesuffix("x") if isinstance(value, str) else value
-    try:
-        ratio = float(text)
-    except ValueError:
-        raise InvalidArgument(f"compression: {value!r} is no ratio; write for example 12.2") from None
-    if not ratio >= 1:
-        raise InvalidArgument(f"compression: {value!r} must be at least 1")
-    return ratio
 
 
 def _costs(layer: LayerSpec, bits: LayerBits, budget: Budget, limits: Mapping[str, float]) -> dict[str, float]:

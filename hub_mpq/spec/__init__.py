@@ -1,7 +1,7 @@
 """The words of the package, as frozen dataclasses. Standard library only."""
 
 from .bits import FLOAT_BITS, Candidates, LayerBits, check_width
-from .budget import Budget, parse_bytes, parse_count
+from .budget import Budget, parse_bytes, parse_count, parse_ratio
 from .indicators import Indicators
 from .layer import FloatOp, LayerGraph, LayerSpec
 from .result import Policy, SearchResult, Usage
@@ -23,4 +23,5 @@ __all__ = [
     "check_width",
     "parse_bytes",
     "parse_count",
+    "parse_ratio",
 ]

@@ -44,6 +44,14 @@ def parse_bytes(value: str | float, what: str = "size") -> float:
     return _parse(value, _BYTES, what, "5.7MB")
 
 
+def parse_ratio(value: str | float, what: str = "compression") -> float:
+    """A plain number; "12.2x" is one too."""
+    try:
+        return float(value.strip().lower().removesuffix("x") if isinstance(value, str) else value)
+    except (TypeError, ValueError):
+        raise InvalidArgument(f"{what}: {value!r} is no number; write for example 12.2") from None
+
+
 @dataclass(frozen=True)
 class Budget:
     """Limits on a policy; any mix, all of them hold.
@@ -69,6 +77,19 @@ class Budget:
     def __post_init__(self) -> None:
         if all(getattr(self, f.name) in (None, {}) for f in fields(self)):
             raise InvalidArgument('no budget given: name at least one limit, for example bitops="W4A4"')
+        for name, parse in (
+            ("bitops", parse_count),
+            ("size", parse_bytes),
+            ("activation_memory", parse_bytes),
+            ("activation_peak", parse_bytes),
+        ):
+            value = getattr(self, name)
+            if value is not None and not self.level(value):
+                parse(value, name)
+        if self.compression is not None and not parse_ratio(self.compression) >= 1:
+            raise InvalidArgument(f"compression: {self.compression!r} must be at least 1")
+        if self.weight_bits is not None and not parse_ratio(self.weight_bits, "weight_bits") > 0:
+            raise InvalidArgument(f"weight_bits: {self.weight_bits!r} must be above zero")
 
     @staticmethod
     def level(value: str | float | None) -> LayerBits | None:

@@ -73,10 +73,11 @@ def task_loss(model: nn.Module, batch: Any, smoothing: float = 0.0) -> tuple[Ten
     return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing), output
 
 
-def distillation_loss(student: Any, teacher: Any) -> Tensor:
-    """How far an output is from the float model's: KL divergence of logits, else relative squared error."""
+def distillation_loss(student: Any, teacher: Any, *, classes: bool) -> Tensor:
+    """How far an output is from the float model's: KL divergence when it is known to hold class logits, else the
+    squared error relative to the teacher's power."""
     s, t = logits_of(student).float(), logits_of(teacher).float()
-    if isinstance(student, Tensor) or getattr(student, "logits", None) is not None:
+    if classes:
         s, t = s.flatten(0, -2), t.flatten(0, -2)
         return F.kl_div(F.log_softmax(s, -1), F.log_softmax(t, -1), reduction="batchmean", log_target=True)
     return (s - t).square().mean() / t.square().mean().clamp_min(1e-12)

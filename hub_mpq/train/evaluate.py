@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import InvalidArgument
-from .batch import distillation_loss, forward, labels_of, logits_of, size_of, to_device
+from .batch import forward, labels_of, logits_of, size_of, to_device
 
 
 @torch.no_grad()
@@ -60,7 +60,6 @@ def _measure(model: nn.Module, batch: Any, reference: nn.Module | None) -> dict[
         return {
             "noise": float((s - t).square().sum() / t.square().sum().clamp_min(1e-30)),
             "agreement": float((s.argmax(-1) == t.argmax(-1)).float().mean()) * 100,
-            "divergence": float(distillation_loss(output, target)),
         }
     output = forward(model, batch, labels=True)
     loss = getattr(output, "loss", None)

@@ -67,8 +67,13 @@ class Finetune(Hooks):
             return loss
         with torch.no_grad():
             target = forward(self.teacher, batch)
-        share = self.distill if labels_of(batch) is not None else 1.0
-        return (1 - share) * loss.to(next(iter(model.parameters())).device) + share * distillation_loss(output, target)
+        labels = labels_of(batch)
+        share = self.distill if labels is not None else 1.0
+        # a bare tensor may hold logits or anything else; labels of whole numbers, or a HF head, say which
+        classes = getattr(output, "logits", None) is not None or (labels is not None and not labels.is_floating_point())
+        return (1 - share) * loss.to(next(iter(model.parameters())).device) + share * distillation_loss(
+            output, target, classes=classes
+        )
 
     def after_step(self, model: nn.Module, step: int) -> None:
         if self.average is not None:

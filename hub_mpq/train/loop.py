@@ -146,6 +146,8 @@ def fit(
                 if hooks.after_epoch(model, epoch):
                     opt = accelerator.prepare(_optimizer(optimizer, hooks.parameter_groups(model)))
             if store and (stop.raised or (step + 1) % checkpoint_every == 0) and step + 1 < total:
+                if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+                    raise TrainingDiverged(step, math.nan, store.last)  # the next loss would say so, too late
                 store.save(step + 1)
             if stop.raised:
                 raise KeyboardInterrupt(f"stopped after step {step + 1}; resume from {store.last if store else None}")

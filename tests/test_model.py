@@ -1,0 +1,209 @@
+"""The whole route on toys: load, indicators, search, apply, fine-tune, save, load."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from hub_mpq import Budget, HubMPQ, Policy
+from hub_mpq.errors import HubMPQError, InfeasibleBudget, InvalidArgument, PackedFormat, PolicyMismatch
+from hub_mpq.hub.folder import PACKED
+from hub_mpq.pack import read_manifest
+
+X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def mpq(net):
+    return HubMPQ.from_module(net, X[:1])
+
+
+def test_one_call_returns_self_meets_the_budget_and_reloads_equal(mpq, net, train, val, tmp_path):
+    before = copy.deepcopy(net.state_dict())
+    out = mpq.quantize(
+        bitops="W4A4",
+        size="W4",
+        train=train,
+        val=val,
+        steps=6,
+        indicator_options={"steps": 6},
+        finetune_options={"lr": 1e-3},
+    )
+    assert out is mpq
+    assert mpq.result.status == "optimal"
+    assert mpq.usage()["bitops"] <= mpq.usage("W4A4")["bitops"]
+    assert mpq.usage()["size"] <= mpq.usage("W4A4")["size"]
+    assert set(mpq.metrics) == {"float", "quantized"}
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items()), "the user's network was changed"
+    written = mpq.save_pretrained(tmp_path / "out")
+    assert written == mpq.usage()["size"] == (tmp_path / "out" / PACKED).stat().st_size
+    again = HubMPQ.from_pretrained(tmp_path / "out", module=copy.deepcopy(net))
+    assert torch.equal(again(X), mpq(X))
+    assert again.policy == mpq.policy
+    assert again.metrics == mpq.metrics
+    assert again.indicators == mpq.indicators
+    assert "W4A" in mpq.report() or "W3A" in mpq.report() or "W5A" in mpq.report()
+
+
+def test_indicators_serve_every_later_budget_and_report_their_movement(mpq, train):
+    indicators = mpq.train_indicators(train, steps=10)
+    moved = indicators.provenance["movement"]
+    assert moved["weight"]["median_change"] > 0.005
+    assert -1 <= moved["activation"]["rank_correlation"] <= 1
+    front = mpq.pareto(points=6)
+    assert len(front) > 2
+    tight = mpq.search(bitops="W2A2")
+    assert {str(tight.policy.bits[x.name]) for x in mpq.graph.searched} == {"W2A2"}
+    assert mpq.policy is None, "search alone must not change the model"
+
+
+def test_untrained_and_frozen_and_authors(mpq, train):
+    start = mpq.train_indicators(train, steps=0)
+    assert start.provenance["movement"]["weight"]["largest_change"] == 0
+    frozen = mpq.train_indicators(train, steps=4, freeze_weights=True)
+    assert frozen.provenance["freeze_weights"] is True
+    authors = mpq.train_indicators(train, steps=4, preset="authors")
+    assert authors.provenance["optimizer"] == "sgd"
+    with pytest.raises(InvalidArgument, match="preset"):
+        mpq.train_indicators(train, steps=4, preset="best")
+
+
+def test_without_labels_the_float_model_teaches(mpq, data):
+    images = [data.tensors[0][i : i + 16] for i in range(0, 96, 16)]
+    mpq.quantize(bitops="W4A4", train=images, val=images, steps=5, indicator_options={"steps": 4})
+    assert mpq.metrics["quantized"]["fidelity_db"] > 0
+    assert mpq.indicators.provenance["distill"] == 1.0
+
+
+def test_with_nothing_but_a_budget_it_warns_once_and_works(mpq):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mpq.quantize(bitops="W6A6")
+    assert len([w for w in caught if "synthetic" in str(w.message)]) == 1
+    error = (mpq(X) - mpq.float_model(X)).norm() / mpq.float_model(X).norm()
+    assert error < 0.5
+
+
+def test_stored_indicators_are_used_without_data(mpq, train, tmp_path):
+    mpq.quantize(bitops="W4A4", train=train, steps=2, indicator_options={"steps": 2})
+    mpq.save_pretrained(tmp_path / "a")
+    stored = HubMPQ.from_pretrained(tmp_path / "a", module=copy.deepcopy(mpq.float_model)).indicators
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        HubMPQ.from_module(mpq.float_model, X[:1]).quantize(bitops="W3A3", indicators=stored, train=train, epochs=0)
+
+
+@pytest.mark.parametrize("level", ["W1A1", "W2A8", "W5A3", "W8A8"])
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_every_width_reloads_bit_equal(mpq, net, train, level, per_channel, tmp_path):
+    mpq.apply_policy(level, train, per_channel=per_channel)
+    if per_channel:
+        mpq.finetune(train, steps=2)
+    mpq.save_pretrained(tmp_path)
+    assert torch.equal(HubMPQ.from_pretrained(tmp_path, module=net)(X), mpq(X))
+
+
+def test_pins_and_fixed_layers(net, train):
+    mpq = HubMPQ.from_module(net, X[:1], fixed={"13": None, "3": "W8A8"}, exclude=["9"])
+    mpq.train_indicators(train, steps=1)
+    policy = mpq.search(bitops="W3A3").policy
+    assert str(policy.bits["3"]) == "W8A8"
+    assert "9" not in policy.bits
+    assert mpq.graph["13"].fixed is None
+    assert any(op.name == "9" for op in mpq.graph.floats)
+    with pytest.raises(InvalidArgument, match="matches none"):
+        mpq.search(bitops="W3A3", fixed={"layer*": "W4A4"})
+
+
+def test_size_budget_is_met_by_the_file_itself(mpq, train, tmp_path):
+    mpq.train_indicators(train, steps=1)
+    floor, top = mpq.usage("W2A2")["size"], mpq.usage("W6A6")["size"]
+    for cap in (floor, (floor + top) // 2, top - 1):
+        mpq.apply_policy(mpq.search(size=cap).policy, train)
+        assert mpq.save_pretrained(tmp_path) <= cap
+    with pytest.raises(InfeasibleBudget, match="size"):
+        mpq.search(size=floor - 1)
+
+
+def test_nothing_is_trained_for_a_nonsense_budget(mpq, train):
+    with pytest.raises(InvalidArgument):
+        mpq.quantize(bitops="34", train=train)
+    with pytest.raises(InvalidArgument):
+        mpq.quantize(train=train)
+    assert mpq.indicators is None
+
+
+def test_steps_out_of_order_say_what_to_do(mpq, train, tmp_path):
+    for call in (mpq.usage, lambda: mpq.search(bitops="W4A4"), lambda: mpq.finetune(train)):
+        with pytest.raises(HubMPQError, match=r"no policy|no indicators"):
+            call()
+    with pytest.raises(HubMPQError, match="no policy"):
+        mpq.save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_packed_model_has_no_float_weights_but_can_be_tuned_on(mpq, net, train, tmp_path):
+    mpq.apply_policy("W4A4", train)
+    mpq.save_pretrained(tmp_path)
+    again = HubMPQ.from_pretrained(tmp_path, module=net)
+    with pytest.raises(HubMPQError, match="no float weights"):
+        again.quantize(bitops="W4A4", train=train)
+    again.finetune(train, steps=2)
+    again.save_pretrained(tmp_path / "tuned")
+    assert read_manifest(tmp_path / "tuned" / PACKED).policy == mpq.policy
+
+
+def test_packed_folders_that_do_not_fit_are_refused(mpq, net, train, tmp_path):
+    mpq.apply_policy("W4A4", train)
+    mpq.save_pretrained(tmp_path)
+    with pytest.raises(InvalidArgument, match="module="):
+        HubMPQ.from_pretrained(tmp_path)
+    with pytest.raises(PolicyMismatch):
+        HubMPQ.from_pretrained(tmp_path, module=nn.Sequential(nn.Linear(3, 3)))
+    other = copy.deepcopy(net)
+    other[1] = nn.Identity()
+    with pytest.raises(PackedFormat, match="unknown"):
+        HubMPQ.from_pretrained(tmp_path, module=other)
+    raw = bytearray((tmp_path / PACKED).read_bytes())
+    raw[-5] ^= 1
+    (tmp_path / PACKED).write_bytes(raw)
+    with pytest.raises(PackedFormat):
+        HubMPQ.from_pretrained(tmp_path, module=net)
+
+
+def test_a_policy_of_another_model_is_refused(mpq, train):
+    with pytest.raises(PolicyMismatch):
+        mpq.apply_policy(Policy({"other": "W4A4"}, "0"), train)
+    with pytest.raises(InvalidArgument):
+        mpq.apply_policy("W44", train)
+
+
+def test_saving_over_a_folder_keeps_it_whole_when_the_disk_refuses(mpq, net, train, tmp_path, monkeypatch):
+    import hub_mpq.hub.folder as folder
+
+    mpq.apply_policy("W4A4", train)
+    mpq.save_pretrained(tmp_path / "out")
+    kept = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder, "write_packed", full)
+    with pytest.raises(HubMPQError, match="No space left"):
+        mpq.save_pretrained(tmp_path / "out")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == kept
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_timm_model_by_name_from_its_config_alone(tmp_path):
+    mpq = HubMPQ.from_pretrained("test_resnet", pretrained=False, in_chans=1, num_classes=5)
+    x = torch.randn(2, 1, 160, 160, generator=torch.Generator().manual_seed(0))
+    mpq.apply_policy("W4A8", [x])
+    mpq.save_pretrained(tmp_path)
+    assert torch.equal(HubMPQ.from_pretrained(tmp_path)(x), mpq(x))
+
+
+def test_budget_is_public():
+    assert Budget(bitops="W4A4").bitops == "W4A4"

@@ -1,0 +1,199 @@
+import math
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from hub_mpq.errors import InvalidArgument, TrainingDiverged
+from hub_mpq.train import Finetune, Hooks, evaluate, fit, task_loss
+from hub_mpq.train.checkpoint import Checkpoints
+from hub_mpq.train.loop import make_accelerator
+from hub_mpq.train.norms import reestimate_batch_norm
+from hub_mpq.train.tune import finetune
+
+
+def hooks(**changes):
+    return Finetune(**{"lr": 1e-2, "scale_lr": 1e-3, "weight_decay": 0.0, "smoothing": 0.0, **changes})
+
+
+def state(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def test_it_learns_and_reports(net, train, val):
+    before = evaluate(net, val)["loss"]
+    log = fit(net, hooks(), train, epochs=4)
+    assert log.steps == 24
+    assert log.samples == 384
+    assert len(log.epoch_loss) == 4
+    assert evaluate(net, val)["loss"] < before
+    assert not net.training
+
+
+class Interrupted(Finetune):
+    """Raises what Ctrl-C raises, after a given step."""
+
+    stop_after = 5
+
+    def after_step(self, model, step):
+        if step + 1 == self.stop_after:
+            import signal
+
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(net, data, tmp_path):
+    import copy
+
+    def loader():
+        return DataLoader(data, batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(5))
+
+    twin = copy.deepcopy(net)
+    fit(net, hooks(), loader(), steps=14, seed=3)
+    broken = Interrupted(lr=1e-2, scale_lr=1e-3, weight_decay=0.0, smoothing=0.0)
+    with pytest.raises(KeyboardInterrupt, match="step 5"):
+        fit(twin, broken, loader(), steps=14, seed=3, checkpoint_dir=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
+    fit(twin, hooks(), loader(), steps=14, seed=3, checkpoint_dir=tmp_path, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(state(net).values(), state(twin).values(), strict=True))
+
+
+def test_several_passes_add_their_gradients(train):
+    class Twice(Finetune):
+        passes = 2
+
+        def losses(self, model, batch, rng):
+            for _ in range(2):
+                yield self.loss(model, batch), None
+
+    seen = []
+
+    class Watch(Twice):
+        def before_step(self, model, step):
+            seen.append(model[-1].weight.grad.clone())
+
+    class WatchOnce(Finetune):
+        def before_step(self, model, step):
+            seen.append(model[-1].weight.grad.clone())
+
+    labels = next(iter(train))[1]
+    for kind in (Watch, WatchOnce):
+        twin = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+        nn.init.constant_(twin[1].weight, 0.01)
+        nn.init.zeros_(twin[1].bias)
+        still = kind(lr=0.0, scale_lr=0.0, weight_decay=0.0, smoothing=0.0)
+        fit(twin, still, [(torch.ones(len(labels), 1, 8, 8), labels)], steps=1)
+    torch.testing.assert_close(seen[0], 2 * seen[1])
+
+
+def test_nan_stops_names_the_step_and_keeps_the_checkpoint(net, train, tmp_path):
+    class Poison(Finetune):
+        def after_step(self, model, step):
+            if step == 3:  # a checkpoint is due right after this step, and must not be written
+                with torch.no_grad():
+                    model[0].weight.fill_(math.nan)
+
+    bad = Poison(lr=1e-3, scale_lr=1e-3, weight_decay=0.0, smoothing=0.0)
+    with pytest.raises(TrainingDiverged, match=r"step 3.*step-00000002") as caught:
+        fit(net, bad, train, steps=10, checkpoint_dir=tmp_path, checkpoint_every=2)
+    assert caught.value.step == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
+    with pytest.raises(TrainingDiverged, match=r"step 0.*no checkpoint"):
+        fit(net, bad, train, steps=10)
+
+
+@pytest.mark.parametrize("loader", [[], DataLoader(TensorDataset(torch.zeros(0, 1)), batch_size=2)])
+def test_empty_data_are_refused(net, loader):
+    with pytest.raises(InvalidArgument, match="empty"):
+        fit(net, hooks(), loader, epochs=1)
+    with pytest.raises(InvalidArgument, match="empty"):
+        evaluate(net, loader)
+
+
+def test_labels_that_do_not_fit_are_refused(net):
+    x = torch.zeros(2, 1, 8, 8)
+    with pytest.raises(InvalidArgument, match="no labels"):
+        task_loss(net, x)
+    with pytest.raises(InvalidArgument, match="fit"):
+        task_loss(net, (x, torch.tensor([0, 9])))
+    with pytest.raises(InvalidArgument, match="outside"):
+        evaluate(net, [(x, torch.tensor([0, 9]))])
+    with pytest.raises(InvalidArgument, match="no labels"):
+        evaluate(net, [x])
+
+
+def test_share_of_the_data(net, train):
+    assert fit(net, hooks(), train, epochs=2, share=0.5).steps == 6
+    with pytest.raises(InvalidArgument, match="share"):
+        fit(net, hooks(), train, share=0)
+
+
+def test_global_random_state_is_not_touched(net, data):
+    torch.manual_seed(7)
+    random.seed(7)
+    want = (torch.rand(1), random.random())
+    torch.manual_seed(7)
+    random.seed(7)
+    loader = DataLoader(data, batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(0))
+    fit(net, hooks(), loader, steps=3)
+    assert (torch.rand(1), random.random()) == want
+
+
+def test_distillation_needs_no_labels_and_comes_closer(net, data):
+    import copy
+
+    student = copy.deepcopy(net)
+    with torch.no_grad():
+        student[9].weight.mul_(0.5)
+    images = [data.tensors[0][i : i + 16] for i in range(0, 96, 16)]
+    before = evaluate(student, images, reference=net)["fidelity_db"]
+    finetune(student, images, teacher=net, steps=60, lr=1e-3)
+    assert evaluate(student, images, reference=net)["fidelity_db"] > before + 3
+    with pytest.raises(InvalidArgument, match="float model"):
+        finetune(student, images, steps=1)
+
+
+def test_ema_follows_the_weights(net, train):
+    import copy
+
+    start, plain = copy.deepcopy(net), copy.deepcopy(net)
+    finetune(plain, train, steps=10, lr=1e-2, reestimate_norms=False)
+    finetune(net, train, steps=10, lr=1e-2, ema=0.9, reestimate_norms=False)
+
+    def gap(model):
+        return (model[0].weight - start[0].weight).norm()
+
+    assert 0 < gap(net) < gap(plain)
+
+
+def test_batch_norm_reestimation_is_the_plain_average(net, val):
+    batches = list(val)
+    assert reestimate_batch_norm(net, batches) == 3
+    x = torch.cat([b[0] for b in batches])
+    torch.testing.assert_close(net[1].running_mean, net[0](x).mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert net[1].momentum == 0.1
+    before = net[1].running_mean.clone()
+    assert reestimate_batch_norm(net, []) == 0
+    assert torch.equal(net[1].running_mean, before)
+
+
+def test_a_torn_checkpoint_is_never_picked_and_a_full_disk_keeps_the_last(tmp_path, monkeypatch):
+    accelerator = make_accelerator(cpu=True)
+    store = Checkpoints(tmp_path, accelerator)
+    store.save(3)
+    (tmp_path / "partial-00000009").mkdir()
+    assert store.last.name == "step-00000003"
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(accelerator, "save_state", full)
+    with pytest.raises(Exception, match=r"No space left.*step-00000003"):
+        store.save(6)
+    assert store.last.name == "step-00000003"
+
+
+def test_hooks_default_to_nothing():
+    assert Hooks().after_epoch(nn.Identity(), 0) is False
