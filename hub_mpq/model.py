@@ -6,7 +6,6 @@ import copy
 import time
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,11 @@ from .adapters.base import Source
 from .adapters.trace import norm_of
 from .cost.size import layer_nbytes
 from .errors import HubMPQError, InvalidArgument
-from .hub.folder import PACKED, load_packed, predicted_nbytes, read_folder_indicators, save_folder
+from .hub.folder import PACKED, predicted_nbytes, read_folder_indicators, save_folder
+from .hub.load import load_folder
 from .nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs
 from .nn.swap import swap_policy
-from .pack import Manifest, read_manifest
+from .pack import Manifest
 from .report import report
 from .search.candidates import CandidatesLike, resolve_candidates
 from .search.datafree import synthetic_batch
@@ -78,7 +78,7 @@ class HubMPQ(nn.Module):
         pretrained, checkpoint_path and other keywords go to timm or transformers.
         """
         if (Path(model_id) / PACKED).is_file():
-            return cls._from_packed(Path(model_id), module, kwargs)
+            return cls._of_folder(Path(model_id), module, kwargs)
         source = adapters.load(str(model_id), pretrained=pretrained, exclude=exclude, **kwargs)
         out = cls(source, fixed=fixed)
         if Path(model_id).is_dir():
@@ -99,19 +99,8 @@ class HubMPQ(nn.Module):
         return cls(adapters.from_module(net, example_input, model_id=model_id, exclude=exclude), fixed=fixed)
 
     @classmethod
-    def _from_packed(cls, folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any]) -> HubMPQ:
-        manifest = read_manifest(folder / PACKED)
-        if module is None and manifest.library == "module":
-            raise InvalidArgument(
-                f"{folder} holds a network that no hub can build; pass it: from_pretrained(…, module=net)"
-            )
-        if module is None:
-            source = adapters.load(str(folder), pretrained=False, library=manifest.library, **kwargs)
-        else:
-            source = Source(module, manifest.base_model, manifest.revision, "module", (), manifest.graph)
-        model = copy.deepcopy(source.model) if module is not None else source.model
-        load_packed(folder / PACKED, model)
-        source = replace(source, model=model.eval(), graph=manifest.graph, model_id=manifest.base_model)
+    def _of_folder(cls, folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any]) -> HubMPQ:
+        source, manifest = load_folder(folder, module, kwargs)
         out = cls(source)
         out.policy, out._float = manifest.policy, ()
         out.indicators = read_folder_indicators(folder)

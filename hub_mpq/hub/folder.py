@@ -13,25 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import HubMPQError, PackedFormat, PolicyMismatch
-from ..nn.swap import quantized_layers, swap_policy
+from ..errors import HubMPQError
+from ..nn.swap import quantized_layers
 from ..pack import (
     Manifest,
     PackedTensor,
+    empty_packed,
     file_nbytes,
     pack_weight,
     read_indicators,
-    read_packed,
     write_indicators,
     write_packed,
 )
-from ..quantizers import LSQ
 from ..spec import FLOAT_BITS, Indicators
 
 PACKED = "model.mpq.safetensors"
 INDICATORS = "indicators.safetensors"
 CONFIG = "config.json"
-_QUANTIZER = (".weight_quantizer.", ".input_quantizer.")
+QUANTIZER_KEYS = (".weight_quantizer.", ".input_quantizer.")
+"""Parts of state-dict keys that belong to quantizers: a file holds them in its own words."""
 
 
 @torch.no_grad()
@@ -51,15 +51,13 @@ def packed_tensors(model: nn.Module, manifest: Manifest) -> dict[str, PackedTens
             zero = torch.tensor([module.input_quantizer.zero_point], dtype=torch.int32)
             out[f"{name}.input_zero_point"] = zero
     for key, tensor in model.state_dict().items():
-        if key not in skip and not any(part in f".{key}" for part in _QUANTIZER):
+        if key not in skip and not any(part in f".{key}" for part in QUANTIZER_KEYS):
             out[key] = tensor.detach().cpu()
     return out
 
 
 def predicted_nbytes(model: nn.Module, manifest: Manifest) -> int:
     """Bytes of the packed file of a float `model` at the manifest's policy, to the byte, before anything is packed."""
-    from ..pack import empty_packed
-
     graph, bits = manifest.graph, manifest.policy.bits
     out: dict[str, PackedTensor | Tensor] = {}
     skip = set()
@@ -73,7 +71,7 @@ def predicted_nbytes(model: nn.Module, manifest: Manifest) -> int:
             out[f"{layer.name}.input_scale"] = torch.empty(1, device="meta")
             out[f"{layer.name}.input_zero_point"] = torch.empty(1, dtype=torch.int32, device="meta")
     for key, tensor in model.state_dict().items():
-        if key not in skip and not any(part in f".{key}" for part in _QUANTIZER):
+        if key not in skip and not any(part in f".{key}" for part in QUANTIZER_KEYS):
             out[key] = torch.empty_like(tensor, device="meta")
     return file_nbytes(out, manifest)
 
@@ -120,52 +118,6 @@ def save_folder(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return size
-
-
-def load_packed(path: str | os.PathLike[str], skeleton: nn.Module) -> Manifest:
-    """Turn `skeleton` (the float model, any weights) into the packed model at `path`, in place.
-
-    Raises PackedFormat for a bad file, PolicyMismatch when the file is for another model.
-    """
-    tensors, manifest = read_packed(path)
-    modules = dict(skeleton.named_modules())
-    shapes = {n: tuple(m.weight.shape) for n, m in modules.items() if isinstance(getattr(m, "weight", None), Tensor)}
-    wrong = [layer.name for layer in manifest.graph if shapes.get(layer.name) != layer.weight_shape]
-    if wrong:
-        raise PolicyMismatch((), wrong)
-    swap_policy(skeleton, manifest.graph, manifest.policy)
-    load_quantized(path, skeleton, tensors)
-    return manifest
-
-
-@torch.no_grad()
-def load_quantized(path: object, model: nn.Module, tensors: Mapping[str, PackedTensor | Tensor]) -> None:
-    """Fill a swapped model with packed tensors: weights on their grids, scales, everything else."""
-    rest = dict(tensors)
-    for name, module in quantized_layers(model):
-        packed = rest.pop(name, None)
-        if isinstance(packed, PackedTensor):
-            module.weight.copy_(packed.dequantize())
-            q = module.weight_quantizer
-            if packed.weight_scale.numel() != q.base.shape[1]:  # saved with one scale per tensor
-                fresh = LSQ(q.widths, signed=True, channels=packed.weight_scale.numel(), axis=q.axis)
-                module.weight_quantizer = q = fresh
-            q.init(packed.num_bits, packed.weight_scale)
-        rest[f"{name}.weight"] = module.weight
-        if module.input_quantizer is not None:
-            scale = rest.pop(f"{name}.input_scale")
-            zero = rest.pop(f"{name}.input_zero_point", torch.zeros(1))
-            module.input_quantizer.init(module.input_quantizer.widths[0], scale.reshape(1), int(zero))
-    own = model.state_dict()
-    expected = {k for k in own if not any(part in f".{k}" for part in _QUANTIZER)}
-    missing, extra = expected - set(rest), set(rest) - expected
-    if missing or extra:
-        raise PackedFormat(path, f"tensors missing {sorted(missing)[:4]}, unknown {sorted(extra)[:4]}")
-    for key in expected:
-        if tuple(own[key].shape) != tuple(rest[key].shape):
-            shape = tuple(own[key].shape)
-            raise PackedFormat(path, f"tensor {key!r}: shape {tuple(rest[key].shape)}, expected {shape}")
-    model.load_state_dict(rest, strict=False)
 
 
 def read_folder_indicators(folder: str | os.PathLike[str]) -> Indicators | None:

@@ -1,0 +1,88 @@
+"""From a packed folder to the model that runs."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import adapters
+from ..adapters.base import Source
+from ..errors import InvalidArgument, PackedFormat, PolicyMismatch
+from ..nn.swap import quantized_layers, swap_policy
+from ..pack import Manifest, PackedTensor, read_manifest, read_packed
+from ..quantizers import LSQ
+from .folder import PACKED, QUANTIZER_KEYS
+
+
+def load_folder(folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any]) -> tuple[Source, Manifest]:
+    """(the quantized model with where it comes from, what its file says).
+
+    module: the network for a model that no hub can build; it is copied, not changed. kwargs go to the adapter.
+    Raises InvalidArgument when a network is needed, PackedFormat for a bad file, PolicyMismatch for another model.
+    """
+    manifest = read_manifest(folder / PACKED)
+    if module is None and manifest.library == "module":
+        raise InvalidArgument(
+            f"{folder} holds a network that no hub can build; pass it: from_pretrained(…, module=net)"
+        )
+    if module is None:
+        source = adapters.load(str(folder), pretrained=False, library=manifest.library, **kwargs)
+    else:
+        net = copy.deepcopy(module)
+        source = Source(net, manifest.base_model, manifest.revision, "module", (), manifest.graph)
+    load_packed(folder / PACKED, source.model)
+    source.model.eval()
+    return replace(source, graph=manifest.graph, model_id=manifest.base_model, revision=manifest.revision), manifest
+
+
+def load_packed(path: str | os.PathLike[str], skeleton: nn.Module) -> Manifest:
+    """Turn `skeleton` (the float model, any weights) into the packed model at `path`, in place.
+
+    Raises PackedFormat for a bad file, PolicyMismatch when the file is for another model.
+    """
+    tensors, manifest = read_packed(path)
+    modules = dict(skeleton.named_modules())
+    shapes = {n: tuple(m.weight.shape) for n, m in modules.items() if isinstance(getattr(m, "weight", None), Tensor)}
+    wrong = [layer.name for layer in manifest.graph if shapes.get(layer.name) != layer.weight_shape]
+    if wrong:
+        raise PolicyMismatch((), wrong)
+    swap_policy(skeleton, manifest.graph, manifest.policy)
+    load_quantized(path, skeleton, tensors)
+    return manifest
+
+
+@torch.no_grad()
+def load_quantized(path: object, model: nn.Module, tensors: Mapping[str, PackedTensor | Tensor]) -> None:
+    """Fill a swapped model with packed tensors: weights on their grids, scales, everything else."""
+    rest = dict(tensors)
+    for name, module in quantized_layers(model):
+        packed = rest.pop(name, None)
+        if isinstance(packed, PackedTensor):
+            module.weight.copy_(packed.dequantize())
+            q = module.weight_quantizer
+            if packed.weight_scale.numel() != q.base.shape[1]:  # saved with one scale per tensor
+                fresh = LSQ(q.widths, signed=True, channels=packed.weight_scale.numel(), axis=q.axis)
+                module.weight_quantizer = q = fresh
+            q.init(packed.num_bits, packed.weight_scale)
+        rest[f"{name}.weight"] = module.weight
+        if module.input_quantizer is not None:
+            scale = rest.pop(f"{name}.input_scale")
+            zero = rest.pop(f"{name}.input_zero_point", torch.zeros(1))
+            module.input_quantizer.init(module.input_quantizer.widths[0], scale.reshape(1), int(zero))
+    own = model.state_dict()
+    expected = {k for k in own if not any(part in f".{k}" for part in QUANTIZER_KEYS)}
+    missing, extra = expected - set(rest), set(rest) - expected
+    if missing or extra:
+        raise PackedFormat(path, f"tensors missing {sorted(missing)[:4]}, unknown {sorted(extra)[:4]}")
+    for key in expected:
+        if tuple(own[key].shape) != tuple(rest[key].shape):
+            shape = tuple(own[key].shape)
+            raise PackedFormat(path, f"tensor {key!r}: shape {tuple(rest[key].shape)}, expected {shape}")
+    model.load_state_dict(rest, strict=False)
