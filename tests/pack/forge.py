@@ -28,5 +28,12 @@ def text_of(header):
     return json.dumps(header, ensure_ascii=False, separators=(",", ":"))
 
 
+def overwrite(path, data):
+    """New content in place. Emptying a file first, as write_bytes does, makes ext4 wait for the disk."""
+    with open(path, "r+b") as file:
+        file.write(data)
+        file.truncate()
+
+
 def _sha(data):
     return hashlib.sha256(data).hexdigest().encode()

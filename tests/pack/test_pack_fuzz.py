@@ -1,20 +1,16 @@
-"""Thousands of seeded mutations: refused, never a crash, a hang or another model.
+"""20,000 seeded mutations: refused, never a crash, a hang or another model."""
 
-The suite runs 3,000 of each kind; HUB_MPQ_FUZZ=20000 asks for more (below a minute).
-"""
-
-import os
 import random
 
 import pytest
-from forge import seal, split, text_of
+from forge import overwrite, seal, split, text_of
 from packed_toys import same
 
 from hub_mpq.errors import PackedFormat
 from hub_mpq.pack import PackedTensor, read_indicators, read_packed, write_indicators
 from hub_mpq.spec import Indicators
 
-COUNT = int(os.environ.get("HUB_MPQ_FUZZ", "3000"))
+COUNT = 20_000
 TOKENS = [
     b'"',
     b"{",
@@ -70,11 +66,11 @@ def use(tensors):
 def test_mutated_files_are_refused(packed):
     path = packed[0]
     data, rng = path.read_bytes(), random.Random(1)
-    for _ in range(COUNT):
+    for _ in range(COUNT // 2):
         mutant = mutate(data, rng)
         if mutant == data:
             continue
-        path.write_bytes(mutant)
+        overwrite(path, mutant)
         with pytest.raises(PackedFormat):
             read_packed(path)
 
@@ -85,10 +81,10 @@ def test_mutated_headers_with_right_digests_are_refused_or_hold_what_they_say(pa
     header, payload = split(path.read_bytes())
     text, rng, loaded = text_of(header), random.Random(2), 0
     start = text.index('"manifest"')
-    for _ in range(COUNT):
+    for _ in range(COUNT // 4):
         head = text[:start].encode() + mutate(text[start:].encode(), rng)
         body = mutate(payload, rng) if rng.random() < 0.3 else payload
-        path.write_bytes(seal(head, body))
+        overwrite(path, seal(head, body))
         try:
             found, said = read_packed(path)
         except PackedFormat:
@@ -98,18 +94,18 @@ def test_mutated_headers_with_right_digests_are_refused_or_hold_what_they_say(pa
         said.policy.check(said.graph)
         if body == payload and said == manifest and found.keys() == tensors.keys():
             assert same(found, tensors)
-    assert loaded < COUNT / 2
+    assert loaded < COUNT / 8
 
 
 def test_mutated_payloads_with_right_digests_load_or_are_refused(packed):
     path = packed[0]
     header, payload = split(path.read_bytes())
     rng, loaded, named = random.Random(3), 0, 0
-    for _ in range(COUNT // 3):
+    for _ in range(COUNT // 8):
         body = bytearray(payload)
         for _ in range(rng.randint(1, 20)):
             body[rng.randrange(len(body))] = rng.randrange(256)
-        path.write_bytes(seal(header, bytes(body)))
+        overwrite(path, seal(header, bytes(body)))
         try:
             found, _ = read_packed(path)
         except PackedFormat as error:
@@ -119,16 +115,16 @@ def test_mutated_payloads_with_right_digests_load_or_are_refused(packed):
         use(found)
         assert all(bool((v.weight_scale > 0).all()) for v in found.values() if isinstance(v, PackedTensor))
     assert loaded
-    assert named == COUNT // 3 - loaded
+    assert named == COUNT // 8 - loaded
 
 
 def test_mutated_indicators_are_refused(tmp_path):
     path = tmp_path / "indicators.safetensors"
     write_indicators(path, Indicators({"a": {2: 0.5, 8: 0.25}}, {"a": {2: 1.5}}, {"a": True}))
     data, rng = path.read_bytes(), random.Random(4)
-    for _ in range(COUNT // 3):
+    for _ in range(COUNT // 8):
         mutant = mutate(data, rng)
         if mutant != data:
-            path.write_bytes(mutant)
+            overwrite(path, mutant)
             with pytest.raises(PackedFormat):
                 read_indicators(path)
