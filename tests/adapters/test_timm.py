@@ -146,7 +146,7 @@ def test_a_saved_folder_loads_again(tmp_path):
 def test_what_timm_does_not_have():
     with pytest.raises(InvalidArgument, match="unknown model 'resnet81'; did you mean resnet18"):
         load("resnet81")
-    with pytest.raises(InvalidArgument, match="timm has no model 'mobilenetv2_1oo'; did you mean .*mobilenetv2_100"):
+    with pytest.raises(InvalidArgument, match=r"timm has no model 'mobilenetv2_1oo'; did you mean .*mobilenetv2_100"):
         load("mobilenetv2_1oo", library="timm")
     with pytest.raises(
         HubMPQError, match=r"weights of 'resnet18' can't be fetched.*pretrained=False.*checkpoint_path="
