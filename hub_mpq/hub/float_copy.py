@@ -1,0 +1,36 @@
+"""The weights a model without any quantizer would need to compute with the quantized ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.swap import quantized_layers
+from .folder import QUANTIZER_KEYS
+
+
+@torch.no_grad()
+def float_copy_state(model: nn.Module) -> dict[str, Tensor]:
+    """State dict of the float model with dequantized weights: contiguous CPU tensors, none shares memory.
+
+    Names and dtypes are what plain timm and plain transformers read from model.safetensors: quantizers are left
+    out, a tied weight stands once where transformers ties it again, and names that transformers changes when it loads
+    are written back (else a plain load would find no weight and take random ones). Activations are not quantized.
+    """
+    state = {k: v for k, v in model.state_dict().items() if not any(part in f".{k}" for part in QUANTIZER_KEYS)}
+    for name, module in quantized_layers(model):
+        state[f"{name}.weight" if name else "weight"] = module.weight_quantizer(module.weight)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    state = {k: v for k, v in state.items() if tied.get(k) not in state}
+    if type(model).__module__.startswith("transformers."):
+        state = _published_names(model, state)
+    return {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
+
+
+def _published_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names on disk of a transformers model; since v5 they can differ from those of its modules (ViT, Mixtral)."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4 has one set of names
+        return state
+    return dict(revert_weight_conversion(model, state))
