@@ -13,9 +13,11 @@ FLOOR = {
     **dict.fromkeys(["adapters", "train"], 4),
     "search": 5,
     "hub": 6,
-    "report": 6,
+    **dict.fromkeys(["report", "plot", "data"], 6),
     "model": 7,
-    **dict.fromkeys(["cli", "__main__", "__init__"], 8),
+    "demo": 8,
+    **dict.fromkeys(["cli", "__init__"], 9),
+    "__main__": 10,
 }
 
 

@@ -1,0 +1,77 @@
+"""The app: its commands, and how its errors are told."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from .. import __version__
+from ..errors import HubMPQError
+from . import inspect, learn, solving
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+class Commands(TyperGroup):
+    """A user's mistake is one sentence on stderr; an unknown error keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        plain, warnings.formatwarning = warnings.formatwarning, _warning
+        try:
+            return super().invoke(ctx)
+        except HubMPQError as error:
+            typer.echo(f"hub-mpq: {_sentence(error)}", err=True)
+            raise typer.Exit(USER_ERROR) from None
+        except KeyboardInterrupt as error:
+            typer.echo(f"hub-mpq: {error or 'stopped'}", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        finally:
+            warnings.formatwarning = plain
+
+
+def _sentence(error: HubMPQError) -> str:
+    """The message; of one that crossed from a loader's worker with its traceback, the last line."""
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split())
+
+
+def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
+    return f"warning: {message}\n"
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="A timm or Hugging Face model and a budget in; the best mixed-precision policy and packed weights out.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hub-mpq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+for _command in (inspect.inspect, learn.indicators, solving.search, solving.solve, solving.pareto):
+    app.command()(_command)
+for _trained in (learn.quantize, learn.finetune, learn.evaluate, learn.demo):
+    app.command()(_trained)
+
+
+def main() -> None:
+    """Entry point of the `hub-mpq` script."""
+    app()

@@ -1,0 +1,60 @@
+"""hub-mpq inspect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import models, show
+from . import options as o
+
+
+def inspect(
+    model: o.Model,
+    library: o.Library = None,
+    input_size: o.InputSize = None,
+    model_arg: o.ModelArg = None,
+    pin: o.Pin = None,
+    exclude: o.Exclude = None,
+    as_json: o.Json = False,
+) -> None:
+    """Layers, their costs, and what is not quantized and why. No weights, and for a timm name no network."""
+    if models.is_packed(model):
+        return _packed(model, as_json)
+    mpq = models.load(
+        model, meta=True, library=library, input_size=input_size, model_arg=model_arg, pin=pin, exclude=exclude
+    )
+    levels = {level: dict(mpq.usage(level).amounts) for level in ("W8A8", "W4A4", "W2A2") if mpq.graph.searched}
+    tree = {**_graph(mpq.graph), "levels": levels}
+    lines = [mpq.report(), "searched layers at one level, fixed ones as they are:"]
+    lines += [f"  {level}: {show.usage_line(amounts)}" for level, amounts in levels.items()]
+    show.emit(as_json, tree, "\n".join(lines if levels else lines[:1]))
+
+
+def _packed(folder: str, as_json: bool) -> None:
+    """From the packed file's header alone."""
+    from pathlib import Path
+
+    from ..pack import read_manifest
+    from ..report import report
+    from ..search.policy_search import usage_of
+
+    path = Path(folder) / models.PACKED
+    manifest = read_manifest(path)
+    amounts: dict[str, float] = dict(usage_of(manifest.graph, manifest.policy, None, 0).amounts)
+    amounts["size"] = path.stat().st_size
+    metrics = manifest.provenance.get("metrics", {})
+    tree = {
+        **_graph(manifest.graph),
+        "policy": manifest.policy.to_dict(),
+        "usage": amounts,
+        "provenance": manifest.provenance,
+    }
+    text = report(manifest.graph, manifest.policy, None, metrics, {})
+    show.emit(as_json, tree, f"{text}\n{show.usage_line(amounts)}")
+
+
+def _graph(graph: Any) -> dict[str, Any]:
+    """The graph as JSON values, with the sums that people ask for."""
+    tree = graph.to_dict()
+    macs = sum(layer.macs for layer in graph)
+    return {**tree, "macs": macs + sum(op.macs for op in graph.floats), "quantized_macs": macs}

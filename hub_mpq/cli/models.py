@@ -1,0 +1,146 @@
+"""From options to a model and its data. Heavy imports are inside."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import HubMPQError, InvalidArgument, PackedFormat
+from .options import input_size_of, model_args_of, pins_of
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+    from ..model import HubMPQ
+
+PACKED = "model.mpq.safetensors"
+
+
+def load(
+    model: str,
+    *,
+    meta: bool = False,
+    library: str | None = None,
+    input_size: str | None = None,
+    model_arg: list[str] | None = None,
+    checkpoint_path: Path | None = None,
+    pretrained: bool = True,
+    pin: list[str] | None = None,
+    exclude: list[str] | None = None,
+) -> HubMPQ:
+    """The model of a command. meta: its skeleton without weights or network; else on the GPU when there is one."""
+    pins, kwargs = pins_of(pin), model_args_of(model_arg)
+    if library is not None:
+        kwargs["library"] = library
+    if input_size is not None:
+        kwargs["input_size"] = input_size_of(input_size)
+    if checkpoint_path is not None:
+        kwargs["checkpoint_path"] = checkpoint_path
+
+    from ..model import HubMPQ
+
+    if meta:
+        from .. import adapters
+
+        kwargs.pop("checkpoint_path", None)
+        source = adapters.load(model, pretrained=False, meta=True, exclude=exclude or (), **kwargs)
+        return HubMPQ(source, fixed=pins)
+    return place(HubMPQ.from_pretrained(model, pretrained=pretrained, fixed=pins, exclude=exclude or (), **kwargs))
+
+
+def place(mpq: HubMPQ) -> HubMPQ:
+    """The model and its example on the GPU, when there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        from ..adapters.base import placed
+
+        mpq.model.to("cuda")
+        mpq.source.example = placed(mpq.source.example, mpq.model)
+    return mpq
+
+
+def is_packed(folder: str | Path) -> bool:
+    """Whether a folder is one that hub-mpq wrote."""
+    return (Path(folder) / PACKED).is_file()
+
+
+def loader(
+    mpq: HubMPQ, folder: Path, *, train: bool, class_map: Path | None, batch_size: int, workers: int, seed: int = 0
+) -> DataLoader[Any]:
+    """Batches of an image folder, prepared as the model wants them."""
+    from ..data import data_config, image_loader
+
+    source = mpq.source
+    classes = getattr(mpq.model, "num_classes", None)
+    if classes is None:
+        classes = getattr(getattr(mpq.model, "config", None), "num_labels", None)
+    preprocess = source.preprocess
+    if source.library == "transformers" and len(mpq.graph.input_shape) == 3:
+        preprocess = _processor(preprocess)
+    return image_loader(
+        folder,
+        data_config(preprocess, mpq.graph.input_shape),
+        train=train,
+        classes=classes or None,
+        class_map=class_map,
+        batch_size=batch_size,
+        workers=workers,
+        seed=seed,
+    )
+
+
+def _processor(preprocess: Mapping[str, Any]) -> dict[str, Any]:
+    """Mean, std and interpolation of a transformers image processor."""
+    import transformers
+
+    name = preprocess.get("processor", "")
+    try:
+        processor: Any = transformers.AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
+    except Exception as error:
+        warnings.warn(
+            f"no image processor for {name!r} ({type(error).__name__}): mean 0.5 and std 0.5 are used", stacklevel=2
+        )
+        return {}
+    resample = {0: "nearest", 2: "bilinear", 3: "bicubic"}.get(int(getattr(processor, "resample", 2) or 2), "bilinear")
+    return {"mean": processor.image_mean, "std": processor.image_std, "interpolation": resample}
+
+
+def indicators_for(mpq: HubMPQ, path: Path | None) -> None:
+    """Give the model the indicators of a file, or keep those of its folder; HubMPQError when there are none."""
+    if path is not None:
+        from ..pack import read_indicators
+
+        if not path.is_file():
+            raise InvalidArgument(f"no indicators file {str(path)!r}; `hub-mpq indicators` writes one")
+        mpq.indicators = read_indicators(path)
+    elif mpq.indicators is None:
+        folder = Path(mpq.graph.model_id)
+        if folder.is_dir():
+            from ..hub.folder import read_folder_indicators
+
+            mpq.indicators = read_folder_indicators(folder)
+    if mpq.indicators is None:
+        raise HubMPQError("there are no indicators; train them with `hub-mpq indicators` and pass --indicators FILE")
+
+
+def read_policy(text: str, mpq: HubMPQ) -> Any:
+    """A policy from a file (a policy, or what `search --json` printed), or a level such as W4A4."""
+    from ..spec import LayerBits, Policy
+    from .options import read_json
+
+    if not Path(text).is_file():
+        try:
+            return LayerBits.parse(text)
+        except InvalidArgument:
+            raise InvalidArgument(f"--policy: {text!r} is neither a file nor a level such as W4A4") from None
+    tree = read_json(Path(text))
+    tree = tree.get("policy", tree) if isinstance(tree, dict) else tree
+    try:
+        policy = Policy.from_dict(tree)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PackedFormat(text, "no policy: expected graph_digest and bits") from error
+    policy.check(mpq.graph)
+    return policy

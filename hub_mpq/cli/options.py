@@ -1,0 +1,131 @@
+"""The options that several commands share, and what they parse to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import HubMPQError, InvalidArgument
+from ..spec import Budget, Candidates, LayerBits
+
+Text = str | None
+Number = float | None
+Count = int | None
+File = Path | None
+Many = list[str] | None
+
+Model = Annotated[
+    str, typer.Argument(help="A timm name, a Hugging Face id, hf-hub:…, or a folder.", show_default=False)
+]
+Library = Annotated[Text, typer.Option(help="timm or transformers, where the name alone does not tell.")]
+InputSize = Annotated[Text, typer.Option(help="Other input than the model's own: 160, 160x192 or 3x160x192.")]
+ModelArg = Annotated[
+    Many, typer.Option(help="KEY=VALUE for the model's constructor, such as num_classes=10. Repeatable.")
+]
+CheckpointPath = Annotated[File, typer.Option(help="Weights from this file.")]
+Pretrained = Annotated[bool, typer.Option(help="Fetch the published weights.")]
+Pin = Annotated[Many, typer.Option(help="PATTERN=W8A8 keeps layers at widths, PATTERN=none searches them. Repeatable.")]
+Exclude = Annotated[Many, typer.Option(help="Pattern of layers to leave float. Repeatable.")]
+
+Bitops = Annotated[Text, typer.Option(help='A level ("W4A4") or the whole model ("34.7G").')]
+Size = Annotated[Text, typer.Option(help='Bytes of the packed file ("5.7MB", "4MiB") or a level ("W4").')]
+Compression = Annotated[Text, typer.Option(help='Float bytes over packed bytes of the quantized weights ("12.2").')]
+WeightBits = Annotated[Number, typer.Option(help="Mean bits of the searched weights.")]
+ActivationMemory = Annotated[Text, typer.Option(help='Bytes of all quantized inputs of a sample ("200KB") or "A4".')]
+ActivationPeak = Annotated[Text, typer.Option(help='Bytes of the largest quantized input ("50KB") or "A4".')]
+CandidateBits = Annotated[Text, typer.Option("--candidates", help="Widths to choose from, such as 2,3,4,5,6.")]
+Alpha = Annotated[Number, typer.Option(help="Weight of the weight indicators; balanced when left out.")]
+Indicators = Annotated[File, typer.Option(help="Indicators trained before.")]
+
+Data = Annotated[Path, typer.Option(help="Folder of class folders of images, or of images without labels.")]
+OptionalData = Annotated[File, typer.Option("--data", help="Images to train on; without: data-free, with a warning.")]
+Val = Annotated[File, typer.Option(help="Labelled images to measure on, before and after.")]
+ClassMap = Annotated[File, typer.Option(help="Text file: one class folder a line, in the order of the labels.")]
+BatchSize = Annotated[int, typer.Option(min=1)]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
+Epochs = Annotated[float, typer.Option(min=0, help="Length of the training.")]
+Steps = Annotated[Count, typer.Option(min=0, help="Length in steps; wins over --epochs.")]
+LearningRate = Annotated[Number, typer.Option("--lr", help="Learning rate of the weights.")]
+Seed = Annotated[int, typer.Option(min=0)]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint an interrupted run left.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output of hub-mpq that is there.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+Plot = Annotated[File, typer.Option(help="Picture to write (.png, .svg or .pdf).")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
+
+
+def budget_of(**limits: Any) -> dict[str, Any]:
+    """The limits that were given, checked for units; InvalidArgument when there is none."""
+    given = {name: value for name, value in limits.items() if value is not None}
+    Budget(**given)
+    for name, value in given.items():
+        _check(name, value)
+    return given
+
+
+def _check(name: str, value: Any) -> None:
+    """Refuse nonsense before a model is loaded; what depends on the model is checked by the search."""
+    from ..spec import parse_bytes, parse_count
+
+    if name in ("bitops", "size", "activation_memory", "activation_peak") and Budget.level(value) is None:
+        (parse_count if name == "bitops" else parse_bytes)(value, name)
+
+
+def candidates_of(text: str | None) -> Candidates | None:
+    """ "2,3,4" → Candidates."""
+    if text is None:
+        return None
+    try:
+        return Candidates.of([int(part) for part in text.split(",")])
+    except ValueError as error:
+        if isinstance(error, HubMPQError):
+            raise
+        raise InvalidArgument(f"--candidates: {text!r} is no list of widths; write for example 2,3,4,5,6") from None
+
+
+def pins_of(items: list[str] | None) -> dict[str, LayerBits | None]:
+    """["PATTERN=W8A8", "PATTERN=none"] → {pattern: widths or None}."""
+    pins: dict[str, LayerBits | None] = {}
+    for item in items or ():
+        pattern, equals, bits = item.rpartition("=")
+        if not equals or not pattern:
+            raise InvalidArgument(f"--pin: {item!r} is not PATTERN=W8A8 or PATTERN=none")
+        pins[pattern] = None if bits.lower() == "none" else LayerBits.parse(bits)
+    return pins
+
+
+def input_size_of(text: str | None) -> tuple[int, int, int] | None:
+    """ "160", "160x192" or "3x160x192" → (channels, height, width)."""
+    if text is None:
+        return None
+    parts = text.lower().replace("×", "x").split("x")
+    if not all(part.isdigit() and int(part) > 0 for part in parts) or len(parts) > 3:
+        raise InvalidArgument(f"--input-size: {text!r} is not 160, 160x192 or 3x160x192")
+    sides = [int(part) for part in parts]
+    sides = sides * 2 if len(sides) == 1 else sides
+    return (3, *sides) if len(sides) == 2 else tuple(sides)  # type: ignore[return-value]
+
+
+def model_args_of(items: list[str] | None) -> dict[str, Any]:
+    """["num_classes=10"] → {"num_classes": 10}; values are JSON, else text."""
+    out: dict[str, Any] = {}
+    for item in items or ():
+        key, equals, value = item.partition("=")
+        if not equals or not key.isidentifier():
+            raise InvalidArgument(f"--model-arg: {item!r} is not KEY=VALUE")
+        try:
+            out[key] = json.loads(value)
+        except ValueError:
+            out[key] = value
+    return out
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file ("-": standard input); HubMPQError when it is none."""
+    try:
+        return json.loads(typer.get_text_stream("stdin").read() if str(path) == "-" else path.read_text())
+    except (OSError, ValueError) as error:
+        raise HubMPQError(f"{path} cannot be read as JSON: {error}") from error

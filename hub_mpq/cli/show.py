@@ -1,0 +1,53 @@
+"""What a command prints: one JSON object for machines, or text for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import typer
+
+from ..report import human, table
+
+
+def emit(as_json: bool, tree: Mapping[str, Any], text: str) -> None:
+    """Print one or the other on stdout."""
+    typer.echo(json.dumps(tree, indent=2, sort_keys=False) if as_json else text)
+
+
+def amount(limit: str, value: float) -> str:
+    """A limit's amount with its unit."""
+    if limit in ("size", "activation_memory", "activation_peak"):
+        return f"{human(value)}B"
+    if limit in ("compression", "weight_bits"):
+        return f"{value:.3f}"
+    return human(value)
+
+
+def policy_table(result: Any, graph: Any) -> str:
+    """Layers with their widths, then what the policy costs and how well it is proved."""
+    rows = [
+        [layer.name, layer.kind, str(result.policy.bits[layer.name]), "fixed" if layer.fixed else ""] for layer in graph
+    ]
+    lines = [table(["layer", "kind", "bits", ""], rows), usage_line(result.usage.amounts), proof_line(result)]
+    return "\n".join(lines)
+
+
+def usage_line(amounts: Mapping[str, float]) -> str:
+    """All limits in one line."""
+    return "  ".join(f"{name} {amount(name, value)}" for name, value in amounts.items())
+
+
+def proof_line(result: Any) -> str:
+    """Status, objective, gap and seconds."""
+    return f"{result.status}: objective {result.objective:.10g}, gap {result.gap:.3g}, {result.seconds:.3f} s"
+
+
+def front_table(results: Sequence[Any]) -> str:
+    """One row a point."""
+    head = ["bitops", "size", "weight_bits", "activation_memory", "objective", "seconds"]
+    rows = [
+        [*(amount(name, r.usage[name]) for name in head[:4]), f"{r.objective:.6g}", f"{r.seconds:.3f}"] for r in results
+    ]
+    return table(head, rows)

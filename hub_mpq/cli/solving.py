@@ -1,0 +1,117 @@
+"""hub-mpq search, solve, pareto: no training, no weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import models, show
+from . import options as o
+
+
+def search(
+    model: o.Model,
+    indicators: o.Indicators = None,
+    bitops: o.Bitops = None,
+    size: o.Size = None,
+    compression: o.Compression = None,
+    weight_bits: o.WeightBits = None,
+    activation_memory: o.ActivationMemory = None,
+    activation_peak: o.ActivationPeak = None,
+    candidates: o.CandidateBits = None,
+    alpha: o.Alpha = None,
+    pin: o.Pin = None,
+    exclude: o.Exclude = None,
+    library: o.Library = None,
+    input_size: o.InputSize = None,
+    model_arg: o.ModelArg = None,
+    time_limit: Annotated[
+        o.Number, typer.Option(help="Seconds; past them the best policy so far, with its gap.")
+    ] = None,
+    plot: o.Plot = None,
+    as_json: o.Json = False,
+) -> None:
+    """The best policy within a budget, from indicators trained before."""
+    budget = o.budget_of(
+        bitops=bitops,
+        size=size,
+        compression=compression,
+        weight_bits=weight_bits,
+        activation_memory=activation_memory,
+        activation_peak=activation_peak,
+    )
+    widths = o.candidates_of(candidates)
+    mpq = models.load(
+        model, meta=True, library=library, input_size=input_size, model_arg=model_arg, pin=pin, exclude=exclude
+    )
+    models.indicators_for(mpq, indicators)
+    result = mpq.search(alpha=alpha, candidates=widths, time_limit=time_limit, **budget)
+    if plot is not None:
+        from ..plot import plot_policy
+
+        plot_policy(mpq.graph, result.policy, plot)
+    show.emit(as_json, result.to_dict(), show.policy_table(result, mpq.graph))
+
+
+def solve(
+    file: Annotated[Path, typer.Argument(metavar="TABLE.json", help='A table of scores and costs; "-" reads stdin.')],
+    time_limit: Annotated[
+        o.Number, typer.Option(help="Seconds; past them the best choice so far, with its gap.")
+    ] = None,
+    as_json: o.Json = False,
+) -> None:
+    """The best choice per layer of a table that anyone may bring."""
+    from ..report import table
+    from ..solve import solve_table
+
+    tree = o.read_json(file)
+    solution = solve_table(tree, time_limit=time_limit)
+    lines = [table(["layer", "choice"], [[name, choice] for name, choice in solution.choices.items()])]
+    lines += [f"{name}: {used:.10g} of {tree['limits'][name]:.10g}" for name, used in solution.usage.items()]
+    show.emit(as_json, solution.to_dict(), "\n".join([*lines, show.proof_line(solution)]))
+
+
+def pareto(
+    model: o.Model,
+    indicators: o.Indicators = None,
+    limit: Annotated[str, typer.Option(help="bitops, size, weight_bits or activation_memory.")] = "bitops",
+    points: Annotated[int, typer.Option(help="Budgets between the least and the greatest.")] = 20,
+    bitops: o.Bitops = None,
+    size: o.Size = None,
+    compression: o.Compression = None,
+    weight_bits: o.WeightBits = None,
+    activation_memory: o.ActivationMemory = None,
+    activation_peak: o.ActivationPeak = None,
+    candidates: o.CandidateBits = None,
+    alpha: o.Alpha = None,
+    pin: o.Pin = None,
+    exclude: o.Exclude = None,
+    library: o.Library = None,
+    input_size: o.InputSize = None,
+    model_arg: o.ModelArg = None,
+    plot: o.Plot = None,
+    as_json: o.Json = False,
+) -> None:
+    """The best policies along one limit; other limits, where given, hold at each point."""
+    others = {
+        "bitops": bitops,
+        "size": size,
+        "compression": compression,
+        "weight_bits": weight_bits,
+        "activation_memory": activation_memory,
+        "activation_peak": activation_peak,
+    }
+    budget = o.budget_of(**others) if any(value is not None for value in others.values()) else {}
+    widths = o.candidates_of(candidates)
+    mpq = models.load(
+        model, meta=True, library=library, input_size=input_size, model_arg=model_arg, pin=pin, exclude=exclude
+    )
+    models.indicators_for(mpq, indicators)
+    results = mpq.pareto(limit, points, alpha=alpha, candidates=widths, **budget)
+    if plot is not None:
+        from ..plot import plot_pareto
+
+        plot_pareto({mpq.graph.model_id: results}, plot, x=limit)
+    show.emit(as_json, {"limit": limit, "points": [r.to_dict() for r in results]}, show.front_table(results))
