@@ -12,8 +12,31 @@ from .lagrangian import Dual
 from .reduce import Core
 from .table import Floats
 
-MAX_STATES = 2_000_000
+MAX_STATES = 3_000_000
 """More part-policies than this in one half, and the core goes to SCIP."""
+MAX_WORK = 50_000_000
+"""Part-policies written in all windows together (one sorted counts as ten), before the core goes to SCIP."""
+
+
+@dataclass
+class Work:
+    """What is spent and may be spent: `deadline` on the clock of time.perf_counter, `done` part-policies written.
+
+    The count, not the clock, decides when SCIP takes over, so that a slow machine gives the same answer.
+    """
+
+    deadline: float
+    done: int = 0
+
+    def add(self, amount: int) -> None:
+        self.done += amount
+        if self.done > MAX_WORK:
+            raise TooMany
+        self.check()
+
+    def check(self) -> None:
+        if time.perf_counter() > self.deadline:
+            raise OutOfTime
 
 
 class TooMany(Exception):
@@ -24,52 +47,76 @@ class OutOfTime(Exception):
     """The time limit struck."""
 
 
-def check_time(deadline: float) -> None:
-    if time.perf_counter() > deadline:
-        raise OutOfTime
+@dataclass
+class _Step:
+    """How one row was added: the row of the core, its choices, how many columns there were before it, the column
+    each new one came from (per choice), and which of all these columns were kept (None: all)."""
+
+    row: int
+    choices: NDArray[np.intp]
+    before: int
+    origins: list[NDArray[np.intp]]
+    kept: NDArray[np.intp] | None = None
 
 
 @dataclass
 class Half:
-    """Part-policies as columns of `state` (1 + m, N): sum of reduced costs, then costs above the base policy's.
-
-    `trail`: per row added, its index in the core, the choices it offered, and where each block of columns came from.
-    """
+    """Part-policies as columns of `state` (1 + m, N): sum of reduced costs, then costs above the base policy's."""
 
     state: Floats
-    trail: list[tuple[int, NDArray[np.intp], list[NDArray[np.intp]]]] = field(default_factory=list)
+    trail: list[_Step] = field(default_factory=list)
+    merge_at: int = 512  # columns
 
     @classmethod
     def empty(cls, m: int) -> Half:
         return cls(np.zeros((1 + m, 1)))
 
-    def add(self, row: int, choices: NDArray[np.intp], steps: Floats, window: float) -> None:
+    def add(self, row: int, choices: NDArray[np.intp], steps: Floats, window: float, work: Work) -> None:
         """Let `row` also take each of `choices` (q,), which changes the state by `steps` (1 + m, q)."""
-        blocks, origins = [self.state], []
+        before = self.state
+        blocks, origins = [before], []
         for step in steps.T:
-            origins.append(np.flatnonzero(self.state[0] <= window - step[0]))
-            blocks.append(np.take(self.state, origins[-1], axis=1) + step[:, None])
-        if sum(block.shape[1] for block in blocks) > MAX_STATES:
-            raise TooMany
+            origins.append(np.flatnonzero(before[0] <= window - step[0]))
+            blocks.append(np.take(before, origins[-1], axis=1) + step[:, None])
         self.state = np.concatenate(blocks, axis=1)
-        self.trail.append((row, choices, origins))
+        self.trail.append(_Step(row, choices, before.shape[1], origins))
+        work.add(self.state.shape[1])
+        if self.state.shape[1] > self.merge_at:
+            work.add(10 * self.state.shape[1])
+            self._merge()
+        if self.state.shape[1] > MAX_STATES:
+            raise TooMany
+
+    def _merge(self) -> None:
+        """Of part-policies with equal costs keep the best: layers of equal shape make many of them."""
+        size = self.state.shape[1]
+        weights = np.random.default_rng(0).random(len(self.state) - 1)
+        order = np.lexsort((self.state[0], weights @ self.state[1:]))
+        state = self.state[:, order]
+        fresh = np.ones(size, dtype=bool)
+        fresh[1:] = (state[1:, 1:] != state[1:, :-1]).any(0)
+        kept = int(fresh.sum())
+        if kept < 0.8 * size:
+            self.state, self.trail[-1].kept, self.merge_at = state[:, fresh], order[fresh], 2 * kept
+        else:
+            self.merge_at = 16 * size
 
     def recall(self, column: int, choice: NDArray[np.intp]) -> None:
         """Write the choices of one part-policy into `choice` (n,)."""
-        size = self.state.shape[1]
-        for row, choices, origins in reversed(self.trail):
-            size -= sum(map(len, origins))
-            if column < size:
+        for step in reversed(self.trail):
+            if step.kept is not None:
+                column = int(step.kept[column])
+            if column < step.before:
                 continue  # the row keeps its base choice
-            column -= size
-            for pick, origin in zip(choices, origins, strict=True):
+            column -= step.before
+            for pick, origin in zip(step.choices, step.origins, strict=True):
                 if column < len(origin):
-                    choice[row], column = pick, int(origin[column])
+                    choice[step.row], column = pick, int(origin[column])
                     break
                 column -= len(origin)
 
 
-def list_halves(core: Core, dual: Dual, window: float, deadline: float) -> tuple[Half, Half]:
+def list_halves(core: Core, dual: Dual, window: float, work: Work) -> tuple[Half, Half]:
     """Split the rows that can leave their base choice within `window` in two, and list both halves.
 
     Rows whose alternatives are dear come first (they add few part-policies), always to the smaller half.
@@ -81,9 +128,8 @@ def list_halves(core: Core, dual: Dual, window: float, deadline: float) -> tuple
     rows = rows[np.argsort(-np.where(near[rows], dual.reduced[rows], np.inf).min(1), kind="stable")]
     left, right = Half.empty(m), Half.empty(m)
     for row in map(int, rows):
-        check_time(deadline)
         choices = np.flatnonzero(near[row])
         costs = core.cost[:, row, choices] - core.cost[:, row, dual.base[row], None]
         half = left if left.state.shape[1] <= right.state.shape[1] else right
-        half.add(row, choices, np.vstack([dual.reduced[row, choices], costs]), window)
+        half.add(row, choices, np.vstack([dual.reduced[row, choices], costs]), window, work)
     return left, right

@@ -84,7 +84,9 @@ def _maximise(score: Floats, cost: Floats, caps: Floats) -> Floats:
     return found
 
 
-def _soft(score: Floats, cost: Floats, caps: Floats, prices: Floats, heat: float) -> tuple[float, Floats, Floats, float]:
+def _soft(
+    score: Floats, cost: Floats, caps: Floats, prices: Floats, heat: float
+) -> tuple[float, Floats, Floats, float]:
     """Softened bound, its gradient (m,) and negated Hessian (m, m), and the true bound."""
     value = score + np.tensordot(prices, cost, 1)
     low = value.min(1)
@@ -93,7 +95,8 @@ def _soft(score: Floats, cost: Floats, caps: Floats, prices: Floats, heat: float
     weight /= total[:, None]
     weighted = cost * weight
     mean = weighted.sum(2)
-    curve = np.einsum("ank,bnk->ab", weighted, cost) - mean @ mean.T
+    m = len(caps)
+    curve = weighted.reshape(m, -1) @ cost.reshape(m, -1).T - mean @ mean.T
     spent = float(prices @ caps)
     soft = float(low.sum() - heat * np.log(total).sum()) - spent
     return soft, mean.sum(1) - caps, curve / heat, float(low.sum()) - spent

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .halves import Half, OutOfTime, TooMany, check_time, list_halves
+from .halves import Half, OutOfTime, TooMany, Work, list_halves
 from .lagrangian import Dual
 from .pairs import Pairs
 from .reduce import Core, NoPolicy
@@ -41,6 +41,11 @@ class Progress:
     done: bool = False
     out_of_time: bool = False
 
+    def take(self, choice: NDArray[np.intp], above: float) -> None:
+        """Keep a feasible policy if it is better."""
+        if above < self.above:
+            self.above, self.choice = above, choice
+
 
 def search(core: Core, dual: Dual, accept: Accept, deadline: float, above: float = math.inf) -> Progress:
     """Widen the window until it holds the optimum, or TooMany ends it. NoPolicy: the widest window holds none.
@@ -48,19 +53,19 @@ def search(core: Core, dual: Dual, accept: Accept, deadline: float, above: float
     `accept(choice)`: the exact check of a policy, asked only where the core is not exact. `above`: of a policy
     known already.
     """
-    out = Progress(above)
-    steps = np.sort(dual.reduced[(dual.reduced > 0) & np.isfinite(dual.reduced)])
+    out, work = Progress(above), Work(deadline)
+    steps = np.sort(dual.reduced[(dual.reduced > dual.slop) & np.isfinite(dual.reduced)])
     widest = float(np.where(np.isfinite(dual.reduced), dual.reduced, 0.0).max(1).sum()) + dual.slop
     window = float(steps[min(len(steps) - 1, 25)]) if len(steps) else widest
     try:
         while True:
             window = min(window, out.above + dual.slop, widest)
             last = window >= widest
-            left, right = list_halves(core, dual, window + dual.slop, deadline)
+            left, right = list_halves(core, dual, window + dual.slop, work)
             sizes = left.state.shape[1], right.state.shape[1]
             # pairs a little outside the window are not all there, but give good policies early
             reach = math.inf if last or sizes[0] * sizes[1] <= 1_000_000 else 1.5 * window
-            _join(core, dual, left, right, accept, deadline, out, reach)
+            _join(core, dual, left, right, accept, work, out, reach)
             out.proved = min(window, out.above)
             if out.above <= window or last:
                 break
@@ -78,7 +83,7 @@ def search(core: Core, dual: Dual, accept: Accept, deadline: float, above: float
 
 
 def _join(
-    core: Core, dual: Dual, left: Half, right: Half, accept: Accept, deadline: float, out: Progress, reach: float
+    core: Core, dual: Dual, left: Half, right: Half, accept: Accept, work: Work, out: Progress, reach: float
 ) -> None:
     """Best feasible pair less than `reach` and less than `out.above` above the bound, into `out`."""
     if left.state.shape[1] > right.state.shape[1]:
@@ -95,8 +100,7 @@ def _join(
             left.recall(int(order_a[ia[j]]), choice)
             right.recall(int(order_b[ib[j]]), choice)
             if core.exact or accept(choice):
-                out.above, out.choice = float(total[j]), choice
-                return
+                return out.take(choice, float(total[j]))
 
     # a dear part-policy of a only suits the cheap ones of b: halve b again and again while walking along a
     start, count, seen = 0, b.shape[1], 0
@@ -109,7 +113,7 @@ def _join(
             if seen > MAX_PAIRS:
                 raise TooMany
             for ia, ib in pairs.chunks():
-                check_time(deadline)
+                work.check()
                 limit = min(reach, out.above)
                 total = a[0, start + ia] + b[0, ib]
                 for price, have, ca, cb in zip(dual.prices, spare, a[1:], b[1:], strict=True):

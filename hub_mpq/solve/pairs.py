@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from .table import Floats
 
 _CHUNK = 1_000_000
-_EDGE = 1e-9  # of a range: a little more than the rounding of a sort key
+_EDGE = 1e-9  # of a range: more than the rounding of a sort key, which is below 1e-10 with 1e5 cells
 
 
 class Pairs:
@@ -37,7 +37,7 @@ class Pairs:
         key, looks = (b[1 + last] - low[last]) / spread[last], [np.zeros(a.shape[1])]
         for i in cell:
             if box[i] < spread[i]:
-                width = max(box[i] * (1 + _EDGE), spread[i] * 1e-6)
+                width = max(box[i] * (1 + _EDGE), spread[i] * 1e-5)
                 key = key + 4 * np.floor((b[1 + i] - low[i]) / width)
                 here = np.clip(np.floor((need[i] - low[i]) / width), -2, np.floor(spread[i] / width) + 2)
                 looks = [here, here - 1]

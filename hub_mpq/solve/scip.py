@@ -28,7 +28,7 @@ def search_scip(core: Core, dual: Dual, accept: Accept, seconds: float, known: P
     m, n = len(core.caps), len(core.score)
     finite = np.isfinite(dual.reduced)
     window = known.above if math.isfinite(known.above) else float(np.where(finite, dual.reduced, 0).max(1).sum())
-    unit = window if 0 < window else 1.0
+    unit = window if window > 0 else 1.0
     near = finite & (dual.reduced <= known.above + dual.slop)
     model: Any = Model()
     model.hideOutput()
@@ -47,8 +47,7 @@ def search_scip(core: Core, dual: Dual, accept: Accept, seconds: float, known: P
         price = dual.prices[d]
         widest = known.above / price if price > 0 else math.inf
         scale = min(core.caps[d], widest) or 1.0
-        bound = widest / scale if math.isfinite(widest) else None
-        slack = model.addVar(lb=0.0, ub=bound, obj=price * scale / unit)
+        slack = model.addVar(lb=0.0, ub=1.0, obj=price * scale / unit)
         change = core.cost[d] - core.cost[d, np.arange(n), dual.base][:, None]
         terms = (change[i, j] / scale * x for i, row in enumerate(variables) for j, x in row.items() if change[i, j])
         model.addCons(quicksum(terms) + slack == spare[d] / scale)
@@ -58,7 +57,9 @@ def search_scip(core: Core, dual: Dual, accept: Accept, seconds: float, known: P
     _loop(model, variables, core, dual, accept, unit, known)
 
 
-def _start(model: Any, variables: list[dict[int, Any]], slacks: list[Any], spare: Any, choice: NDArray[np.intp]) -> None:
+def _start(
+    model: Any, variables: list[dict[int, Any]], slacks: list[Any], spare: Any, choice: NDArray[np.intp]
+) -> None:
     solution = model.createSol()
     for row, pick in zip(variables, choice, strict=True):
         model.setSolVal(solution, row[int(pick)], 1.0)
@@ -80,28 +81,23 @@ def _loop(
         status = model.getStatus()
         if status == "userinterrupt":
             raise KeyboardInterrupt
-        if status == "infeasible":
-            if math.isinf(known.above):
-                raise NoPolicy
-            known.done, known.proved = True, known.above
-            return
-        choice = None
+        if status == "infeasible" and math.isinf(known.above):
+            raise NoPolicy
+        refused = None
         if model.getNSols() > 0:
             best = model.getBestSol()
             choice = np.array([max(row, key=lambda j: model.getSolVal(best, row[j])) for row in variables])
-        if choice is not None and accept(choice):
-            spent = core.caps - core.cost[:, rows, choice].sum(1)
-            above = float(dual.reduced[rows, choice].sum() + dual.prices @ spent)
-            if above < known.above:
-                known.above, known.choice = above, choice
-            choice = None
-        if status == "optimal" and choice is None:
+            if accept(choice):
+                slack = core.caps - core.cost[:, rows, choice].sum(1)
+                known.take(choice, float(dual.reduced[rows, choice].sum() + dual.prices @ slack))
+            else:
+                refused = choice
+        if status in ("optimal", "infeasible") and refused is None:
             known.done, known.proved = True, known.above
             return
-        if status != "optimal":  # time, memory
-            known.out_of_time = True
-            known.proved = min(max(known.proved, float(model.getDualbound()) * unit), known.above)
-            return
+        if status != "optimal" or refused is None:  # time or memory
+            break
         model.freeTransform()
-        model.addCons(quicksum(row[int(j)] for row, j in zip(variables, choice, strict=True)) <= len(rows) - 1)
+        model.addCons(quicksum(row[int(j)] for row, j in zip(variables, refused, strict=True)) <= len(rows) - 1)
     known.out_of_time = True
+    known.proved = min(max(known.proved, float(model.getDualbound()) * unit), known.above)

@@ -30,7 +30,8 @@ def solve_table(
     "limits": {limit: number}, "ties": [[name, …], …]}. A cost left out is 0, a choice left out is not available,
     tied layers take one choice that all of them have. Sums of whole-number costs are held exactly; a sum of
     fractional ones may pass its limit by 1e-12 of it, its own rounding. Two policies whose scores differ by less than
-    1e-12 of the sum of the scores' magnitudes count as equally good.
+    1e-12 of the sum of the scores' magnitudes count as equally good. Where whole-number costs, divided by their
+    greatest common divisor, still add up beyond 2^53, the answer is checked exactly and best up to 1e-12 of the limit.
 
     `time_limit`: seconds; when it strikes, the best policy so far is returned as "feasible" with a bound that holds.
     `start`: a policy to start from ({layer: choice}); ignored where it breaks a limit or a tie.
@@ -39,7 +40,7 @@ def solve_table(
     limit), HubMPQError when the time limit strikes before any policy is found.
     """
     begin = time.perf_counter()
-    if time_limit is not None and not time_limit > 0:
+    if time_limit is not None and not (isinstance(time_limit, (int, float)) and time_limit > 0):
         raise InvalidArgument(f"time_limit is {time_limit!r}; it must be above zero seconds")
     deadline = begin + (math.inf if time_limit is None else time_limit)
     problem = parse(table)
@@ -49,7 +50,8 @@ def solve_table(
         least = exact.least(table, problem)
         raise InfeasibleBudget(problem.limits, least, exact.over(least, problem.limits)) from None
     if picks is None:
-        raise HubMPQError(f"no policy was found in {time_limit:g} s and none was ruled out; give a longer time_limit")
+        spent = time.perf_counter() - begin
+        raise HubMPQError(f"no policy was found in {spent:.2g} s, nor proved impossible; give a longer time_limit")
 
     policy = problem.policy(picks)
     choices = {name: policy[name] for name in table["layers"]}
@@ -67,22 +69,25 @@ def _decide(
 ) -> tuple[NDArray[np.intp] | None, float]:
     """The best picks known when the search ends (None: none known), and how far they may be from the best there is."""
     core = reduce(problem)
-    if not len(core.rows):
-        return core.fixed, 0.0
-    dual = solve_dual(core)
 
     def accept(choice: NDArray[np.intp]) -> bool:
         used = exact.usage(table, problem.policy(core.picks(choice)), problem.limits)
         return not exact.over(used, problem.limits)
 
+    if not len(core.rows):
+        if not accept(core.rows):
+            raise NoPolicy
+        return core.fixed, 0.0
+    dual = solve_dual(core)
     above = math.inf
     if first is not None:
         above = max(float(problem.score[np.arange(len(first)), first].sum()) - core.offset - dual.bound, 0.0)
     found = search(core, dual, accept, deadline, above)
     if not found.done:
         _repair(core, dual, accept, found)
-        if not found.out_of_time:
-            search_scip(core, dual, accept, deadline - time.perf_counter(), found)
+        found.done = found.above - found.proved <= dual.slop
+    if not (found.done or found.out_of_time):
+        search_scip(core, dual, accept, deadline - time.perf_counter(), found)
     picks = first if found.choice is None else core.picks(found.choice)
     return picks, 0.0 if found.done else found.above - found.proved
 
@@ -92,7 +97,7 @@ def _repair(core: Core, dual: Dual, accept: Accept, found: Progress) -> None:
     if choice is not None and accept(choice):
         rows = np.arange(len(choice))
         slack = core.caps - core.cost[:, rows, choice].sum(1)
-        found.choice, found.above = choice, float(dual.reduced[rows, choice].sum() + dual.prices @ slack)
+        found.take(choice, float(dual.reduced[rows, choice].sum() + dual.prices @ slack))
 
 
 def _start(table: Mapping[str, Any], problem: Problem, start: Mapping[str, str] | None) -> NDArray[np.intp] | None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..errors import InvalidArgument
 
 Floats = NDArray[np.float64]
+_INFINITE = (math.inf, -math.inf)
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,19 @@ def parse(table: Mapping[str, Any]) -> Problem:
 
     names = [tuple(group) for group in groups]
     choices = [_common(group, layers) for group in groups]
-    position = {name: {c: start + i for i, c in enumerate(layers[name])} for name, start in starts.items()}
     flat = np.vstack([score if table["sense"] == "min" else -score, costs])
     counts = np.array([len(row) for row in choices])
     out = np.zeros((len(flat), len(choices), int(counts.max())))
     out[0] = np.inf
-    out[:, np.arange(out.shape[2]) < counts[:, None]] = flat[
-        :, [position[group[0]][c] for group, row in zip(names, choices, strict=True) for c in row]
-    ]
     for i, group in enumerate(names):
-        for name in group[1:]:
-            out[:, i, : counts[i]] += flat[:, [position[name][c] for c in choices[i]]]
+        start = starts[group[0]]
+        if len(group) == 1:
+            out[:, i, : counts[i]] = flat[:, start : start + counts[i]]
+            continue
+        out[0, i, : counts[i]] = 0.0
+        for name in group:
+            place = {c: starts[name] + j for j, c in enumerate(layers[name])}
+            out[:, i, : counts[i]] += flat[:, [place[c] for c in choices[i]]]
     caps = np.array([min(cap, 1e300) for cap in limits.values()], dtype=float)
     return Problem(table["sense"] == "max", names, choices, limits, out[0], out[1:], caps)
 
@@ -72,7 +75,7 @@ def _limits(limits: Any) -> dict[str, float]:
     if not isinstance(limits, Mapping):
         raise InvalidArgument(f"limits are a mapping of a name to an amount, not {limits!r}")
     for name, cap in limits.items():
-        if isinstance(cap, bool) or not isinstance(cap, Real) or math.isnan(cap) or cap < 0:
+        if isinstance(cap, bool) or not isinstance(cap, Real) or cap != cap or cap < 0:
             raise InvalidArgument(f"limit {name!r} is {cap!r}; it must be a number of zero or more")
     return {name: int(cap) if isinstance(cap, Integral) else float(cap) for name, cap in limits.items()}
 
@@ -105,7 +108,7 @@ def _numbers(values: list[Any]) -> Floats:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and value == value and value not in _INFINITE
 
 
 def _complain(layers: Mapping[str, Any], limits: list[str]) -> None:
@@ -140,7 +143,9 @@ def _groups(layers: Mapping[str, Any], ties: Any) -> list[list[str]]:
 
 
 def _common(group: list[str], layers: Mapping[str, Any]) -> list[str]:
-    choices = [c for c in layers[group[0]] if all(c in layers[name] for name in group[1:])]
+    choices = list(layers[group[0]])
+    for name in group[1:]:
+        choices = [c for c in choices if c in layers[name]]
     if not choices:
         raise InvalidArgument(f"tied layers {group!r} have no choice in common")
     return choices
