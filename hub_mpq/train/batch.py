@@ -45,9 +45,11 @@ def logits_of(output: Any) -> Tensor:
 
 
 def size_of(batch: Any) -> int:
-    """Samples in a batch."""
+    """Samples in a batch, or in the two batches of a pair."""
     first = next(iter(batch.values())) if isinstance(batch, Mapping) else batch
     first = first[0] if isinstance(first, (tuple, list)) else first
+    if isinstance(first, (tuple, list, Mapping)):
+        return sum(size_of(part) for part in batch)
     return int(first.shape[0]) if isinstance(first, Tensor) and first.dim() else 1
 
 

@@ -9,6 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 
+Groups = str | tuple[str, ...] | None
+"""Names of the optimizer groups that a loss trains; None: all of them."""
+
+
 class Hooks:
     """Base of everything that trains: fine-tuning and each search strategy.
 
@@ -21,8 +25,11 @@ class Hooks:
         """Optimizer groups: {"name", "params", "lr", "weight_decay"?}."""
         raise NotImplementedError
 
-    def losses(self, model: nn.Module, batch: Any, rng: random.Random) -> Iterator[tuple[Tensor, str | None]]:
-        """Yield (loss, group name): each gets its own backward, gradients add up. A group of None: all parameters."""
+    def begin_step(self, model: nn.Module, step: int, total: int) -> None:
+        """Before the passes of step `step` of `total`: schedules."""
+
+    def losses(self, model: nn.Module, batch: Any, rng: random.Random) -> Iterator[tuple[Tensor, Groups]]:
+        """Yield (loss, group names): each gets its own backward, gradients add up. A group of None: all parameters."""
         raise NotImplementedError
 
     def before_step(self, model: nn.Module, step: int) -> None:

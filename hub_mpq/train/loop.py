@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import statistics
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,11 +25,12 @@ CLIP_VALUE = 1.0  # LIMPQ's authors clip every gradient element
 
 @dataclass
 class TrainLog:
-    """What a training did: optimizer steps, samples, wall seconds, mean loss of each epoch."""
+    """What a training did: optimizer steps, samples, wall seconds, median seconds of a step, mean loss of each epoch."""
 
     steps: int = 0
     samples: int = 0
     seconds: float = 0.0
+    step_seconds: float = 0.0
     epoch_loss: list[float] = field(default_factory=list)
 
 
@@ -39,6 +41,16 @@ def _optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer
     if name == "adam":
         return torch.optim.AdamW(groups, weight_decay=0.0)
     raise InvalidArgument(f"optimizer is adam or sgd, not {name!r}")
+
+
+def _renew(opt: Any, groups: list[dict[str, Any]]) -> None:
+    """Empty an optimizer and give it these groups. A second one would be saved beside it and break resuming."""
+    inner = opt.optimizer
+    inner.state.clear()
+    inner.param_groups.clear()
+    for group in groups:
+        if group["params"]:
+            inner.add_param_group({**group, "initial_lr": group["lr"]})
 
 
 def _cosine(step: int, total: int) -> float:
@@ -120,12 +132,15 @@ def fit(
     bar = tqdm(
         total=total, initial=start, desc=label, unit="step", disable=None if accelerator.is_main_process else True
     )
+    times: list[float] = []
     batches = _epochs(loader, per_epoch, start, accelerator.device)
     with StopOnSignal(active=store is not None) as stop, bar:
         for step in range(start, total):
             epoch, index, batch = next(batches)
+            step_began = time.perf_counter()
             for group in opt.param_groups:
                 group["lr"] = group["initial_lr"] * _cosine(step, total)
+            hooks.begin_step(model, step, total)
             loss = _backward(accelerator, wrapped, hooks, batch, random.Random(f"{seed}:{step}"), opt)
             if not math.isfinite(loss):
                 raise TrainingDiverged(step, loss, store.last if store else None)
@@ -135,6 +150,7 @@ def fit(
             opt.step()
             opt.zero_grad(set_to_none=True)
             hooks.after_step(model, step)
+            times.append(time.perf_counter() - step_began)
             running += loss
             log.steps, log.samples = step + 1, log.samples + size_of(batch)
             rate = log.samples * accelerator.num_processes / (time.perf_counter() - began)
@@ -144,14 +160,14 @@ def fit(
                 log.epoch_loss.append(running / ((index + 1) * hooks.passes))
                 running = 0.0
                 if hooks.after_epoch(model, epoch):
-                    opt = accelerator.prepare(_optimizer(optimizer, hooks.parameter_groups(model)))
+                    _renew(opt, hooks.parameter_groups(model))
             if store and (stop.raised or (step + 1) % checkpoint_every == 0) and step + 1 < total:
                 if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
                     raise TrainingDiverged(step, math.nan, store.last)  # the next loss would say so, too late
                 store.save(step + 1)
             if stop.raised:
                 raise KeyboardInterrupt(f"stopped after step {step + 1}; resume from {store.last if store else None}")
-    log.seconds = time.perf_counter() - began
+    log.seconds, log.step_seconds = time.perf_counter() - began, statistics.median(times or [0.0])
     model.eval()
     return log
 
@@ -166,7 +182,8 @@ def _backward(
         last = i + 1 == hooks.passes
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
             loss, group = next(generator)
-            inputs = None if group is None else next(g["params"] for g in opt.param_groups if g["name"] == group)
+            names = (group,) if isinstance(group, str) else group
+            inputs = None if names is None else [p for g in opt.param_groups if g["name"] in names for p in g["params"]]
             accelerator.backward(loss, inputs=inputs)
         total += loss.detach()
     return float(total)
