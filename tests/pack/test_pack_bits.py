@@ -78,3 +78,13 @@ def test_packing_leaves_its_input_alone():
     unpack_bits(words, 8, 16).fill_(0)
     assert values.tolist() == list(range(16))
     assert torch.equal(unpack_bits(words, 8, 16), values)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_a_gpu_gives_the_same_words_and_codes(bits):
+    codes = torch.randint(0, 2**bits, (7, 45), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
+    words = pack_bits(codes, bits)
+    assert torch.equal(pack_bits(codes.cuda(), bits).cpu(), words)
+    assert torch.equal(unpack_bits(words.cuda(), bits, 45).cpu(), codes)

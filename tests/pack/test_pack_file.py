@@ -268,3 +268,22 @@ def test_sharing_and_views_are_stored_each_whole(tmp_path):
     write_packed(tmp_path / "m", tensors, manifest)
     loaded, _ = read_packed(tmp_path / "m")
     assert all(torch.equal(loaded[k], tensors[k]) for k in "abcd")
+
+
+def test_every_dtype_returns_and_lies_aligned(tmp_path):
+    tensors, manifest = toy()
+    dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+    dtypes += [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
+    for dtype in dtypes:
+        tensors |= {
+            f"{dtype}.odd": torch.tensor([1.0, 0.0, 1.0]).to(dtype),
+            f"{dtype}.none": torch.empty(0, 3, dtype=dtype),
+        }
+    write_packed(tmp_path / "m", tensors, manifest)
+    loaded, _ = read_packed(tmp_path / "m")
+    for name, value in tensors.items():
+        if isinstance(value, torch.Tensor):
+            assert loaded[name].dtype == value.dtype
+            assert loaded[name].shape == value.shape
+            assert torch.equal(loaded[name].reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8))
+            assert loaded[name].data_ptr() % value.element_size() == 0
