@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,11 @@ def data_config(preprocess: Mapping[str, Any], input_shape: Sequence[int]) -> di
     }
 
 
+def _leave_interrupts(worker: int) -> None:
+    """Ctrl-C reaches the workers too; the training loop decides when to stop, with its next batch still to come."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def image_loader(
     folder: str | Path,
     config: Mapping[str, Any],
@@ -169,4 +175,5 @@ def image_loader(
         num_workers=workers,
         generator=torch.Generator().manual_seed(seed),
         persistent_workers=workers > 0,
+        worker_init_fn=_leave_interrupts,
     )

@@ -50,7 +50,7 @@ def digits(seed: int = 0) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 @contextmanager
 def _quiet_timm() -> Iterator[None]:
     """timm warns that its default mean has three channels; the digits are normalised here."""
-    logger = logging.getLogger("timm.data.config")
+    logger = logging.getLogger("timm.data")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WEIGHT, ACTIVATION = "#1f4e79", "#e08214"
-_UNITS = {
-    "bitops": (1e9, "BitOps of the whole model (G)"),
-    "size": (1e6, "packed file (MB)"),
-    "activation_memory": (1e3, "quantized activations of one sample (KB)"),
-    "weight_bits": (1.0, "mean bits of the searched weights"),
+_ACROSS = 56  # layers side by side; more go into further rows, so that names and numbers can be read
+_LIMITS = {
+    "bitops": ("BitOps of the whole model", ""),
+    "size": ("packed file", "B"),
+    "activation_memory": ("quantized activations of one sample", "B"),
+    "weight_bits": ("mean bits of the searched weights", ""),
 }
 
 
@@ -47,52 +48,61 @@ def _save(figure: Figure, path: str | Path) -> None:
         raise HubMPQError(f"{path} cannot be written: {error}") from error
 
 
+def _rows(names: Sequence[str]) -> list[list[str]]:
+    """The layers in rows of equal length, in order."""
+    rows = -(-len(names) // _ACROSS)
+    across = -(-len(names) // rows)
+    return [list(names[i : i + across]) for i in range(0, len(names), across)]
+
+
+def _width(across: int) -> float:
+    return max(6.5, 1.4 + 0.23 * across)
+
+
+def _name_layers(axes: Axes, names: Sequence[str], across: int) -> None:
+    axes.set_xlim(-0.7, across - 0.3)
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def plot_policy(graph: LayerGraph, policy: Policy, path: str | Path, *, title: str | None = None) -> None:
     """Bits per layer in the order the layers run: weights upwards, activations downwards; fixed layers hatched."""
     policy.check(graph)
-    names = [layer.name for layer in graph]
-    fixed = [layer.fixed is not None for layer in graph]
-    count = len(names)
-    figure = _figure(path, min(max(6.5, 1.6 + 0.22 * count), 24), 5.2)
-    axes = figure.subplots()
-    for side, colour, sign in (("weight", WEIGHT, 1), ("activation", ACTIVATION, -1)):
-        bits = [getattr(policy.bits[name], side) for name in names]
-        drawn = [0 if b == FLOAT_BITS else b for b in bits]
-        bars = axes.bar(range(count), [sign * b for b in drawn], width=0.82, color=colour, linewidth=0)
-        for bar, pinned, b in zip(bars, fixed, bits, strict=True):
-            if pinned:
-                bar.set(hatch="////", edgecolor="white", alpha=0.55)
-            if count <= 80:
-                text = "float" if b == FLOAT_BITS else str(b)
-                x, y = bar.get_x() + bar.get_width() / 2, sign * (0 if b == FLOAT_BITS else b)
-                axes.annotate(
-                    text,
-                    (x, y),
-                    xytext=(0, 2 * sign),
-                    textcoords="offset points",
-                    ha="center",
-                    va="bottom" if sign > 0 else "top",
-                    fontsize=7,
-                    rotation=90 if b == FLOAT_BITS else 0,
-                )
-    _policy_axes(axes, names)
-    axes.set_title(title or f"{graph.model_id}: bits per layer", loc="left")
-    _policy_legend(figure, any(fixed))
+    rows = _rows(graph.names)
+    across = len(rows[0])
+    fixed = {layer.name for layer in graph if layer.fixed is not None}
+    figure = _figure(path, _width(across), 1.0 + 4.2 * len(rows))
+    for axes, names in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
+        for side, colour, sign in (("weight", WEIGHT, 1), ("activation", ACTIVATION, -1)):
+            for x, name in enumerate(names):
+                _bar(axes, x, getattr(policy.bits[name], side), sign, colour, name in fixed)
+        axes.set_ylim(-9.2, 9.2)
+        axes.set_yticks(range(-8, 9, 2), [str(abs(b)) for b in range(-8, 9, 2)])
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_ylabel("← activation bits      weight bits →", fontsize=8)
+        axes.grid(axis="y", color="0.85", linewidth=0.6)
+        axes.set_axisbelow(True)
+        _name_layers(axes, names, across)
+    figure.suptitle(title or f"{graph.model_id}: bits per layer", fontsize=11)
+    _policy_legend(figure, bool(fixed))
     _save(figure, path)
 
 
-def _policy_axes(axes: Axes, names: Sequence[str]) -> None:
-    top = 9
-    axes.set(xlim=(-0.7, len(names) - 0.3), ylim=(-top, top))
-    axes.set_yticks(range(-8, 9, 2), [str(abs(b)) for b in range(-8, 9, 2)])
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_ylabel("← activation bits      weight bits →")
-    axes.grid(axis="y", color="0.85", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    # a name for every bar as long as names can be read; then every k-th
-    every = -(-len(names) // 110)
-    axes.set_xticks(range(0, len(names), every), names[::every], rotation=90, fontsize=7 if len(names) <= 60 else 5.5)
+def _bar(axes: Axes, x: int, bits: int, sign: int, colour: str, fixed: bool) -> None:
+    """One bar with its number; a float part is a word in place of a bar."""
+    height = 0 if bits == FLOAT_BITS else bits
+    style: dict[str, Any] = {"hatch": "////", "edgecolor": "white", "alpha": 0.55} if fixed else {}
+    axes.bar(x, sign * height, width=0.82, color=colour, linewidth=0, **style)
+    axes.annotate(
+        str(bits) if height else "float",
+        (x, sign * height),
+        xytext=(0, 2 * sign),
+        textcoords="offset points",
+        ha="center",
+        va="bottom" if sign > 0 else "top",
+        fontsize=7,
+        rotation=0 if height else 90,
+    )
 
 
 def _policy_legend(figure: Figure, fixed: bool) -> None:
@@ -108,23 +118,28 @@ def plot_pareto(
     results: Mapping[str, Sequence[SearchResult]], path: str | Path, *, x: str = "bitops", title: str | None = None
 ) -> None:
     """Fronts of proved optima: the limit across, the objective (sum of the layers' scores) upwards, one line a name."""
-    if x not in _UNITS:
-        raise InvalidArgument(f"a front runs over {', '.join(sorted(_UNITS))}, not {x!r}")
+    if x not in _LIMITS:
+        raise InvalidArgument(f"a front runs over {', '.join(sorted(_LIMITS))}, not {x!r}")
     if not any(results.values()):
         raise InvalidArgument("there is no point to draw")
-    scale, label = _UNITS[x]
+    from matplotlib.ticker import EngFormatter
+
+    label, unit = _LIMITS[x]
     figure = _figure(path, 6.5, 4.4)
     axes = figure.subplots()
     for name, front in results.items():
         ordered = sorted(front, key=lambda r: r.usage[x])
-        xs, ys = [r.usage[x] / scale for r in ordered], [r.objective for r in ordered]
+        xs, ys = [r.usage[x] for r in ordered], [r.objective for r in ordered]
         axes.plot(xs, ys, marker="o", markersize=4, linewidth=1.2, label=name)
-    axes.set(xlabel=label, ylabel="objective (lower: less is lost)")
+    axes.set(xlabel=label, ylabel="sum of the layers' scores (lower is better)")
+    if x != "weight_bits":
+        axes.xaxis.set_major_formatter(EngFormatter(unit=unit))
     axes.grid(color="0.88", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if len(results) > 1:
         axes.legend(frameon=False)
-    axes.set_title(title or "best policy at each budget", loc="left")
+    alone = f"{next(iter(results))}: " if len(results) == 1 else ""
+    figure.suptitle(title or f"{alone}the best policy at each budget", fontsize=11)
     _save(figure, path)
 
 
@@ -133,29 +148,35 @@ def plot_indicators(indicators: Indicators, path: str | Path, *, title: str | No
     names = list(indicators.weight)
     if not names:
         raise InvalidArgument("the indicators name no layer")
-    from matplotlib import colormaps
-
-    widths = sorted({b for row in (*indicators.weight.values(), *indicators.activation.values()) for b in row})
-    colours = colormaps["viridis"]
-    figure = _figure(path, min(max(6.5, 1.6 + 0.22 * len(names)), 24), 6.4)
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    for axes, table, what in ((upper, indicators.weight, "weight"), (lower, indicators.activation, "activation")):
-        for i, bits in enumerate(widths):
-            points = [(k, table[n][bits]) for k, n in enumerate(names) if bits in table.get(n, {})]
-            if points:
-                axes.plot(
-                    *zip(*points, strict=True),
-                    marker="o",
-                    markersize=3.5,
-                    linewidth=0.9,
-                    color=colours(0.9 * i / max(len(widths) - 1, 1)),
-                    label=f"{bits} bits",
-                )
-        axes.set(yscale="log", ylabel=f"{what} scale")
-        axes.grid(axis="y", which="both", color="0.9", linewidth=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
-    every = -(-len(names) // 110)
-    lower.set_xticks(range(0, len(names), every), names[::every], rotation=90, fontsize=7 if len(names) <= 60 else 5.5)
-    figure.legend(*upper.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
-    upper.set_title(title or "indicators: a larger scale, a layer that needs more bits", loc="left")
+    rows = _rows(names)
+    across = len(rows[0])
+    figure = _figure(path, _width(across), 1.0 + 5.6 * len(rows))
+    panels = figure.subplots(2 * len(rows), 1, squeeze=False)[:, 0]
+    for i, shown in enumerate(rows):
+        for axes, which in zip(panels[2 * i : 2 * i + 2], ("weight", "activation"), strict=True):
+            _scales(axes, getattr(indicators, which), shown)
+            axes.set_ylabel(f"{which} scale", fontsize=8)
+            _name_layers(axes, shown if which == "activation" else [""] * len(shown), across)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False, fontsize=8
+    )
+    figure.suptitle(title or "indicators: the larger the scale, the more bits a layer needs", fontsize=11)
     _save(figure, path)
+
+
+def _scales(axes: Axes, table: Mapping[str, Mapping[int, float]], names: Sequence[str]) -> None:
+    """One line a width over the layers that have it."""
+    from matplotlib import colormaps
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+    widths = sorted({bits for row in table.values() for bits in row})
+    for i, bits in enumerate(widths):
+        points = [(x, table[name][bits]) for x, name in enumerate(names) if bits in table.get(name, {})]
+        colour = colormaps["viridis"](0.9 * i / max(len(widths) - 1, 1))
+        xs, ys = [p[0] for p in points], [p[1] for p in points]
+        axes.plot(xs, ys, marker="o", markersize=3.5, linewidth=0.9, color=colour, label=f"{bits} bits")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(axis="y", which="both", color="0.9", linewidth=0.5)
