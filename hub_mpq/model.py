@@ -158,8 +158,8 @@ class HubMPQ(nn.Module):
         """
         wanted = Budget(**budget)
         self._pin(fixed)
-        scores, used = self._scores(alpha, candidates)
-        base = self._base_bytes()
+        scores, used = self.scores(alpha, candidates)
+        base = self.base_bytes()
         result = search_policy(
             self.graph, scores, wanted, base_bytes=base, time_limit=time_limit, details={"alpha": used}
         )
@@ -176,10 +176,10 @@ class HubMPQ(nn.Module):
         **budget: Any,
     ) -> list[SearchResult]:
         """Best policies along one limit, other limits kept (all as in `search`)."""
-        scores, _ = self._scores(alpha, candidates)
+        scores, _ = self.scores(alpha, candidates)
         others = Budget(**budget) if budget else None
         return pareto_front(
-            self.graph, scores, limit=limit, points=points, base_bytes=self._base_bytes(), others=others
+            self.graph, scores, limit=limit, points=points, base_bytes=self.base_bytes(), others=others
         )
 
     def apply_policy(
@@ -282,7 +282,7 @@ class HubMPQ(nn.Module):
             raise HubMPQError("there is no policy yet")
         if not isinstance(policy, Policy):
             policy = Policy.uniform(self.graph, policy)
-        return usage_of(self.graph, policy, None, self._base_bytes())
+        return usage_of(self.graph, policy, None, self.base_bytes())
 
     def report(self) -> str:
         """Widths, BitOps and bytes per layer and in all, accuracy before and after, seconds of each stage."""
@@ -310,7 +310,7 @@ class HubMPQ(nn.Module):
         source = self.source
         return Manifest(source.model_id, source.revision, source.library, self.graph, policy, provenance)
 
-    def _base_bytes(self) -> int:
+    def base_bytes(self) -> int:
         """Bytes of the packed file beside the searched layers, the same at every policy."""
         policy = Policy.uniform(self.graph, "W2A2")
         model = self._float[0] if self._float else self.model
@@ -321,7 +321,8 @@ class HubMPQ(nn.Module):
         if fixed:
             self.graph = self.graph.with_fixed(fixed)
 
-    def _scores(self, alpha: float | None, candidates: CandidatesLike) -> tuple[Any, float]:
+    def scores(self, alpha: float | None = None, candidates: CandidatesLike = None) -> tuple[Any, float]:
+        """({searched layer: {widths: score, smaller is better}}, α) from the indicators; arguments as in `search`."""
         if self.indicators is None:
             raise HubMPQError("there are no indicators yet; call train_indicators first, or quantize")
         if candidates is None:

@@ -32,8 +32,15 @@ class Images(Dataset):
     """
 
     def __init__(
-        self, pixels: Tensor, labels: Tensor, mean: Sequence[float], std: Sequence[float], *, pad: int = 0,
-        mirror: bool = False, seed: int = 0,
+        self,
+        pixels: Tensor,
+        labels: Tensor,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        pad: int = 0,
+        mirror: bool = False,
+        seed: int = 0,
     ) -> None:
         self.pixels = pixels.unsqueeze(-1) if pixels.dim() == 3 else pixels
         self.labels, self.pad, self.mirror = labels, pad, mirror

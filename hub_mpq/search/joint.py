@@ -106,6 +106,7 @@ def train_indicators(
             accelerator=accelerator,
         )
         provenance |= {"steps": log.steps, "samples": log.samples, "seconds": round(log.seconds, 3)}
+        provenance |= {"step_seconds": round(log.step_seconds, 4)}
         provenance |= {"epoch_loss": [round(x, 5) for x in log.epoch_loss]}
     else:
         provenance |= {"steps": 0}
