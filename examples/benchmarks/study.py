@@ -1,0 +1,148 @@
+"""Do learned indicators choose better widths than equal widths do? (issue A2)
+
+    python examples/benchmarks/study.py --task resnet20 --level W3A3 --seeds 3
+    python examples/benchmarks/study.py --report
+
+Every row starts from the same float weights and gets the same steps and schedule. What each test item gave is kept in
+the cache folder ($HUB_MPQ_CACHE), so that a stopped study goes on where it was and the report can bootstrap over items.
+Methods: uniform; mixed (learned indicators); untrained (the same ILP on the initial scales); random0 … random2 (widths at
+random, BitOps or mean bits within 1 % of the budget); reversed (score tables exchanged between layers of opposite rank).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from images import cache_root
+from policies import random_policy, reversed_scores
+from tasks import TASKS, Task
+
+from hub_mpq import HubMPQ, Policy
+from hub_mpq.search.policy_search import search_policy
+from hub_mpq.spec import Budget
+
+METHODS = ("uniform", "mixed", "untrained", "random0", "random1", "random2", "reversed")
+
+
+def policy_of(mpq: HubMPQ, task: Task, method: str, level: str, seed: int, options: dict[str, Any]) -> tuple[Policy, float, Any]:
+    """(policy, seconds to find it, what the indicators' training says of itself)."""
+    budget = task.budget(level)
+    if method == "uniform":
+        return Policy.uniform(mpq.graph, task.uniform(level)), 0.0, None
+    began = time.perf_counter()
+    learned = method in ("mixed", "reversed")
+    steps = task.indicator_steps if learned else 0
+    settings = {**task.indicator_options, **(options if learned else {})}
+    mpq.train_indicators(task.train(seed), candidates=task.candidates, steps=steps, seed=seed, **settings)
+    movement = mpq.indicators.provenance["movement"]
+    if method.startswith("random"):
+        reference = mpq.search(**budget)
+        limit = next(iter(budget))
+        generator = np.random.default_rng(100 * seed + int(method[-1]))
+        return random_policy(mpq, limit, reference.usage[limit], generator), 0.0, None
+    if method == "reversed":
+        scores, _ = mpq.scores()
+        result = search_policy(
+            mpq.graph, reversed_scores(scores), Budget(**budget), base_bytes=mpq.base_bytes(), strategy="reversed"
+        )
+    else:
+        result = mpq.search(**budget)
+    return result.policy, time.perf_counter() - began, movement
+
+
+def run(task: Task, method: str, level: str, seed: int, folder: Path, options: dict[str, Any]) -> None:
+    file = folder / f"{task.name}-{level}-{method}-{seed}.json"
+    if file.exists():
+        return
+    mpq = task.build()
+    policy, seconds, movement = policy_of(mpq, task, method, level, seed, options)
+    train = task.train(seed)
+    mpq.apply_policy(policy, train, reestimate_norms=False)
+    mpq.finetune(train, steps=task.tune_steps, seed=seed, **task.tune_options)
+    items, score = task.measure(mpq)
+    usage = {k: float(v) for k, v in mpq.usage().amounts.items()}
+    row = {
+        "task": task.name, "level": level, "method": method, "seed": seed, "score": score, "usage": usage,
+        "search_seconds": seconds, "movement": movement, "items": items,
+        "policy": {k: str(v) for k, v in policy.bits.items()},
+    }
+    file.with_suffix(".part").write_text(json.dumps(row))
+    file.with_suffix(".part").rename(file)
+    print(f"{task.name} {level} {method} seed {seed}: {score:.2f}", flush=True)
+
+
+def bootstrap(task: Task, a: list[Any], b: list[Any], rounds: int = 2000) -> tuple[float, float]:
+    """95 % interval of score(a) − score(b) over resampled test items, seeds together."""
+    generator = np.random.default_rng(0)
+    first, second = np.array(a, dtype=float), np.array(b, dtype=float)
+    draws = []
+    for _ in range(rounds):
+        chosen = generator.integers(first.shape[1], size=first.shape[1])
+        draws.append(np.mean([task.score(x[chosen]) - task.score(y[chosen]) for x, y in zip(first, second, strict=True)]))
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def report(folder: Path) -> None:
+    rows = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))]
+    for name, level in sorted({(r["task"], r["level"]) for r in rows}):
+        task = TASKS[name]
+        here = [r for r in rows if (r["task"], r["level"]) == (name, level)]
+        mixed = {r["seed"]: r for r in here if r["method"] == "mixed"}
+        lines = []
+        for method in METHODS:
+            found = [r for r in here if r["method"] == method]
+            if not found:
+                continue
+            pairs = [(mixed[r["seed"]]["items"], r["items"]) for r in found if r["seed"] in mixed]
+            interval = "" if method == "mixed" or not pairs else "{:+.2f} … {:+.2f}".format(
+                *bootstrap(task, [p[0] for p in pairs], [p[1] for p in pairs])
+            )
+            scores = [r["score"] for r in found]
+            lines.append([
+                method, f"{np.mean(scores):.2f}", f"{np.std(scores):.2f}", str(len(scores)), interval,
+                f"{np.mean([r['usage']['bitops'] for r in found]) / 1e9:.4f}",
+                f"{np.mean([r['usage']['size'] for r in found]):.0f}",
+                f"{np.mean([r['search_seconds'] for r in found]):.1f}",
+            ])
+        print(f"\n### {name} at {level}\n")
+        head = ["method", task.unit, "spread", "seeds", "mixed minus this, 95 %", "G BitOps", "bytes", "search s"]
+        print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+        print("\n".join("| " + " | ".join(line) + " |" for line in lines))
+        moved = [r["movement"] for r in mixed.values() if r["movement"]]
+        if moved:
+            for side in moved[0]:
+                change = np.mean([m[side]["median_change"] for m in moved if m[side]])
+                rho = np.mean([m[side]["rank_correlation"] for m in moved if m[side]])
+                print(f"\n{side} scales: median movement {100 * change:.1f} %, rank correlation with the start {rho:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=sorted(TASKS), action="append")
+    parser.add_argument("--level", action="append")
+    parser.add_argument("--method", choices=METHODS, action="append")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--options", default="{}", help="JSON: settings of train_indicators, for ablations")
+    parser.add_argument("--name", default="study", help="folder of the rows, in the cache")
+    parser.add_argument("--report", action="store_true")
+    args = parser.parse_args()
+    folder = cache_root() / args.name
+    folder.mkdir(exist_ok=True)
+    if args.report:
+        report(folder)
+        return
+    for seed in range(args.seeds):
+        for name in args.task or sorted(TASKS):
+            for level in args.level or TASKS[name].levels:
+                for method in args.method or METHODS:
+                    run(TASKS[name], method, level, seed, folder, json.loads(args.options))
+
+
+if __name__ == "__main__":
+    main()
