@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .hub.register import install
+
 __version__ = "0.1.0"
 
 # name -> module it is imported from on first use: `import hub_mpq` itself stays light
@@ -19,12 +21,14 @@ _LAZY = {
     "SearchResult": "spec",
     "solve_table": "solve",
     "HubMPQError": "errors",
+    "MPQConfig": "hub.plugin",
 }
 
 __all__ = ["__version__", *sorted(_LAZY)]  # noqa: PLE0604
 
 if TYPE_CHECKING:
     from .errors import HubMPQError as HubMPQError
+    from .hub.plugin import MPQConfig as MPQConfig
     from .model import HubMPQ as HubMPQ
     from .solve import solve_table as solve_table
     from .spec import Budget as Budget
@@ -44,3 +48,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+install()  # the one effect of importing: transformers knows "mpq", at once or when it is imported itself

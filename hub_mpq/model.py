@@ -105,6 +105,7 @@ class HubMPQ(nn.Module):
         out.policy, out._float = manifest.policy, ()
         out.indicators = read_folder_indicators(folder)
         out.metrics = {k: dict(v) for k, v in manifest.provenance.get("metrics", {}).items()}
+        out._tell_transformers()
         return out
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -212,6 +213,7 @@ class HubMPQ(nn.Module):
             reestimate_batch_norm(model, calibration, limit=16)
         self.model, self.policy = model.eval(), policy
         self.metrics.pop("quantized", None)
+        self._tell_transformers()
         return self
 
     def finetune(self, train: Iterable[Any], **options: Any) -> TrainLog:
@@ -265,6 +267,7 @@ class HubMPQ(nn.Module):
         # fine-tuning starts from the float BatchNorm (LIMPQ) and re-estimates at its end
         self.apply_policy(result.policy, train, per_channel=per_channel, reestimate_norms=not tuned)
         self.result = result
+        self._tell_transformers()
         if train is not None and tuned:
             folder = Path(checkpoint_dir) / "finetune" if checkpoint_dir else None
             options = {"epochs": epochs, "steps": steps, "seed": seed, "checkpoint_dir": folder, "resume": resume}
@@ -294,6 +297,13 @@ class HubMPQ(nn.Module):
         if self.policy is None:
             raise HubMPQError("there is no policy yet; call quantize or apply_policy before saving")
         return save_folder(folder, self.model, self._manifest(self.policy), self.source.config, self.indicators)
+
+    def _tell_transformers(self) -> None:
+        """So that `mpq.model.save_pretrained` writes the packed format and transformers' Trainer trains `mpq.model`."""
+        if self.source.library == "transformers" and self.policy is not None:
+            from .hub.plugin import prepare
+
+            prepare(self.model, self._manifest(self.policy))
 
     def _manifest(self, policy: Policy) -> Manifest:
         provenance: dict[str, Any] = {"hub_mpq": __version__, "metrics": self.metrics}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..nn.packed import packed_layers
 from ..nn.swap import quantized_layers
+from ..pack.layout import INPUT_PARTS, WEIGHT_PARTS, key
 from .folder import QUANTIZER_KEYS
 
 
@@ -19,7 +21,12 @@ def float_copy_state(model: nn.Module) -> dict[str, Tensor]:
     """
     state = {k: v for k, v in model.state_dict().items() if not any(part in f".{k}" for part in QUANTIZER_KEYS)}
     for name, module in quantized_layers(model):
-        state[f"{name}.weight" if name else "weight"] = module.weight_quantizer(module.weight)
+        state[key(name, "weight")] = module.weight_quantizer(module.weight)
+    for name, module in packed_layers(model):
+        for part in (*WEIGHT_PARTS, *INPUT_PARTS):
+            state.pop(key(name, part), None)
+        if not module.owner:
+            state[key(name, "weight")] = module.weight
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     state = {k: v for k, v in state.items() if tied.get(k) not in state}
     if type(model).__module__.startswith("transformers."):

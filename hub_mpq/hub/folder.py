@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HubMPQError
+from ..nn.packed import packed_layers
 from ..nn.swap import quantized_layers
 from ..pack import (
     Manifest,
@@ -25,6 +26,7 @@ from ..pack import (
     write_indicators,
     write_packed,
 )
+from ..pack.layout import key as part_key
 from ..spec import FLOAT_BITS, Indicators
 
 PACKED = "model.mpq.safetensors"
@@ -50,6 +52,10 @@ def packed_tensors(model: nn.Module, manifest: Manifest) -> dict[str, PackedTens
             out[f"{name}.input_scale"] = module.input_quantizer.scale.detach().cpu()
             zero = torch.tensor([module.input_quantizer.zero_point], dtype=torch.int32)
             out[f"{name}.input_zero_point"] = zero
+    for name, module in packed_layers(model):
+        if not module.owner:
+            out[name] = module.packed
+            skip |= {part_key(name, part) for part in module.packed.parts()}
     for key, tensor in model.state_dict().items():
         if key not in skip and not any(part in f".{key}" for part in QUANTIZER_KEYS):
             out[key] = tensor.detach().cpu()
@@ -105,7 +111,8 @@ def save_folder(
     try:
         for name, content in (extra or {}).items():
             (work / name).write_bytes(content)
-        text = json.dumps({**config, "quantization_config": quantization}, indent=2, sort_keys=True) + "\n"
+        public = {k: v for k, v in config.items() if k != "_name_or_path"}  # a path on this machine
+        text = json.dumps({**public, "quantization_config": quantization}, indent=2, sort_keys=True) + "\n"
         (work / CONFIG).write_text(text)
         if indicators is not None:
             write_indicators(work / INDICATORS, indicators)

@@ -1,0 +1,173 @@
+"""The "mpq" quantizer of transformers: AutoModel.from_pretrained reads packed folders, and quantizes float ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..errors import HubMPQError, InvalidArgument, PackedFormat
+from ..nn.packed import packed_layers
+from ..pack.header import FORMAT_VERSION
+from ..spec import Budget, LayerBits, Policy
+from .folder import PACKED
+from .plugin_load import become_packed, to_float
+from .plugin_save import attach, forget_packed_file
+
+if TYPE_CHECKING:
+    from ..pack import Manifest
+
+METHOD = "mpq"
+
+
+class MPQConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What `quantization_config` says of a packed folder, and how to quantize a float model while it is loaded.
+
+    policy: a Policy, its dict, or a level ("W4A8") for all searched layers. Or a budget as in HubMPQ.search (bitops=,
+    size=, compression=, weight_bits=, activation_memory=): then the best policy within it is searched, with the
+    indicators stored beside the model or with data-free ones. calibration: batches for the scales of activations,
+    None for synthetic ones. per_channel: one weight scale per output channel. exclude: patterns of layers to leave
+    float. Only the policy is stored. Raises InvalidArgument unless there is a policy or a budget.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | Mapping[str, Any] | str | None = None,
+        *,
+        calibration: Iterable[Any] | None = None,
+        per_channel: bool = True,
+        exclude: Iterable[str] = (),
+        quant_method: str = METHOD,
+        format_version: int = FORMAT_VERSION,
+        **budget: Any,
+    ) -> None:
+        if quant_method != METHOD:
+            raise InvalidArgument(f"quant_method is {METHOD!r}, not {quant_method!r}")
+        if (policy is None) == (not budget):
+            raise InvalidArgument("MPQConfig takes a policy or a budget, for example bitops='W4A8'")
+        if budget:
+            try:
+                self.budget: Budget | None = Budget(**budget)
+            except TypeError as error:
+                raise InvalidArgument(f"MPQConfig: {error}") from None
+        else:
+            self.budget = None
+        self.quant_method = METHOD
+        self.format_version = format_version
+        self.policy = _policy(policy)
+        self.calibration = calibration
+        self.per_channel = per_channel
+        self.exclude = tuple(exclude)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds: method, format version and policy."""
+        policy = self.policy.to_dict() if isinstance(self.policy, Policy) else self.policy and str(self.policy)
+        return {"quant_method": self.quant_method, "format_version": self.format_version, "policy": policy}
+
+    def __iter__(self) -> Any:
+        yield from self.to_dict().items()
+
+
+def _policy(value: Policy | Mapping[str, Any] | str | None) -> Policy | LayerBits | None:
+    if isinstance(value, str):
+        return LayerBits.parse(value)
+    if isinstance(value, Mapping):
+        try:
+            return Policy.from_dict(value)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InvalidArgument(f"quantization_config: the policy is wrong: {error!r}") from None
+    return value
+
+
+class MPQHfQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads packed weights into packed layers; or quantizes a float model behind its loading.
+
+    `manifest`: what the packed file of the model says, once it is loaded.
+    """
+
+    requires_calibration = False
+    manifest: Manifest | None = None
+    trainable = False
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if isinstance(device_map, Mapping) and "disk" in device_map.values():
+            raise HubMPQError("packed weights can't be offloaded to disk; leave 'disk' out of the device_map")
+        version = self.quantization_config.format_version
+        if self.pre_quantized and version != FORMAT_VERSION:
+            raise PackedFormat("config.json", f"format_version {version!r} is unknown, this is {FORMAT_VERSION}")
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Runs before the files are looked for. config.json never names the packed file: a load without this
+        plug-in must find the float copy or nothing."""
+        if self.pre_quantized:
+            config.transformers_weights = PACKED
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if self.pre_quantized:
+            if not checkpoint_files:
+                raise HubMPQError("packed weights are read from a file, not from a state dict")
+            dtype = dtype or torch.get_default_dtype()
+            self.manifest = become_packed(model, checkpoint_files[0], self.quantization_config.policy, dtype)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        forget_packed_file(model)
+        if not self.pre_quantized:
+            from .plugin_quantize import quantize_in_place
+
+            self.manifest = quantize_in_place(model, self.quantization_config)
+            self.trainable = True
+        if self.manifest is None:
+            raise HubMPQError("nothing was loaded")
+        attach(model, self.manifest, self)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        if not any(packed_layers(model)):
+            raise HubMPQError("this model holds trainable quantizers; save and load it to dequantize it")
+        to_float(model, dtype or torch.get_default_dtype())
+        del model.save_pretrained
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """False: transformers' own save_pretrained would write packed tensors as model.safetensors, which a plain
+        load takes for a model without weights. The model's save_pretrained is ours (plugin_save)."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """True while layers hold float weights behind quantizers, False for packed ones."""
+        return self.trainable
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return self.trainable
+
+
+def register() -> None:
+    """Tell transformers of "mpq"; does nothing the second time. HubMPQError for a transformers that lacks the hook."""
+    if not hasattr(HfQuantizer, "update_attn_implementation"):
+        raise HubMPQError("its quantizers have no update_attn_implementation; transformers 5.23 or newer is needed")
+    if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        auto.register_quantization_config(METHOD)(MPQConfig)
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantizer(METHOD)(MPQHfQuantizer)
+
+
+def prepare(model: Any, manifest: Manifest) -> None:
+    """Make a transformers model that HubMPQ quantized known to transformers as such: save_pretrained and push_to_hub
+    write the packed format, and Trainer trains it. Does nothing to other models."""
+    if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
+        return
+    quantizer = MPQHfQuantizer(MPQConfig(manifest.policy))
+    quantizer.manifest, quantizer.trainable = manifest, True
+    attach(model, manifest, quantizer)
+
+
+register()  # here, since this module may be imported first, and transformers' tables by it

@@ -1,0 +1,157 @@
+"""From a model of transformers on the meta device and a packed file to packed layers that wait for their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PackedFormat, PolicyMismatch
+from ..nn.packed import PackedLayer, float_layer, packed_layer, packed_layers
+from ..pack import Manifest, read_packed
+from ..pack.layout import INPUT_PARTS, WEIGHT_PARTS, flatten
+from ..spec import FLOAT_BITS, LayerBits, LayerGraph, Policy
+
+
+def network_of(model: Any) -> nn.Module:
+    """The network whose names a packed file uses: the wrapped one for a timm model, else the model itself."""
+    wrapped = getattr(model, "timm_model", None)
+    return wrapped if isinstance(wrapped, nn.Module) else model  # type: ignore[no-any-return]
+
+
+def become_packed(model: Any, file: str, policy: Policy | LayerBits | None, dtype: torch.dtype) -> Manifest:
+    """Give `model` packed layers for the tensors of `file`, every byte of which is verified; returns its manifest.
+
+    `policy`: what config.json says. The model may be another class than the one that was saved: without its head,
+    or with a new one; the manifest is then that of the part that was taken over. Raises PackedFormat for a bad
+    file or a config.json that disagrees with it, PolicyMismatch for another model.
+    """
+    tensors, manifest = read_packed(file)
+    if policy != manifest.policy:
+        raise PackedFormat(file, "its policy is not the one that config.json states")
+    net = network_of(model)
+    names = _names(manifest.graph.names, net, model)
+    flat = flatten(tensors)
+    for name in sorted(names, key=lambda n: manifest.graph[n].weight_owner is not None):
+        _swap(net, names, name, manifest, flat, dtype, file)
+    _check_covered(model, net, flat, manifest, names, file)
+    _untie(model, net)
+    return _manifest_of(manifest, names, net)
+
+
+def _names(wanted: Iterable[str], net: nn.Module, model: Any) -> dict[str, str]:
+    """{name in the file: name in the network} of the layers it has, with or without the base model's prefix."""
+    modules = {name for name, _ in net.named_modules()}
+    return {name: found for name in wanted if (found := _here(name, modules, model)) is not None}
+
+
+def _here(name: str, modules: Iterable[str], model: Any) -> str | None:
+    prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
+    return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None)
+
+
+def _swap(
+    net: nn.Module,
+    names: Mapping[str, str],
+    name: str,
+    manifest: Manifest,
+    flat: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    file: str,
+) -> None:
+    layer, bits = manifest.graph[name], manifest.policy.bits[name]
+    if bits.weight == FLOAT_BITS:
+        return
+    here = net.get_submodule(names[name])
+    if tuple(getattr(here, "weight", torch.empty(0)).shape) != layer.weight_shape:
+        raise PolicyMismatch((), [name])
+    owner = None
+    if layer.weight_owner is not None:
+        owner = net.get_submodule(names[layer.weight_owner]) if layer.weight_owner in names else None
+        if not isinstance(owner, PackedLayer):
+            raise PackedFormat(file, f"layer {name!r} shares the weight of {layer.weight_owner!r}, which is not loaded")
+    parts = {p: flat[f"{name}.{p}"].to("meta") for p in (*WEIGHT_PARTS, *INPUT_PARTS) if f"{name}.{p}" in flat}
+    parent, _, leaf = names[name].rpartition(".")
+    packed = packed_layer(here, layer, bits, parts, dtype=dtype, owner=owner)
+    setattr(net.get_submodule(parent), leaf, packed)
+
+
+def _check_covered(
+    model: Any, net: nn.Module, flat: Mapping[str, Tensor], manifest: Manifest, names: Mapping[str, str], file: str
+) -> None:
+    """PackedFormat when transformers would draw random weights for anything but a part the file knows nothing of.
+
+    The class that was saved must find exactly its tensors. Another one may leave a head unread and draw a new one
+    (transformers says so), but not when tensors of the base model are left over, or lacking in a part that is there.
+    """
+    own = set(net.state_dict())
+    found = {key: _here(key, own, model) for key in flat}
+    unread = {key for key, here in found.items() if here is None}
+    missing = own - {here for here in found.values() if here is not None}
+    saved = "TimmWrapperForImageClassification" if net is not model else type(model).__name__
+    if type(model).__name__ not in (getattr(model.config, "architectures", None) or [saved]):
+        prefix = f"{model.base_model_prefix}." if net is model and model.base_model_prefix else ""
+        whole = not prefix or not hasattr(net, prefix[:-1])  # the base model itself
+        inside = missing if whole else {k for k in missing if k.startswith(prefix)}
+        left = {k for k in unread if k.startswith(prefix)}
+        there = {_part(key, prefix) for key in own - missing}
+        missing, unread = {k for k in inside if left or _part(k, prefix) in there}, set()
+    if missing or unread:
+        raise PackedFormat(
+            file,
+            f"it is for another model than {type(model).__name__}: missing {sorted(missing)[:4]}, "
+            f"unknown {sorted(unread)[:4]}",
+        )
+
+
+def _part(key: str, prefix: str) -> str:
+    """First name of a key inside the base model."""
+    return key.removeprefix(prefix).partition(".")[0]
+
+
+def _untie(model: Any, net: nn.Module) -> None:
+    """A packed head reads the embedding's words by itself; transformers would look for a Parameter to tie."""
+    prefix = "" if net is model else "timm_model."
+    gone = {f"{prefix}{name}.weight" for name, _ in packed_layers(net)}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    model.all_tied_weights_keys = {k: v for k, v in tied.items() if k not in gone and v not in gone}
+
+
+def _manifest_of(manifest: Manifest, names: Mapping[str, str], net: nn.Module) -> Manifest:
+    """The manifest of what was taken over; the same one when that is everything under its own name."""
+    if all(names.get(name) == name for name in manifest.graph.names):
+        return manifest
+    graph = manifest.graph
+    layers = tuple(
+        replace(
+            layer,
+            name=names[layer.name],
+            tie=names.get(layer.tie or ""),
+            activation_tie=names.get(layer.activation_tie or ""),
+            weight_owner=names.get(layer.weight_owner or ""),
+        )
+        for layer in graph
+        if layer.name in names
+    )
+    packed = {f"{name}." for name, _ in packed_layers(net)}
+    other = [t for k, t in net.state_dict().items() if f"{k.rpartition('.')[0]}." not in packed or k.endswith(".bias")]
+    nbytes = sum(t.numel() * t.element_size() for t in other)
+    modules = {name for name, _ in net.named_modules()}
+    floats = tuple(op for op in graph.floats if op.name in modules)
+    graph = LayerGraph(graph.model_id, graph.revision, graph.library, graph.input_shape, layers, floats, nbytes)
+    bits = {names[name]: level for name, level in manifest.policy.bits.items() if name in names}
+    history = {k: v for k, v in manifest.provenance.items() if k != "metrics"}  # measured on another model
+    return replace(manifest, graph=graph, policy=Policy(bits, graph.digest), provenance=history)
+
+
+def to_float(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every packed layer by its float form with the dequantized weight, in place; shared weights stay one."""
+    made: dict[int, nn.Module] = {}
+    for name, module in sorted(packed_layers(model), key=lambda item: bool(item[1].owner)):
+        shared = made[id(module.owner[0])].weight if module.owner else None
+        made[id(module)] = float_layer(module, dtype, shared)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, made[id(module)])
