@@ -92,16 +92,18 @@ def _product(
         return (name, type(modules[owner]).__name__, _reason(modules[owner], owner in excluded, ran=True)), [weight]
     if weight is not None or weighty(module) or (own and _matrices(module) and not list(module.children())):
         # a weight of its own, as it is or standardised, normalised, masked before use
-        used = [weight] if weight is not None else _matrices(module)
+        used = [weight] if weight is not None and not weighty(module) else _matrices(module)
         return (where or part, kind, _reason(module, where in excluded, ran=True)), used
-    attention = fused or "attention" in kind.lower() or "attn" in kind.lower()
+    attention = fused or any(word in f"{where} {kind}".lower() for word in ("attention", "attn"))
     reason = f"product with the buffer {part}" if part else "product of two activations"
     return (where or kind, "attention" if attention else "matmul", reason), []
 
 
 def _matrices(module: nn.Module) -> list[nn.Parameter]:
+    """The weights of a layer: "weight", or what it has instead (a recurrent layer's, a parametrized layer's)."""
     weight = module._parameters.get("weight")
-    return [p for p in module.parameters() if p.ndim >= 2] if weight is None else [weight]
+    own = [p for p in module.parameters(recurse=False) if p.ndim >= 2] if weight is None else [weight]
+    return own or [p for p in module.parameters() if p.ndim >= 2]
 
 
 def _reason(module: nn.Module, excluded: bool, *, ran: bool) -> str:

@@ -161,6 +161,8 @@ def test_weights_arguments_and_config(folder, tmp_path):
     source = load(path, pretrained=False, num_labels=3, auto_class="AutoModelForSequenceClassification")
     assert source.graph["classifier"].weight_shape == (3, 32)
     assert source.config["architectures"] == ["BertForSequenceClassification"]
+    as_wide = load(path, meta=True, num_labels=32, auto_class="AutoModelForSequenceClassification").graph
+    assert [name for name, bits in fixed(as_wide).items() if bits == EDGE] == ["classifier"]
     assert json.loads(json.dumps(source.config))["model_type"] == "bert"
     source.model.save_pretrained(tmp_path / "saved")
     again = load(str(tmp_path / "saved"))
