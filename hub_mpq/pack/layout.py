@@ -16,6 +16,7 @@ from .tensor import PackedTensor
 
 WEIGHT_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 INPUT_PARTS = ("input_scale", "input_zero_point")
+_MOST_ZERO = 2**24  # float32 holds every integer up to here
 
 
 def key(layer: str, part: str) -> str:
@@ -117,7 +118,8 @@ def _check_input(flat: Mapping[str, Tensor], layer: str) -> None:
     for part, tensor in zip(INPUT_PARTS, (scale, zero), strict=True):
         if math.prod(tensor.shape) != 1:
             raise InvalidArgument(f"tensor {key(layer, part)!r}: one value, not the shape {tuple(tensor.shape)}")
+    name = key(layer, "input_zero_point")
     if zero.dtype.is_floating_point or zero.dtype == torch.bool:
-        raise InvalidArgument(
-            f"tensor {key(layer, 'input_zero_point')!r}: a zero point is an integer, not {zero.dtype}"
-        )
+        raise InvalidArgument(f"tensor {name!r}: a zero point is an integer, not {zero.dtype}")
+    if not zero.is_meta and abs(int(zero)) > _MOST_ZERO:
+        raise InvalidArgument(f"tensor {name!r}: {int(zero)} is beyond ±{_MOST_ZERO}")

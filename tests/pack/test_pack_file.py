@@ -132,6 +132,7 @@ ODD = [
     (change("stem.input_scale", torch.tensor([float("nan")])), "stem.input_scale': scales must be finite"),
     (change("stem.input_scale", torch.ones(1, dtype=torch.float64)), "a scale is float32"),
     (change("stem.input_zero_point", torch.ones(1)), "a zero point is an integer"),
+    (change("stem.input_zero_point", torch.tensor([2**40])), "beyond"),
     (change("emb.input_scale", torch.ones(1)), "quantizes no input of layer 'emb'"),
     (change("no.weight_scale", torch.ones(1)), "packs no weight of layer 'no'"),
     (change("head.weight_packed", torch.ones(1)), "packs no weight of layer 'head'"),
