@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,8 +18,11 @@ from .adapters.base import Source
 from .adapters.trace import norm_of
 from .cost.size import layer_nbytes
 from .errors import HubMPQError, InvalidArgument
-from .hub.folder import PACKED, predicted_nbytes, read_folder_indicators, save_folder
+from .hub.folder import predicted_nbytes, read_folder_indicators, save_folder
 from .hub.load import load_folder
+from .hub.publish import publish
+from .hub.pull import packed_folder
+from .hub.remote import check_repo_id
 from .nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs
 from .nn.swap import swap_policy
 from .pack import Manifest
@@ -34,6 +38,9 @@ from .train.evaluate import evaluate
 from .train.loop import TrainLog
 from .train.norms import reestimate_batch_norm
 from .train.tune import finetune
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 Pins = Mapping[str, LayerBits | str | None]
 
@@ -69,16 +76,25 @@ class HubMPQ(nn.Module):
         fixed: Pins | None = None,
         exclude: Iterable[str] = (),
         pretrained: bool = True,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
         **kwargs: Any,
     ) -> HubMPQ:
-        """A timm name, a Hugging Face id, "hf-hub:…", a local folder, or a folder that save_pretrained wrote.
+        """A timm name, a Hugging Face id, "hf-hub:…", a local folder, or what save_pretrained or push_to_hub wrote.
 
-        module: the network itself, for a packed folder of a model that no hub can build. fixed: {name or pattern:
+        Of a published packed model only its config, packed weights, indicators and preprocessing are fetched; pinned
+        to a commit (revision=) that is in the cache, nothing is asked of the network.
+
+        module: the network itself, for a packed model that no hub can build. fixed: {name or pattern:
         "W8A8" or None} changes which layers keep their widths. exclude: patterns of layers to leave float.
         pretrained, checkpoint_path and other keywords go to timm or transformers.
         """
-        if (Path(model_id) / PACKED).is_file():
-            return cls._of_folder(Path(model_id), module, kwargs)
+        where = {"revision": revision, "token": token, "local_files_only": local_files_only}
+        folder = packed_folder(model_id, **where) if pretrained else None  # type: ignore[arg-type]
+        if folder is not None:
+            return cls._of_folder(folder, module, kwargs)
+        kwargs |= {key: value for key, value in where.items() if value}
         source = adapters.load(str(model_id), pretrained=pretrained, exclude=exclude, **kwargs)
         out = cls(source, fixed=fixed)
         if Path(model_id).is_dir():
@@ -179,9 +195,7 @@ class HubMPQ(nn.Module):
         """Best policies along one limit, other limits kept (all as in `search`)."""
         scores, _ = self.scores(alpha, candidates)
         others = Budget(**budget) if budget else None
-        return pareto_front(
-            self.graph, scores, limit=limit, points=points, base_bytes=self.base_bytes(), others=others
-        )
+        return pareto_front(self.graph, scores, limit=limit, points=points, base_bytes=self.base_bytes(), others=others)
 
     def apply_policy(
         self,
@@ -297,6 +311,37 @@ class HubMPQ(nn.Module):
         if self.policy is None:
             raise HubMPQError("there is no policy yet; call quantize or apply_policy before saving")
         return save_folder(folder, self.model, self._manifest(self.policy), self.source.config, self.indicators)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        float_copy: bool | None = None,
+        token: str | bool | None = None,
+        **card: str | None,
+    ) -> CommitInfo:
+        """Publish the quantized model as "owner/name" in one commit; all arguments as in hub_mpq.hub.publish.publish.
+
+        float_copy: dequantized weights too, that plain timm or transformers load (None: for their models, yes).
+        card: license, base_model, dataset, eval_task, message.
+        """
+        check_repo_id(repo_id)
+        with tempfile.TemporaryDirectory(prefix="hub-mpq-") as folder:
+            self.save_pretrained(folder)
+            return publish(
+                folder,
+                repo_id,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                float_copy=float_copy,
+                token=token,
+                model=self.model,
+                **card,
+            )
 
     def _tell_transformers(self) -> None:
         """So that `mpq.model.save_pretrained` writes the packed format and transformers' Trainer trains `mpq.model`."""

@@ -1,0 +1,97 @@
+"""Two chapters of the card: how to load the model, and how it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..pack import Manifest
+from ..report import human
+from .folder import INDICATORS, PACKED
+
+
+def code(text: object) -> str:
+    """One line of text for a card: names come from models of others and must not write its markdown."""
+    return " ".join(str(text).replace("`", "'").replace("|", "/").replace("<", "‹").split())
+
+
+def own_name(model_id: str) -> str:
+    """A folder's name without its path, which says more about the author's disk than about the model."""
+    return Path(model_id).name if Path(model_id).is_absolute() or model_id.startswith((".", "~")) else model_id
+
+
+def loading(repo_id: str, manifest: Manifest, nbytes: Mapping[str, int], architecture: str | None) -> str:
+    """Three lines for each audience that the repo serves."""
+    own = manifest.library == "module"
+    parts = [
+        _block(
+            f"With hub-mpq (packed weights, {human(nbytes[PACKED])}B):",
+            "from hub_mpq import HubMPQ",
+            f'model = HubMPQ.from_pretrained("{repo_id}"{", module=net" if own else ""})',
+            "y = model(x)",
+        )
+    ]
+    if own:
+        parts.append("`net` is the network itself, built from its own code: no hub library can build it.")
+    cls = architecture or "AutoModel"
+    if manifest.library == "transformers":
+        parts.append(
+            _block(
+                "With transformers and hub-mpq (packed weights):",
+                f"import hub_mpq, transformers\nmodel = transformers.{cls}.from_pretrained({repo_id!r})".replace(
+                    "'", '"'
+                ),
+            )
+        )
+    if "model.safetensors" in nbytes and not own:
+        plain = (
+            ("import timm", f'model = timm.create_model("hf-hub:{repo_id}", pretrained=True)')
+            if manifest.library == "timm"
+            else ("import transformers", f'model = transformers.{cls}.from_pretrained("{repo_id}")')
+        )
+        parts.append(_block(f"With {manifest.library} alone (the float copy, weights dequantized):", *plain))
+    elif not own:
+        parts.append(
+            f"Without hub-mpq it does not load: {manifest.library} alone finds no weights here and says so. "
+            "Never take a model whose weights were newly initialised."
+        )
+    if INDICATORS in nbytes:
+        again = (
+            f'HubMPQ.from_pretrained("{code(own_name(manifest.base_model))}")'
+            if not own
+            else "HubMPQ.from_module(net, x)"
+        )
+        parts.append(
+            _block(
+                "Another budget at once, with the indicators stored here:",
+                f'indicators = HubMPQ.from_pretrained("{repo_id}"{", module=net" if own else ""}).indicators',
+                f'model = {again}.quantize(bitops="W3A3", indicators=indicators, train=loader)',
+            )
+        )
+    return "\n\n".join(parts)
+
+
+def _block(title: str, *lines: str) -> str:
+    return "\n".join([title, "", "```python", *lines, "```"])
+
+
+def making(manifest: Manifest, indicators: Mapping[str, Any]) -> str:
+    """What is recorded, and no more: tool, base revision, indicators, search and its proof."""
+    provenance = manifest.provenance
+    rows: list[tuple[str, object]] = [("tool", f"hub-mpq {provenance.get('hub_mpq', '')}".strip())]
+    rows.append(
+        ("float model", own_name(manifest.base_model) + (f" at {manifest.revision}" if manifest.revision else ""))
+    )
+    for title, tree in (("indicators", indicators), ("search", provenance.get("search", {}))):
+        rows += [(f"{title}: {key}", _plain(value)) for key, value in tree.items() if _short(value)]
+    rows += [(f"seconds: {key}", f"{value:.3g}") for key, value in provenance.get("seconds", {}).items()]
+    return "\n".join(["| | |", "|---|---|", *(f"| {code(k)} | {code(v)} |" for k, v in rows)])
+
+
+def _short(value: object) -> bool:
+    return isinstance(value, (str, int, float)) and len(str(value)) <= 120
+
+
+def _plain(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,221 @@
+"""From a packed folder to the Hub: everything in one commit."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..errors import HubMPQError, InvalidArgument
+from ..pack import Manifest, read_packed
+from .card import CardFacts, eval_results, render_card
+from .float_copy import float_copy_state
+from .folder import CONFIG, INDICATORS, PACKED, read_folder_indicators
+from .load import load_folder
+from .origin import origin_of
+from .preprocess import PREPROCESS, preprocess_files
+from .remote import check_repo_id, hub_api, told
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo, HfApi
+
+FLOAT_COPY = "model.safetensors"
+CARD = "README.md"
+PICTURE = "policy.png"
+EVAL_RESULTS = ".eval_results/hub-mpq.yaml"
+_OURS = (CONFIG, PACKED, INDICATORS, FLOAT_COPY, CARD, PICTURE, EVAL_RESULTS, *PREPROCESS)
+_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".safetensors", ".safetensors.index.json", ".onnx")
+
+
+def publish(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    float_copy: bool | None = None,
+    token: str | bool | None = None,
+    license: str | None = None,
+    base_model: str | None = None,
+    dataset: str | None = None,
+    eval_task: str | None = None,
+    message: str | None = None,
+    model: nn.Module | None = None,
+) -> CommitInfo:
+    """Publish a folder that save_pretrained wrote as `repo_id`, in one commit; returns it (commit_url, oid, pr_url).
+
+    private: None leaves a repo as it is and makes a new one public. revision: another branch than main, made if
+    missing. create_pr: open a pull request instead; the repo must be there. float_copy: also dequantized weights that
+    plain timm and transformers load, by default for their models. license, base_model: of the float model where they
+    can't be found. dataset: what the figures were measured on; eval_task: its task, if it is a benchmark of the Hub.
+    model: the quantized model, to spare building it again.
+
+    Nothing in `folder` changes, and of it only files of known names are published. Raises PackedFormat for a torn
+    packed file before anything is sent, InvalidArgument for a folder or name that can't be, HubMPQError when the Hub
+    refuses: a reader then finds the old version or the new one, whole.
+    """
+    check_repo_id(repo_id)
+    folder = Path(folder)
+    if not (folder / PACKED).is_file() or not (folder / CONFIG).is_file():
+        raise InvalidArgument(f"{folder} holds no {CONFIG} and {PACKED}: publish a folder that save_pretrained wrote")
+    _, manifest = read_packed(folder / PACKED)
+    float_copy = manifest.library != "module" if float_copy is None else float_copy
+    with tempfile.TemporaryDirectory(prefix="hub-mpq-push-") as work:
+        files = {name: folder / name for name in (CONFIG, PACKED, INDICATORS) if (folder / name).is_file()}
+        files |= _preprocessing(folder, manifest, token)
+        if float_copy:
+            files[FLOAT_COPY] = _write_float_copy(Path(work) / FLOAT_COPY, folder, manifest, model)
+        if _draw(manifest, Path(work) / PICTURE):
+            files[PICTURE] = Path(work) / PICTURE
+        given = {"license": license, "base_model": base_model, "dataset": dataset, "eval_task": eval_task}
+        files |= _card(Path(work), folder, repo_id, manifest, files, given, token)
+        return _commit(repo_id, files, private, revision, create_pr, token, message or _summary(manifest))
+
+
+def _preprocessing(folder: Path, manifest: Manifest, token: str | bool | None) -> dict[str, Path]:
+    own = {name: folder / name for name in PREPROCESS if (folder / name).is_file()}
+    return own or preprocess_files(manifest.base_model, manifest.revision, library=manifest.library, token=token)
+
+
+def _write_float_copy(path: Path, folder: Path, manifest: Manifest, model: nn.Module | None) -> Path:
+    from safetensors.torch import save_file
+
+    if model is None:
+        if manifest.library == "module":
+            raise InvalidArgument(
+                "the float copy of a network of one's own needs the network: HubMPQ.push_to_hub has it"
+            )
+        model = load_folder(folder, None, {})[0].model
+    save_file(float_copy_state(model), path, metadata={"format": "pt"})
+    return path
+
+
+def _draw(manifest: Manifest, path: Path) -> bool:
+    """Draw the policy; False where matplotlib is missing."""
+    from ..plot import check_plot, plot_policy
+
+    try:
+        check_plot(path)
+    except HubMPQError:
+        return False
+    plot_policy(manifest.graph, manifest.policy, path)
+    return True
+
+
+def _card(
+    work: Path,
+    folder: Path,
+    repo_id: str,
+    manifest: Manifest,
+    files: Mapping[str, Path],
+    given: Mapping[str, str | None],
+    token: str | bool | None,
+) -> dict[str, Path]:
+    """The card and the evaluation file. A README.md that stands in the folder is the user's own and goes as it is."""
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    origin = origin_of(manifest, config, given["base_model"], token)
+    indicators = read_folder_indicators(folder)
+    facts = CardFacts(
+        nbytes={name: path.stat().st_size for name, path in files.items()},
+        license=given["license"] or origin.license,
+        base_model=origin.base_model,
+        pipeline_tag=origin.pipeline_tag,
+        dataset=given["dataset"],
+        eval_task=given["eval_task"],
+        picture=PICTURE if PICTURE in files else None,
+        architecture=origin.architecture,
+        indicators=indicators.provenance if indicators else {},
+    )
+    out = {CARD: folder / CARD}
+    if not out[CARD].is_file():
+        out[CARD] = work / CARD
+        out[CARD].write_text(render_card(repo_id, manifest, facts), encoding="utf-8")
+    entries = eval_results(manifest, facts)
+    if entries is not None:
+        out[EVAL_RESULTS] = work / "eval_results.yaml"
+        out[EVAL_RESULTS].write_bytes(entries)
+    return out
+
+
+def _summary(manifest: Manifest) -> str:
+    widths = sorted({bits.weight for bits in manifest.policy.bits.values()})
+    return f"{manifest.base_model} in mixed precision, weights at {', '.join(map(str, widths))} bits"
+
+
+def _commit(
+    repo_id: str,
+    files: Mapping[str, Path],
+    private: bool | None,
+    revision: str | None,
+    create_pr: bool,
+    token: str | bool | None,
+    message: str,
+) -> CommitInfo:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = hub_api(token)
+    with told(f"{repo_id} can't be published (it holds what it held, or all of the new version)"):
+        if not create_pr:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+        for attempt in (1, 2):
+            head, there = _head(api, repo_id, private, revision, create_pr)
+            try:
+                return api.create_commit(
+                    repo_id,
+                    _operations(repo_id, files, there),
+                    commit_message=message,
+                    revision=revision,
+                    create_pr=create_pr,
+                    parent_commit=head,
+                )
+            except HfHubHTTPError as error:  # 412: somebody else has committed since
+                if error.response is None or error.response.status_code != 412:
+                    raise
+                if attempt == 2:
+                    raise HubMPQError(
+                        f"{repo_id} changes while it is published: its head is no longer {head[:12]}, and had moved "
+                        "before too. Nothing was published; try again"
+                    ) from error
+    raise AssertionError
+
+
+def _head(
+    api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool
+) -> tuple[str, frozenset[str]]:
+    """(commit a push starts from, names of its files)."""
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    try:
+        info = api.model_info(repo_id, revision=revision)
+    except RevisionNotFoundError:
+        if revision is None or create_pr or revision.startswith("refs/"):
+            raise
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+        info = api.model_info(repo_id, revision=revision)
+    if private and info.private is False:
+        raise HubMPQError(f"{repo_id} is there already and public: make it private in its settings first")
+    if info.sha is None:
+        raise HubMPQError(f"{repo_id}: the Hub names no commit to start from")
+    return info.sha, frozenset(f.rfilename for f in info.siblings or ())
+
+
+def _operations(repo_id: str, files: Mapping[str, Path], there: frozenset[str]) -> list[Any]:
+    """Add every file; delete ours that this version lacks. Weights of others would be taken for ours: refuse them."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    foreign = {f for f in there if "/" not in f and f.endswith(_WEIGHTS)} - set(_OURS)
+    if PACKED not in there:
+        foreign |= there & {FLOAT_COPY}
+    if foreign:
+        raise HubMPQError(
+            f"{repo_id} holds weights that hub-mpq did not write ({', '.join(sorted(foreign)[:3])}); a plain load "
+            "would take those for this model. Publish under another name, or delete them first"
+        )
+    adds = [CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())]
+    stale = [name for name in _OURS if name in there and name not in files]
+    return [*adds, *(CommitOperationDelete(name) for name in stale)]

@@ -1,0 +1,171 @@
+"""From the Hub to a folder: packed weights and what belongs to them, never the float copy."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from ..errors import HubMPQError, InvalidArgument, PackedFormat
+from ..pack import Manifest, parse_manifest, read_packed
+from ..pack.header import MAX_HEADER
+from .folder import CONFIG, INDICATORS, PACKED
+from .preprocess import PREPROCESS
+from .remote import check_repo_id, hub_api, repo_of, told
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_WANTED = (CONFIG, *PREPROCESS, INDICATORS, PACKED)
+"""Fetched in this order: where the packed file is, the rest is there too."""
+_FIRST = 1 << 16
+
+
+def fetch(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path | None:
+    """Folder in the Hub client's cache with a published model, all of one commit; None when the repo is no such one.
+
+    `revision`: branch, tag or commit. Of a branch that has not moved one request is made; of a commit (40 hexadecimal
+    digits) that is in the cache none, nor with `local_files_only` or HF_HUB_OFFLINE. Only files of known names are
+    fetched, whatever the repo lists. HubMPQError when it can't be had.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    api = hub_api(token)
+    with told(f"{repo_id} can't be fetched"):
+        try:
+            config = api.hf_hub_download(repo_id, CONFIG, revision=revision, local_files_only=local_files_only)
+        except LocalEntryNotFoundError:
+            if local_files_only:
+                raise
+            return None  # whoever loads float models says what is missing
+        except EntryNotFoundError:
+            return None
+    folder = Path(config).parent
+    if not _is_packed(folder / CONFIG):
+        return None
+    if not _COMMIT.fullmatch(folder.name):
+        raise HubMPQError(f"{repo_id}: the server names no commit but {folder.name[:60]!r}")
+    if (folder / PACKED).is_file():
+        return folder
+    if local_files_only or constants.HF_HUB_OFFLINE:
+        raise HubMPQError(f"{repo_id} can't be fetched: its packed weights are not in the local cache")
+    with told(f"{repo_id} can't be fetched"):
+        there = set(api.list_repo_files(repo_id, revision=folder.name))
+        if PACKED not in there:
+            raise HubMPQError(f"{repo_id} has the config of a packed model but no {PACKED}")
+        for name in _WANTED:
+            if name in there:
+                api.hf_hub_download(repo_id, name, revision=folder.name)
+    return folder
+
+
+def _is_packed(config: Path) -> bool:
+    try:
+        tree = json.loads(config.read_text())
+        return bool(tree["quantization_config"]["quant_method"] == "mpq")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def pull(
+    repo_id: str,
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Fetch a published model, verify every byte of its weights, and return where it lies.
+
+    `folder`: a new folder for a copy of its own; None leaves it in the cache. HubMPQError when it can't be had,
+    PackedFormat when the packed file is torn or tampered with.
+    """
+    target = None if folder is None else Path(folder)
+    if target is not None and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise InvalidArgument(f"{target} is there already; pull writes a new folder")
+    found = fetch(check_repo_id(repo_id), revision=revision, token=token, local_files_only=local_files_only)
+    if found is None:
+        raise HubMPQError(f"{repo_id} can't be pulled: it is no repo of packed weights, or it can't be reached")
+    read_packed(found / PACKED)
+    if target is None:
+        return found
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as work:
+            for name in _WANTED:
+                if (found / name).is_file():
+                    shutil.copyfile(found / name, Path(work) / name)
+            os.chmod(work, 0o755)
+            os.replace(work, target)
+            os.mkdir(work)  # for the context to remove
+    except OSError as error:
+        raise HubMPQError(f"{target} cannot be written: {error}") from error
+    return target
+
+
+def remote_manifest(
+    repo_id: str, *, revision: str | None = None, token: str | bool | None = None
+) -> tuple[Manifest, int]:
+    """(manifest, bytes of the packed file) of a published model, from the file's header alone by a range request.
+
+    HubMPQError when the repo can't be reached or holds no packed file, PackedFormat when the header is wrong.
+    """
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
+
+    api = hub_api(token)
+    name = f"{repo_id}/{PACKED}"
+
+    def part(url: str, begin: int, end: int) -> bytes:
+        headers = build_hf_headers(token=token, library_name=api.library_name, library_version=api.library_version)
+        response = get_session().get(url, headers={**headers, "Range": f"bytes={begin}-{end - 1}"}, timeout=30)
+        hf_raise_for_status(response)
+        if response.status_code != 206:
+            raise HubMPQError(f"{name}: the server serves no parts of files; pull it instead")
+        content: bytes = response.content
+        return content[: end - begin]
+
+    with told(f"{repo_id} can't be inspected"):
+        try:
+            found = api.get_hf_file_metadata(url=hf_hub_url(repo_id, PACKED, revision=revision), token=token)
+        except EntryNotFoundError:
+            raise HubMPQError(f"{repo_id} holds no {PACKED}") from None
+        size = found.size or 0
+        url = hf_hub_url(repo_id, PACKED, revision=found.commit_hash)
+        first = part(url, 0, min(size, _FIRST)) if size else b""
+        header = 8 + int.from_bytes(first[:8], "little")
+        if header > size or header - 8 > MAX_HEADER:
+            raise PackedFormat(
+                name, f"the header claims {header - 8} bytes, the file has {size}: torn or tampered with"
+            )
+        if header > len(first):
+            first += part(url, len(first), header)
+    return parse_manifest(first, name), size
+
+
+def packed_folder(
+    model_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path | None:
+    """The folder of a packed model: the local one that `model_id` names, or a published one, fetched as by `fetch`.
+
+    None for everything else: a timm name, a float repo, a float folder.
+    """
+    if Path(model_id).is_dir():
+        return Path(model_id) if (Path(model_id) / PACKED).is_file() else None
+    found = repo_of(str(model_id))
+    if found is None:
+        return None
+    return fetch(found[0], revision=revision or found[1], token=token, local_files_only=local_files_only)
