@@ -326,7 +326,7 @@ class HubMPQ(nn.Module):
         """Publish the quantized model as "owner/name" in one commit; all arguments as in hub_mpq.hub.publish.publish.
 
         float_copy: dequantized weights too, that plain timm or transformers load (None: for their models, yes).
-        card: license, base_model, dataset, eval_task, message.
+        card: license, base_model, dataset, eval_task, trained_on, message.
         """
         check_repo_id(repo_id)
         with tempfile.TemporaryDirectory(prefix="hub-mpq-") as folder:

@@ -34,6 +34,7 @@ class CardFacts:
 
     `nbytes`: {file name: bytes} of what is published. `license`, `base_model`: of the float model, as Hub ids go.
     `dataset`: what the figures were measured on. `eval_task`: its task, where it is a benchmark of the Hub.
+    `trained_on`: the data of indicators and fine-tuning.
     `picture`: name of the policy picture. `indicators`: provenance of the indicators.
     """
 
@@ -43,6 +44,7 @@ class CardFacts:
     pipeline_tag: str | None = None
     dataset: str | None = None
     eval_task: str | None = None
+    trained_on: str | None = None
     picture: str | None = None
     architecture: str | None = None
     indicators: Mapping[str, Any] = field(default_factory=dict)
@@ -68,7 +70,7 @@ def render_card(repo_id: str, manifest: Manifest, facts: CardFacts) -> str:
         rows=_figures(manifest, facts),
         notes=_notes(manifest, facts),
         loading=loading(repo_id, manifest, facts.nbytes, facts.architecture),
-        making=making(manifest, facts.indicators),
+        making=making(manifest, facts.indicators, facts.trained_on),
         limits="\n".join(floats),
     )
     return str(card)
@@ -110,7 +112,7 @@ def _front_matter(repo_id: str, manifest: Manifest, facts: CardFacts) -> ModelCa
         "base_model": facts.base_model,
         "base_model_relation": "quantized" if facts.base_model else None,
         "pipeline_tag": facts.pipeline_tag,
-        "datasets": [facts.dataset] if facts.dataset and "/" in facts.dataset else None,
+        "datasets": [facts.trained_on] if facts.trained_on and "/" in facts.trained_on else None,
         "eval_results": results,
         "model_name": repo_id.rpartition("/")[2] if results else None,
     }
@@ -163,9 +165,8 @@ def _notes(manifest: Manifest, facts: CardFacts) -> str:
         where = f" of `{code(facts.dataset)}`" if facts.dataset else ""
         out.append(f"Measured on {_list(sorted(samples))} samples{where}." if samples else "")
     if "model.safetensors" in facts.nbytes:
-        copy = "`model.safetensors` holds the same weights in float; inputs of layers are not quantized there"
-        own = "its figures are its own" if "float copy" in metrics else "it was not measured by itself"
-        out.append(f"{copy}, so {own}.")
+        out.append("`model.safetensors` holds the same weights in float, and inputs of layers are not quantized there:")
+        out.append("its figures are its own." if "float copy" in metrics else "it was not measured by itself.")
     return " ".join(part for part in out if part)
 
 

@@ -76,13 +76,15 @@ def _block(title: str, *lines: str) -> str:
     return "\n".join([title, "", "```python", *lines, "```"])
 
 
-def making(manifest: Manifest, indicators: Mapping[str, Any]) -> str:
+def making(manifest: Manifest, indicators: Mapping[str, Any], trained_on: str | None) -> str:
     """What is recorded, and no more: tool, base revision, indicators, search and its proof."""
     provenance = manifest.provenance
     rows: list[tuple[str, object]] = [("tool", f"hub-mpq {provenance.get('hub_mpq', '')}".strip())]
     rows.append(
         ("float model", own_name(manifest.base_model) + (f" at {manifest.revision}" if manifest.revision else ""))
     )
+    if trained_on:
+        rows.append(("trained on", trained_on))
     for title, tree in (("indicators", indicators), ("search", provenance.get("search", {}))):
         rows += [(f"{title}: {key}", _plain(value)) for key, value in tree.items() if _short(value)]
     rows += [(f"seconds: {key}", f"{value:.3g}") for key, value in provenance.get("seconds", {}).items()]

@@ -44,6 +44,7 @@ def publish(
     base_model: str | None = None,
     dataset: str | None = None,
     eval_task: str | None = None,
+    trained_on: str | None = None,
     message: str | None = None,
     model: nn.Module | None = None,
 ) -> CommitInfo:
@@ -53,6 +54,7 @@ def publish(
     missing. create_pr: open a pull request instead; the repo must be there. float_copy: also dequantized weights that
     plain timm and transformers load, by default for their models. license, base_model: of the float model where they
     can't be found. dataset: what the figures were measured on; eval_task: its task, if it is a benchmark of the Hub.
+    trained_on: data of the training. message: of the commit.
     model: the quantized model, to spare building it again.
 
     Nothing in `folder` changes, and of it only files of known names are published. Raises PackedFormat for a torn
@@ -72,7 +74,8 @@ def publish(
             files[FLOAT_COPY] = _write_float_copy(Path(work) / FLOAT_COPY, folder, manifest, model)
         if _draw(manifest, Path(work) / PICTURE):
             files[PICTURE] = Path(work) / PICTURE
-        given = {"license": license, "base_model": base_model, "dataset": dataset, "eval_task": eval_task}
+        given = {"license": license, "base_model": base_model}
+        given |= {"dataset": dataset, "eval_task": eval_task, "trained_on": trained_on}
         files |= _card(Path(work), folder, repo_id, manifest, files, given, token)
         return _commit(repo_id, files, private, revision, create_pr, token, message or _summary(manifest))
 
@@ -127,6 +130,7 @@ def _card(
         pipeline_tag=origin.pipeline_tag,
         dataset=given["dataset"],
         eval_task=given["eval_task"],
+        trained_on=given["trained_on"],
         picture=PICTURE if PICTURE in files else None,
         architecture=origin.architecture,
         indicators=indicators.provenance if indicators else {},
