@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import random
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,26 +36,66 @@ class Shuffled(Sampler[int]):
         return iter(torch.randperm(self.length, generator=generator).tolist())
 
 
-class Images(Dataset[Any]):
-    """Image files; (tensor, label) each, or the tensor alone when there are no labels."""
+class ShuffledEpochs(Shuffled):
+    """The same order, as pairs (epoch, index): what an augmentation needs to be the same again."""
 
-    def __init__(self, files: Sequence[tuple[Path, int | None]], transform: Any, channels: int) -> None:
-        self.files, self.transform, self.mode = files, transform, "L" if channels == 1 else "RGB"
+    def __iter__(self) -> Iterator[Any]:
+        return ((self.epoch, index) for index in super().__iter__())
+
+
+class Images(Dataset[Any]):
+    """Image files; (tensor, label) each, or the tensor alone when there are no labels.
+
+    Asked for (epoch, index) it augments, with a generator of its own for each seed, epoch and index: the result
+    does not depend on the workers, nor on where an interrupted run went on.
+    """
+
+    def __init__(self, files: Sequence[tuple[Path, int | None]], config: Mapping[str, Any], seed: int = 0) -> None:
+        from timm.data.transforms_factory import create_transform
+
+        self.files, self.seed, self.size = files, seed, config["input_size"]
+        self.mode = "L" if self.size[0] == 1 else "RGB"
+        self.transform: Any = create_transform(is_training=False, **config)
+        self.normalize: Any = self.transform.transforms[-2:]  # to a tensor, mean and std
+        self.interpolation = {"bilinear": 2, "bicubic": 3}.get(config["interpolation"], 2)
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | Tensor:
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int] | Tensor:
         from PIL import Image
 
+        epoch, index = key if isinstance(key, tuple) else (None, key)
         path, label = self.files[index]
         try:
             with Image.open(path) as image:
                 pixels = image.convert(self.mode)
         except (OSError, ValueError, SyntaxError) as error:
             raise HubMPQError(f"{path} is no image that can be read ({error})") from error
-        x = self.transform(pixels)
+        if epoch is None:
+            x = self.transform(pixels)
+        else:
+            x = self._augment(pixels, random.Random(f"{self.seed}:{epoch}:{index}"))
+            for step in self.normalize:
+                x = step(x)
         return x if label is None else (x, label)
+
+    def _augment(self, image: Any, rng: random.Random) -> Any:
+        """A random part (8 to 100 % of the area, sides 3:4 to 4:3), resized; mirrored half of the time (Inception)."""
+        from PIL import Image, ImageOps
+
+        width, height = image.size
+        w = h = min(width, height)
+        for _ in range(10):
+            area = width * height * rng.uniform(0.08, 1.0)
+            ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+            across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < across <= width and 0 < down <= height:
+                w, h = across, down
+                break
+        x, y = rng.randint(0, width - w), rng.randint(0, height - h)
+        part = image.resize((self.size[2], self.size[1]), Image.Resampling(self.interpolation), (x, y, x + w, y + h))
+        return ImageOps.mirror(part) if rng.random() < 0.5 else part
 
 
 def read_class_map(path: str | Path) -> dict[str, int]:
@@ -146,8 +188,6 @@ def image_loader(
     config: as `data_config` gives it. train: shuffled, random crops and flips; else in order, one centre crop.
     classes: how many the model has; without a class map the folder must have exactly as many.
     """
-    from timm.data.transforms_factory import create_transform
-
     mapping = read_class_map(class_map) if class_map else None
     files = list_images(folder, mapping)
     labels = {label for _, label in files if label is not None}
@@ -158,22 +198,12 @@ def image_loader(
         )
     if classes and labels and max(labels) >= classes:
         raise InvalidArgument(f"{class_map} names {max(labels) + 1} classes or more and the model has {classes}")
-    extra = {"color_jitter": None} if train else {"crop_pct": config["crop_pct"]}
-    transform = create_transform(
-        input_size=config["input_size"],
-        is_training=train,
-        mean=config["mean"],
-        std=config["std"],
-        interpolation=config["interpolation"],
-        **extra,
-    )
-    data = Images(files, transform, config["input_size"][0])
+    data = Images(files, config, seed)
     return DataLoader(
         data,
         batch_size=batch_size,
-        sampler=Shuffled(len(data), seed) if train else None,
+        sampler=ShuffledEpochs(len(data), seed) if train else None,
         num_workers=workers,
-        generator=torch.Generator().manual_seed(seed),
         persistent_workers=workers > 0,
         worker_init_fn=_leave_interrupts,
     )

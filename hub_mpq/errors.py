@@ -24,13 +24,23 @@ class UnsupportedLayer(HubMPQError):
 class InfeasibleBudget(HubMPQError):
     """No policy meets the budget.
 
-    `least` maps every limit to the least value any policy reaches on it alone;
-    `binding` names the limits that lie below that (empty: they only clash together).
+    `least` maps every limit to the least value any policy reaches on it alone, or the greatest for limits `at_least`
+    names (a compression); `binding` names the limits beyond that (empty: they only clash together).
     """
 
-    def __init__(self, limits: Mapping[str, float], least: Mapping[str, float], binding: Iterable[str]) -> None:
+    def __init__(
+        self,
+        limits: Mapping[str, float],
+        least: Mapping[str, float],
+        binding: Iterable[str],
+        at_least: Iterable[str] = (),
+    ) -> None:
         self.limits, self.least, self.binding = dict(limits), dict(least), sorted(binding)
-        rows = ", ".join(f"{k} <= {limits[k]:.10g} (least reachable {least[k]:.10g})" for k in sorted(limits))
+        lower = set(at_least)
+        words = {k: (">=", "greatest") if k in lower else ("<=", "least") for k in limits}
+        rows = ", ".join(
+            f"{k} {words[k][0]} {limits[k]:.10g} ({words[k][1]} reachable {least[k]:.10g})" for k in sorted(limits)
+        )
         which = f"unreachable: {', '.join(self.binding)}" if self.binding else "each is reachable alone, not together"
         super().__init__(f"no policy meets the budget: {rows}; {which}")
 

@@ -19,25 +19,42 @@ from .ties import merge_inputs
 @dataclass(frozen=True)
 class Problem:
     """table: what `solve_table` takes. meaning: {table row: {choice: {layer: widths}}}. constant: what the fixed layers
-    and float work add to each limit, so that limits can be told in the user's own terms."""
+    and float work add to each limit, and counts: weights of the searched and of all layers, so that limits can be told
+    in the user's own terms."""
 
     table: dict[str, Any]
     meaning: dict[str, dict[str, dict[str, LayerBits]]]
     constant: dict[str, float]
+    counts: tuple[int, int]
 
     def solve(self, time_limit: float | None = None) -> tuple[Solution, dict[str, LayerBits]]:
         """(solution, widths of the searched layers). Raises InfeasibleBudget in whole-model terms."""
+        limits = self.table["limits"]
+        # a limit below what is fixed leaves less than nothing to the searched layers, which is no limit to a solver
+        possible = {**self.table, "limits": {name: max(cap, 0) for name, cap in limits.items()}}
         try:
-            solution = solve_table(self.table, time_limit=time_limit)
+            solution = solve_table(possible, time_limit=time_limit)
         except InfeasibleBudget as error:
-            raise InfeasibleBudget(self._whole(error.limits), self._whole(error.least), error.binding) from None
+            raise self._infeasible(error.least) from None
+        if below := [name for name, cap in limits.items() if cap < 0]:
+            raise self._infeasible({**limits, **dict.fromkeys(below, 0.0)})
         bits: dict[str, LayerBits] = {}
         for row, choice in solution.choices.items():
             bits.update(self.meaning[row][choice])
         return solution, bits
 
-    def _whole(self, amounts: Mapping[str, float]) -> dict[str, float]:
-        return {name: value + self.constant.get(name, 0) for name, value in amounts.items()}
+    def _infeasible(self, least: Mapping[str, float]) -> InfeasibleBudget:
+        limits = self.table["limits"]
+        told = [{name: self._told(name, amounts[name]) for name in limits} for amounts in (limits, least)]
+        binding = [name for name, cap in limits.items() if cap < least[name]]
+        return InfeasibleBudget(*told, binding, at_least=["compression"])
+
+    def _told(self, name: str, amount: float) -> float:
+        """An amount of the searched layers, as the budget has it: whole model, mean bits, or ratio."""
+        if name == "weight_bits":
+            return amount / max(self.counts[0], 1)
+        whole = amount + self.constant.get(name, 0)
+        return 32 * self.counts[1] / max(whole, 1) if name == "compression" else whole
 
 
 def _limits(graph: LayerGraph, budget: Budget, base_bytes: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -140,7 +157,8 @@ def build(graph: LayerGraph, scores: Scores, budget: Budget, *, base_bytes: int,
         "limits": limits,
         "ties": [names for names in ties.values() if len(names) > 1],
     }
-    return Problem(table, meaning, constant)
+    counts = [(layer.fixed is None, 0 if layer.weight_owner else layer.weight_count) for layer in graph]
+    return Problem(table, meaning, constant, (sum(n for free, n in counts if free), sum(n for _, n in counts)))
 
 
 def _peak(graph: LayerGraph, budget: Budget) -> float | None:

@@ -1,0 +1,24 @@
+"""The tiny model and its images, as the tests of the command line name them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SKELETON = ["test_resnet", "--input-size", "32", "--model-arg", "num_classes=3"]
+MODEL = [*SKELETON, "--no-pretrained"]
+LOADING = ["--batch-size", "8", "--workers", "0"]
+
+
+def images(root: Path, classes: int = 3, count: int = 8, side: int = 40) -> Path:
+    """Class folders of noise in which the class is the brightest colour."""
+    rng = np.random.default_rng(0)
+    for label in range(classes):
+        (root / f"class{label}").mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 80, (side, side + 8, 3), dtype=np.uint8)
+            pixels[..., label % 3] += 120
+            Image.fromarray(pixels).save(root / f"class{label}" / f"{i}.png")
+    return root

@@ -1,0 +1,53 @@
+"""inspect: from a name or a config, without weights and without network."""
+
+from __future__ import annotations
+
+import json
+
+from transformers import ViTConfig
+
+
+def test_resnet18_without_weights_or_network(run, monkeypatch):
+    import socket
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("inspect reached for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    result = run("inspect", "resnet18", "--json")
+    tree = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert len(tree["layers"]) == 21
+    assert round(tree["levels"]["W4A4"]["bitops"] / 1e9, 3) == 34.714  # stem and head at 8 bits
+    assert round(tree["macs"] / 1e9, 3) == 1.814
+
+
+def test_float_work_is_named_with_its_reason(run):
+    result = run("inspect", "vit_small_patch16_224", "--exclude", "blocks.0.mlp.fc1")
+    assert "float: blocks.0.attn" in result.stdout
+    assert "float: blocks.0.mlp.fc1 (excluded" in result.stdout
+
+
+def test_a_config_folder(run, tmp_path):
+    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32)
+    config.architectures = ["ViTForImageClassification"]
+    config.save_pretrained(tmp_path)
+    tree = json.loads(run("inspect", tmp_path, "--json").stdout)
+    assert tree["library"] == "transformers"
+    assert len(tree["layers"]) == 8  # patches, q, k, v, output, two of the MLP, classifier
+
+
+def test_pins_and_input_size(run):
+    tree = json.loads(run("inspect", "resnet18", "--pin", "conv1=none", "--input-size", "64x96", "--json").stdout)
+    assert tree["input_shape"] == [3, 64, 96]
+    assert tree["layers"][0]["fixed"] is None
+
+
+def test_a_packed_folder_by_its_header(run, packed, monkeypatch):
+    import hub_mpq.adapters
+
+    monkeypatch.setattr(hub_mpq.adapters, "load", None)  # not even the skeleton is built
+    tree = json.loads(run("inspect", packed, "--json").stdout)
+    assert tree["usage"]["size"] == (packed / "model.mpq.safetensors").stat().st_size
+    assert set(tree["policy"]["bits"]) == {row["name"] for row in tree["layers"]}
+    assert "conv1.3" in run("inspect", packed).stdout
