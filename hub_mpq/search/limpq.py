@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..nn.banks import add_banks, select_bank
+from ..nn.calibrate import calibrate_inputs, calibrate_weights
 from ..nn.swap import quantized_layers, swap
 from ..quantizers import LSQ
 from ..spec import Candidates, Indicators, LayerGraph
 from ..train.finetune import Finetune
-from ..train.hooks import Hooks
+from ..train.hooks import Groups
 from .movement import movement
+from .scores import Scores, balance, limpq_scores
+from .strategy import SearchStrategy, register_strategy
 
 
-class LIMPQ(Hooks):
+@register_strategy("limpq")
+class LIMPQ(SearchStrategy):
     """Atomic operation of the paper (§3.3): a pass at each uniform width, one pass at random widths, one step.
 
     loss: how one pass is scored (labels or distillation). scale_lr: learning rate of log s (Adam) [ours: the
@@ -27,14 +31,16 @@ class LIMPQ(Hooks):
 
     def __init__(
         self,
-        loss: Finetune,
+        loss: Finetune | None = None,
         *,
-        scale_lr: float,
+        scale_lr: float = 1e-2,
         freeze_weights: bool = False,
         uniform: bool = True,
         log: bool = True,
     ) -> None:
-        self.loss, self.scale_lr, self.freeze_weights = loss, scale_lr, freeze_weights
+        if loss is not None:
+            self.loss = loss
+        self.scale_lr, self.freeze_weights = scale_lr, freeze_weights
         self.uniform, self.log = uniform, log
 
     def attach(
@@ -62,7 +68,7 @@ class LIMPQ(Hooks):
         )
         self.layers: dict[str, nn.Module] = {n: m for n, m in quantized_layers(model) if n in searched}
         self.widths = sorted({b for c in candidates.values() for b in (*c.weight, *c.activation)})
-        self.norms = dict(norms)
+        self.norms, self.graph, self.candidates = dict(norms), graph, candidates
         self.passes = len(self.widths) * self.uniform + 1
         add_banks(model, norms, len(self.widths))
         if self.freeze_weights:
@@ -70,6 +76,11 @@ class LIMPQ(Hooks):
                 for parameter in module._parameters.values():
                     if parameter is not None:
                         parameter.requires_grad_(False)
+
+    def calibrate(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
+        """The starts of the authors, from this process's first batch."""
+        calibrate_weights(model, mse=False)
+        calibrate_inputs(model, dict(inputs), mse=False)
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         groups = self.loss.parameter_groups(model)
@@ -88,12 +99,17 @@ class LIMPQ(Hooks):
             width = widths.get(layer, next(iter(widths.values())))
             select_bank(model, norm, self.widths.index(width))
 
-    def losses(self, model: nn.Module, batch: Any, rng: random.Random) -> Iterator[tuple[Tensor, str | None]]:
+    def losses(self, model: nn.Module, batch: Any, rng: random.Random) -> Iterator[tuple[Tensor, Groups]]:
         for bits in self.widths if self.uniform else ():
             self.set_widths(model, dict.fromkeys(self.layers, bits))
             yield self.loss.loss(model, batch), None
         self.set_widths(model, {name: rng.choice(self.widths) for name in self.layers})
         yield self.loss.loss(model, batch), None
+
+    def scores(self, model: nn.Module) -> Scores:
+        """Indicators with the balancing α; `HubMPQ.search` takes another α from stored indicators."""
+        found = self.indicators({})
+        return limpq_scores(found, self.graph, self.candidates, balance(found))
 
     def indicators(self, provenance: Mapping[str, Any]) -> Indicators:
         """Read the scales out: the indicator of (layer, b) is s_b."""

@@ -96,6 +96,16 @@ def _limits(graph: LayerGraph, budget: Budget, base_bytes: int) -> tuple[dict[st
     return limits, constant
 
 
+def searched_limits(graph: LayerGraph, budget: Budget, base_bytes: int) -> dict[str, float]:
+    """A budget as caps on the searched layers' sums (activation_peak: their largest), fixed and float parts off.
+
+    What strategies with a soft constraint aim at. Raises InvalidArgument as `build` does.
+    """
+    limits, _ = _limits(graph, budget, base_bytes)
+    peak = _peak(graph, budget)
+    return limits if peak is None else {**limits, "activation_peak": peak}
+
+
 def _level(layer: LayerSpec, level: LayerBits, name: str) -> LayerBits:
     """A level for one layer. A part that a level leaves out stands for 8 bits where the limit does not read it."""
     needs_weight, needs_activation = name in ("bitops", "size"), name in ("bitops", "activation_memory")

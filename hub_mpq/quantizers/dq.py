@@ -1,0 +1,180 @@
+"""DQ: the step and the dynamic range are learned, the width follows from them (Uhlich et al., ICLR 2020)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidArgument
+from .ste import straight
+
+PARAMETRIZATIONS = ("step-range", "bits-step", "bits-range")
+GRIDS = ("uniform", "power-of-two")
+_SLACK = 1e-4  # a range of exactly 2^b − 1 steps must not round up to b + 1 bits
+
+
+class _Uniform(torch.autograd.Function):
+    """sign(x)·{ d·floor(|x|/d + ½) if |x| ≤ qmax; qmax otherwise }; unsigned: 0 below 0 [sure].
+
+    Inside ∂d = (Q − x)/d and ∂qmax = 0; outside ∂d = 0 and ∂qmax = sign(x): never both on one element.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, top: Tensor, signed: bool) -> Tensor:
+        inside = (x.abs() <= top) if signed else (x >= 0) & (x <= top)
+        clipped = top * x.sign() if signed else top * (x > 0)
+        q = torch.where(inside, step * (x.abs() / step + 0.5).floor() * x.sign(), clipped)
+        ctx.save_for_backward(x, q, step, inside)
+        ctx.signed = signed
+        return q
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        g = grads[0]
+        x, q, step, inside = ctx.saved_tensors
+        kept = g * inside
+        dstep = (kept * (q - x)).sum() / step
+        side = x.sign() if ctx.signed else (x > 0).to(x)
+        return kept, dstep, ((g - kept) * side).sum(), None
+
+
+class _PowerOfTwo(torch.autograd.Function):
+    """sign(x)·{ qmin if |x| ≤ qmin; 2^round(log2|x|) between; qmax above }, 0 at 0 [sure]; ∂qmin, ∂qmax = sign(x)
+    on their own elements, ∂x = 1 between. Unsigned: 0 below 0 [ours]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, least: Tensor, top: Tensor, signed: bool) -> Tensor:
+        size = x.abs()
+        middle = torch.exp2(torch.log2(size.clamp_min(1e-38)).round()).clamp(least, top)
+        q = torch.where(size <= least, least, torch.where(size > top, top, middle)) * x.sign()
+        ctx.save_for_backward(x, least, top)
+        ctx.signed = signed
+        return q if signed else q * (x > 0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, least, top = ctx.saved_tensors
+        g = grads[0] if ctx.signed else grads[0] * (x > 0)
+        size, side = x.abs(), x.sign()
+        low, high = size <= least, size > top
+        return g * ~(low | high), (g * side * low).sum(), (g * side * high).sum(), None
+
+
+def span(bits: Tensor | float, signed: bool, grid: str) -> Any:
+    """qmax over the step (uniform) or over qmin (power-of-two) at a width, which may be real."""
+    codes = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+    return codes if grid == "uniform" else 2**codes
+
+
+def real_width(ratio: Tensor, signed: bool, grid: str) -> Tensor:
+    """Width in bits, before it is rounded up, from qmax over the step (or over qmin)."""
+    codes = ratio if grid == "uniform" else torch.log2(ratio.clamp_min(1.0))
+    return torch.log2(codes + 1) + signed
+
+
+class DQ(nn.Module):
+    """A per-tensor quantizer with two learned numbers: of step d (or qmin), range qmax and width b.
+
+    parametrization: "step-range" (d, qmax), the paper's choice; "bits-step" (b, d) and "bits-range" (b, qmax), which
+    the paper finds to train worse [sure]. power_of_two_step: d is rounded to a power of two.
+    bounds: least and greatest width, which `project` keeps [ours].
+    """
+
+    def __init__(
+        self,
+        *,
+        signed: bool,
+        bounds: tuple[int, int],
+        parametrization: str = "step-range",
+        grid: str = "uniform",
+        power_of_two_step: bool = False,
+    ) -> None:
+        super().__init__()
+        if parametrization not in PARAMETRIZATIONS:
+            raise InvalidArgument(f"parametrization is one of {', '.join(PARAMETRIZATIONS)}, not {parametrization!r}")
+        if grid not in GRIDS:
+            raise InvalidArgument(f"grid is one of {', '.join(GRIDS)}, not {grid!r}")
+        # one sign bit and no code but the sign's is no uniform grid: the least signed width is 2
+        self.signed, self.bounds = signed, (max(bounds[0], 1 + signed), max(bounds[1], 1 + signed))
+        self.parametrization, self.grid, self.power_of_two_step = parametrization, grid, power_of_two_step
+        for name in parametrization.split("-"):
+            self.register_parameter(name, nn.Parameter(torch.ones(())))
+
+    @torch.no_grad()
+    def init(self, bits: int, top: Tensor | float) -> None:
+        """Start at a width with the range `top` (above zero)."""
+        values = {
+            "bits": float(bits),
+            "range": float(top),
+            "step": float(top) / span(float(bits), self.signed, self.grid),
+        }
+        for name in self.parametrization.split("-"):
+            getattr(self, name).fill_(max(values[name], 1e-12))
+
+    def _operands(self) -> tuple[Tensor, Tensor]:
+        """(step or qmin, qmax) in force, differentiable in the two parameters."""
+        if self.parametrization == "step-range":
+            low, top = self.step, self.range
+        else:
+            ratio = span(straight(self.bits, self.bits.round()), self.signed, self.grid)
+            low, top = (
+                (self.step, self.step * ratio) if "step" in self._parameters else (self.range / ratio, self.range)
+            )
+        if self.grid == "power-of-two":
+            return straight(low, _nearest_power(low)), straight(top, _nearest_power(top))
+        return (straight(low, _nearest_power(low)) if self.power_of_two_step else low), top
+
+    def real_width(self) -> Tensor:
+        """The width before rounding, differentiable."""
+        if self.parametrization != "step-range":
+            return self.bits
+        low, top = self._operands()
+        return real_width(top / low, self.signed, self.grid)
+
+    def width(self) -> Tensor:
+        """The width in bits: b = ceil(log2(qmax/d + 1) + 1), unsigned without the + 1; straight-through gradient."""
+        real = self.real_width()
+        return straight(real, real.round() if self.parametrization != "step-range" else (real - _SLACK).ceil())
+
+    def forward(self, x: Tensor) -> Tensor:
+        low, top = self._operands()
+        grid = _Uniform if self.grid == "uniform" else _PowerOfTwo
+        out: Tensor = grid.apply(x.float(), low, top, self.signed)
+        return out.to(x.dtype)
+
+    @torch.no_grad()
+    def clip_gradients(self) -> None:
+        """Gradients of d and qmax into [−d, d]: with SGD no step changes d by more than a small part of it [sure].
+
+        On the power-of-two grid qmin is far below qmax, so each is clipped by its own size [ours].
+        """
+        low, top = self._operands()
+        for name in ("step", "range"):
+            parameter = self._parameters.get(name)
+            if parameter is not None and parameter.grad is not None:
+                bound = low if self.grid == "uniform" or name == "step" else top
+                parameter.grad.clamp_(-bound, bound)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Back into the bounds, with qmax at least d."""
+        least, most = (float(span(b, self.signed, self.grid)) for b in self.bounds)
+        if "bits" in self._parameters:
+            self.bits.clamp_(*self.bounds)
+        for name in ("step", "range"):
+            if name in self._parameters:
+                self._parameters[name].clamp_(min=1e-12)  # type: ignore[union-attr]
+        if self.parametrization == "step-range":
+            low = self.step if not self.power_of_two_step else _nearest_power(self.step)
+            self.range.clamp_(low * max(least, 1.0), low * min(most, 1e30))
+
+    def extra_repr(self) -> str:
+        return f"{self.parametrization}, {self.grid}, signed={self.signed}, bounds={self.bounds}"
+
+
+def _nearest_power(x: Tensor) -> Tensor:
+    """2^round(log2 x)."""
+    return torch.exp2(torch.log2(x.detach().clamp_min(math.ldexp(1.0, -120))).round())

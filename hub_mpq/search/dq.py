@@ -1,0 +1,187 @@
+"""DQ as a strategy: widths follow from learned steps and ranges, under a soft budget (Uhlich et al., ICLR 2020)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidArgument
+from ..quantizers import activation_scale, weight_scale_mse
+from ..quantizers.dq import DQ
+from ..spec import FLOAT_BITS, Candidates, LayerBits, LayerGraph, parse_bytes
+from ..train.hooks import Groups
+from .install import install, signed_inputs
+from .scores import Scores
+from .soft import SoftCosts
+from .strategy import SearchStrategy, additive, register_strategy
+
+
+@register_strategy("dq")
+class DQSearch(SearchStrategy):
+    """Loss: task + strength·Σ relu(S/S0 − 1)² over the constraints [sure; relative S: ours], gradients of (d, qmax)
+    clipped to [−d, d], then projected. SGD with one learning rate for everything, as the paper's claim has it.
+
+    parametrization: "step-range" (the paper's), "bits-step", "bits-range". grid: "uniform" or "power-of-two".
+    weight_bytes, activation_bytes: constraints on the searched layers, bytes or "70KB"; activation: "max" (the
+    largest layer) or "sum". Without them, the budget searched for is the constraint. Search needs no budget: the
+    inferred widths are a policy.
+    Scores [ours]: noise falls as 4^−b, and at the learned width its slope equals that of the constraint, so a layer
+    of learned (real) width β costs m·4^(β−b) at width b, with m its marginal cost on the constraint.
+    """
+
+    optimizer = "sgd"
+    lr = scale_lr = 1e-2
+
+    def __init__(
+        self,
+        *,
+        parametrization: str = "step-range",
+        grid: str = "uniform",
+        power_of_two_step: bool = False,
+        weight_bytes: str | float | None = None,
+        activation_bytes: str | float | None = None,
+        activation: str = "max",
+        strength: float = 1.0,
+        start: int | None = None,
+    ) -> None:
+        DQ(signed=True, bounds=(2, 8), parametrization=parametrization, grid=grid)  # refuse bad words at once
+        if activation not in ("max", "sum"):
+            raise InvalidArgument(f"activation is max or sum, not {activation!r}")
+        self.kind = {"parametrization": parametrization, "grid": grid, "power_of_two_step": power_of_two_step}
+        self.strength, self.start = strength, start
+        self.constraints: dict[str, float] = {}
+        if weight_bytes is not None:
+            self.constraints["weight_bits"] = 8 * parse_bytes(weight_bytes, "weight_bytes")
+        if activation_bytes is not None:
+            name = "activation_peak" if activation == "max" else "activation_memory"
+            self.constraints[name] = parse_bytes(activation_bytes, "activation_bytes")
+
+    def attach(
+        self, model: nn.Module, graph: LayerGraph, candidates: Mapping[str, Candidates], norms: Mapping[str, str]
+    ) -> None:
+        self.graph, self.candidates = graph, candidates
+
+        def make(layer: Any, module: nn.Module) -> tuple[nn.Module, nn.Module]:
+            c = candidates[layer.name]
+            device = next(module.parameters()).device
+            weight = DQ(signed=True, bounds=(c.weight[0], c.weight[-1]), **self.kind)  # type: ignore[arg-type]
+            inputs = DQ(signed=False, bounds=(c.activation[0], c.activation[-1]), **self.kind)  # type: ignore[arg-type]
+            return weight.to(device), inputs.to(device)
+
+        self.layers = install(model, graph, make)
+        self.quantizers = list({id(m): m for m in model.modules() if isinstance(m, DQ)}.values())
+        self.costs = SoftCosts(graph, self.constraints or self.limits)
+
+    @torch.no_grad()
+    def calibrate(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
+        """Start at the widest candidate (`start` bits when given), the range of least squared error."""
+        signed = signed_inputs(inputs)
+        for name, layer in self.layers.items():
+            q = layer.weight_quantizer
+            bits = self._start(q)
+            codes = max(2 ** (min(bits, 8) - 1) - 1, 1)
+            q.init(bits, weight_scale_mse(layer.weight, min(bits, 8), axis=None)[0] * codes)
+            q = layer.input_quantizer
+            if q is None:
+                continue
+            q.signed = signed.get(name, False)
+            q.bounds = (max(q.bounds[0], 1 + q.signed), max(q.bounds[1], 1 + q.signed))
+            bits = self._start(q)
+            x = inputs[name] if name in inputs else torch.ones(1)
+            scale, _ = activation_scale(x.abs(), bits - q.signed, mse=True)
+            q.init(bits, scale[0] * (2 ** (bits - q.signed) - 1))
+            q.project()
+
+    def _start(self, q: DQ) -> int:
+        low, high = q.bounds
+        # the power-of-two grid of many bits reaches down to nothing: 4 bits are 8 octaves
+        wanted = self.start or (min(high, 4) if q.grid == "power-of-two" else high)
+        return min(max(wanted, low), high)
+
+    def own_groups(self) -> list[dict[str, Any]]:
+        params = [p for q in self.quantizers for p in q.parameters()]
+        return [{"name": "quantizers", "params": params, "lr": self.scale_lr, "weight_decay": 0.0}]
+
+    def widths(self, *, real: bool = False) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """{layer: (weight, activation) bits}, differentiable; real: before they are rounded up."""
+
+        def of(q: DQ) -> Tensor:
+            return q.real_width() if real else q.width()
+
+        return {
+            name: (of(m.weight_quantizer), of(m.input_quantizer) if m.input_quantizer is not None else None)
+            for name, m in self.layers.items()
+        }
+
+    def losses(self, model: nn.Module, batch: Any, rng: random.Random) -> Iterator[tuple[Tensor, Groups]]:
+        loss = self.loss.loss(model, batch)
+        yield loss + self.strength * self.costs.over(self.widths(), 2).to(loss.device), None
+
+    def before_step(self, model: nn.Module, step: int) -> None:
+        for q in self.quantizers:
+            q.clip_gradients()
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        for q in self.quantizers:
+            q.project()
+
+    def inferred(self, model: nn.Module) -> dict[str, LayerBits]:
+        """Every layer's learned width; of layers that share widths (ties), the widest."""
+        found: dict[str, LayerBits] = {}
+        for name, (w, a) in self.widths().items():
+            c = self.candidates[name]
+            activation = FLOAT_BITS if a is None else _within(round(float(a)), c.activation)
+            found[name] = LayerBits(_within(round(float(w)), c.weight), activation)
+        for layer in self.graph.searched:
+            both = [found[x.name] for x in self.graph.searched if layer.tie is not None and x.tie == layer.tie]
+            inputs = [
+                found[x.name].activation
+                for x in self.graph.searched
+                if layer.activation_tie is not None and x.activation_tie == layer.activation_tie
+            ]
+            mine = found[layer.name]
+            found[layer.name] = LayerBits(
+                max([mine.weight, *(b.weight for b in both)]),
+                max([mine.activation, *(b.activation for b in both), *inputs]),
+            )
+        return found
+
+    def scores(self, model: nn.Module) -> Scores:
+        real: dict[str, tuple[Tensor, Tensor | None]] = {
+            n: (w.detach().requires_grad_(True), a if a is None else a.detach().requires_grad_(True))
+            for n, (w, a) in self.widths(real=True).items()
+        }
+        ratios = self.costs.ratios(real)
+        if ratios:
+            torch.stack(list(ratios.values())).sum().backward()
+
+        def rows(index: int) -> dict[str, dict[int, float]]:
+            leaves = {n: pair[index] for n, pair in real.items() if pair[index] is not None}
+            # a part that no constraint reads gets the mean of the others, so that it is not free to give away
+            slopes = {n: float(x.grad) if x.grad is not None else 0.0 for n, x in leaves.items()}  # type: ignore[union-attr]
+            known = [s for s in slopes.values() if s > 0]
+            mean = sum(known) / len(known) if known else 1.0
+            kind = "activation" if index else "weight"
+            return {
+                n: {
+                    b: (slopes[n] or mean) * 4.0 ** (float(x.detach()) - b)  # type: ignore[union-attr]
+                    for b in getattr(self.candidates[n], kind)
+                }
+                for n, x in leaves.items()
+            }
+
+        return additive(self.graph, rows(0), rows(1))
+
+    def details(self, model: nn.Module) -> dict[str, Any]:
+        with torch.no_grad():
+            reached = {name: float(x) for name, x in self.costs.ratios(self.widths()).items()}
+        return {**self.kind, "reached": reached, "inferred": {n: str(b) for n, b in self.inferred(model).items()}}
+
+
+def _within(bits: int, widths: Sequence[int]) -> int:
+    """The least candidate of at least `bits`; the greatest when there is none."""
+    return next((b for b in widths if b >= bits), widths[-1])

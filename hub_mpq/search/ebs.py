@@ -1,0 +1,166 @@
+"""EBS: strengths of all widths learned beside shared meta weights (Li et al., 2020)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidArgument
+from ..quantizers import activation_scale, weight_scale_mse
+from ..quantizers.mixture import Mixture
+from ..spec import Candidates, LayerGraph
+from ..train.hooks import Groups
+from .install import install
+from .pairs import pairs
+from .scores import Scores
+from .soft import SoftCosts
+from .strategy import SearchStrategy, additive, register_strategy
+
+NETWORK = ("weights", "biases", "scales")
+RMS = 0.1  # well below the loop's clipping at 1
+
+
+@register_strategy("ebs")
+class EBS(SearchStrategy):
+    """One weight, one convolution a layer; operands are mixtures over widths [sure]. E[BitOps] under a hinge.
+
+    update: "bilevel": weights learn on the training half of each pair, strengths on the held-out half; "mixed":
+    weights by ∇L_train, strengths by ∇L_train + balance·∇L_val (He et al., 2020); "single": all on one batch.
+    gumbel: stochastic mixtures, temperature annealed from `temperature` to 0.1 of it over the search; else softmax.
+    strength: of relu(E[cost]/cap − 1) [relative: ours].
+
+    [ours] Strengths learn by SGD on a gradient whose size is normalised over all layers together: Adam moves every
+    strength alike in a short run, which hides which layer cares. Scores: −log p without the push of the hinge: the ILP
+    holds the budget itself, and a hinge that was active all along would send every layer to its least width.
+    """
+
+    optimizer = "sgd"
+    lr = scale_lr = 1e-2
+
+    def __init__(
+        self,
+        *,
+        update: str = "bilevel",
+        gumbel: bool = False,
+        strength: float = 1.0,
+        balance: float = 1.0,
+        temperature: float = 1.0,
+        strength_lr: float = 2e-2,
+    ) -> None:
+        if update not in ("bilevel", "mixed", "single"):
+            raise InvalidArgument(f"update is bilevel, mixed or single, not {update!r}")
+        self.update, self.gumbel, self.strength, self.balance = update, gumbel, strength, balance
+        self.temperature, self.strength_lr = temperature, strength_lr
+        self.passes = 2 if update == "single" else 3
+
+    def loader(self, train: Iterable[Any]) -> Iterable[Any]:
+        return train if self.update == "single" else pairs(train, self.seed)
+
+    def attach(
+        self, model: nn.Module, graph: LayerGraph, candidates: Mapping[str, Candidates], norms: Mapping[str, str]
+    ) -> None:
+        self.graph, self.candidates = graph, candidates
+
+        def make(layer: Any, module: nn.Module) -> tuple[nn.Module, nn.Module]:
+            c, device = candidates[layer.name], next(module.parameters()).device
+            return Mixture(c.weight, signed=True).to(device), Mixture(c.activation, signed=False).to(device)
+
+        self.layers = install(model, graph, make)
+        self.mixtures = list({id(m): m for m in model.modules() if isinstance(m, Mixture)}.values())
+        self.costs = SoftCosts(graph, self.limits)
+
+    def calibrate(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
+        """Every width's scale starts at its least squared error."""
+        for name, layer in self.layers.items():
+            for bits in layer.weight_quantizer.widths:
+                layer.weight_quantizer.lsq.init(bits, weight_scale_mse(layer.weight, bits, axis=None))
+            if layer.input_quantizer is not None and name in inputs:
+                for bits in layer.input_quantizer.widths:
+                    layer.input_quantizer.lsq.init(bits, *activation_scale(inputs[name], bits, mse=True))
+
+    def own_groups(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": name,
+                "params": [getattr(m, name) for m in self.mixtures],
+                "lr": self.strength_lr,
+                "weight_decay": 0,
+            }
+            for name in ("strengths", "prices")
+        ]
+
+    def begin_step(self, model: nn.Module, step: int, total: int) -> None:
+        for mixture in self.mixtures:
+            mixture.temperature = self.temperature * 0.1 ** (step / max(total - 1, 1))
+
+    def widths(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """{layer: expected (weight, activation) bits}; their product is E[bits·bits], strengths being independent."""
+        return {
+            name: (
+                m.weight_quantizer.expected_width(),
+                None if m.input_quantizer is None else m.input_quantizer.expected_width(),
+            )
+            for name, m in self.layers.items()
+        }
+
+    def expected_bitops(self) -> Tensor:
+        """E[BitOps] = Σ macs·(Σ p_i b_i)(Σ q_j b_j) of the searched layers."""
+        return self.costs.amount("bitops", self.widths())
+
+    def penalty(self) -> Tensor:
+        """strength · Σ relu(E[cost]/cap − 1); a zero that has a gradient where nothing is over."""
+        idle = sum(m.prices.sum() for m in self.mixtures) * 0.0
+        return self.strength * self.costs.over(self.widths()).to(idle) + idle  # type: ignore[union-attr,arg-type,return-value]
+
+    def _draw(self, rng: random.Random) -> None:
+        if self.gumbel:
+            generator = torch.Generator().manual_seed(rng.getrandbits(62))
+            for mixture in self.mixtures:
+                mixture.draw(generator)
+
+    def losses(self, model: nn.Module, batch: Any, rng: random.Random) -> Iterator[tuple[Tensor, Groups]]:
+        self._draw(rng)
+        if self.update == "single":
+            yield self.task(model, batch), (*NETWORK, "strengths")
+        else:
+            train, held = batch
+            yield self.task(model, train), (*NETWORK, "strengths") if self.update == "mixed" else NETWORK
+            self._draw(rng)
+            yield (self.balance if self.update == "mixed" else 1.0) * self.task(model, held), "strengths"
+        yield self.penalty(), "prices"
+
+    def before_step(self, model: nn.Module, step: int) -> None:
+        """One factor for all strengths and prices: the strengths' gradients get the root mean square RMS."""
+        grads = [m.strengths.grad for m in self.mixtures if m.strengths.grad is not None]
+        if not grads:
+            return
+        rms = torch.cat(grads).square().mean().sqrt().clamp_min(1e-12)
+        for mixture in self.mixtures:
+            for parameter in (mixture.strengths, mixture.prices):
+                if parameter.grad is not None:
+                    parameter.grad.mul_(RMS / rms)
+
+    def task(self, model: nn.Module, batch: Any) -> Tensor:
+        """What the network is to learn."""
+        return self.loss.loss(model, batch)
+
+    @torch.no_grad()
+    def scores(self, model: nn.Module) -> Scores:
+        """−log softmax(strengths) of both widths."""
+
+        def row(m: Mixture) -> dict[int, float]:
+            return dict(zip(m.widths, (-torch.log_softmax(m.strengths.double(), 0)).tolist(), strict=True))
+
+        weight = {n: row(m.weight_quantizer) for n, m in self.layers.items()}
+        activation = {n: row(m.input_quantizer) for n, m in self.layers.items() if m.input_quantizer is not None}
+        return additive(self.graph, weight, activation)
+
+    def details(self, model: nn.Module) -> dict[str, Any]:
+        with torch.no_grad():
+            reached = {name: float(x) for name, x in self.costs.ratios(self.widths()).items()}
+            sharpest = max((float(m.probabilities().max()) for m in self.mixtures), default=0.0)
+        return {"update": self.update, "gumbel": self.gumbel, "reached": reached, "largest_probability": sharpest}

@@ -1,0 +1,98 @@
+"""Hessian trace scorer (HAWQ-V2, Dong et al., NeurIPS 2020), by Hutchinson's estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..train.batch import forward, labels_of, logits_of, task_loss
+from .posttraining import PostTraining, noise
+from .strategy import register_strategy
+
+
+@register_strategy("hessian")
+class Hessian(PostTraining):
+    """trace(H)/n · ‖T − Q(T)‖² for weights and for inputs, n the number of elements [HAWQ-V2's mean trace; for inputs
+    the trace is that of an additive disturbance, per sample: ours].
+
+    trace(H) ≈ mean of vᵀHv over `probes` draws of v in {−1, +1}, one double backward each. A negative estimate
+    counts as 0. Without labels the loss is ½·‖y − y₀‖²/rms(y₀)², y₀ the output itself, with JᵀJ for Hessian [ours].
+    """
+
+    def __init__(self, *, batches: int = 1, probes: int = 8) -> None:
+        super().__init__(batches=batches)
+        self.probes = probes
+        self.traces: dict[str, tuple[float, float]] = {}
+
+    def measure(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
+        weight, activation = self._traces(model, batches)
+        with torch.no_grad():
+            for name, row, quantizer, module in self.quantizers():
+                if row is self.weight:
+                    x, trace = module.weight, weight[name] / module.weight.numel()
+                    row[name] = {b: trace * float(e.square().sum()) for b, e in noise(quantizer, x).items()}
+                elif name in inputs:
+                    x = inputs[name].to(module.weight.device)[None]
+                    trace = activation[name]
+                    row[name] = {b: trace * float(e.square().mean()) for b, e in noise(quantizer, x).items()}
+        self.traces = {n: (weight[n], activation.get(n, 0.0)) for n in self.layers}
+
+    def _traces(self, model: nn.Module, batches: Sequence[Any]) -> tuple[dict[str, float], dict[str, float]]:
+        """(traces over the weights, traces over one sample's input) of every layer."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        generator = torch.Generator().manual_seed(self.seed)
+        moved: dict[str, Tensor] = {}
+
+        def disturb(_m: nn.Module, args: tuple[Any, ...], name: str) -> tuple[Any, ...]:
+            moved[name] = torch.zeros_like(args[0], requires_grad=True)
+            return (args[0] + moved[name], *args[1:])
+
+        handles = [
+            m.register_forward_pre_hook(lambda mod, args, name=n: disturb(mod, args, name))
+            for n, m in self.layers.items()
+            if m.input_quantizer is not None
+        ]
+        names = list(self.layers)
+        weight, activation = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+        try:
+            # fused attention has no second derivative
+            with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+                for batch in batches:
+                    moved.clear()
+                    loss = self.probe(model, batch)
+                    leaves = [self.layers[n].weight for n in names] + list(moved.values())
+                    grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+                    for _ in range(self.probes):
+                        found = self._products(grads, leaves, generator)
+                        for n, value in zip(names, found, strict=False):
+                            weight[n] += value
+                        for n, value in zip(moved, found[len(names) :], strict=True):
+                            activation[n] += value
+        finally:
+            for handle in handles:
+                handle.remove()
+        total = self.probes * len(batches)
+        return {n: max(v / total, 0.0) for n, v in weight.items()}, {
+            n: max(v / total, 0.0) for n, v in activation.items()
+        }
+
+    def probe(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss whose Hessian counts, a mean over samples."""
+        if labels_of(batch) is not None:
+            return task_loss(model, batch)[0]
+        y = logits_of(forward(model, batch)).float()
+        return (y - y.detach()).square().sum() / (2 * y.detach().square().mean().clamp_min(1e-24) * len(y))
+
+    @staticmethod
+    def _products(grads: Sequence[Tensor | None], leaves: Sequence[Tensor], generator: torch.Generator) -> list[float]:
+        """vᵀHv of every leaf with one draw; v of different leaves are independent, so cross terms average out."""
+        v = [(torch.randint(0, 2, x.shape, generator=generator) * 2 - 1).to(x) for x in leaves]
+        dot = torch.stack([(g * s).sum() for g, s in zip(grads, v, strict=True) if g is not None]).sum()
+        if not dot.requires_grad:
+            return [0.0] * len(leaves)
+        second = torch.autograd.grad(dot, leaves, retain_graph=True, allow_unused=True)
+        return [0.0 if h is None else float((h * s).sum()) for h, s in zip(second, v, strict=True)]

@@ -1,0 +1,93 @@
+"""Pairs of batches (train, held out) from the user's one loader, for strategies that learn on two splits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import default_collate
+
+from ..errors import InvalidArgument
+
+
+class PairDataset(Dataset[Any]):
+    """Item i is (a training sample, a held-out sample): the data set split once, by a seed, into two halves."""
+
+    def __init__(self, data: Any, seed: int) -> None:
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+        self.data, self.length = data, len(data) // 2
+        self.train, self.held = order[: self.length], order[self.length : 2 * self.length]
+        if not self.length:
+            raise InvalidArgument("a split into training and held-out data needs at least 2 samples")
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self.data[self.train[index]], self.data[self.held[index]]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Any, Any]]:
+        if not hasattr(self.data, "__getitems__"):
+            return [self[i] for i in indices]
+        rows = [self.data.__getitems__([split[i] for i in indices]) for split in (self.train, self.held)]
+        return list(zip(*rows, strict=True))
+
+
+class _PairCollate:
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+        return self.collate([item[0] for item in items]), self.collate([item[1] for item in items])
+
+
+class SplitBatches:
+    """Each batch of a loader cut in two. For loaders that are no DataLoader: the halves of a fixed list stay apart."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+        if hasattr(loader, "set_epoch"):
+            self.set_epoch = loader.set_epoch
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        for batch in self.loader:
+            yield _cut(batch, 0), _cut(batch, 1)
+
+    def __len__(self) -> int:
+        return len(self.loader)  # type: ignore[arg-type]
+
+
+def _cut(batch: Any, part: int) -> Any:
+    if isinstance(batch, Tensor):
+        if batch.dim() and len(batch) < 2:
+            raise InvalidArgument("a split into training and held-out data needs batches of at least 2 samples")
+        middle = len(batch) // 2 if batch.dim() else 0
+        return batch if not batch.dim() else batch[middle:] if part else batch[:middle]
+    if isinstance(batch, Mapping):
+        return {k: _cut(v, part) for k, v in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return tuple(_cut(v, part) for v in batch)
+    return batch
+
+
+def pairs(loader: Iterable[Any], seed: int) -> Iterable[Any]:
+    """A loader of (train, held-out) batches, each half of the size: as many images a step, as many steps an epoch.
+
+    A DataLoader's data set is split once into two halves that never mix; other loaders have each batch cut in two.
+    """
+    if not isinstance(loader, DataLoader) or loader.batch_size is None or not hasattr(loader.dataset, "__len__"):
+        return SplitBatches(loader)
+    shuffled = not isinstance(loader.sampler, torch.utils.data.SequentialSampler)
+    return DataLoader(
+        PairDataset(loader.dataset, seed),
+        batch_size=max(loader.batch_size // 2, 1),
+        shuffle=shuffled,
+        generator=torch.Generator().manual_seed(seed) if shuffled else None,
+        collate_fn=_PairCollate(loader.collate_fn or default_collate),
+        num_workers=loader.num_workers,
+        drop_last=loader.drop_last,
+        pin_memory=loader.pin_memory,
+    )

@@ -1,0 +1,64 @@
+"""Budgets as differentiable costs, for strategies that learn widths under a penalty."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..cost.size import layer_nbytes
+from ..spec import LayerBits, LayerGraph
+
+Widths = Mapping[str, tuple[Tensor, "Tensor | None"]]
+"""{searched layer: (weight bits, activation bits)}: real numbers that may carry gradients."""
+
+
+class SoftCosts:
+    """Cost of real-valued widths over each limit: 1 where the cap is reached.
+
+    limits: caps on the searched layers' sums, as `searched_limits` gives them. Known are bitops, size, weight_bits,
+    compression, activation_memory, activation_peak; a named cost of the user's has no gradient and is left to the ILP.
+    """
+
+    def __init__(self, graph: LayerGraph, limits: Mapping[str, float]) -> None:
+        self.layers = {layer.name: layer for layer in graph.searched}
+        self.limits = {name: cap for name, cap in limits.items() if hasattr(self, f"_{name}") and cap > 0}
+        self.counts = {n: 0 if x.weight_owner else x.weight_count for n, x in self.layers.items()}
+        # scales and shapes beside the bits
+        self.beside = sum(layer_nbytes(x, LayerBits(8, 8)) - self.counts[n] for n, x in self.layers.items())
+
+    def ratios(self, widths: Widths) -> dict[str, Tensor]:
+        """{limit: amount / cap}."""
+        return {name: getattr(self, f"_{name}")(widths) / cap for name, cap in self.limits.items()}
+
+    def over(self, widths: Widths, power: int = 1) -> Tensor:
+        """Σ over limits of relu(amount/cap − 1)^power;0 without limits. Relative: one strength fits all [ours]."""
+        terms = [torch.relu(ratio - 1) ** power for ratio in self.ratios(widths).values()]
+        return torch.stack(terms).sum() if terms else torch.zeros(())
+
+    def amount(self, limit: str, widths: Widths) -> Tensor:
+        """What the searched layers take of a limit."""
+        out: Tensor = getattr(self, f"_{limit}")(widths)
+        return out
+
+    def _bitops(self, widths: Widths) -> Tensor:
+        return torch.stack([self.layers[n].macs * w * a for n, (w, a) in widths.items() if a is not None]).sum()
+
+    def _weight_bits(self, widths: Widths) -> Tensor:
+        return torch.stack([self.counts[n] * w for n, (w, _) in widths.items()]).sum()
+
+    _compression = _weight_bits
+
+    def _size(self, widths: Widths) -> Tensor:
+        return self._weight_bits(widths) / 8 + self.beside
+
+    def _inputs(self, widths: Widths) -> Tensor:
+        rows = [self.layers[n].activation_count * a / 8 for n, (_, a) in widths.items() if a is not None]
+        return torch.stack(rows) if rows else torch.zeros(1)
+
+    def _activation_memory(self, widths: Widths) -> Tensor:
+        return self._inputs(widths).sum()
+
+    def _activation_peak(self, widths: Widths) -> Tensor:
+        return self._inputs(widths).max()

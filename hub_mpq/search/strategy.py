@@ -1,0 +1,169 @@
+"""What a search strategy is: hooks around the one loop that end in scores for the one solver."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..errors import InvalidArgument
+from ..spec import FLOAT_BITS, Candidates, LayerBits, LayerGraph
+from ..train.finetune import Finetune
+from ..train.hooks import Hooks
+from .scores import Scores
+
+
+class SearchStrategy(Hooks):
+    """Base of all strategies. Its constructor takes the options a user may give, by keyword.
+
+    The driver (`train_scores`) sets `loss`, `limits` and `seed`, then calls, in this order, `loader`, `attach`,
+    `calibrate`, the hooks of the training loop, `scores`.
+
+    trains: False for scorers that are done after `calibrate`. batches: how many batches `calibrate` gets.
+    sense: "min" when a smaller score is better. optimizer, lr, scale_lr, weight_decay: of the training.
+    limits: {limit: cap on the sum over the searched layers} of the budget searched for; may be empty.
+    """
+
+    name: ClassVar[str] = ""
+    trains: bool = True
+    batches: int = 1
+    sense: str = "min"
+    optimizer: str = "adam"
+    lr: float = 1e-4
+    scale_lr: float = 1e-2
+    weight_decay: float = 0.0
+    loss: Finetune
+    limits: Mapping[str, float] = {}
+    seed: int = 0
+
+    def loader(self, train: Iterable[Any]) -> Iterable[Any]:
+        """The batches to search on, made from the user's (pairs, a proxy, …)."""
+        return train
+
+    def attach(
+        self, model: nn.Module, graph: LayerGraph, candidates: Mapping[str, Candidates], norms: Mapping[str, str]
+    ) -> None:
+        """Change `model`, a copy of the float one, in place. candidates: of the searched layers; norms: {BatchNorm:
+        layer whose output it reads}."""
+        raise NotImplementedError
+
+    def calibrate(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
+        """Set starts. batches: the first `self.batches` ones; inputs: {layer: sample of what it reads in float}."""
+
+    def own_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups of the strategy's own parameters."""
+        return []
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """The network's groups ("weights", "biases", "scales") without the strategy's own, then those."""
+        own = self.own_groups()
+        taken = {id(p) for group in own for p in group["params"]}
+        groups = self.loss.parameter_groups(model)
+        return [{**g, "params": [p for p in g["params"] if id(p) not in taken]} for g in groups] + own
+
+    def scores(self, model: nn.Module) -> Scores:
+        """{searched layer: {widths: score}}."""
+        raise NotImplementedError
+
+    def inferred(self, model: nn.Module) -> dict[str, LayerBits] | None:
+        """Widths of the searched layers that training itself settled on, None when only a budget decides."""
+        return None
+
+    def details(self, model: nn.Module) -> dict[str, Any]:
+        """What a report should say of this search, JSON values only."""
+        return {}
+
+
+def additive(
+    graph: LayerGraph, weight: Mapping[str, Mapping[int, float]], activation: Mapping[str, Mapping[int, float]]
+) -> dict[str, dict[LayerBits, float]]:
+    """Scores of every pair of widths from scores of weights and of activations alone."""
+    out = {}
+    for layer in graph.searched:
+        inputs = {FLOAT_BITS: 0.0} if layer.weight_only else activation[layer.name]
+        out[layer.name] = {LayerBits(w, a): s + t for w, s in weight[layer.name].items() for a, t in inputs.items()}
+    return out
+
+
+_BUILT_IN = {
+    "limpq": "limpq",
+    "dq": "dq",
+    "ebs": "ebs",
+    "seam": "seam",
+    "bsq": "bsq",
+    "gradient": "posttraining",
+    "hessian": "hessian",
+    "mse": "posttraining",
+    "kl": "posttraining",
+}
+_REGISTRY: dict[str, type[SearchStrategy]] = {}
+
+
+def register_strategy(name: str) -> Callable[[type[SearchStrategy]], type[SearchStrategy]]:
+    """Class decorator: makes a strategy known to `quantize(strategy=name)` and to `hub-mpq quantize --strategy`.
+
+    Raises InvalidArgument when another class has the name.
+    """
+
+    def register(cls: type[SearchStrategy]) -> type[SearchStrategy]:
+        known = _REGISTRY.get(name)
+        # a module that is loaded twice (as a script and by name) brings its class again
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise InvalidArgument(
+                f"a strategy {name!r} is registered already ({known.__module__}.{known.__qualname__})"
+            )
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+def strategy_names() -> list[str]:
+    """Names of all strategies: the package's and those registered."""
+    return sorted({*_BUILT_IN, *_REGISTRY})
+
+
+def strategy_named(name: str) -> type[SearchStrategy]:
+    """The class of a strategy. "source:name" imports a module or a .py file first, which registers the name.
+
+    Raises InvalidArgument for an unknown name or a source that cannot be imported.
+    """
+    source, _, name = name.rpartition(":")
+    if source:
+        _import(source)
+    if name not in _REGISTRY and name in _BUILT_IN:
+        importlib.import_module(f".{_BUILT_IN[name]}", __package__)
+    if name not in _REGISTRY:
+        raise InvalidArgument(f"unknown strategy {name!r}; one of {', '.join(strategy_names())}")
+    return _REGISTRY[name]
+
+
+def _import(source: str) -> None:
+    try:
+        if not source.endswith(".py"):
+            importlib.import_module(source)
+            return
+        path = Path(source).resolve()
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{path} is no Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault(path.stem, module)
+        spec.loader.exec_module(module)
+    except (ImportError, OSError) as error:
+        raise InvalidArgument(f"the strategy's source {source!r} cannot be imported: {error}") from error
+
+
+def build_strategy(name: str, options: Mapping[str, Any] | None = None) -> SearchStrategy:
+    """A strategy with its options; InvalidArgument for an option it does not have."""
+    cls = strategy_named(name)
+    try:
+        return cls(**(options or {}))
+    except TypeError as error:
+        raise InvalidArgument(f"options of strategy {cls.name!r}: {error}") from error
