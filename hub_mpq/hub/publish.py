@@ -163,7 +163,7 @@ def _commit(
     from huggingface_hub.errors import HfHubHTTPError
 
     api = hub_api(token)
-    with told(f"{repo_id} can't be published (it holds what it held, or all of the new version)"):
+    with told(f"{repo_id} can't be published", "; its readers see the old version or the new one, whole"):
         if not create_pr:
             api.create_repo(repo_id, private=private, exist_ok=True)
         for attempt in (1, 2):

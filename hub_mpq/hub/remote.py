@@ -47,8 +47,11 @@ def check_repo_id(repo_id: str) -> str:
 
 
 @contextmanager
-def told(doing: str) -> Iterator[None]:
-    """Raise what the client raises as one HubMPQError: `doing`, and why it did not happen. Bugs pass as they are."""
+def told(doing: str, after: str = "") -> Iterator[None]:
+    """Raise what the client raises as one HubMPQError: `doing`, why it did not happen, and how things stand `after`.
+
+    Bugs pass as they are.
+    """
     try:
         yield
     except HubMPQError:
@@ -57,7 +60,7 @@ def told(doing: str) -> Iterator[None]:
         reason = _reason(error)
         if reason is None:
             raise
-        raise HubMPQError(f"{doing}: {reason}") from error
+        raise HubMPQError(f"{doing}: {reason}{after}") from error
 
 
 def _reason(error: BaseException) -> str | None:

@@ -115,7 +115,8 @@ class Handler(BaseHTTPRequestHandler):
             try:
                 self._route(method, url, body)
             except Refused as error:
-                self._json({"error": error.text}, error.status, **({"X-Error-Code": error.code} if error.code else {}))
+                headers = {"X-Error-Code": error.code} if error.code else {}
+                self._json({"error": error.text, **error.more}, error.status, **headers)
         except (Cut, BrokenPipeError, ConnectionResetError):
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
@@ -164,7 +165,7 @@ class Handler(BaseHTTPRequestHandler):
                 store.put_large(m[1], raw)
             return self._send(b"") if method == "PUT" or store.blob(m[1]).is_file() else self._json({}, 404)
         if m := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
-            store.allowed(m[1], token, write=True)
+            store.allowed(m[1], token)  # whoever may open a pull request may send its files
             return self._json({"transfer": "basic", "objects": [self._large(o) for o in json.loads(raw)["objects"]]})
         if m := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/([a-z]+)/(.+))?", path):
             return self._api(m[1], m[2], m[3], parse_qs(url.query), raw, token)
@@ -180,12 +181,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def _api(self, name, what, rest, query, raw, token):
         store = self.hub.store
-        repo = store.allowed(name, token, write=what in ("preupload", "branch"))
+        pr = query.get("create_pr") == ["1"]
+        repo = store.allowed(name, token, write=what in ("preupload", "branch", "commit") and not pr)
         if what in (None, "revision"):
             commit = repo.at(rest or "main")
             names = [*commit.files, *self.hub.extra_names]
             siblings = [{"rfilename": f} for f in names]
-            return self._json({"id": name, "sha": commit.sha, "private": repo.private, "siblings": siblings, "tags": []})
+            return self._json(
+                {"id": name, "sha": commit.sha, "private": repo.private, "siblings": siblings, "tags": []}
+            )
         if what == "tree":
             rows = [e.row(path) for path, e in repo.at(rest).files.items()]
             rows += [{"type": "file", "oid": "0" * 40, "size": 4, "path": name} for name in self.hub.extra_names]
@@ -195,8 +199,6 @@ class Handler(BaseHTTPRequestHandler):
         if what == "branch":
             return self._json(repo.branch(rest))
         if what == "commit":
-            pr = query.get("create_pr") == ["1"]
-            store.allowed(name, token, write=not pr)
             sha, number = store.commit(repo, rest, [json.loads(line) for line in raw.splitlines()], pr)
             url = f"{self.hub.endpoint}/{name}"
             pull = f"{url}/discussions/{number}" if pr else None

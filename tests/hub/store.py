@@ -12,10 +12,10 @@ LARGE = (".safetensors", ".png", ".bin")
 
 
 class Refused(Exception):
-    """An answer that is no: HTTP status, X-Error-Code, words."""
+    """An answer that is no: HTTP status, words, X-Error-Code, further values of its JSON."""
 
-    def __init__(self, status, text, code=None):
-        self.status, self.text, self.code = status, text, code
+    def __init__(self, status, text, code=None, **more):
+        self.status, self.text, self.code, self.more = status, text, code, more
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Store:
         if not writes or owner != user:
             raise Refused(401 if user is None else 403, f"you can't create {name}")
         if name in self.repos:
-            raise Refused(409, "You already created this model repo")
+            raise Refused(409, "You already created this model repo", url=f"{endpoint}/{name}")
         private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
         self.make(name, private=private)
         return {"url": f"{endpoint}/{name}", "id": name}
