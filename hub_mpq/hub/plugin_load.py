@@ -44,7 +44,7 @@ def become_packed(model: Any, file: str, policy: Policy | LayerBits | None, dtyp
 
 def _names(wanted: Iterable[str], net: nn.Module, model: Any) -> dict[str, str]:
     """{name in the file: name in the network} of the layers it has, with or without the base model's prefix."""
-    modules = {name for name, _ in net.named_modules()}
+    modules = {name for name, module in net.named_modules() if hasattr(module, "weight")}  # timm's no head: Identity
     return {name: found for name in wanted if (found := _here(name, modules, model)) is not None}
 
 

@@ -29,6 +29,7 @@ class PackedLayer(nn.Module):
     kind: str
     shape: tuple[int, ...]
     owner: tuple[PackedLayer, ...]
+    compute: Tensor
     float_class: type[nn.Module]
 
     @property
@@ -47,8 +48,8 @@ class PackedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight, float32, made anew at each call."""
-        return self.packed.dequantize()
+        """The dequantized weight in the dtype that the model computes in, made anew at each call."""
+        return self.packed.dequantize().to(self.compute.dtype)
 
     def weight_quantizer(self, weight: Tensor) -> Tensor:
         """The weight is on its grid already."""
@@ -99,9 +100,7 @@ class PackedConv1D(PackedLayer):
 
 
 class PackedEmbedding(PackedLayer, nn.Embedding):
-    """Unpacks the rows it is asked for. Returns the dtype that the model computes in."""
-
-    compute: Tensor
+    """Unpacks only the rows it is asked for."""
 
     def forward(self, input: Tensor) -> Tensor:
         table = self.packed
@@ -135,7 +134,7 @@ def packed_layer(
     """The packed form of `module`: everything of it but its weight, and `parts` as buffers.
 
     parts: what a packed file holds of the layer, by the last part of the names, as a state dict has it. dtype: what
-    an embedding returns. owner: the layer whose weight this one reads. Raises UnsupportedLayer unless the module's
+    the model computes in; `.to(…)` changes it. owner: the layer whose weight this one reads. Raises UnsupportedLayer unless the module's
     exact type has a packed form.
     """
     kind = layer_kind(module)
@@ -152,8 +151,7 @@ def packed_layer(
     for name in _PARTS:
         if name in parts:
             out.register_buffer(name, parts[name].to(device))
-    if kind == "embedding":
-        out.register_buffer("compute", torch.empty(0, dtype=dtype, device=device), persistent=False)
+    out.register_buffer("compute", torch.empty(0, dtype=dtype, device=device), persistent=False)
     out._is_hf_initialized = True  # transformers must not draw random weights into it
     return out
 
@@ -166,7 +164,7 @@ def float_layer(module: PackedLayer, dtype: torch.dtype, weight: nn.Parameter | 
         out._buffers.pop(name, None)
     for name in ("kind", "shape", "bits", "float_class", "owner", "same_padding"):
         out.__dict__.pop(name, None)
-    shared = nn.Parameter(module.weight.to(dtype)) if weight is None else weight
+    shared = nn.Parameter(module.packed.dequantize().to(dtype)) if weight is None else weight
     out._parameters = {"weight": shared, **out._parameters}
     return out
 
