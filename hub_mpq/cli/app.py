@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import HubMPQError
-from . import inspect, learn, solving
+from . import evaluate, indicators, inspect, quantize, solving
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -66,9 +66,9 @@ def _options(
     pass
 
 
-for _command in (inspect.inspect, learn.indicators, solving.search, solving.solve, solving.pareto):
+for _command in (inspect.inspect, indicators.indicators, solving.search, solving.solve, solving.pareto):
     app.command()(_command)
-for _trained in (learn.quantize, learn.finetune, learn.evaluate, learn.demo):
+for _trained in (quantize.quantize, quantize.finetune, evaluate.evaluate, evaluate.demo):
     app.command()(_trained)
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from ..model import HubMPQ
+    from ..spec import Candidates
 
 PACKED = "model.mpq.safetensors"
 
@@ -47,7 +48,11 @@ def load(
         kwargs.pop("checkpoint_path", None)
         source = adapters.load(model, pretrained=False, meta=True, exclude=exclude or (), **kwargs)
         return HubMPQ(source, fixed=pins)
-    return place(HubMPQ.from_pretrained(model, pretrained=pretrained, fixed=pins, exclude=exclude or (), **kwargs))
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of weights that no file gives (--no-pretrained, a new head): the same when a run goes on
+        return place(HubMPQ.from_pretrained(model, pretrained=pretrained, fixed=pins, exclude=exclude or (), **kwargs))
 
 
 def place(mpq: HubMPQ) -> HubMPQ:
@@ -124,6 +129,27 @@ def indicators_for(mpq: HubMPQ, path: Path | None) -> None:
             mpq.indicators = read_folder_indicators(folder)
     if mpq.indicators is None:
         raise HubMPQError("there are no indicators; train them with `hub-mpq indicators` and pass --indicators FILE")
+
+
+def check_reachable(mpq: HubMPQ, budget: Mapping[str, Any], widths: Candidates | None) -> None:
+    """Raise InfeasibleBudget before a training is spent on a budget that no policy meets."""
+    from ..search.candidates import resolve_candidates
+    from ..search.table import build
+    from ..spec import FLOAT_BITS, Budget, LayerBits
+
+    if mpq.indicators is not None:
+        mpq.search(candidates=widths, **budget)
+        return
+    resolved = resolve_candidates(mpq.graph, widths)
+    scores = {
+        layer.name: {
+            LayerBits(weight, activation): 0.0
+            for weight in resolved[layer.name].weight
+            for activation in ((FLOAT_BITS,) if layer.weight_only else resolved[layer.name].activation)
+        }
+        for layer in mpq.graph.searched
+    }
+    build(mpq.graph, scores, Budget(**budget), base_bytes=mpq.base_bytes()).solve()
 
 
 def read_policy(text: str, mpq: HubMPQ) -> Any:

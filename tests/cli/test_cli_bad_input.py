@@ -46,7 +46,10 @@ def quantize(*more):
         (["--compression", "much"], ["compression", "much"]),
         ([], ["no budget"]),
         (["--bitops", "1K"], ["least reachable"]),
-        (["--size", "10KB"], ["least reachable"]),
+        (["--size", "10KB"], ["size <= 10000", "least reachable"]),
+        (["--weight-bits", "1.5"], ["weight_bits <= 1.5", "least reachable 2)"]),
+        (["--compression", "20x"], ["compression >= 20", "greatest reachable 15."]),
+        (["--activation-memory", "1KB"], ["activation_memory <= 1000", "least reachable"]),
         (["--bitops", "W4A4", "--candidates", "0,2"], ["1 to 8", "0"]),
         (["--bitops", "W4A4", "--candidates", "4,9"], ["1 to 8", "9"]),
         (["--bitops", "W4A4", "--candidates", "few"], ["candidates", "few"]),
@@ -65,9 +68,12 @@ def test_quantize_refuses(run, here, folder, more, words):
     assert os.listdir(here) == []
 
 
-def test_budget_typo_costs_no_model(run, here, monkeypatch):
+def test_a_bad_budget_costs_no_model_and_no_training(run, here, folder, monkeypatch):
     import hub_mpq.cli.models
+    import hub_mpq.model
 
+    monkeypatch.setattr(hub_mpq.model, "train_indicators", None)
+    refused(run(*quantize("--data", folder, "--bitops", "1K")), "least reachable")
     monkeypatch.setattr(hub_mpq.cli.models, "load", None)
     refused(run(*quantize("--bitops", "34")), "no unit")
 
@@ -157,8 +163,8 @@ def test_damaged_packed_folders(run, here, folder, packed):
     refused(run(*evaluate), str(file))
     assert b'"format_version":"1"' in whole
     file.write_bytes(whole.replace(b'"format_version":"1"', b'"format_version":"9"'))
-    refused(run(*evaluate), "format_version", "9")
-    refused(run(*look), "format_version", "9")
+    refused(run(*evaluate), "format version 9")
+    refused(run(*look), "format version 9")
 
 
 def test_solve_refuses_bad_tables(run, here):

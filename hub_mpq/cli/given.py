@@ -1,0 +1,31 @@
+"""The options of one command, sorted by who takes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def check_plot(plot: Path | None) -> None:
+    """A picture that cannot be drawn must not cost a training first."""
+    if plot is not None:
+        from ..plot import check_plot
+
+        check_plot(plot)
+
+
+_MODEL_OPTIONS = ("library", "input_size", "model_arg", "checkpoint_path", "pretrained", "pin", "exclude")
+_NO_SETTINGS = ("output", "resume", "overwrite", "plot", "as_json", "workers")
+
+
+def model_options(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: values[name] for name in _MODEL_OPTIONS if name in values}
+
+
+def data_options(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: values[name] for name in ("class_map", "batch_size", "workers")}
+
+
+def settings_of(values: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same when a run goes on."""
+    return {name: value for name, value in values.items() if name not in _NO_SETTINGS}

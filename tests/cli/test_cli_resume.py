@@ -1,0 +1,100 @@
+"""Ctrl-C leaves a state to go on from, and going on gives what was interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from cli_toys import LOADING, MODEL
+
+STEPS = "40"
+
+
+def command(folder, out):
+    args = ["quantize", *MODEL, "--data", folder, "--bitops", "W4A4", "--output", out]
+    return [*map(str, args), "--indicator-steps", "2", "--steps", STEPS, "--batch-size", "8", "--workers", "1"]
+
+
+def interrupt(args, when: Path) -> subprocess.CompletedProcess:
+    """Run, and send Ctrl-C to the process group, workers included, once `when` is there."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hub_mpq", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not when.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
+
+
+def test_ctrl_c_and_resume(run, folder, tmp_path):
+    out, states = tmp_path / "out", tmp_path / "out.checkpoints"
+    args = command(folder, out)
+    stopped = interrupt([*args, "--json"], when=states / "indicators.safetensors")
+    assert stopped.returncode == 130
+    assert stopped.stdout == ""
+    assert len(stopped.stderr.splitlines()) == 1
+    assert "--resume" in stopped.stderr
+    assert not out.exists()
+
+    again = run(*args)
+    assert again.exit_code == 2
+    assert "--resume" in again.stderr
+    other = run(*args, "--resume", "--seed", "3")
+    assert other.exit_code == 2
+    assert "other seed" in other.stderr
+
+    resumed = run(*args, "--resume", "--json")
+    assert resumed.exit_code == 0, resumed.stderr
+    assert not states.exists()
+    straight = run(*command(folder, tmp_path / "straight"), "--json")
+    assert straight.exit_code == 0
+    # indicators were trained in both; the rest of the run is the same to the byte
+    packed = [(folder / "model.mpq.safetensors").read_bytes() for folder in (out, tmp_path / "straight")]
+    assert packed[0] == packed[1]
+    assert json.loads(resumed.stdout)["policy"] == json.loads(straight.stdout)["policy"]
+
+
+def test_resume_with_nothing_to_resume_starts(run, folder, tmp_path):
+    args = ["indicators", *MODEL, *LOADING, "--data", folder, "--output", tmp_path / "i.safetensors", "--steps", "1"]
+    result = run(*args, "--resume")
+    assert result.exit_code == 0
+    assert "nothing to resume" in result.stderr
+    assert os.listdir(tmp_path) == ["i.safetensors"]
+
+
+def test_a_failure_keeps_states_and_removes_empty_folders(tmp_path):
+    from hub_mpq.cli.resume import Run
+    from hub_mpq.errors import TrainingDiverged
+
+    def fail(write):
+        run = Run(tmp_path / "out", {"seed": 0}, resume=False)
+        try:
+            with run:
+                if write:
+                    (run.folder / "finetune" / "step-00000004").mkdir(parents=True)
+                raise TrainingDiverged(7, float("nan"), None)
+        except TrainingDiverged:
+            return run.folder.exists()
+
+    assert fail(write=False) is False
+    assert fail(write=True) is True
+
+
+def test_nan_stops_with_the_step(run, folder, tmp_path):
+    args = ["finetune", *MODEL, *LOADING, "--data", folder, "--policy", "W4A4", "--output", tmp_path / "out"]
+    result = run(*args, "--lr", "1e30", "--steps", "4")
+    assert result.exit_code == 2
+    assert "step" in result.stderr
+    assert "loss" in result.stderr
+    assert not (tmp_path / "out").exists()
