@@ -31,7 +31,7 @@ from .search.candidates import CandidatesLike, resolve_candidates
 from .search.datafree import synthetic_batch
 from .search.joint import first_batch, train_indicators
 from .search.policy_search import pareto_front, search_policy, usage_of
-from .search.scores import balance, limpq_scores
+from .search.scores import default_alpha, limpq_scores
 from .spec import Budget, Candidates, Indicators, LayerBits, LayerGraph, Policy, SearchResult, Usage
 from .train.batch import forward, labels_of, to_device
 from .train.evaluate import evaluate
@@ -389,7 +389,7 @@ class HubMPQ(nn.Module):
             }
         else:
             resolved = resolve_candidates(self.graph, candidates)
-        used = balance(self.indicators) if alpha is None else alpha
+        used = default_alpha(self.indicators) if alpha is None else alpha
         return limpq_scores(self.indicators, self.graph, resolved, used), used
 
     def _ensure_indicators(

@@ -22,7 +22,7 @@ from ..search.candidates import resolve_candidates
 from ..search.datafree import synthetic_batch
 from ..search.joint import train_indicators
 from ..search.policy_search import search_policy
-from ..search.scores import balance, limpq_scores
+from ..search.scores import default_alpha, limpq_scores
 from ..spec import Budget, Candidates, LayerBits, LayerGraph, Policy
 from ..train.batch import forward, to_device
 from .folder import predicted_nbytes, read_folder_indicators
@@ -106,5 +106,5 @@ def _search(
     }
     low = LayerBits(2, 2)
     base = smallest - sum(layer_nbytes(layer, low) for layer in graph.searched)
-    scores = limpq_scores(found, graph, candidates, balance(found))
+    scores = limpq_scores(found, graph, candidates, default_alpha(found))
     return search_policy(graph, scores, budget, base_bytes=base).policy

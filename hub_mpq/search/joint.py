@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import InvalidArgument
-from ..nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs
+from ..nn.calibrate import sample_inputs
 from ..spec import Candidates, Indicators, LayerGraph
 from ..train.batch import forward, labels_of, to_device
 from ..train.finetune import Finetune
@@ -20,9 +20,13 @@ from .limpq import LIMPQ
 
 PRESETS: dict[str, dict[str, Any]] = {
     # [ours] for runs of tens to thousands of steps
-    "short": {"optimizer": "adam", "lr": 1e-4, "scale_lr": 1e-2, "weight_decay": 0.0, "log": True},
+    "short": {
+        **{"optimizer": "adam", "lr": 1e-4, "scale_lr": 1e-2, "weight_decay": 0.0, "log": True, "indicator": "loss"}
+    },
     # the LIMPQ authors', for ImageNet-sized runs
-    "authors": {"optimizer": "sgd", "lr": 1e-2, "scale_lr": 1e-2, "weight_decay": 2.5e-5, "log": False},
+    "authors": {
+        **{"optimizer": "sgd", "lr": 1e-2, "scale_lr": 1e-2, "weight_decay": 2.5e-5, "log": False, "indicator": "scale"}
+    },
 }
 
 
@@ -50,25 +54,29 @@ def train_indicators(
     distill: float | None = None,
     freeze_weights: bool = False,
     uniform: bool = True,
+    indicator: str | None = None,
     seed: int = 0,
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int = 500,
     resume: bool = False,
 ) -> Indicators:
-    """Joint training of all scales (LIMPQ §3.3) on a copy of `model`; returns their final values.
+    """Joint training of all scales (LIMPQ §3.3) on a copy of `model`; returns what it says of every layer and width.
 
     norms: {BatchNorm: layer whose output it reads}. distill: weight of the distillation loss from the float model;
     None: 1 for batches without labels, 0 for labelled ones. freeze_weights: only scales and norms learn.
-    uniform: False trains by random passes alone (an ablation). preset: "short" or "authors". steps=0: untrained scales.
+    uniform: False trains by random passes alone (an ablation). indicator: "loss" or "scale" (see LIMPQ), None: the
+    preset's. preset: "short" (ours) or "authors". steps=0: untrained scales.
     """
     if preset not in PRESETS:
         raise InvalidArgument(f"preset is one of {', '.join(sorted(PRESETS))}, not {preset!r}")
     chosen = {**PRESETS[preset]}
-    chosen.update({k: v for k, v in {"lr": lr, "scale_lr": scale_lr}.items() if v is not None})
-    batch = first_batch(loader)
-    if distill is None:
-        distill = 1.0 if labels_of(batch) is None else 0.0
+    chosen.update({k: v for k, v in {"lr": lr, "scale_lr": scale_lr, "indicator": indicator}.items() if v is not None})
     accelerator = make_accelerator()
+    batches = [to_device(batch, accelerator.device) for batch in islice(iter(loader), LIMPQ.batches)]
+    if not batches:
+        raise InvalidArgument("the data loader is empty")
+    if distill is None:
+        distill = 1.0 if labels_of(batches[0]) is None else 0.0
     teacher = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False) if distill else None
     student = copy.deepcopy(model).requires_grad_(True).to(accelerator.device)
     loss = Finetune(
@@ -80,13 +88,15 @@ def train_indicators(
         distill=distill,
     )
     strategy = LIMPQ(
-        loss, scale_lr=chosen["scale_lr"], freeze_weights=freeze_weights, uniform=uniform, log=chosen["log"]
+        loss,
+        scale_lr=chosen["scale_lr"],
+        freeze_weights=freeze_weights,
+        uniform=uniform,
+        log=chosen["log"],
+        indicator=chosen["indicator"],
     )
     strategy.attach(student, graph, candidates, norms)
-    calibrate_weights(student, mse=False)
-    with torch.no_grad():
-        samples = sample_inputs(student, [to_device(batch, accelerator.device)], forward)
-    calibrate_inputs(student, samples, mse=False)
+    strategy.calibrate(student, batches, sample_inputs(student, batches, forward))
     provenance = {"preset": preset, "seed": seed, "optimizer": chosen["optimizer"], "lr": chosen["lr"]}
     provenance |= {"scale_lr": chosen["scale_lr"], "distill": distill, "freeze_weights": freeze_weights}
     if steps != 0:
@@ -110,4 +120,5 @@ def train_indicators(
         provenance |= {"epoch_loss": [round(x, 5) for x in log.epoch_loss]}
     else:
         provenance |= {"steps": 0}
+    strategy.read_out(student, batches)
     return strategy.indicators(provenance)

@@ -8,15 +8,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import InvalidArgument
 from ..nn.banks import add_banks, select_bank
-from ..nn.calibrate import calibrate_inputs, calibrate_weights
+from ..nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
 from ..nn.swap import quantized_layers, swap
 from ..quantizers import LSQ
 from ..spec import Candidates, Indicators, LayerGraph
 from ..train.finetune import Finetune
 from ..train.hooks import Groups
+from .growth import loss_growth, probe_loss
 from .movement import movement
-from .scores import Scores, balance, limpq_scores
+from .scores import Scores, default_alpha, limpq_scores
 from .strategy import SearchStrategy, register_strategy
 
 
@@ -27,7 +29,14 @@ class LIMPQ(SearchStrategy):
     loss: how one pass is scored (labels or distillation). scale_lr: learning rate of log s (Adam) [ours: the
     authors' SGD hardly moves a scale in a short run]. freeze_weights: only scales and norms learn.
     uniform: False leaves the uniform passes out, for ablations.
+    indicator: what is read out at the end. "scale": s_b itself, one a tensor, from the authors' start (the paper).
+    "loss" [ours]: how much the loss grows when one operand is quantized with its trained scale s_b (`loss_growth`),
+    weight scales per output channel, from the start of least squared error. A scale has the unit of its tensor, and
+    a norm behind a layer makes that unit arbitrary: 0.1 means little in one layer and much in the next. The growth
+    of the loss has one unit for all layers, weights and activations, so it needs no α.
     """
+
+    batches = 4
 
     def __init__(
         self,
@@ -37,7 +46,11 @@ class LIMPQ(SearchStrategy):
         freeze_weights: bool = False,
         uniform: bool = True,
         log: bool = True,
+        indicator: str = "loss",
     ) -> None:
+        if indicator not in ("loss", "scale"):
+            raise InvalidArgument(f"indicator is loss or scale, not {indicator!r}")
+        self.indicator = indicator
         if loss is not None:
             self.loss = loss
         self.scale_lr, self.freeze_weights = scale_lr, freeze_weights
@@ -63,7 +76,7 @@ class LIMPQ(SearchStrategy):
                 for n, c in candidates.items()
                 if n in searched
             },
-            per_channel=False,
+            per_channel=self.indicator == "loss",
             log=self.log,
         )
         self.layers: dict[str, nn.Module] = {n: m for n, m in quantized_layers(model) if n in searched}
@@ -78,9 +91,9 @@ class LIMPQ(SearchStrategy):
                         parameter.requires_grad_(False)
 
     def calibrate(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
-        """The starts of the authors, from this process's first batch."""
-        calibrate_weights(model, mse=False)
-        calibrate_inputs(model, dict(inputs), mse=False)
+        """Starts, from this process's first batch."""
+        calibrate_weights(model, mse=self.indicator == "loss")
+        calibrate_inputs(model, dict(inputs), mse=self.indicator == "loss")
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         groups = self.loss.parameter_groups(model)
@@ -107,19 +120,29 @@ class LIMPQ(SearchStrategy):
         yield self.loss.loss(model, batch), None
 
     def scores(self, model: nn.Module) -> Scores:
-        """Indicators with the balancing α; `HubMPQ.search` takes another α from stored indicators."""
+        """Indicators with the default α; `HubMPQ.search` takes another α from stored indicators."""
         found = self.indicators({})
-        return limpq_scores(found, self.graph, self.candidates, balance(found))
+        return limpq_scores(found, self.graph, self.candidates, default_alpha(found))
+
+    def read_out(self, model: nn.Module, batches: Sequence[Any]) -> None:
+        """Take the growth of the loss at the trained scales; nothing to do for "scale"."""
+        if self.indicator != "loss":
+            return
+        model.eval()
+        self.set_widths(model, dict.fromkeys(self.layers, self.widths[-1]))  # the banks nearest to float
+        with widths_off(model):
+            self.growth = loss_growth(self.layers, model, batches, lambda batch: probe_loss(model, batch))
 
     def indicators(self, provenance: Mapping[str, Any]) -> Indicators:
-        """Read the scales out: the indicator of (layer, b) is s_b."""
+        """Read the indicators out, with how far the scales moved."""
 
         def rows(which: str, start: bool) -> dict[str, dict[int, float]]:
             out = {}
             for name, module in self.layers.items():
                 quantizer = getattr(module, which)
                 if isinstance(quantizer, LSQ):
-                    table = (quantizer.base if start else quantizer.scales).detach()[:, 0].tolist()
+                    # per channel: the root mean square, so that one number stands for the layer
+                    table = (quantizer.base if start else quantizer.scales).detach().square().mean(1).sqrt().tolist()
                     out[name] = dict(zip(quantizer.widths, table, strict=True))
             return out
 
@@ -133,4 +156,7 @@ class LIMPQ(SearchStrategy):
             "weight": movement(rows("weight_quantizer", True), weight),
             "activation": movement(rows("input_quantizer", True), activation),
         }
-        return Indicators(weight, activation, signed, {"strategy": "limpq", **provenance, "movement": moved})
+        if self.indicator == "loss":
+            weight, activation = self.growth
+        told = {"strategy": "limpq", "indicator": self.indicator, **provenance, "movement": moved}
+        return Indicators(weight, activation, signed, told)

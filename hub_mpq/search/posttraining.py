@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,12 +12,11 @@ from ..nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
 from ..nn.layers import CHANNEL_AXIS
 from ..quantizers import LSQ
 from ..spec import Candidates, LayerGraph
-from ..train.batch import distillation_loss, forward, labels_of, logits_of, size_of, task_loss
+from ..train.batch import distillation_loss, forward, labels_of
+from .growth import Rows, at, loss_growth, probe_loss
 from .install import install
 from .scores import Scores
 from .strategy import SearchStrategy, additive, register_strategy
-
-Rows = dict[str, dict[int, float]]
 
 
 class PostTraining(SearchStrategy):
@@ -67,16 +65,6 @@ class PostTraining(SearchStrategy):
 
     def scores(self, model: nn.Module) -> Scores:
         return additive(self.graph, self.weight, self.activation)
-
-
-@contextmanager
-def at(quantizer: LSQ, bits: int) -> Iterator[None]:
-    """One quantizer on at a width, then off."""
-    quantizer.set_width(bits)
-    try:
-        yield
-    finally:
-        quantizer.set_width(None)
 
 
 def noise(quantizer: LSQ, x: Tensor) -> dict[int, Tensor]:
@@ -129,53 +117,11 @@ def _has_classes(batch: Any, output: Any) -> bool:
 
 @register_strategy("gradient")
 class Gradient(PostTraining):
-    """Σ g_Y²·(Q(Y) − Y)², Y the layer's output with its weight or its input quantized, g_Y the gradient of the loss:
-    the diagonal Fisher's estimate of the loss's growth [formula sure; which tensor Y is, and sums per sample: ours].
+    """The loss's growth by `loss_growth`, from scales of least squared error.
     Without labels the loss is n·y with a standard normal n, whose squared gradients are on average those of the
     output's own squared error [ours]."""
 
     def measure(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
-        kept: dict[str, tuple[Any, ...]] = {}
-        handles = []
-        for name, module in self.layers.items():
-            row = {"weight": dict.fromkeys(module.weight_quantizer.widths, 0.0)}
-            self.weight[name] = row["weight"]
-            if module.input_quantizer is not None:
-                self.activation[name] = dict.fromkeys(module.input_quantizer.widths, 0.0)
-
-            def keep(_m: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
-                kept[name] = (args[0].detach(), output.detach())
-                if output.requires_grad:
-                    output.register_hook(lambda grad: self._add(name, kept.pop(name), grad))
-
-            handles.append(module.register_forward_hook(keep))
-        try:
-            for batch in batches:
-                self.factor = size_of(batch) / len(batches)
-                model.zero_grad(set_to_none=True)
-                self.probe(model, batch).backward()
-        finally:
-            model.zero_grad(set_to_none=True)
-            for handle in handles:
-                handle.remove()
-
-    @torch.no_grad()
-    def _add(self, name: str, seen: tuple[Any, Tensor], grad: Tensor) -> None:
-        module, (x, y) = self.layers[name], seen
-        weight = grad.square() * self.factor  # the loss is a mean: N·Σ g² is the mean of squares of one sample's
-        for rows, quantizer in ((self.weight, module.weight_quantizer), (self.activation, module.input_quantizer)):
-            if quantizer is None or name not in rows:
-                continue
-            for bits in quantizer.widths:
-                with at(quantizer, bits):
-                    # the class's forward: calling the module would run this very hook again
-                    moved = type(module).forward(module, x) - y
-                rows[name][bits] += float((weight * moved.square()).sum())
-
-    def probe(self, model: nn.Module, batch: Any) -> Tensor:
-        """The loss whose gradients count, a mean over samples."""
-        if labels_of(batch) is not None:
-            return task_loss(model, batch)[0]
-        y = logits_of(forward(model, batch)).float()
-        n = torch.randn(y.shape, generator=torch.Generator().manual_seed(self.seed)).to(y)
-        return (y / y.detach().square().mean().sqrt().clamp_min(1e-12) * n).sum() / len(y)
+        self.weight, self.activation = loss_growth(
+            self.layers, model, batches, lambda batch: probe_loss(model, batch, self.seed)
+        )

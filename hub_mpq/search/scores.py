@@ -29,6 +29,11 @@ def balance(indicators: Indicators) -> float:
     return activation / weight if weight and activation else 1.0
 
 
+def default_alpha(indicators: Indicators) -> float:
+    """1 for indicators that are growths of the loss: weights and activations share the unit. Else `balance`."""
+    return 1.0 if indicators.provenance.get("indicator") == "loss" else balance(indicators)
+
+
 def limpq_scores(
     indicators: Indicators, graph: LayerGraph, candidates: Mapping[str, Candidates], alpha: float
 ) -> dict[str, dict[LayerBits, float]]:

@@ -66,6 +66,9 @@ class SearchStrategy(Hooks):
         groups = self.loss.parameter_groups(model)
         return [{**g, "params": [p for p in g["params"] if id(p) not in taken]} for g in groups] + own
 
+    def read_out(self, model: nn.Module, batches: Sequence[Any]) -> None:
+        """Training is over: take measurements that `scores` needs. batches: those that `calibrate` got."""
+
     def scores(self, model: nn.Module) -> Scores:
         """{searched layer: {widths: score}}."""
         raise NotImplementedError

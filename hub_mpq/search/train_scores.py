@@ -115,6 +115,7 @@ def train_scores(
         )
         provenance |= {"steps": log.steps, "samples": log.samples, "step_seconds": round(log.step_seconds, 4)}
         provenance |= {"epoch_loss": [round(x, 5) for x in log.epoch_loss]}
+    hooks.read_out(student, batches)
     scores = hooks.scores(student)
     provenance |= {"seconds": round(time.perf_counter() - began, 3), **hooks.details(student)}
     return StrategyScores(scores, hooks.sense, hooks.name, seed, hooks.inferred(student), provenance)

@@ -1,0 +1,85 @@
+"""How much the loss grows when one operand of one layer is quantized: the diagonal Fisher's estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..quantizers import LSQ
+from ..train.batch import forward, labels_of, logits_of, size_of, task_loss
+
+Rows = dict[str, dict[int, float]]
+
+
+@contextmanager
+def at(quantizer: LSQ, bits: int) -> Iterator[None]:
+    """One quantizer on at a width, then off."""
+    quantizer.set_width(bits)
+    try:
+        yield
+    finally:
+        quantizer.set_width(None)
+
+
+def loss_growth(
+    layers: Mapping[str, nn.Module], model: nn.Module, batches: Sequence[Any], loss: Callable[[Any], Tensor]
+) -> tuple[Rows, Rows]:
+    """({layer: {bits: growth}} of its weight, the same of its input), means over samples, in the loss's own unit up to
+    a factor of one half.
+
+    Σ g_Y²·(Q(Y) − Y)², Y the layer's output with its weight or its input quantized, g_Y the gradient of `loss(batch)`,
+    a mean over samples [formula sure; which tensor Y is, and sums per sample: ours]. All quantizers of the layers must
+    be off. One forward and backward a batch, and one run of each layer a width and operand.
+    """
+    weight: Rows = {n: dict.fromkeys(m.weight_quantizer.widths, 0.0) for n, m in layers.items()}
+    activation: Rows = {
+        n: dict.fromkeys(m.input_quantizer.widths, 0.0) for n, m in layers.items() if m.input_quantizer is not None
+    }
+    factor = 1.0
+
+    @torch.no_grad()
+    def add(name: str, x: Tensor, y: Tensor, grad: Tensor) -> None:
+        module = layers[name]
+        importance = grad.square() * factor  # N·Σ g² of a mean loss is the mean of the squares of one sample's
+        for rows, quantizer in ((weight, module.weight_quantizer), (activation, module.input_quantizer)):
+            if quantizer is None or name not in rows:
+                continue
+            for bits in quantizer.widths:
+                with at(quantizer, bits):
+                    # the class's forward: calling the module would run this very hook again
+                    moved = type(module).forward(module, x) - y
+                rows[name][bits] += float((importance * moved.square()).sum())
+
+    handles = []
+    for name, module in layers.items():
+
+        def keep(_m: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
+            if output.requires_grad:
+                x, y = args[0].detach(), output.detach()
+                output.register_hook(lambda grad: add(name, x, y, grad))
+
+        handles.append(module.register_forward_hook(keep))
+    try:
+        for batch in batches:
+            factor = size_of(batch) / len(batches)
+            model.zero_grad(set_to_none=True)
+            loss(batch).backward()
+    finally:
+        model.zero_grad(set_to_none=True)
+        for handle in handles:
+            handle.remove()
+    return weight, activation
+
+
+def probe_loss(model: nn.Module, batch: Any, seed: int = 0) -> Tensor:
+    """The loss whose gradients count, a mean over samples: the task's; without labels n·y with a standard normal n,
+    whose squared gradients are on average those of the output's own squared error [ours]."""
+    if labels_of(batch) is not None:
+        return task_loss(model, batch)[0]
+    y = logits_of(forward(model, batch)).float()
+    n = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(y)
+    return (y / y.detach().square().mean().sqrt().clamp_min(1e-12) * n).sum() / len(y)
