@@ -79,6 +79,7 @@ class Cut(Exception):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else every answer waits 40 ms for the client's delayed ACK
     hub: Hub
 
     def log_message(self, *args):

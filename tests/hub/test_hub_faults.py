@@ -1,4 +1,4 @@
-"""A Hub that fails: after each fault the repo holds the old version or the new one whole, the local folder is intact."""
+"""A Hub that fails: afterwards the repo holds the old version or the new one whole, the local folder is intact."""
 
 import time
 from types import SimpleNamespace
