@@ -1,0 +1,128 @@
+import copy
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from hub_mpq import HubMPQ
+from hub_mpq.errors import InvalidArgument
+from hub_mpq.nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
+from hub_mpq.nn.swap import quantized_layers, swap
+from hub_mpq.quantizers import LSQ
+from hub_mpq.search.growth import loss_growth
+from hub_mpq.search.limpq import LIMPQ
+from hub_mpq.search.movement import movement, rank_correlation
+from hub_mpq.spec import Candidates
+from hub_mpq.train import Finetune
+
+X = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def attached(net, **options):
+    mpq = HubMPQ.from_module(net, X)
+    loss = Finetune(lr=1e-3, scale_lr=1e-2, weight_decay=0.0, smoothing=0.0)
+    strategy = LIMPQ(loss, **options)
+    model = copy.deepcopy(net)
+    candidates = {x.name: Candidates((2, 3, 5), (2, 3, 5)) for x in mpq.graph.searched}
+    strategy.attach(model, mpq.graph, candidates, {"4": "3", "7": "6"})
+    return strategy, model
+
+
+def test_a_step_is_one_pass_a_width_and_one_at_random(net, train):
+    strategy, model = attached(net)
+    assert strategy.passes == 4
+    seen = []
+    for _ in strategy.losses(model, next(iter(train)), random.Random("0:0")):
+        seen.append([module.weight_quantizer.spec.num_bits for module in strategy.layers.values()])
+        banks = [model[4].bank, model[7].bank]
+        assert banks == [strategy.widths.index(b) for b in seen[-1][:2]]
+    assert seen[:3] == [[2] * 3, [3] * 3, [5] * 3]
+    again = [
+        [module.weight_quantizer.spec.num_bits for module in strategy.layers.values()]
+        for _ in strategy.losses(model, next(iter(train)), random.Random("0:0"))
+    ]
+    assert again[3] == seen[3], "the same seed and step draw the same widths"
+
+
+def test_fixed_layers_stay_float_and_frozen_weights_do_not_learn(net):
+    strategy, model = attached(net, freeze_weights=True)
+    assert set(strategy.layers) == {"3", "6", "9"}
+    assert type(model[0]) is nn.Conv2d
+    learning = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert not learning & {"3.weight", "6.weight", "9.weight", "3.bias"}
+    assert {"3.weight_quantizer.shift", "4.weight_bank"} <= learning
+
+
+def test_unknown_indicator():
+    with pytest.raises(InvalidArgument, match="indicator"):
+        LIMPQ(indicator="size")
+
+
+def test_growth_is_the_formula_on_one_linear_layer():
+    net = nn.Sequential(nn.Linear(4, 3))
+    graph = HubMPQ.from_module(nn.Sequential(net[0], nn.Linear(3, 2)), torch.zeros(1, 4), fixed={"0": None}).graph
+    swap(net, graph, {"0": ((2, 4), (3,))}, per_channel=True)
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    calibrate_weights(net, mse=True)
+    calibrate_inputs(net, {"0": x}, mse=True)
+    layers = dict(quantized_layers(net))
+    with widths_off(net):
+        weight, activation = loss_growth(layers, net, [x], lambda batch: net(batch).square().sum(1).mean())
+    layer = net[0]
+    y = nn.functional.linear(x, layer.weight, layer.bias)
+    g = 2 * y  # of one sample's loss
+    for bits in (2, 4):
+        layer.weight_quantizer.set_width(bits)
+        moved = nn.functional.linear(x, layer.weight_quantizer(layer.weight), layer.bias) - y
+        assert weight["0"][bits] == pytest.approx(float((g * moved).square().sum(1).mean()), rel=1e-4)
+    moved = nn.functional.linear(layer.input_quantizer(x), layer.weight, layer.bias) - y
+    assert activation["0"][3] == pytest.approx(float((g * moved).square().sum(1).mean()), rel=1e-4)
+
+
+def test_the_unit_of_a_weight_changes_its_scale_but_not_the_growth_of_the_loss(net, train):
+    """A convolution's weight times 10 before a BatchNorm is the same network: only the scale-free indicator says so."""
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        twin[3].weight.mul_(10)
+        twin[3].bias.mul_(10)
+        twin[4].running_mean.mul_(10)
+        twin[4].running_var.mul_(100)
+    batches = list(train)[:2]
+    torch.testing.assert_close(twin(batches[0][0]), net(batches[0][0]), rtol=1e-3, atol=1e-3)
+    found = {}
+    for kind in ("loss", "scale"):
+        for name, model in (("net", net), ("twin", twin)):
+            indicators = HubMPQ.from_module(model, X).train_indicators(batches, steps=0, indicator=kind)
+            found[kind, name] = indicators.weight["3"][4]
+    assert found["loss", "twin"] == pytest.approx(found["loss", "net"], rel=0.02)  # eps of the norm does not scale
+    assert found["scale", "twin"] == pytest.approx(10 * found["scale", "net"], rel=1e-3)
+
+
+def test_growth_falls_with_the_width_and_alpha_is_one(net, train):
+    mpq = HubMPQ.from_module(net, X)
+    indicators = mpq.train_indicators(train, steps=4)
+    for row in (*indicators.weight.values(), *indicators.activation.values()):
+        assert row[2] > row[4] > row[6]
+    assert mpq.scores()[1] == 1.0
+    mpq.train_indicators(train, steps=2, indicator="scale")
+    assert mpq.scores()[1] != 1.0
+
+
+def test_movement_reports_what_happened():
+    start = {"a": {2: 1.0}, "b": {2: 2.0}, "c": {2: 3.0}}
+    assert movement(start, start)["rank_correlation"] == 1.0
+    turned = movement(start, {"a": {2: 3.0}, "b": {2: 2.0}, "c": {2: 1.0}})
+    assert turned["rank_correlation"] == pytest.approx(-1.0)
+    assert turned["largest_change"] == pytest.approx(2.0)
+    assert movement({}, {}) == {}
+    import numpy as np
+
+    assert rank_correlation(np.array([1.0, 1.0]), np.array([1.0, 2.0])) == 1.0
+
+
+def test_scales_are_one_parameter_a_quantizer(net):
+    strategy, model = attached(net)
+    shifts = [m.shift for m in model.modules() if isinstance(m, LSQ)]
+    assert len(shifts) == 6
+    assert strategy.parameter_groups(model)[-1]["lr"] == 1e-2
