@@ -96,8 +96,8 @@ def _loop(
             known.done, known.proved = True, known.above
             return
         if status != "optimal" or refused is None:  # time or memory
+            known.proved = min(max(known.proved, float(model.getDualbound()) * unit), known.above)
             break
         model.freeTransform()
         model.addCons(quicksum(row[int(j)] for row, j in zip(variables, refused, strict=True)) <= len(rows) - 1)
     known.out_of_time = True
-    known.proved = min(max(known.proved, float(model.getDualbound()) * unit), known.above)
