@@ -1,4 +1,4 @@
-"""Packed models on disk: one safetensors file, described to the byte in FORMAT.md."""
+"""Packed models on disk: one safetensors file, described to the byte in README.md."""
 
 from __future__ import annotations
 

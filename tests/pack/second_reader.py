@@ -1,4 +1,4 @@
-"""A reader written from FORMAT.md alone, with the standard library: no torch, no line of hub_mpq."""
+"""A reader written from the README alone, with the standard library: no torch, no line of hub_mpq."""
 
 import hashlib
 import json
