@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import HubMPQError
-from . import evaluate, indicators, inspect, quantize, solving
+from . import evaluate, hub, indicators, inspect, quantize, solving
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -70,6 +70,8 @@ for _command in (inspect.inspect, indicators.indicators, solving.search, solving
     app.command()(_command)
 for _trained in (quantize.quantize, quantize.finetune, evaluate.evaluate, evaluate.demo):
     app.command()(_trained)
+for _hub in (hub.push, hub.pull):
+    app.command()(_hub)
 
 
 def main() -> None:

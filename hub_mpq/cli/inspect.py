@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from . import models, show
 from . import options as o
+
+if TYPE_CHECKING:
+    from ..pack import Manifest
+
+Revision = Annotated[o.Text, typer.Option(help="Branch, tag or commit of a published model.")]
 
 
 def inspect(
@@ -15,11 +23,15 @@ def inspect(
     model_arg: o.ModelArg = None,
     pin: o.Pin = None,
     exclude: o.Exclude = None,
+    revision: Revision = None,
     as_json: o.Json = False,
 ) -> None:
-    """Layers, their costs, and what is not quantized and why. No weights, and for a timm name no network."""
-    if models.is_packed(model):
-        return _packed(model, as_json)
+    """Layers, their costs, and what is not quantized and why. No weights, and for a timm name no network.
+
+    Of a packed model, in a folder or published, the header of its file is all that is read.
+    """
+    if (found := _header(model, revision)) is not None:
+        return _packed(*found, as_json)
     mpq = models.load(
         model, meta=True, library=library, input_size=input_size, model_arg=model_arg, pin=pin, exclude=exclude
     )
@@ -30,18 +42,29 @@ def inspect(
     show.emit(as_json, tree, "\n".join(lines if levels else lines[:1]))
 
 
-def _packed(folder: str, as_json: bool) -> None:
-    """From the packed file's header alone."""
-    from pathlib import Path
+def _header(model: str, revision: str | None) -> tuple[Manifest, int] | None:
+    """(manifest, bytes) of a packed file, None for a float model."""
+    if models.is_packed(model):
+        from ..pack import read_manifest
 
-    from ..pack import read_manifest
+        path = Path(model) / models.PACKED
+        return read_manifest(path), path.stat().st_size
+    if Path(model).exists() or ("/" not in model):
+        return None  # and the Hub's client is not even imported
+    from ..hub.pull import remote_manifest
+    from ..hub.remote import repo_of
+
+    found = repo_of(model)
+    return None if found is None else remote_manifest(found[0], revision=revision or found[1])
+
+
+def _packed(manifest: Manifest, nbytes: int, as_json: bool) -> None:
+    """From the packed file's header alone."""
     from ..report import report
     from ..search.policy_search import usage_of
 
-    path = Path(folder) / models.PACKED
-    manifest = read_manifest(path)
     amounts: dict[str, float] = dict(usage_of(manifest.graph, manifest.policy, None, 0).amounts)
-    amounts["size"] = path.stat().st_size
+    amounts["size"] = nbytes
     metrics = manifest.provenance.get("metrics", {})
     tree = {
         **_graph(manifest.graph),

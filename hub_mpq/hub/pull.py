@@ -113,15 +113,18 @@ def pull(
 
 def remote_manifest(
     repo_id: str, *, revision: str | None = None, token: str | bool | None = None
-) -> tuple[Manifest, int]:
+) -> tuple[Manifest, int] | None:
     """(manifest, bytes of the packed file) of a published model, from the file's header alone by a range request.
 
-    HubMPQError when the repo can't be reached or holds no packed file, PackedFormat when the header is wrong.
+    None for a repo without a packed file, and for any with HF_HUB_OFFLINE. HubMPQError when the repo can't be
+    reached, PackedFormat when the header is wrong.
     """
-    from huggingface_hub import hf_hub_url
+    from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
+    if constants.HF_HUB_OFFLINE:
+        return None
     api = hub_api(token)
     name = f"{repo_id}/{PACKED}"
 
@@ -138,7 +141,7 @@ def remote_manifest(
         try:
             found = api.get_hf_file_metadata(url=hf_hub_url(repo_id, PACKED, revision=revision), token=token)
         except EntryNotFoundError:
-            raise HubMPQError(f"{repo_id} holds no {PACKED}") from None
+            return None
         size = found.size or 0
         url = hf_hub_url(repo_id, PACKED, revision=found.commit_hash)
         first = part(url, 0, min(size, _FIRST)) if size else b""

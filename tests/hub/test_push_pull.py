@@ -172,8 +172,7 @@ def test_inspect_reads_the_header_alone(hub, mpq, saved, monkeypatch):
     assert (manifest.policy, size) == (mpq.policy, len(raw))
     assert hub.bytes_down() - down == header
     hub.store.make("me/empty")
-    with pytest.raises(HubMPQError, match="holds no"):
-        remote_manifest("me/empty")
+    assert remote_manifest("me/empty") is None
 
 
 def test_a_float_repo_and_an_unknown_one_are_left_to_their_libraries(hub):
@@ -184,3 +183,28 @@ def test_a_float_repo_and_an_unknown_one_are_left_to_their_libraries(hub):
         pull("me/float")
     with pytest.raises(HubMPQError, match="no such repo"):
         HubMPQ.from_pretrained("me/unknown")
+
+
+def test_commands(hub, mpq, saved, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from hub_mpq.cli import app
+
+    def run(*args):
+        return CliRunner().invoke(app, [str(a) for a in args])
+
+    refused = run("push", saved, NAME)
+    assert refused.exit_code == 2
+    assert "can't be published" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+    monkeypatch.setenv("HF_TOKEN", "write-token")
+    pushed = run("push", saved, NAME, "--private", "--license", "mit", "--json")
+    assert json.loads(pushed.stdout)["commit"] == hub.store.repos[NAME].refs["main"]
+    assert b"license: mit" in hub.store.content(NAME)["README.md"]
+    seen = run("inspect", NAME, "--json")
+    assert json.loads(seen.stdout)["policy"] == mpq.policy.to_dict()
+    assert json.loads(seen.stdout)["usage"]["size"] == (saved / PACKED).stat().st_size
+    assert json.loads(run("inspect", saved, "--json").stdout) == json.loads(seen.stdout)
+    pulled = run("pull", NAME, "-o", tmp_path / "copy")
+    assert pulled.stdout.strip() == str(tmp_path / "copy")
+    assert (tmp_path / "copy" / PACKED).read_bytes() == (saved / PACKED).read_bytes()
