@@ -18,6 +18,7 @@ from .adapters.base import Source
 from .adapters.trace import norm_of
 from .cost.size import layer_nbytes
 from .errors import HubMPQError, InvalidArgument
+from .hub.export import export
 from .hub.folder import predicted_nbytes, read_folder_indicators, save_folder
 from .hub.load import load_folder
 from .hub.publish import publish
@@ -342,6 +343,16 @@ class HubMPQ(nn.Module):
                 model=self.model,
                 **card,
             )
+
+    def export(self, folder: str | Path, format: str) -> int:
+        """Write the quantized model for other programs: format "compressed-tensors" or "onnx"; returns the bytes.
+
+        Formats, and what each refuses, are described in hub_mpq.hub.export.
+        """
+        if self.policy is None:
+            raise HubMPQError("there is no policy yet; call quantize or apply_policy before exporting")
+        source = self.source
+        return export(folder, format, self.model, self._manifest(self.policy), source.config, source.example)
 
     def _tell_transformers(self) -> None:
         """So that `mpq.model.save_pretrained` writes the packed format and transformers' Trainer trains `mpq.model`."""

@@ -30,11 +30,11 @@ def float_copy_state(model: nn.Module) -> dict[str, Tensor]:
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     state = {k: v for k, v in state.items() if tied.get(k) not in state}
     if type(model).__module__.startswith("transformers."):
-        state = _published_names(model, state)
+        state = published_names(model, state)
     return {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
 
 
-def _published_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def published_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names on disk of a transformers model; since v5 they can differ from those of its modules (ViT, Mixtral)."""
     try:
         from transformers.core_model_loading import revert_weight_conversion

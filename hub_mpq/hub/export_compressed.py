@@ -1,0 +1,111 @@
+"""A weight-only policy as compressed-tensors' pack-quantized, for plain transformers with that package, and vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import HubMPQError
+from ..pack import Manifest, PackedTensor, pack_weight
+from ..pack.atomic import write_atomic
+from ..pack.layout import key
+from ..spec import FLOAT_BITS
+from .float_copy import float_copy_state, published_names
+from .folder import CONFIG, packed_tensors
+
+METHOD = "compressed-tensors"
+_KINDS = ("linear", "embedding")
+
+
+def check_exportable(manifest: Manifest) -> None:
+    """Raise HubMPQError, naming layers and the way out, for a policy that this format can't say."""
+    graph, bits = manifest.graph, manifest.policy.bits
+    if manifest.library != "transformers":
+        raise HubMPQError(f"{METHOD} is a format of transformers models; this one is of {manifest.library}")
+    other = [x.name for x in graph if x.kind not in _KINDS and bits[x.name].weight != FLOAT_BITS]
+    if other:
+        kinds = ", ".join(sorted({graph[name].kind for name in other}))
+        raise HubMPQError(
+            f"{METHOD} packs Linear and Embedding layers; {len(other)} layers are {kinds} ({_some(other)}); "
+            f"leave them float with fixed={{{other[0]!r}: 'W32'}}, or publish the packed file"
+        )
+    inputs = [name for name, level in bits.items() if level.activation != FLOAT_BITS]
+    if inputs:
+        raise HubMPQError(
+            f"{METHOD} is exported weight-only; the policy quantizes the inputs of {len(inputs)} layers "
+            f"({_some(inputs)}); take levels such as 'W4' (for fixed layers: fixed={{{inputs[0]!r}: 'W8'}})"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def export_compressed(
+    folder: str | os.PathLike[str], model: nn.Module, manifest: Manifest, config: Mapping[str, Any]
+) -> int:
+    """Write config.json and model.safetensors; returns the bytes of the latter.
+
+    One config group per width. The words of the packed file serve as they are; 1-bit weights are stored at 2 bits,
+    since 1 bit here would mean {−1, 0}. Embeddings, and heads tied to them, are written dequantized: transformers
+    5.23 fails on a packed one (it initialises `embedding.weight`, which is not there). Raises HubMPQError as
+    check_exportable.
+    """
+    from safetensors.torch import save
+
+    check_exportable(manifest)
+    state = float_copy_state(model)
+    groups: dict[int, list[str]] = {}
+    tensors = packed_tensors(model, manifest)
+    shared = {layer.weight_owner for layer in manifest.graph}
+    for layer in manifest.graph:
+        packed = tensors.get(layer.name)
+        if layer.kind == "embedding" or layer.name in shared or not isinstance(packed, PackedTensor):
+            continue
+        words = _two_bits(packed) if packed.num_bits == 1 else packed
+        (name,) = published_names(model, {key(layer.name, "weight"): torch.empty(0)})
+        module = name.removesuffix(".weight")
+        del state[name]
+        scale = words.weight_scale.repeat_interleave(layer.weight_shape[0] // words.weight_scale.numel())
+        state[key(module, "weight_packed")] = words.weight_packed
+        state[key(module, "weight_scale")] = scale[:, None]
+        state[key(module, "weight_shape")] = torch.tensor(layer.weight_shape)
+        groups.setdefault(words.num_bits, []).append(layer.name)
+    public = {k: v for k, v in config.items() if k not in ("_name_or_path", "quantization_config")}
+    public["quantization_config"] = _quantization(groups)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(public, indent=2, sort_keys=True) + "\n"
+    size = write_atomic(folder / "model.safetensors", [save(state, metadata={"format": "pt"})])
+    write_atomic(folder / CONFIG, [text.encode()])
+    return size
+
+
+def _two_bits(packed: PackedTensor) -> PackedTensor:
+    return pack_weight(packed.unpack(), packed.weight_scale, packed.kind, 2)
+
+
+def _quantization(groups: Mapping[int, list[str]]) -> dict[str, Any]:
+    weights = {"type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    return {
+        "quant_method": METHOD,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": [],
+        "config_groups": {
+            f"group_{width}": {
+                "targets": sorted(names),
+                "weights": {**weights, "num_bits": width},
+                "input_activations": None,
+                "output_activations": None,
+                "format": "pack-quantized",
+            }
+            for width, names in sorted(groups.items())
+        },
+    }

@@ -1,0 +1,89 @@
+"""compressed-tensors: plain transformers with that package computes exactly what we compute."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from plugin_toys import build, pack, python
+from safetensors.torch import load_file, save_file
+
+from hub_mpq import HubMPQ, LayerBits, Policy
+from hub_mpq.errors import HubMPQError, InvalidArgument
+
+pytest.importorskip("compressed_tensors", reason="the extra compressed-tensors is not installed")
+
+PLAIN = """
+import json, sys
+import torch, transformers
+from safetensors.torch import load_file
+transformers.utils.logging.set_verbosity_error()
+for row in json.loads(sys.argv[1]):
+    model = getattr(transformers, row["cls"]).from_pretrained(row["folder"])
+    with torch.no_grad():
+        torch.save(model(**load_file(row["inputs"]))[0], row["folder"] + "/logits")
+assert not [m for m in sys.modules if m.startswith("hub_mpq")]
+"""
+
+
+def mixed(graph):
+    """Every width from 1 to 8, layer by layer."""
+    own = [layer.name for layer in graph if layer.weight_owner is None]
+    bits = {name: LayerBits(1 + k % 8, 32) for k, name in enumerate(own)}
+    bits |= {layer.name: bits[layer.weight_owner] for layer in graph if layer.weight_owner}
+    return Policy(bits, graph.digest)
+
+
+def test_logits_of_all_widths_are_equal_in_plain_transformers(tmp_path):
+    rows, want = [], []
+    for kind in ("bert", "llama", "classifier"):
+        model, inputs = build(kind)
+        model.save_pretrained(tmp_path / kind / "float")
+        mpq = HubMPQ.from_pretrained(tmp_path / kind / "float")
+        mpq.apply_policy(mixed(mpq.graph))
+        folder = tmp_path / kind / "exported"
+        size = mpq.export(folder, "compressed-tensors")
+        assert size == (folder / "model.safetensors").stat().st_size
+        save_file(inputs, tmp_path / kind / "inputs")
+        want.append((folder / "logits", mpq(**inputs)[0].detach()))
+        row = {"cls": type(model).__name__, "folder": str(folder), "inputs": str(tmp_path / kind / "inputs")}
+        rows.append(row)
+        groups = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]
+        widths = {group["weights"]["num_bits"] for group in groups.values()}
+        assert widths == {2, 3, 4, 5, 6, 7, 8}, "one group per width; 1 bit is stored at 2"
+    python(PLAIN, json.dumps(rows))
+    for file, logits in want:
+        assert torch.equal(torch.load(file), logits)
+
+
+def test_words_are_those_of_the_packed_file(tmp_path):
+    case = pack(tmp_path, "classifier", "W3")
+    case.mpq = HubMPQ.from_pretrained(case.float_folder, fixed={"classifier": "W8"}).apply_policy("W3")
+    case.mpq.save_pretrained(tmp_path / "own")
+    case.mpq.export(tmp_path / "other", "compressed-tensors")
+    own, other = load_file(tmp_path / "own" / "model.mpq.safetensors"), load_file(tmp_path / "other/model.safetensors")
+    words = [key for key in other if key.endswith("weight_packed")]
+    assert len(words) == 14
+    assert all(torch.equal(own[key], other[key]) for key in words)
+
+
+def test_what_it_cannot_say_is_refused_in_words(tmp_path, net):
+    case = pack(tmp_path, "bert", "W4A8")
+    with pytest.raises(HubMPQError, match=r"weight-only.*inputs of 14 layers"):
+        case.mpq.export(tmp_path / "x", "compressed-tensors")
+    vit = pack(tmp_path / "vit", "vit", "W4")
+    with pytest.raises(HubMPQError, match="conv2d"):
+        vit.mpq.export(tmp_path / "x", "compressed-tensors")
+    gpt2 = pack(tmp_path / "gpt2", "gpt2", "W4")
+    with pytest.raises(HubMPQError, match="conv1d"):
+        gpt2.mpq.export(tmp_path / "x", "compressed-tensors")
+    own = HubMPQ.from_module(net, torch.zeros(1, 1, 8, 8))
+    with pytest.raises(HubMPQError, match="no policy"):
+        own.export(tmp_path / "x", "onnx")
+    own.apply_policy("W4")
+    with pytest.raises(HubMPQError, match="transformers"):
+        own.export(tmp_path / "x", "compressed-tensors")
+    with pytest.raises(InvalidArgument, match="gguf"):
+        own.export(tmp_path / "x", "gguf")
+    assert not (tmp_path / "x").exists()

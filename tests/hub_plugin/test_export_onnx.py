@@ -1,0 +1,66 @@
+"""ONNX with QDQ nodes: ONNX Runtime computes what we compute."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from plugin_toys import pack
+
+from hub_mpq import HubMPQ
+from hub_mpq.errors import HubMPQError
+
+onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
+ort = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+
+X = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def run(folder, *inputs):
+    session = ort.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    return torch.from_numpy(session.run(None, dict(zip(names, (x.numpy() for x in inputs), strict=True)))[0])
+
+
+def stored(folder):
+    graph = onnx.load(folder / "model.onnx").graph
+    types = {i.name.split(".")[0]: i.data_type for i in graph.initializer if "integers" in i.name}
+    return types, [node.op_type for node in graph.node]
+
+
+@pytest.mark.parametrize(("level", "per_channel"), [("W1A2", True), ("W3A8", False), ("W5A7", True)])
+def test_a_network_of_convolutions(net, level, per_channel, tmp_path):
+    mpq = HubMPQ.from_module(net, X[:1]).apply_policy(level, [X], per_channel=per_channel)
+    size = mpq.export(tmp_path, "onnx")
+    assert size == (tmp_path / "model.onnx").stat().st_size
+    # the same integers and scales; float sums may differ in order, and an input of a quantizer that lies within
+    # such a difference of a rounding border may move by one step of it
+    assert torch.allclose(run(tmp_path, X), mpq(X), atol=1e-5)
+    types, nodes = stored(tmp_path)
+    wide, narrow = onnx.TensorProto.INT8, onnx.TensorProto.INT4
+    assert types["0"] == types["13"] == wide
+    assert types["3"] == types["9"] == (wide if level == "W5A7" else narrow)
+    assert nodes.count("QuantizeLinear") == 5
+    assert nodes.count("DequantizeLinear") == 10
+    assert nodes.count("Clip") == (0 if level == "W3A8" else 3)
+    raw = (tmp_path / "model.onnx").read_bytes()
+    assert str(sys.prefix).encode() not in raw, "paths of this machine"
+    assert b".py" not in raw
+
+
+def test_a_decoder_with_tied_head_of_any_length(tmp_path):
+    case = pack(tmp_path, "gpt2", "W4A6")
+    size = case.mpq.export(tmp_path / "onnx", "onnx")
+    assert size < 60_000
+    ids = torch.cat([case.inputs["input_ids"], case.inputs["input_ids"].flip(1)])
+    want = case.mpq(input_ids=ids)[0]
+    assert torch.allclose(run(tmp_path / "onnx", ids), want, atol=1e-5)
+
+
+def test_without_the_package_it_says_what_to_install(net, tmp_path, monkeypatch):
+    mpq = HubMPQ.from_module(net, X[:1]).apply_policy("W4", [X])
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(HubMPQError, match=r"pip install 'hub-mpq\[onnx\]'"):
+        mpq.export(tmp_path, "onnx")
