@@ -58,7 +58,7 @@ def load_transformers(
         raise cannot_build(model_id, error, pretrained=pretrained) from error
     example = example_for(model, sequence_length)
     on_device = placed(example, model)
-    revision = getattr(config, "_commit_hash", None)
+    revision = getattr(config, "_commit_hash", None) or _commit(model_id, kwargs.get("revision"))
     graph = build_graph(
         model,
         example if meta else on_device,
@@ -73,6 +73,16 @@ def load_transformers(
     if "input_ids" in example:
         preprocess["sequence_length"] = example["input_ids"].shape[1]
     return Source(model, model_id, revision, "transformers", on_device, graph, preprocess, config.to_dict())
+
+
+def _commit(model_id: str, revision: str | None) -> str | None:
+    """Commit of the Hub repository the config was taken from; transformers 5 no longer keeps it in the config."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(model_id).is_dir():
+        return None
+    found = try_to_load_from_cache(model_id, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def _model_class(config: Any, auto_class: str | None) -> Any:
