@@ -16,7 +16,7 @@ from ..pack.header import FORMAT_VERSION
 from ..spec import Budget, LayerBits, Policy
 from .folder import PACKED
 from .plugin_load import become_packed, to_float
-from .plugin_save import attach, forget_packed_file
+from .plugin_save import attach, detach, forget_packed_file
 
 if TYPE_CHECKING:
     from ..pack import Manifest
@@ -132,7 +132,7 @@ class MPQHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if not any(packed_layers(model)):
             raise HubMPQError("this model holds trainable quantizers; save and load it to dequantize it")
         to_float(model, dtype or torch.get_default_dtype())
-        del model.save_pretrained
+        detach(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -28,6 +29,12 @@ def attach(model: Any, manifest: Manifest, quantizer: Any) -> None:
     model.is_quantized = True
     model.quantization_method = quantizer.quantization_config.quant_method
     model.save_pretrained = MethodType(save_pretrained, model)
+    model.push_to_hub = MethodType(push_to_hub, model)
+
+
+def detach(model: Any) -> None:
+    """Give a model that is float again transformers' own ways to save and push."""
+    del model.save_pretrained, model.push_to_hub
 
 
 def forget_packed_file(model: Any) -> None:
@@ -64,9 +71,43 @@ def save_pretrained(
         extra["generation_config.json"] = self.generation_config.to_json_string().encode()
     save_folder(folder, network_of(self), self.hf_quantizer.manifest, _config(self), extra=extra)
     if push_to_hub:
-        names = ("commit_message", "private", "token", "revision", "create_pr")
-        self.push_to_hub(kwargs.get("repo_id") or folder.name, **{k: kwargs[k] for k in names if k in kwargs})
+        self.push_to_hub(kwargs.pop("repo_id", None) or folder.name, **kwargs)
     return None
+
+
+def push_to_hub(
+    self: Any,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    float_copy: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """As transformers' push_to_hub, by hub_mpq.hub.publish: one commit with the card and, unless float_copy=False, the
+    dequantized weights, so that no stale ones stay in the repo. max_shard_size, tags and the like are not used.
+    """
+    if getattr(self, "_hf_peft_config_loaded", False):
+        given = {"commit_message": commit_message, "private": private, "token": token, "revision": revision}
+        return type(self).push_to_hub(self, repo_id, create_pr=create_pr, **given, **kwargs)
+    from .publish import publish
+
+    with tempfile.TemporaryDirectory(prefix="hub-mpq-push-") as folder:
+        self.save_pretrained(folder)
+        return publish(
+            folder,
+            repo_id,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            float_copy=float_copy,
+            token=token,
+            message=commit_message,
+            model=network_of(self),
+        )
 
 
 def _config(model: Any) -> dict[str, Any]:

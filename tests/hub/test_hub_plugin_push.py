@@ -1,0 +1,35 @@
+"""A model that AutoModel loaded packed pushes the same bytes, in one commit, with a fresh float copy."""
+
+import pytest
+import torch
+import transformers
+from hub_toys import IDS, float_bert
+
+from hub_mpq import HubMPQ
+from hub_mpq.hub.folder import PACKED
+from hub_mpq.hub.publish import FLOAT_COPY
+
+pytestmark = pytest.mark.hub
+
+
+def test_pull_with_automodel_push_with_its_own_method(hub, tmp_path):
+    float_bert(tmp_path / "float")
+    mpq = HubMPQ.from_pretrained(tmp_path / "float").apply_policy("W4A8")
+    mpq.push_to_hub("me/first", token="write-token", float_copy=False)
+    model = transformers.AutoModel.from_pretrained("me/first")
+    with torch.no_grad():
+        assert torch.equal(model(IDS)[0], mpq(IDS)[0])
+    other = HubMPQ.from_pretrained(tmp_path / "float").apply_policy("W3A8")
+    other.push_to_hub("me/second", token="write-token")
+    old = hub.store.content("me/second")
+    model.push_to_hub("me/second", token="write-token", commit_message="from AutoModel", max_shard_size="1MB")
+    new = hub.store.content("me/second")
+    assert new[PACKED] == hub.store.content("me/first")[PACKED] != old[PACKED]
+    assert new[FLOAT_COPY] != old[FLOAT_COPY], "no stale float copy stays"
+    hub.seen.clear()
+    again = transformers.AutoModel.from_pretrained("me/second")
+    assert not hub.count("GET", FLOAT_COPY), "the copy is not fetched"
+    with torch.no_grad():
+        assert torch.equal(again(IDS)[0], mpq(IDS)[0])
+    model.save_pretrained(tmp_path / "third", push_to_hub=True, repo_id="me/third", token="write-token")
+    assert hub.store.content("me/third")[PACKED] == new[PACKED]
