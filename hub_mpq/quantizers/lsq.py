@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +42,17 @@ class LSQ(Quantizer):
         self._zero_cache: tuple[int, list[int]] = (-1, [])
         self._specs = [QuantSpec(b, signed, signed, "channel" if channels > 1 else "tensor", axis) for b in self.widths]
         self._index: int | None = 0
+        self._narrow: int | None = None
 
     def set_width(self, bits: int | None) -> None:
         """Select a width; None passes the input through. Raises InvalidArgument for a width it does not have."""
         if bits is not None and bits not in self.widths:
             raise InvalidArgument(f"{bits} bits is none of this quantizer's widths {self.widths}")
         self._index = None if bits is None else self.widths.index(bits)
+
+    def narrow(self, bits: int | None) -> None:
+        """For now use `bits` (2 or more) instead of the selected width, over the same range; None ends that."""
+        self._narrow = bits
 
     def nearest(self, bits: int) -> int:
         """The candidate width nearest to `bits`, the wider one of two equally near."""
@@ -83,10 +89,12 @@ class LSQ(Quantizer):
 
     def _grid(self, x: Tensor) -> tuple[Tensor, QuantSpec, int, int]:
         spec = self._specs[self._index or 0]
-        scale = self.scale
+        scale, z = self.scale, self.zero_point
+        if self._narrow is not None and 2 <= self._narrow < spec.num_bits:
+            wide, spec = spec, replace(spec, num_bits=self._narrow)
+            scale, z = scale * (wide.qmax / spec.qmax), round(z * spec.qmax / wide.qmax)
         if spec.granularity == "channel":
             scale = scale.view([-1 if d == self.axis % x.dim() else 1 for d in range(x.dim())])
-        z = self.zero_point
         return scale, spec, spec.qmin - z, spec.qmax - z
 
     def forward(self, x: Tensor) -> Tensor:

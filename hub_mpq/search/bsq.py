@@ -49,7 +49,10 @@ class BSQ(SearchStrategy):
         self, model: nn.Module, graph: LayerGraph, candidates: Mapping[str, Candidates], norms: Mapping[str, str]
     ) -> None:
         self.graph, self.candidates = graph, candidates
-        wanted = self._affordable() if self.activation_bits is None else self.activation_bits
+        widths = {b for c in candidates.values() for b in c.activation}
+        wanted = (
+            SoftCosts(graph, self.limits).affordable(widths) if self.activation_bits is None else self.activation_bits
+        )
         self.activation = {n: min(c.activation, key=lambda b: (abs(b - wanted), b)) for n, c in candidates.items()}
 
         def make(layer: Any, module: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -62,17 +65,6 @@ class BSQ(SearchStrategy):
         for module in self.layers.values():  # the planes are the weight
             module.weight.requires_grad_(False)
         self.count = sum(graph[n].weight_count for n in self.tensors)
-
-    def _affordable(self) -> int:
-        """The widest uniform level within the limits; the narrowest candidate when there is none."""
-        widths = sorted({b for c in self.candidates.values() for b in c.activation})
-        costs = SoftCosts(self.graph, self.limits)
-
-        def fits(bits: int) -> bool:
-            level = {x.name: (torch.tensor(float(bits)), torch.tensor(float(bits))) for x in self.graph.searched}
-            return all(float(ratio) <= 1 + 1e-6 for ratio in costs.ratios(level).values())
-
-        return max((b for b in widths if fits(b)), default=widths[0])
 
     def calibrate(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
         for name, layer in self.layers.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -36,6 +36,15 @@ class SoftCosts:
         """Σ over limits of relu(amount/cap − 1)^power;0 without limits. Relative: one strength fits all [ours]."""
         terms = [torch.relu(ratio - 1) ** power for ratio in self.ratios(widths).values()]
         return torch.stack(terms).sum() if terms else torch.zeros(())
+
+    def affordable(self, widths: Iterable[int]) -> int:
+        """The widest of `widths` that all layers may take together within the limits; the narrowest when none fits."""
+
+        def fits(bits: int) -> bool:
+            level = torch.tensor(float(bits))
+            return all(float(r) <= 1 + 1e-6 for r in self.ratios(dict.fromkeys(self.layers, (level, level))).values())
+
+        return max((b for b in widths if fits(b)), default=min(widths))
 
     def amount(self, limit: str, widths: Widths) -> Tensor:
         """What the searched layers take of a limit."""

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..quantizers import LSQ
 from .batch import distillation_loss, forward, labels_of, task_loss
+from .cpt import CyclicPrecision
+from .gradient_quantizers import GradientQuantization
 from .hooks import Hooks
 
 
@@ -29,7 +31,8 @@ class Finetune(Hooks):
     """Cross-entropy (or the model's own loss), distillation from a teacher, or both.
 
     distill: weight of the distillation loss in [0, 1]; 1 needs no labels.
-    average: an AveragedModel that follows the weights (EMA), or None.
+    average: an AveragedModel that follows the weights (EMA), or None. cyclic, gradients: schedules of cyclic precision
+    and of quantized gradients, or None.
     """
 
     def __init__(
@@ -42,9 +45,12 @@ class Finetune(Hooks):
         teacher: nn.Module | None = None,
         distill: float = 0.0,
         average: Any = None,
+        cyclic: CyclicPrecision | None = None,
+        gradients: GradientQuantization | None = None,
     ) -> None:
         self.lr, self.scale_lr, self.weight_decay, self.smoothing = lr, scale_lr, weight_decay, smoothing
         self.teacher, self.distill, self.average = teacher, distill, average
+        self.cyclic, self.gradients = cyclic, gradients
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         decayed, plain, scales = split_parameters(model)
@@ -53,6 +59,12 @@ class Finetune(Hooks):
             {"name": "biases", "params": plain, "lr": self.lr, "weight_decay": 0.0},
             {"name": "scales", "params": scales, "lr": self.scale_lr, "weight_decay": 0.0},
         ]
+
+    def begin_step(self, model: nn.Module, step: int, total: int) -> None:
+        if self.cyclic is not None:
+            self.cyclic.set(step, total)
+        if self.gradients is not None:
+            self.gradients.set(step)
 
     def losses(self, model: nn.Module, batch: Any, rng: random.Random) -> Iterator[tuple[Tensor, str | None]]:
         yield self.loss(model, batch), None

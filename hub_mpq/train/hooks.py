@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-
 Groups = str | tuple[str, ...] | None
 """Names of the optimizer groups that a loss trains; None: all of them."""
 

@@ -11,7 +11,9 @@ from torch import nn
 
 from ..errors import InvalidArgument
 from .batch import labels_of
+from .cpt import CyclicPrecision
 from .finetune import Finetune
+from .gradient_quantizers import GradientQuantization
 from .loop import TrainLog, fit, make_accelerator
 from .norms import reestimate_batch_norm
 
@@ -31,6 +33,10 @@ def finetune(
     distill: float | None = None,
     ema: float | None = None,
     reestimate_norms: bool = True,
+    cyclic_bits: int | None = None,
+    cycles: int = 8,
+    gradient_bits: int | None = None,
+    gradient_quantizer: str = "sample",
     seed: int = 0,
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int = 500,
@@ -41,6 +47,8 @@ def finetune(
     distill: weight in [0, 1] of the distillation loss from `teacher` (the float model); None: 1 for batches without
     labels, else 0. ema: decay of an average of the weights that replaces them at the end. reestimate_norms:
     re-estimate BatchNorm statistics on up to 32 batches afterwards. lr, scale_lr: of weights, of log scales.
+    cyclic_bits: widths cycle `cycles` times between it and the policy's (CPT). gradient_bits: the backward pass runs
+    on gradients of so many bits, by the "tensor", "sample" or "householder" quantizer (fully quantized training).
     """
     first = next(iter(train), None)
     if first is None:
@@ -60,6 +68,8 @@ def finetune(
 
         model.to(accelerator.device)
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
+    cyclic = None if cyclic_bits is None else CyclicPrecision(model, cyclic_bits, cycles)
+    gradients = None if gradient_bits is None else GradientQuantization(model, gradient_bits, gradient_quantizer, seed)
     hooks = Finetune(
         lr=lr,
         scale_lr=scale_lr,
@@ -68,21 +78,28 @@ def finetune(
         teacher=teacher if distill else None,
         distill=distill,
         average=average,
+        cyclic=cyclic,
+        gradients=gradients,
     )
-    log = fit(
-        model,
-        hooks,
-        train,
-        epochs=epochs,
-        steps=steps,
-        optimizer=optimizer,
-        seed=seed,
-        checkpoint_dir=checkpoint_dir,
-        checkpoint_every=checkpoint_every,
-        resume=resume,
-        label="fine-tune",
-        accelerator=accelerator,
-    )
+    try:
+        log = fit(
+            model,
+            hooks,
+            train,
+            epochs=epochs,
+            steps=steps,
+            optimizer=optimizer,
+            seed=seed,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+            label="fine-tune",
+            accelerator=accelerator,
+        )
+    finally:
+        for schedule in (cyclic, gradients):
+            if schedule is not None:
+                schedule.release()
     if average is not None:
         with torch.no_grad():
             model.load_state_dict(average.module.state_dict())
