@@ -29,7 +29,9 @@ from hub_mpq.spec import Budget
 METHODS = ("uniform", "mixed", "untrained", "random0", "random1", "random2", "reversed")
 
 
-def policy_of(mpq: HubMPQ, task: Task, method: str, level: str, seed: int, options: dict[str, Any]) -> tuple[Policy, float, Any]:
+def policy_of(
+    mpq: HubMPQ, task: Task, method: str, level: str, seed: int, options: dict[str, Any]
+) -> tuple[Policy, float, Any]:
     """(policy, seconds to find it, what the indicators' training says of itself)."""
     budget = task.budget(level)
     if method == "uniform":
@@ -67,8 +69,15 @@ def run(task: Task, method: str, level: str, seed: int, folder: Path, options: d
     items, score = task.measure(mpq)
     usage = {k: float(v) for k, v in mpq.usage().amounts.items()}
     row = {
-        "task": task.name, "level": level, "method": method, "seed": seed, "score": score, "usage": usage,
-        "search_seconds": seconds, "movement": movement, "items": items,
+        "task": task.name,
+        "level": level,
+        "method": method,
+        "seed": seed,
+        "score": score,
+        "usage": usage,
+        "search_seconds": seconds,
+        "movement": movement,
+        "items": items,
         "policy": {k: str(v) for k, v in policy.bits.items()},
     }
     file.with_suffix(".part").write_text(json.dumps(row))
@@ -83,7 +92,9 @@ def bootstrap(task: Task, a: list[Any], b: list[Any], rounds: int = 2000) -> tup
     draws = []
     for _ in range(rounds):
         chosen = generator.integers(first.shape[1], size=first.shape[1])
-        draws.append(np.mean([task.score(x[chosen]) - task.score(y[chosen]) for x, y in zip(first, second, strict=True)]))
+        draws.append(
+            np.mean([task.score(x[chosen]) - task.score(y[chosen]) for x, y in zip(first, second, strict=True)])
+        )
     low, high = np.percentile(draws, [2.5, 97.5])
     return float(low), float(high)
 
@@ -100,16 +111,24 @@ def report(folder: Path) -> None:
             if not found:
                 continue
             pairs = [(mixed[r["seed"]]["items"], r["items"]) for r in found if r["seed"] in mixed]
-            interval = "" if method == "mixed" or not pairs else "{:+.2f} … {:+.2f}".format(
-                *bootstrap(task, [p[0] for p in pairs], [p[1] for p in pairs])
+            interval = (
+                ""
+                if method == "mixed" or not pairs
+                else "{:+.2f} … {:+.2f}".format(*bootstrap(task, [p[0] for p in pairs], [p[1] for p in pairs]))
             )
             scores = [r["score"] for r in found]
-            lines.append([
-                method, f"{np.mean(scores):.2f}", f"{np.std(scores):.2f}", str(len(scores)), interval,
-                f"{np.mean([r['usage']['bitops'] for r in found]) / 1e9:.4f}",
-                f"{np.mean([r['usage']['size'] for r in found]):.0f}",
-                f"{np.mean([r['search_seconds'] for r in found]):.1f}",
-            ])
+            lines.append(
+                [
+                    method,
+                    f"{np.mean(scores):.2f}",
+                    f"{np.std(scores):.2f}",
+                    str(len(scores)),
+                    interval,
+                    f"{np.mean([r['usage']['bitops'] for r in found]) / 1e9:.4f}",
+                    f"{np.mean([r['usage']['size'] for r in found]):.0f}",
+                    f"{np.mean([r['search_seconds'] for r in found]):.1f}",
+                ]
+            )
         print(f"\n### {name} at {level}\n")
         head = ["method", task.unit, "spread", "seeds", "mixed minus this, 95 %", "G BitOps", "bytes", "search s"]
         print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
@@ -119,7 +138,9 @@ def report(folder: Path) -> None:
             for side in moved[0]:
                 change = np.mean([m[side]["median_change"] for m in moved if m[side]])
                 rho = np.mean([m[side]["rank_correlation"] for m in moved if m[side]])
-                print(f"\n{side} scales: median movement {100 * change:.1f} %, rank correlation with the start {rho:.3f}")
+                print(
+                    f"\n{side} scales: median movement {100 * change:.1f} %, rank correlation with the start {rho:.3f}"
+                )
 
 
 def main() -> None:
