@@ -1,0 +1,127 @@
+"""Cards: what is known stands there, what is not is left out."""
+
+import json
+
+import pytest
+import yaml
+from hub_toys import float_bert, timm_toy
+from huggingface_hub import ModelCard
+
+from hub_mpq import HubMPQ
+from hub_mpq.hub.folder import PACKED
+
+pytestmark = pytest.mark.hub
+FIGURES = {
+    "float": {"top1": 76.5, "top5": 93.0, "samples": 800.0},
+    "uniform W4A4": {"top1": 61.25, "samples": 800.0},
+    "quantized": {"top1": 75.125, "top5": 92.5, "samples": 800.0},
+}
+
+
+def card_of(hub, name):
+    return ModelCard(hub.store.content(name)["README.md"].decode())
+
+
+def test_nothing_is_invented(hub, mpq):
+    mpq.push_to_hub("me/toy", token="write-token")
+    card = card_of(hub, "me/toy")
+    data = card.data.to_dict()
+    assert data["library_name"] == "hub-mpq"
+    assert not {"license", "base_model", "base_model_relation", "model-index", "datasets", "pipeline_tag"} & set(data)
+    assert "Measured" not in card.text
+    assert "None" not in card.text
+    assert "top-1" not in card.text
+    assert "module=net" in card.text
+    assert "timm" not in card.text
+    assert "AutoModel" not in card.text
+    assert "policy.png" in card.text
+    assert ".eval_results/hub-mpq.yaml" not in hub.store.content("me/toy")
+
+
+def test_what_was_measured_stands_in_every_form(hub):
+    mpq = timm_toy()
+    mpq.metrics = FIGURES
+    mpq.push_to_hub(
+        "me/timm", token="write-token", dataset="org/images", eval_task="default", trained_on="org/training-images"
+    )
+    there = hub.store.content("me/timm")
+    card = card_of(hub, "me/timm")
+    assert card.data.base_model == "timm/test_resnet.r160_in1k"
+    assert card.data.base_model_relation == "quantized"
+    assert card.data.license == "apache-2.0"
+    assert card.data.pipeline_tag == "image-classification"
+    assert card.data.datasets == ["org/training-images"]
+    results = {r.metric_name: (r.metric_value, r.dataset_type) for r in card.data.eval_results}
+    assert results == {"top-1 (%)": (75.125, "org/images"), "top-5 (%)": (92.5, "org/images")}
+    entry = yaml.safe_load(there[".eval_results/hub-mpq.yaml"])
+    assert entry[0]["dataset"] == {"id": "org/images", "task_id": "default"}
+    assert entry[0]["value"] == 75.125
+    rows = {line.split("|")[1].strip(): line.split("|") for line in card.text.splitlines() if line.startswith("|")}
+    assert rows["float"][4].strip() == "76.5"
+    assert rows["uniform W4A4"][4].strip() == "61.25"
+    assert rows["uniform W4A4"][5].strip() == "", "top-5 was not measured there"
+    assert rows["mixed precision (this repo)"][3].strip() == f"{len(there[PACKED]) / 1e3:.3f} KB"
+    assert "800 samples" in card.text
+    assert "was not measured by itself" in card.text
+    assert 'create_model("hf-hub:me/timm"' in card.text
+    mpq.metrics = {**FIGURES, "float copy": {"top1": 76.0, "samples": 800.0}}
+    mpq.push_to_hub("me/timm", token="write-token", float_copy=False, base_model="timm/other", license="cc0-1.0")
+    card = card_of(hub, "me/timm")
+    assert (card.data.base_model, card.data.license) == ("timm/other", "cc0-1.0")
+    assert "create_model" not in card.text
+    assert "does not load" in card.text
+    assert set(there) - set(hub.store.content("me/timm")) == {"model.safetensors", ".eval_results/hub-mpq.yaml"}
+
+
+def test_the_base_models_card_and_tokenizer_are_carried_over(hub, tmp_path):
+    hub.store.make("base/bert", files=float_bert(tmp_path / "float"))
+    mpq = HubMPQ.from_pretrained("base/bert")
+    assert mpq.graph.revision == hub.store.repos["base/bert"].refs["main"]
+    mpq.apply_policy("W4A8").push_to_hub("me/bert", token="write-token", float_copy=False)
+    card = card_of(hub, "me/bert")
+    assert card.data.base_model == "base/bert"
+    assert card.data.license == "mit"
+    assert card.data.pipeline_tag == "feature-extraction"
+    assert f"base/bert at {mpq.graph.revision}" in card.text
+    there = hub.store.content("me/bert")
+    assert there["tokenizer.json"] == b"{}"
+    assert "training_args.bin" not in there
+    assert "BertModel.from_pretrained" in card.text
+    fresh = HubMPQ.from_pretrained("me/bert")
+    assert hub.count("GET", "me/bert/resolve")
+    assert (fresh.policy, fresh.graph.model_id) == (mpq.policy, "base/bert")
+
+
+def test_paths_of_the_authors_disk_and_markdown_of_others_stay_out(hub, tmp_path, net, x):
+    float_bert(tmp_path / "my-bert")
+    HubMPQ.from_pretrained(tmp_path / "my-bert").apply_policy("W8A8").push_to_hub("me/local", token="write-token")
+    card = card_of(hub, "me/local")
+    assert str(tmp_path) not in card.content
+    assert "my-bert" in card.text
+    assert card.data.license == "mit"
+    mpq = HubMPQ.from_module(net, x[:1], model_id="a `b` | <script>{{ 1 }}").apply_policy("W4A8", [x])
+    mpq.push_to_hub("me/odd", token="write-token")
+    assert "<script>" not in card_of(hub, "me/odd").text
+    assert "{{ 1 }}" in card_of(hub, "me/odd").text, "names are text, never a template"
+
+
+def test_how_it_was_made_is_what_was_recorded(hub, net, x, train):
+    mpq = HubMPQ.from_module(net, x[:1], model_id="toy")
+    mpq.quantize(bitops="W4A4", train=train, steps=0, epochs=0, indicator_options={"steps": 2})
+    mpq.push_to_hub("me/made", token="write-token")
+    text = card_of(hub, "me/made").text
+    search = mpq._manifest(mpq.policy).provenance["search"]
+    assert f"| search: status | {search['status']} |" in text
+    assert f"| search: gap | {search['gap']:.6g} |" in text
+    assert f"| search: strategy | {search['strategy']} |" in text
+    assert "| indicators: steps | 2 |" in text
+    assert "indicators=indicators" in text
+
+
+def test_without_matplotlib_the_picture_is_left_out(hub, mpq, monkeypatch):
+    monkeypatch.setattr("hub_mpq.plot.find_spec", lambda name: None)
+    mpq.push_to_hub("me/toy", token="write-token")
+    assert "policy.png" not in hub.store.content("me/toy")
+    assert "policy.png" not in card_of(hub, "me/toy").text
+    config = json.loads(hub.store.content("me/toy")["config.json"])
+    assert config["quantization_config"]["quant_method"] == "mpq"
