@@ -33,6 +33,7 @@ from .search.datafree import synthetic_batch
 from .search.joint import first_batch, train_indicators
 from .search.policy_search import pareto_front, search_policy, usage_of
 from .search.scores import default_alpha, limpq_scores
+from .search.train_scores import StrategyScores, train_scores
 from .spec import Budget, Candidates, Indicators, LayerBits, LayerGraph, Policy, SearchResult, Usage
 from .train.batch import forward, labels_of, to_device
 from .train.evaluate import evaluate
@@ -50,7 +51,8 @@ class HubMPQ(nn.Module):
     """A timm or Hugging Face model (or any network) and, once searched for, its policy.
 
     `model`: the network that runs: float until a policy is applied, then quantized. `graph`: its layers.
-    `policy`, `indicators`, `result`: None until there are any. `metrics`: {"float" | "quantized": figures}.
+    `policy`, `indicators`, `learned` (scores of another
+    strategy than LIMPQ), `result`: None until there are any. `metrics`: {"float" | "quantized": figures}.
     """
 
     def __init__(self, source: Source, *, fixed: Pins | None = None) -> None:
@@ -60,6 +62,7 @@ class HubMPQ(nn.Module):
         self.graph: LayerGraph = source.graph.with_fixed(fixed or {})
         self.policy: Policy | None = None
         self.indicators: Indicators | None = None
+        self.learned: StrategyScores | None = None
         self.result: SearchResult | None = None
         self.metrics: dict[str, dict[str, float]] = {}
         self.seconds: dict[str, float] = {}
@@ -157,8 +160,35 @@ class HubMPQ(nn.Module):
             norms = norm_of(model, self.source.example)
         resolved = resolve_candidates(self.graph, candidates)
         self.indicators = train_indicators(model, self.graph, norms, train, resolved, **options)
-        self.seconds["indicators"] = time.perf_counter() - began
+        self.learned, self.seconds["indicators"] = None, time.perf_counter() - began
         return self.indicators
+
+    def train_scores(
+        self,
+        train: Iterable[Any],
+        *,
+        strategy: str,
+        candidates: CandidatesLike = None,
+        fixed: Pins | None = None,
+        budget: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> StrategyScores:
+        """Scores of a strategy of the registry ("dq", "ebs", "seam", "bsq", "gradient", "hessian", "mse", "kl", or one
+        of your own, "file.py:name"); later searches use them until indicators are trained.
+
+        budget: what a strategy with a penalty aims at, as in `search`. Options as in hub_mpq.search.train_scores:
+        strategy_options, epochs, steps, share, lr, seed, checkpoint_dir, resume, …
+        """
+        self._pin(fixed)
+        model = self.float_model
+        with torch.no_grad():
+            norms = norm_of(model, self.source.example)
+        aim = Budget(**budget) if budget else None
+        resolved = resolve_candidates(self.graph, candidates)
+        options |= {"strategy": strategy, "budget": aim, "base_bytes": self.base_bytes()}
+        self.learned = train_scores(model, self.graph, norms, train, resolved, **options)
+        self.seconds[strategy] = self.learned.provenance["seconds"]
+        return self.learned
 
     def search(
         self,
@@ -179,7 +209,12 @@ class HubMPQ(nn.Module):
         scores, used = self.scores(alpha, candidates)
         base = self.base_bytes()
         result = search_policy(
-            self.graph, scores, wanted, base_bytes=base, time_limit=time_limit, details={"alpha": used}
+            self.graph,
+            scores,
+            wanted,
+            base_bytes=base,
+            time_limit=time_limit,
+            **({"details": {"alpha": used}} if self.learned is None else self.learned.search_options),
         )
         self.seconds["search"] = result.seconds
         return result
@@ -196,7 +231,11 @@ class HubMPQ(nn.Module):
         """Best policies along one limit, other limits kept (all as in `search`)."""
         scores, _ = self.scores(alpha, candidates)
         others = Budget(**budget) if budget else None
-        return pareto_front(self.graph, scores, limit=limit, points=points, base_bytes=self.base_bytes(), others=others)
+        settings = {} if self.learned is None else {**self.learned.search_options}
+        settings.pop("details", None)
+        return pareto_front(
+            self.graph, scores, limit=limit, points=points, base_bytes=self.base_bytes(), others=others, **settings
+        )
 
     def apply_policy(
         self,
@@ -253,6 +292,8 @@ class HubMPQ(nn.Module):
         val: Iterable[Any] | None = None,
         epochs: float = 1,
         steps: int | None = None,
+        strategy: str = "limpq",
+        strategy_options: Mapping[str, Any] | None = None,
         indicators: Indicators | None = None,
         indicator_options: Mapping[str, Any] | None = None,
         alpha: float | None = None,
@@ -270,17 +311,28 @@ class HubMPQ(nn.Module):
         Budget as in `search`. train: batches to train on; without any, stored indicators or a data-free calibration
         serve, with one warning. epochs, steps: length of fine-tuning (epochs=0: calibration only).
         indicator_options, finetune_options: as in train_indicators and finetune. checkpoint_dir, resume: go on after
-        an interruption.
+        an interruption. strategy, strategy_options: another search than LIMPQ's, which `indicator_options` then times;
+        one that infers widths (DQ, BSQ) needs no budget.
         """
-        Budget(**budget)  # a nonsense budget must not cost a training first
+        if budget or strategy == "limpq":
+            Budget(**budget)  # a nonsense budget must not cost a training first
         self._pin(fixed)
         if val is not None and "float" not in self.metrics and labels_of(first_batch(val)) is not None:
             self.metrics["float"] = evaluate(self.float_model, val)
-        self._ensure_indicators(train, indicators, candidates, indicator_options, seed, checkpoint_dir, resume)
-        result = self.search(alpha=alpha, candidates=candidates, **budget)
+        if strategy == "limpq":
+            self.learned = None
+            self._ensure_indicators(train, indicators, candidates, indicator_options, seed, checkpoint_dir, resume)
+        else:
+            chosen = {"seed": seed, "resume": resume, "strategy_options": strategy_options, **(indicator_options or {})}
+            if checkpoint_dir:
+                chosen.setdefault("checkpoint_dir", Path(checkpoint_dir) / "search")
+            data = [synthetic_batch(self.float_model, self.source.example, seed)] if train is None else train
+            self.train_scores(data, strategy=strategy, candidates=candidates, budget=budget, **chosen)
+        result = self.search(alpha=alpha, candidates=candidates, **budget) if budget else None
+        policy = result.policy if result else self.learned.inferred_policy(self.graph)  # type: ignore[union-attr]
         tuned = train is not None and (epochs > 0 if steps is None else steps > 0)
         # fine-tuning starts from the float BatchNorm (LIMPQ) and re-estimates at its end
-        self.apply_policy(result.policy, train, per_channel=per_channel, reestimate_norms=not tuned)
+        self.apply_policy(policy, train, per_channel=per_channel, reestimate_norms=not tuned)
         self.result = result
         self._tell_transformers()
         if train is not None and tuned:
@@ -388,7 +440,12 @@ class HubMPQ(nn.Module):
             self.graph = self.graph.with_fixed(fixed)
 
     def scores(self, alpha: float | None = None, candidates: CandidatesLike = None) -> tuple[Any, float]:
-        """({searched layer: {widths: score, smaller is better}}, α) from the indicators; arguments as in `search`."""
+        """({searched layer: {widths: score}}, α) from the indicators, smaller is better; arguments as in `search`.
+
+        Of another strategy's scores (`learned`): α is 0, and `learned.sense` tells which way is better.
+        """
+        if self.learned is not None:
+            return self.learned.within(None if candidates is None else resolve_candidates(self.graph, candidates)), 0.0
         if self.indicators is None:
             raise HubMPQError("there are no indicators yet; call train_indicators first, or quantize")
         if candidates is None:

@@ -30,8 +30,8 @@ class DQSearch(SearchStrategy):
     largest layer) or "sum". Without them, the budget searched for is the constraint. Search needs no budget: the
     inferred widths are a policy. start: width to start from; None: the widest level within the constraint, so that a
     short run spends its steps on the trade between layers and not on the way there [ours].
-    Scores [ours]: noise falls as 4^−b, and at the learned width its slope equals that of the constraint, so a layer
-    of learned (real) width β costs m·4^(β−b) at width b, with m its marginal cost on the constraint.
+    Scores [ours]: noise falls as 4^−b, and the noise that a layer has at its learned (real) width β is taken to hurt as
+    much as any other layer's at its own: 4^(β−b) at width b.
     """
 
     optimizer = "sgd"
@@ -154,31 +154,16 @@ class DQSearch(SearchStrategy):
             )
         return found
 
+    @torch.no_grad()
     def scores(self, model: nn.Module) -> Scores:
-        real: dict[str, tuple[Tensor, Tensor | None]] = {
-            n: (w.detach().requires_grad_(True), a if a is None else a.detach().requires_grad_(True))
-            for n, (w, a) in self.widths(real=True).items()
+        learned = self.widths(real=True)
+        weight = {n: {b: 4.0 ** (float(w) - b) for b in self.candidates[n].weight} for n, (w, _) in learned.items()}
+        activation = {
+            n: {b: 4.0 ** (float(a) - b) for b in self.candidates[n].activation}
+            for n, (_, a) in learned.items()
+            if a is not None
         }
-        ratios = self.costs.ratios(real)
-        if ratios:
-            torch.stack(list(ratios.values())).sum().backward()
-
-        def rows(index: int) -> dict[str, dict[int, float]]:
-            leaves = {n: pair[index] for n, pair in real.items() if pair[index] is not None}
-            # a part that no constraint reads gets the mean of the others, so that it is not free to give away
-            slopes = {n: float(x.grad) if x.grad is not None else 0.0 for n, x in leaves.items()}  # type: ignore[union-attr]
-            known = [s for s in slopes.values() if s > 0]
-            mean = sum(known) / len(known) if known else 1.0
-            kind = "activation" if index else "weight"
-            return {
-                n: {
-                    b: (slopes[n] or mean) * 4.0 ** (float(x.detach()) - b)  # type: ignore[union-attr]
-                    for b in getattr(self.candidates[n], kind)
-                }
-                for n, x in leaves.items()
-            }
-
-        return additive(self.graph, rows(0), rows(1))
+        return additive(self.graph, weight, activation)
 
     def details(self, model: nn.Module) -> dict[str, Any]:
         with torch.no_grad():

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import InvalidArgument
-from ..spec import Budget, Candidates, LayerBits, LayerGraph, Policy
+from ..spec import FLOAT_BITS, Budget, Candidates, LayerBits, LayerGraph, Policy
 from ..train.batch import labels_of, to_device
 from ..train.finetune import Finetune
 from ..train.loop import fit, make_accelerator
@@ -34,6 +34,29 @@ class StrategyScores:
     seed: int = 0
     inferred: Mapping[str, LayerBits] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def search_options(self) -> dict[str, Any]:
+        """What `search_policy` should know beside the scores."""
+        details = {"strategy": self.provenance}
+        return {"sense": self.sense, "strategy": self.strategy, "seed": self.seed, "details": details}
+
+    def within(self, candidates: Mapping[str, Candidates] | None) -> Scores:
+        """The scores of some candidates only; InvalidArgument when a layer has none of them."""
+        if candidates is None:
+            return self.scores
+        out = {
+            name: {
+                b: s
+                for b, s in row.items()
+                if b.weight in candidates[name].weight and b.activation in (*candidates[name].activation, FLOAT_BITS)
+            }
+            for name, row in self.scores.items()
+            if name in candidates
+        }
+        if empty := [name for name, row in out.items() if not row]:
+            raise InvalidArgument(f"layer {empty[0]!r} has no score at these candidates; search with them")
+        return out
 
     def inferred_policy(self, graph: LayerGraph) -> Policy:
         """The policy without a budget; InvalidArgument for a strategy that needs one."""
