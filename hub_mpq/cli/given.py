@@ -29,3 +29,19 @@ def data_options(values: dict[str, Any]) -> dict[str, Any]:
 def settings_of(values: dict[str, Any]) -> dict[str, Any]:
     """What must be the same when a run goes on."""
     return {name: value for name, value in values.items() if name not in _NO_SETTINGS}
+
+
+def search_of(strategy: str, options: list[str] | None, epochs: float, steps: int | None) -> dict[str, Any]:
+    """What `HubMPQ.quantize` is told of a strategy; InvalidArgument for an unknown name or option, before any work."""
+    if strategy == "limpq" and not options:
+        return {}
+    from ..search.strategy import build_strategy
+    from .options import model_args_of
+
+    chosen = model_args_of(options, "--strategy-option")
+    build_strategy(strategy, chosen)
+    return {
+        "strategy": strategy,
+        "strategy_options": chosen,
+        "indicator_options": {"epochs": epochs, "steps": steps},
+    }

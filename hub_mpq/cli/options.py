@@ -38,6 +38,8 @@ ActivationMemory = Annotated[Text, typer.Option(help='Bytes of all quantized inp
 ActivationPeak = Annotated[Text, typer.Option(help='Bytes of the largest quantized input ("50KB") or "A4".')]
 CandidateBits = Annotated[Text, typer.Option("--candidates", help="Widths to choose from, such as 2,3,4,5,6.")]
 Alpha = Annotated[Number, typer.Option(help="Weight of the weight indicators; balanced when left out.")]
+Strategy = Annotated[str, typer.Option(help="limpq, dq, ebs, seam, bsq, gradient, hessian, mse, kl, or FILE.py:NAME.")]
+StrategyOption = Annotated[list[str] | None, typer.Option("--strategy-option", help="KEY=VALUE for the strategy.")]
 Indicators = Annotated[File, typer.Option(help="Indicators trained before.")]
 
 Data = Annotated[Path, typer.Option(help="Folder of class folders of images, or of images without labels.")]
@@ -109,13 +111,13 @@ def input_size_of(text: str | None) -> tuple[int, int, int] | None:
     return (3, *sides) if len(sides) == 2 else tuple(sides)  # type: ignore[return-value]
 
 
-def model_args_of(items: list[str] | None) -> dict[str, Any]:
-    """["num_classes=10"] → {"num_classes": 10}; values are JSON, else text."""
+def model_args_of(items: list[str] | None, option: str = "--model-arg") -> dict[str, Any]:
+    """["num_classes=10"] → {"num_classes": 10}; values are JSON, else text. `option` is named in errors."""
     out: dict[str, Any] = {}
     for item in items or ():
         key, equals, value = item.partition("=")
         if not equals or not key.isidentifier():
-            raise InvalidArgument(f"--model-arg: {item!r} is not KEY=VALUE")
+            raise InvalidArgument(f"{option}: {item!r} is not KEY=VALUE")
         try:
             out[key] = json.loads(value)
         except ValueError:

@@ -26,6 +26,8 @@ def quantize(
     activation_peak: o.ActivationPeak = None,
     candidates: o.CandidateBits = None,
     alpha: o.Alpha = None,
+    strategy: o.Strategy = "limpq",
+    strategy_option: o.StrategyOption = None,
     indicators: o.Indicators = None,
     indicator_epochs: Annotated[float, typer.Option(min=0, help="Length of the indicators' training.")] = 1,
     indicator_steps: Annotated[o.Count, typer.Option(min=0, help="The same in steps.")] = None,
@@ -61,6 +63,7 @@ def quantize(
         activation_memory=activation_memory,
         activation_peak=activation_peak,
     )
+    search = given.search_of(strategy, strategy_option, indicator_epochs, indicator_steps)
     check_folder(output, overwrite)
     given.check_plot(plot)
     widths = o.candidates_of(candidates)
@@ -76,9 +79,10 @@ def quantize(
     tuning = {key: value for key, value in (("lr", lr), ("distill", distill)) if value is not None}
     with Run(output, settings, resume=resume) as run:
         stored = run.folder / "indicators.safetensors"
-        if mpq.indicators is None and stored.is_file():
+        learns = strategy == "limpq" and mpq.indicators is None
+        if learns and stored.is_file():
             mpq.indicators = read_indicators(stored)
-        if mpq.indicators is None and train is not None:
+        if learns and mpq.indicators is None and train is not None:
             learned = mpq.train_indicators(
                 train,
                 candidates=widths,
@@ -100,6 +104,7 @@ def quantize(
             checkpoint_dir=run.folder,
             resume=run.resume,
             finetune_options=tuning,
+            **search,
             **budget,
         )
         saved = mpq.save_pretrained(output)

@@ -22,7 +22,7 @@ class SearchStrategy(Hooks):
     """Base of all strategies. Its constructor takes the options a user may give, by keyword.
 
     The driver (`train_scores`) sets `loss`, `limits` and `seed`, then calls, in this order, `loader`, `attach`,
-    `calibrate`, the hooks of the training loop, `scores`.
+    `calibrate`, the hooks of the training loop, `read_out`, `scores`.
 
     trains: False for scorers that are done after `calibrate`. batches: how many batches `calibrate` gets.
     sense: "min" when a smaller score is better. optimizer, lr, scale_lr, weight_decay: of the training.
@@ -67,7 +67,7 @@ class SearchStrategy(Hooks):
         return [{**g, "params": [p for p in g["params"] if id(p) not in taken]} for g in groups] + own
 
     def read_out(self, model: nn.Module, batches: Sequence[Any]) -> None:
-        """Training is over: take measurements that `scores` needs. batches: those that `calibrate` got."""
+        """Training is over: what has to be measured before `scores`, on the batches that `calibrate` had."""
 
     def scores(self, model: nn.Module) -> Scores:
         """{searched layer: {widths: score}}."""
