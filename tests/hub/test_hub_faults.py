@@ -9,7 +9,7 @@ from server import Fault
 
 from hub_mpq import HubMPQ
 from hub_mpq.errors import HubMPQError
-from hub_mpq.hub.folder import PACKED
+from hub_mpq.hub.folder import INDICATORS, PACKED
 from hub_mpq.hub.publish import publish
 from hub_mpq.hub.pull import pull
 
@@ -156,6 +156,16 @@ def test_a_download_that_never_ends_leaves_a_clean_cache(hub, versions, mpq, net
     assert not list(hub.cache.rglob(PACKED))
     hub.faults.clear()
     assert torch.equal(HubMPQ.from_pretrained(NAME, module=net)(x), mpq(x))
+
+
+def test_what_belongs_to_the_weights_comes_before_them(hub, mpq, net, x):
+    mpq.train_indicators([x], steps=0)
+    mpq.push_to_hub("me/more", token="write-token")
+    hub.faults.append(Fault("GET", INDICATORS, times=ALWAYS, cut=10))
+    with pytest.raises(HubMPQError, match="can't be fetched"):
+        HubMPQ.from_pretrained("me/more", module=net)
+    hub.faults.clear()
+    assert HubMPQ.from_pretrained("me/more", module=net).indicators == mpq.indicators
 
 
 def test_pull_into_a_folder_is_whole_or_not_there(hub, versions, tmp_path):
