@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..adapters.base import Source
-from ..errors import InvalidArgument, PackedFormat, PolicyMismatch
+from ..errors import HubMPQError, InvalidArgument, PackedFormat, PolicyMismatch
 from ..nn.swap import quantized_layers, swap_policy
 from ..pack import Manifest, PackedTensor, read_manifest, read_packed
 from ..quantizers import LSQ
-from .folder import PACKED, QUANTIZER_KEYS
+from .folder import CONFIG, PACKED, QUANTIZER_KEYS
 
 
 def load_folder(folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any]) -> tuple[Source, Manifest]:
@@ -33,6 +33,9 @@ def load_folder(folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any
             f"{folder} holds a network that no hub can build; pass it: from_pretrained(…, module=net)"
         )
     if module is None:
+        if manifest.library == "transformers":
+            kwargs = {"trust_remote_code": False, **kwargs}  # else an unknown model_type asks the user to run its code
+        _check_config(folder, manifest, kwargs)
         source = adapters.load(str(folder), pretrained=False, library=manifest.library, **kwargs)
     else:
         net = copy.deepcopy(module)
@@ -40,6 +43,19 @@ def load_folder(folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any
     load_packed(folder / PACKED, source.model)
     source.model.eval()
     return replace(source, graph=manifest.graph, model_id=manifest.base_model, revision=manifest.revision), manifest
+
+
+def _check_config(folder: Path, manifest: Manifest, kwargs: Mapping[str, Any]) -> None:
+    """PackedFormat when config.json builds a much larger model than the packed file holds, before memory is taken."""
+    try:
+        skeleton = adapters.load(str(folder), pretrained=False, library=manifest.library, meta=True, **kwargs).model
+    except HubMPQError:
+        return  # whatever is wrong, building it says so too
+    built = sum(t.numel() * t.element_size() for t in skeleton.state_dict().values())
+    others = min(manifest.graph.other_bytes, (folder / PACKED).stat().st_size)
+    held = others + 4 * sum(layer.weight_count for layer in manifest.graph)
+    if built > 2 * held + 2**20:
+        raise PackedFormat(folder / CONFIG, f"builds a model of {built} bytes, its packed file holds one of {held}")
 
 
 def load_packed(path: str | os.PathLike[str], skeleton: nn.Module) -> Manifest:

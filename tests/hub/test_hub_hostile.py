@@ -2,10 +2,12 @@
 
 import json
 import pickle
+import time
 import tracemalloc
 
 import pytest
 import torch
+from hub_toys import IDS, float_bert
 from server import Fault
 
 from hub_mpq import HubMPQ
@@ -140,28 +142,35 @@ def test_answers_that_are_too_long_or_no_part_are_not_taken(hub, good):
         remote_manifest(NAME)
 
 
-def test_remote_code_is_not_run(hub, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        vocab_size=16,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=8,
-    )
-    transformers.BertModel(config).save_pretrained(tmp_path / "float")
+@pytest.fixture
+def bert(tmp_path):
+    """(packed BERT, {name: bytes} of its folder)."""
+    float_bert(tmp_path / "float")
     mpq = HubMPQ.from_pretrained(tmp_path / "float").apply_policy("W4A8")
     mpq.save_pretrained(tmp_path / "packed")
-    files = {p.name: p.read_bytes() for p in (tmp_path / "packed").iterdir()}
+    return mpq, {p.name: p.read_bytes() for p in (tmp_path / "packed").iterdir()}
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": 10**11}, {"intermediate_size": 10**12}, {"hidden_size": 10**6}])
+def test_a_config_that_would_take_all_memory_is_refused(hub, bert, change):
+    files = bert[1]
+    config = json.dumps({**json.loads(files[CONFIG]), **change})
+    hub.store.make(NAME, files={**files, CONFIG: config.encode()})
+    began = time.perf_counter()
+    with pytest.raises(PackedFormat, match="builds a model of"):
+        HubMPQ.from_pretrained(NAME)
+    assert time.perf_counter() - began < 30
+
+
+def test_remote_code_is_not_run(hub, bert, tmp_path):
+    mpq, files = bert
     tree = json.loads(files[CONFIG])
     code = f"open({str(tmp_path / 'exploded')!r}, 'w')".encode()
     auto = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}
     for kind in ("bert", "evil"):
         bad = json.dumps({**tree, "model_type": kind, "auto_map": auto, "custom_pipelines": {"x": {"impl": "evil.X"}}})
         hub.store.make(f"me/{kind}", files={**files, CONFIG: bad.encode(), "evil.py": code})
-    x = torch.arange(8).reshape(1, 8)
-    assert torch.equal(HubMPQ.from_pretrained("me/bert")(x).last_hidden_state, mpq(x).last_hidden_state)
+    assert torch.equal(HubMPQ.from_pretrained("me/bert")(IDS)[0], mpq(IDS)[0])
     with pytest.raises(HubMPQError):
         HubMPQ.from_pretrained("me/evil")
     assert not hub.count("GET", ".py")
