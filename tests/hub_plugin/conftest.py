@@ -8,7 +8,7 @@ import pytest
 from plugin_toys import Packed, pack
 
 
-@pytest.fixture(scope="session", params=["bert", "gpt2", "vit", "mixtral", "llama"])
+@pytest.fixture(scope="session", params=["bert", "gpt2", "vit", "mixtral", "llama", "t5"])
 def packed(request: Any, tmp_path_factory: Any) -> Packed:
     return pack(tmp_path_factory.mktemp(request.param), request.param)
 

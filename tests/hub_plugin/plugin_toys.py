@@ -23,7 +23,7 @@ def _pixels() -> dict[str, torch.Tensor]:
 
 
 def build(kind: str, **changes: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-    """(a float model with random weights, one input) of: bert, gpt2, vit, mixtral, llama."""
+    """(a float model with random weights, one input) of a kind named in the table."""
     import transformers as t
 
     ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
@@ -34,6 +34,11 @@ def build(kind: str, **changes: Any) -> tuple[Any, dict[str, torch.Tensor]]:
         "gpt2": (t.GPT2LMHeadModel, t.GPT2Config, {**gpt2, **ends}),
         "vit": (t.ViTForImageClassification, t.ViTConfig, {**SMALL, "image_size": 32, "patch_size": 8}),
         "llama": (t.LlamaForCausalLM, t.LlamaConfig, {**SMALL, **TEXT, **ends, "tie_word_embeddings": True}),
+        "t5": (
+            t.T5ForConditionalGeneration,
+            t.T5Config,
+            {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 50, **ends},
+        ),
         "mixtral": (
             t.MixtralForCausalLM,
             t.MixtralConfig,
@@ -44,6 +49,8 @@ def build(kind: str, **changes: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = cls(config(**{**values, **changes})).eval()
+    if kind == "t5":
+        return model, {**IDS, "decoder_input_ids": IDS["input_ids"].flip(1)}
     return model, _pixels() if kind == "vit" else IDS
 
 

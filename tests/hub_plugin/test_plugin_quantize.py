@@ -36,6 +36,7 @@ def test_a_policy_with_calibration_batches(bert):
     assert by_dict.policy == want.policy
 
 
+@pytest.mark.filterwarnings("ignore:no calibration")
 def test_a_budget_is_met_from_a_sharded_float_checkpoint(tmp_path):
     model, _ = build("bert")
     model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
@@ -126,6 +127,8 @@ def test_qat_with_the_ordinary_trainer(tmp_path):
     assert not torch.equal(model.bert.encoder.layer[0].output.dense.weight_quantizer.shift, scale), "scales train too"
     run.save_model(str(tmp_path / "saved"))
     assert not (tmp_path / "saved" / "model.safetensors").exists()
+    with pytest.raises(ValueError, match="valid checkpoint"):  # packed weights are no state to go on from
+        run.train(resume_from_checkpoint=str(tmp_path / "saved"))
     case.inputs = IDS
     back = case.cls.from_pretrained(tmp_path / "saved")
     assert torch.equal(case.logits(back), case.logits(model.eval()))

@@ -32,7 +32,7 @@ assert waiting[0] not in sys.meta_path, "the finder stayed"
     assert "packed" in python(script + CHECK, bert.folder)
 
 
-def test_transformers_first(bert):
+def test_transformers_first():
     script = """
 import sys
 import transformers.quantizers.auto as auto
@@ -41,8 +41,9 @@ import hub_mpq
 assert "mpq" in auto.AUTO_QUANTIZER_MAPPING
 from hub_mpq.hub.register import install
 assert not [f for f in sys.meta_path if type(f).__name__ == "_AfterImport"]
+print("known")
 """
-    assert "packed" in python(script + CHECK, bert.folder)
+    assert "known" in python(script)
 
 
 def test_the_config_class_may_be_the_first_thing_imported():
