@@ -24,6 +24,8 @@ from .table import Floats
 
 MAX_PAIRS = 100_000_000
 """Pairs looked at in one window; above it the core goes to SCIP."""
+FEW_PAIRS = 1_000_000
+"""So many are looked at however far they lie from the bound: good policies early, for nothing."""
 
 Accept = Callable[[NDArray[np.intp]], bool]
 
@@ -63,8 +65,8 @@ def search(core: Core, dual: Dual, accept: Accept, deadline: float, above: float
             last = window >= widest
             left, right = list_halves(core, dual, window + dual.slop, work)
             sizes = left.state.shape[1], right.state.shape[1]
-            # pairs a little outside the window are not all there, but give good policies early
-            reach = math.inf if last or sizes[0] * sizes[1] <= 1_000_000 else 1.5 * window
+            # pairs outside the window are not all listed, but those that are give good policies early
+            reach = math.inf if last or sizes[0] * sizes[1] <= FEW_PAIRS else 1.5 * window
             _join(core, dual, left, right, accept, work, out, reach)
             out.proved = min(window, out.above)
             if out.above <= window or last:

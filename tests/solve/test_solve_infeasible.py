@@ -58,6 +58,17 @@ def test_each_reachable_alone_but_not_together(engine, monkeypatch):
         assert caught.value.least == {"a": 0, "b": 0}
 
 
+@pytest.mark.parametrize("engine", ["listing", "scip"])
+def test_only_the_search_can_tell(engine, monkeypatch):
+    """Sums of 3 and 5 never make 7: neither a single layer nor linear programming sees it."""
+    if engine == "scip":
+        monkeypatch.setattr("hub_mpq.solve.halves.MAX_STATES", 0)
+    table = {"sense": "min", "layers": layers(*[[(0, 10), (3, 7), (5, 5)]] * 3), "limits": {"a": 7, "b": 23}}
+    with pytest.raises(InfeasibleBudget, match="not together"):
+        solve_table(table)
+    assert solve_table({**table, "limits": {"a": 8, "b": 22}}).usage == {"a": 8, "b": 22}
+
+
 @pytest.mark.parametrize("short", [0.9, 0.999, 1.0])
 def test_many_layers_that_clash(short):
     """The two costs of a choice add up to 1000: below 1000 a layer in all, the prices alone prove it impossible."""

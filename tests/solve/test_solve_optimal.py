@@ -58,6 +58,22 @@ def test_a_dozen_layers(seed):
     check_tight(random_table(1000 + seed, layers=(8, 12), choices=(2, 5), kind="small" if seed % 2 else "coarse"))
 
 
+def test_pairs_far_outside_the_window_are_not_needed(monkeypatch):
+    monkeypatch.setattr("hub_mpq.solve.meet.FEW_PAIRS", 0)
+    for seed in range(6000, 6040):
+        check_tight(random_table(seed, layers=(3, 6), kind="plain"))
+    # both limits met by one policy only, the one of the worst scores
+    layers = {
+        f"l{i}": {
+            "x": {"score": 9.0, "cost": {"a": 1, "b": 1}},
+            "y": {"score": i, "cost": {"a": 0, "b": 2}},
+            "z": {"score": i / 2, "cost": {"a": 2, "b": 0}},
+        }
+        for i in range(3)
+    }
+    assert check({"sense": "min", "layers": layers, "limits": {"a": 3, "b": 3}, "ties": []}) is not None
+
+
 @pytest.mark.parametrize("block", range(4))
 def test_small_tables_by_scip(block, monkeypatch):
     monkeypatch.setattr("hub_mpq.solve.halves.MAX_STATES", 0)

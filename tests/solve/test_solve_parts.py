@@ -10,9 +10,10 @@ from solve_oracle import optimum, random_table
 
 from hub_mpq.solve.halves import Half, Work, list_halves
 from hub_mpq.solve.incumbent import repair
-from hub_mpq.solve.lagrangian import solve_dual
+from hub_mpq.solve.lagrangian import Dual, solve_dual
+from hub_mpq.solve.meet import Progress, _join
 from hub_mpq.solve.pairs import Pairs
-from hub_mpq.solve.reduce import reduce
+from hub_mpq.solve.reduce import Core, reduce
 from hub_mpq.solve.table import parse
 
 
@@ -125,6 +126,24 @@ def test_pairs_miss_none_that_fits(m, free):
         found = [(i, j) for ia, ib in pairs.chunks() for i, j in zip(ia, ib, strict=True)]
         assert fits <= set(found)
         assert len(found) == len(set(found)) == pairs.count
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_join_finds_the_best_pair(seed):
+    """Against all pairs: two halves long enough to be halved several times."""
+    rng = np.random.default_rng(seed)
+    left, right = (Half(np.vstack([rng.random(n), rng.integers(-99, 99, (2, n))])) for n in (150, 700))
+    prices, spare = rng.uniform(0.05, 0.3, 2), rng.integers(-99, 99, 2).astype(float)
+    none = np.zeros(1, dtype=np.intp)
+    core = Core(np.zeros((1, 1)), np.zeros((2, 1, 1)), spare, none, none[None], none, 0.0, exact=True)
+    dual = Dual(prices, 0.0, none, np.zeros((1, 1)), 0.0)
+    slack = spare[:, None, None] - left.state[1:, :, None] - right.state[1:, None, :]
+    total = left.state[0][:, None] + right.state[0] + np.tensordot(prices, slack, 1)
+    best = total[(slack >= 0).all(0)].min()
+    for reach in (math.inf, best * (1 + 1e-9)):
+        out = Progress()
+        _join(core, dual, left, right, lambda choice: True, Work(math.inf), out, reach)
+        assert out.above == pytest.approx(best, rel=1e-12)
 
 
 def test_repair_meets_the_limits():

@@ -114,6 +114,9 @@ def test_ties_of_one_and_ties_that_touch():
     assert solve_table(table).choices == {"a": "8", "b": "8", "c": "4"}
     table["ties"] = [["a", "b"], ["b", "c"]]
     assert solve_table(table).choices == {"a": "4", "b": "4", "c": "4"}
+    layers["d"] = layers["b"]
+    table["ties"] = [["a", "b"], ["c", "d"], ["b", "c"]]
+    assert solve_table(table).choices == {"a": "4", "b": "4", "c": "4", "d": "4"}
 
 
 @pytest.mark.parametrize(
