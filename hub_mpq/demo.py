@@ -117,6 +117,15 @@ def run(output: str | Path = "hub-mpq-demo", *, seed: int = 0, say: Callable[[st
     check_plot(output / PICTURE)
     if output.exists() and not (output.is_dir() and {p.name for p in output.iterdir()} <= {"model", PICTURE, FIGURES}):
         raise HubMPQError(f"{output} exists and is not of an earlier demo; name another folder with --output")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # layers this small are not faster on more, and the figures do not depend on how many
+    try:
+        return _run(output, seed, say)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(output: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
     began = time.perf_counter()
     demo = Demo(seed, say)
     mpq, rows = demo.mpq, [demo.float_row()]
