@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 import time
 import tracemalloc
 
@@ -14,6 +15,7 @@ from hub_mpq import HubMPQ
 from hub_mpq.errors import HubMPQError, PackedFormat
 from hub_mpq.hub.folder import CONFIG, INDICATORS, PACKED
 from hub_mpq.hub.pull import pull, remote_manifest
+from hub_mpq.pack import parse_manifest
 
 pytestmark = pytest.mark.hub
 NAME = "me/lies"
@@ -130,6 +132,31 @@ def test_every_flipped_bit_of_a_published_header_shows(hub, good):
         repo.refs["main"] = repo.add(files)
         with pytest.raises(PackedFormat):
             remote_manifest(NAME)
+
+
+def test_mutated_first_bytes_are_refused_within_their_own_memory(good):
+    """What a range request may bring: 3,000 edits, cuts and false lengths, none of them read as a manifest."""
+    raw, rng = good[PACKED], random.Random(5)
+    first = raw[: 8 + int.from_bytes(raw[:8], "little")]
+    tracemalloc.start()
+    for _ in range(3000):
+        bad = bytearray(first)
+        for _ in range(rng.randint(1, 3)):
+            at, what = rng.randrange(len(bad)), rng.randrange(4)
+            if what == 0:
+                bad[at] ^= 1 << rng.randrange(8)
+            elif what == 1:
+                bad[:8] = rng.getrandbits(rng.choice([10, 20, 40, 64])).to_bytes(8, "little")
+            elif what == 2:
+                del bad[max(at, 1) :]
+            else:
+                bad[at : at + 8] = rng.randbytes(8)
+        if bytes(bad) != first:
+            with pytest.raises(PackedFormat):
+                parse_manifest(bytes(bad), "published")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30 * len(first)
 
 
 def test_answers_that_are_too_long_or_no_part_are_not_taken(hub, good):
