@@ -21,7 +21,19 @@ from .soft import SoftCosts
 from .strategy import SearchStrategy, additive, register_strategy
 
 NETWORK = ("weights", "biases", "scales")
+TIE = 1e-3
 RMS = 0.1  # well below the loop's clipping at 1
+
+
+def falling(values: Sequence[float]) -> list[float]:
+    """The nearest sequence that never rises (isotonic regression by pooling neighbours)."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        pools.append((value, 1))
+        while len(pools) > 1 and pools[-1][0] > pools[-2][0]:
+            (b, n), (a, m) = pools.pop(), pools.pop()
+            pools.append(((a * m + b * n) / (m + n), m + n))
+    return [value for value, count in pools for _ in range(count)]
 
 
 @register_strategy("ebs")
@@ -35,7 +47,9 @@ class EBS(SearchStrategy):
 
     [ours] Strengths learn by SGD on a gradient whose size is normalised over all layers together: Adam moves every
     strength alike in a short run, which hides which layer cares. Scores: −log p without the push of the hinge: the ILP
-    holds the budget itself, and a hinge that was active all along would send every layer to its least width.
+    holds the budget itself, and a hinge that was active all along would send every layer to its least width. Without
+    that push a wider width cannot be worse for the task: what contradicts it is noise, and is pooled (isotonic);
+    1e-3·4^−b decides where strengths say nothing, so that no budget is left unused.
     """
 
     optimizer = "sgd"
@@ -153,7 +167,8 @@ class EBS(SearchStrategy):
         """−log softmax(strengths) of both widths."""
 
         def row(m: Mixture) -> dict[int, float]:
-            return dict(zip(m.widths, (-torch.log_softmax(m.strengths.double(), 0)).tolist(), strict=True))
+            scores = falling((-torch.log_softmax(m.strengths.double(), 0)).tolist())
+            return {b: s + TIE * 4.0**-b for b, s in zip(m.widths, scores, strict=True)}
 
         weight = {n: row(m.weight_quantizer) for n, m in self.layers.items()}
         activation = {n: row(m.input_quantizer) for n, m in self.layers.items() if m.input_quantizer is not None}
