@@ -144,7 +144,7 @@ def plot_pareto(
 
 
 def plot_indicators(indicators: Indicators, path: str | Path, *, title: str | None = None) -> None:
-    """Learned scales per layer, one line a width, on a log axis: weights above, activations below."""
+    """What each layer and width was found to be worth, one line a width, on a log axis: weights above, inputs below."""
     names = list(indicators.weight)
     if not names:
         raise InvalidArgument("the indicators name no layer")
@@ -155,12 +155,12 @@ def plot_indicators(indicators: Indicators, path: str | Path, *, title: str | No
     for i, shown in enumerate(rows):
         for axes, which in zip(panels[2 * i : 2 * i + 2], ("weight", "activation"), strict=True):
             _scales(axes, getattr(indicators, which), shown)
-            axes.set_ylabel(f"{which} scale", fontsize=8)
+            axes.set_ylabel(f"{which} indicator", fontsize=8)
             _name_layers(axes, shown if which == "activation" else [""] * len(shown), across)
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False, fontsize=8
     )
-    figure.suptitle(title or "indicators: the larger the scale, the more bits a layer needs", fontsize=11)
+    figure.suptitle(title or "indicators: the larger, the more a layer needs its bits", fontsize=11)
     _save(figure, path)
 
 
@@ -176,6 +176,8 @@ def _scales(axes: Axes, table: Mapping[str, Mapping[int, float]], names: Sequenc
         xs, ys = [p[0] for p in points], [p[1] for p in points]
         axes.plot(xs, ys, marker="o", markersize=3.5, linewidth=0.9, color=colour, label=f"{bits} bits")
     axes.set_yscale("log")
+    top = max((v for row in table.values() for v in row.values()), default=1.0)
+    axes.set_ylim(bottom=max(axes.get_ylim()[0], top * 1e-9))  # layers that the loss does not feel run out below
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.yaxis.set_minor_formatter(NullFormatter())

@@ -13,6 +13,7 @@ from ..quantizers import LSQ
 from ..train.batch import forward, labels_of, logits_of, size_of, task_loss
 
 Rows = dict[str, dict[int, float]]
+LEAST = 1e-30
 
 
 @contextmanager
@@ -26,7 +27,7 @@ def at(quantizer: LSQ, bits: int) -> Iterator[None]:
 
 
 def loss_growth(
-    layers: Mapping[str, nn.Module], model: nn.Module, batches: Sequence[Any], loss: Callable[[Any], Tensor]
+    layers: Mapping[str, Any], model: nn.Module, batches: Sequence[Any], loss: Callable[[Any], Tensor]
 ) -> tuple[Rows, Rows]:
     """({layer: {bits: growth}} of its weight, the same of its input), means over samples, in the loss's own unit up to
     a factor of one half.
@@ -72,7 +73,11 @@ def loss_growth(
         model.zero_grad(set_to_none=True)
         for handle in handles:
             handle.remove()
-    return weight, activation
+    # a branch that the loss does not feel (its norm starts at zero) has the least growth that can be stored, not none
+    floored = [
+        {n: {b: max(v, LEAST) for b, v in row.items()} for n, row in rows.items()} for rows in (weight, activation)
+    ]
+    return floored[0], floored[1]
 
 
 def probe_loss(model: nn.Module, batch: Any, seed: int = 0) -> Tensor:
