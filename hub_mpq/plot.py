@@ -177,8 +177,9 @@ def _scales(axes: Axes, table: Mapping[str, Mapping[int, float]], names: Sequenc
         axes.plot(xs, ys, marker="o", markersize=3.5, linewidth=0.9, color=colour, label=f"{bits} bits")
     axes.set_yscale("log")
     top = max((v for row in table.values() for v in row.values()), default=1.0)
-    axes.set_ylim(bottom=max(axes.get_ylim()[0], top * 1e-9))  # layers that the loss does not feel run out below
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    low = max(axes.get_ylim()[0], top * 1e-9)
+    axes.set_ylim(bottom=low)  # layers that the loss does not feel run out below
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if top < 1000 * low else (1.0,), numticks=20))
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="y", which="both", color="0.9", linewidth=0.5)
