@@ -320,3 +320,12 @@ def test_unknown_names_options_and_data_are_refused(net, train):
         mpq.train_scores([], strategy="mse")
     with pytest.raises(InvalidArgument, match="registered already"):
         registry.register_strategy("mse")(type("Other", (registry.SearchStrategy,), {}))
+
+
+def test_the_example_of_a_strategy_of_ones_own_runs_and_is_short(capsys):
+    import runpy
+
+    file = Path(__file__).parents[2] / "examples" / "new_strategy.py"
+    assert len(file.read_text().splitlines()) < 60
+    runpy.run_path(str(file), run_name="__main__")
+    assert "W3A3" in capsys.readouterr().out
