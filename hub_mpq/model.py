@@ -187,7 +187,7 @@ class HubMPQ(nn.Module):
         resolved = resolve_candidates(self.graph, candidates)
         options |= {"strategy": strategy, "budget": aim, "base_bytes": self.base_bytes()}
         self.learned = train_scores(model, self.graph, norms, train, resolved, **options)
-        self.seconds[strategy] = self.learned.provenance["seconds"]
+        self.seconds[self.learned.strategy] = self.learned.provenance["seconds"]
         return self.learned
 
     def search(
