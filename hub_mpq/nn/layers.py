@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..quantizers import Quantizer
-
 
 def _operands(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Input and weight on their grids, the weight in the input's dtype."""
@@ -21,8 +19,8 @@ def _operands(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 class QuantConv2d(nn.Conv2d):
     """2-d convolution, x [N, C, H, W]. `same_padding`: TensorFlow's SAME, as timm's Conv2dSame computes it."""
 
-    weight_quantizer: Quantizer
-    input_quantizer: Quantizer | None
+    weight_quantizer: Any
+    input_quantizer: Any
     same_padding: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,8 +39,8 @@ class QuantConv2d(nn.Conv2d):
 class QuantLinear(nn.Linear):
     """x [..., in] to [..., out]."""
 
-    weight_quantizer: Quantizer
-    input_quantizer: Quantizer | None
+    weight_quantizer: Any
+    input_quantizer: Any
 
     def forward(self, x: Tensor) -> Tensor:
         x, weight = _operands(self, x)
@@ -55,8 +53,8 @@ class QuantConv1D(nn.Module):
     weight: Tensor
     bias: Tensor
     nf: int
-    weight_quantizer: Quantizer
-    input_quantizer: Quantizer | None
+    weight_quantizer: Any
+    input_quantizer: Any
 
     def forward(self, x: Tensor) -> Tensor:
         x, weight = _operands(self, x)
@@ -66,8 +64,8 @@ class QuantConv1D(nn.Module):
 class QuantEmbedding(nn.Embedding):
     """Rows of a quantized table: weight-only, indices have no width."""
 
-    weight_quantizer: Quantizer
-    input_quantizer: Quantizer | None
+    weight_quantizer: Any
+    input_quantizer: Any
 
     def forward(self, input: Tensor) -> Tensor:
         table = self.weight_quantizer(self.weight)

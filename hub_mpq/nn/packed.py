@@ -79,14 +79,14 @@ class PackedLayer(nn.Module):
         return f"{self.kind} {list(self.shape)}, {self.bits}"
 
 
-class PackedConv2d(PackedLayer, nn.Conv2d):
+class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[override]
     """x [N, C, H, W]."""
 
     same_padding: bool = False
     forward = QuantConv2d.forward
 
 
-class PackedLinear(PackedLayer, nn.Linear):
+class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override]
     """x [..., in] to [..., out]."""
 
     forward = QuantLinear.forward
@@ -99,7 +99,7 @@ class PackedConv1D(PackedLayer):
     forward = QuantConv1D.forward
 
 
-class PackedEmbedding(PackedLayer, nn.Embedding):
+class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override]
     """Unpacks only the rows it is asked for."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -134,8 +134,8 @@ def packed_layer(
     """The packed form of `module`: everything of it but its weight, and `parts` as buffers.
 
     parts: what a packed file holds of the layer, by the last part of the names, as a state dict has it. dtype: what
-    the model computes in; `.to(…)` changes it. owner: the layer whose weight this one reads. Raises UnsupportedLayer unless the module's
-    exact type has a packed form.
+    the model computes in; `.to(…)` changes it. owner: the layer whose weight this one reads. Raises UnsupportedLayer
+    unless the module's exact type has a packed form.
     """
     kind = layer_kind(module)
     if kind is None or kind != layer.kind:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -80,8 +81,8 @@ def swap_policy(model: nn.Module, graph: LayerGraph, policy: Policy, *, per_chan
     )
 
 
-def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, layer) of every layer that carries quantizers, in module order."""
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, layer) of every layer that carries quantizers, in module order: one of the classes of `layers`."""
     kinds = tuple(QUANTIZED.values())
     for name, module in model.named_modules():
         if isinstance(module, kinds):

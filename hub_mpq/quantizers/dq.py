@@ -83,6 +83,10 @@ class DQ(nn.Module):
     bounds: least and greatest width, which `project` keeps [ours].
     """
 
+    step: Tensor
+    range: Tensor
+    bits: Tensor
+
     def __init__(
         self,
         *,

@@ -79,7 +79,7 @@ class LIMPQ(SearchStrategy):
             per_channel=self.indicator == "loss",
             log=self.log,
         )
-        self.layers: dict[str, nn.Module] = {n: m for n, m in quantized_layers(model) if n in searched}
+        self.layers: dict[str, Any] = {n: m for n, m in quantized_layers(model) if n in searched}
         self.widths = sorted({b for c in candidates.values() for b in (*c.weight, *c.activation)})
         self.norms, self.graph, self.candidates = dict(norms), graph, candidates
         self.passes = len(self.widths) * self.uniform + 1

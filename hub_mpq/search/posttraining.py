@@ -56,7 +56,7 @@ class PostTraining(SearchStrategy):
         """Fill the rows. All quantizers are off; `at` turns one on."""
         raise NotImplementedError
 
-    def quantizers(self) -> Iterator[tuple[str, Rows, LSQ, nn.Module]]:
+    def quantizers(self) -> Iterator[tuple[str, Rows, Any, Any]]:
         """(layer name, row to fill, quantizer, layer) of every operand that has a width to choose."""
         for name, module in self.layers.items():
             yield name, self.weight, module.weight_quantizer, module

@@ -66,7 +66,7 @@ def labels_of_data(data: Any) -> list[int]:
         found = getattr(data, name, None)
         if found is not None and not callable(found) and len(found) == len(data):
             return [int(y) for y in found]
-    tensors = getattr(data, "tensors", ())
+    tensors: Any = getattr(data, "tensors", ())
     if len(tensors) > 1:
         return [int(y) for y in tensors[1]]
     labels = []

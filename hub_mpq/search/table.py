@@ -45,9 +45,9 @@ class Problem:
 
     def _infeasible(self, least: Mapping[str, float]) -> InfeasibleBudget:
         limits = self.table["limits"]
-        told = [{name: self._told(name, amounts[name]) for name in limits} for amounts in (limits, least)]
+        caps, reach = ({name: self._told(name, amounts[name]) for name in limits} for amounts in (limits, least))
         binding = [name for name, cap in limits.items() if cap < least[name]]
-        return InfeasibleBudget(*told, binding, at_least=["compression"])
+        return InfeasibleBudget(caps, reach, binding, at_least=["compression"])
 
     def _told(self, name: str, amount: float) -> float:
         """An amount of the searched layers, as the budget has it: whole model, mean bits, or ratio."""

@@ -19,7 +19,9 @@ from .hooks import Hooks
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """(weights that decay, biases and norms, scales of quantizers) that require a gradient."""
     scale_ids = {id(m.shift) for m in model.modules() if isinstance(m, LSQ)}
-    decayed, plain, scales = [], [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    scales: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             home = scales if id(parameter) in scale_ids else decayed if parameter.dim() > 1 else plain

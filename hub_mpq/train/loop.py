@@ -25,7 +25,7 @@ CLIP_VALUE = 1.0  # LIMPQ's authors clip every gradient element
 
 @dataclass
 class TrainLog:
-    """What a training did: optimizer steps, samples, wall seconds, median seconds of a step, mean loss of each epoch."""
+    """What a training did: optimizer steps, samples, wall seconds, median seconds a step, mean loss of each epoch."""
 
     steps: int = 0
     samples: int = 0

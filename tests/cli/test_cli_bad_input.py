@@ -70,9 +70,9 @@ def test_quantize_refuses(run, here, folder, more, words):
 
 def test_a_bad_budget_costs_no_model_and_no_training(run, here, folder, monkeypatch):
     import hub_mpq.cli.models
-    import hub_mpq.model
+    import hub_mpq.model.searching
 
-    monkeypatch.setattr(hub_mpq.model, "train_indicators", None)
+    monkeypatch.setattr(hub_mpq.model.searching, "train_indicators", None)
     refused(run(*quantize("--data", folder, "--bitops", "1K")), "least reachable")
     monkeypatch.setattr(hub_mpq.cli.models, "load", None)
     refused(run(*quantize("--bitops", "34")), "no unit")

@@ -1,0 +1,262 @@
+"""HubMPQ: a hub model together with its mixed-precision policy."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .. import adapters
+from ..errors import HubMPQError, InvalidArgument
+from ..hub.export import export
+from ..hub.folder import read_folder_indicators, save_folder
+from ..hub.load import load_folder
+from ..hub.publish import publish
+from ..hub.pull import packed_folder
+from ..hub.remote import check_repo_id
+from ..nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs
+from ..nn.swap import swap_policy
+from ..search.candidates import CandidatesLike
+from ..search.datafree import synthetic_batch
+from ..search.joint import first_batch
+from ..spec import Budget, Indicators, LayerBits, Policy
+from ..train.batch import forward, labels_of, to_device
+from ..train.evaluate import evaluate
+from ..train.loop import TrainLog
+from ..train.norms import reestimate_batch_norm
+from ..train.tune import finetune
+from .held import Pins
+from .searching import Searching
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+
+class HubMPQ(Searching):
+    """A timm or Hugging Face model (or any network) and, once searched for, its policy.
+
+    `model`: the network that runs: float until a policy is applied, then quantized. `graph`: its layers.
+    `policy`, `indicators`, `learned` (scores of another strategy than LIMPQ), `result`: None until there are any.
+    `metrics`: {"float" | "quantized": figures}. `seconds`: {stage: wall time}.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_id: str | Path,
+        *,
+        module: nn.Module | None = None,
+        fixed: Pins | None = None,
+        exclude: Iterable[str] = (),
+        pretrained: bool = True,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **kwargs: Any,
+    ) -> HubMPQ:
+        """A timm name, a Hugging Face id, "hf-hub:…", a local folder, or what save_pretrained or push_to_hub wrote.
+
+        Of a published packed model only its config, packed weights, indicators and preprocessing are fetched; pinned
+        to a commit (revision=) that is in the cache, nothing is asked of the network.
+
+        module: the network itself, for a packed model that no hub can build. fixed: {name or pattern:
+        "W8A8" or None} changes which layers keep their widths. exclude: patterns of layers to leave float.
+        pretrained, checkpoint_path and other keywords go to timm or transformers.
+        """
+        where = {"revision": revision, "token": token, "local_files_only": local_files_only}
+        folder = packed_folder(model_id, **where) if pretrained else None  # type: ignore[arg-type]
+        if folder is not None:
+            return cls._of_folder(folder, module, kwargs)
+        kwargs |= {key: value for key, value in where.items() if value}
+        source = adapters.load(str(model_id), pretrained=pretrained, exclude=exclude, **kwargs)
+        out = cls(source, fixed=fixed)
+        if Path(model_id).is_dir():
+            out.indicators = read_folder_indicators(model_id)
+        return out
+
+    @classmethod
+    def from_module(
+        cls,
+        net: nn.Module,
+        example_input: Any,
+        *,
+        model_id: str | None = None,
+        fixed: Pins | None = None,
+        exclude: Iterable[str] = (),
+    ) -> HubMPQ:
+        """Any network; `example_input` is one batch as it takes it. The network itself stays float."""
+        return cls(adapters.from_module(net, example_input, model_id=model_id, exclude=exclude), fixed=fixed)
+
+    @classmethod
+    def _of_folder(cls, folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any]) -> HubMPQ:
+        source, manifest = load_folder(folder, module, kwargs)
+        out = cls(source)
+        out.policy, out._float = manifest.policy, ()
+        out.indicators = read_folder_indicators(folder)
+        out.metrics = {k: dict(v) for k, v in manifest.provenance.get("metrics", {}).items()}
+        out._tell_transformers()
+        return out
+
+    def apply_policy(
+        self,
+        policy: Policy | LayerBits | str,
+        calibration: Iterable[Any] | None = None,
+        *,
+        batches: int = 4,
+        per_channel: bool = True,
+        reestimate_norms: bool = True,
+    ) -> HubMPQ:
+        """Quantize a copy of the float model at a policy, scales of least squared error on a few batches.
+
+        policy: a Policy, or a level ("W4A4") for all searched layers. calibration None: synthetic inputs.
+        per_channel: one weight scale per output channel, else per tensor. reestimate_norms: re-estimate BatchNorm
+        statistics too, on up to 16 batches of `calibration`.
+        """
+        if not isinstance(policy, Policy):
+            policy = Policy.uniform(self.graph, policy)
+        model = copy.deepcopy(self.float_model)
+        swap_policy(model, self.graph, policy, per_channel=per_channel)
+        device = next(model.parameters()).device
+        data = [synthetic_batch(self.float_model, self.source.example)] if calibration is None else calibration
+        taken = [to_device(batch, device) for batch, _ in zip(data, range(batches), strict=False)]
+        if not taken:
+            raise InvalidArgument("the calibration data are empty")
+        calibrate_weights(model, mse=True)
+        calibrate_inputs(model, sample_inputs(model, taken, forward), mse=True)
+        if calibration is not None and reestimate_norms:
+            reestimate_batch_norm(model, calibration, limit=16)
+        self.model, self.policy = model.eval(), policy
+        self.metrics.pop("quantized", None)
+        self._tell_transformers()
+        return self
+
+    def finetune(self, train: Iterable[Any], **options: Any) -> TrainLog:
+        """Train the quantized model in place. Options as in hub_mpq.train.tune.finetune."""
+        if self.policy is None:
+            raise HubMPQError("there is no policy yet; call quantize or apply_policy first")
+        teacher = self._float[0] if self._float else None
+        log = finetune(self.model, train, teacher=teacher, **options)
+        self.seconds["finetune"] = log.seconds
+        return log
+
+    def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
+        """Top-1 / top-5, loss / perplexity, or fidelity to the float model when there are no labels."""
+        figures = evaluate(self.model, loader, reference=self._float[0] if self._float else None)
+        self.metrics["quantized" if self.policy is not None else "float"] = figures
+        return figures
+
+    def quantize(
+        self,
+        *,
+        train: Iterable[Any] | None = None,
+        val: Iterable[Any] | None = None,
+        epochs: float = 1,
+        steps: int | None = None,
+        strategy: str = "limpq",
+        strategy_options: Mapping[str, Any] | None = None,
+        indicators: Indicators | None = None,
+        indicator_options: Mapping[str, Any] | None = None,
+        alpha: float | None = None,
+        candidates: CandidatesLike = None,
+        fixed: Pins | None = None,
+        per_channel: bool = True,
+        seed: int = 0,
+        checkpoint_dir: str | Path | None = None,
+        resume: bool = False,
+        finetune_options: Mapping[str, Any] | None = None,
+        **budget: Any,
+    ) -> HubMPQ:
+        """Indicators → policy → quantizers in → fine-tuned, in one call; returns self.
+
+        Budget as in `search`. train: batches to train on; without any, stored indicators or a data-free calibration
+        serve, with one warning. epochs, steps: length of fine-tuning (epochs=0: calibration only).
+        indicator_options, finetune_options: as in train_indicators and finetune. checkpoint_dir, resume: go on after
+        an interruption. strategy, strategy_options: another search than LIMPQ's, which `indicator_options` then times;
+        one that infers widths (DQ, BSQ) needs no budget.
+        """
+        if budget or strategy == "limpq":
+            Budget(**budget)  # a nonsense budget must not cost a training first
+        self._pin(fixed)
+        if val is not None and "float" not in self.metrics and labels_of(first_batch(val)) is not None:
+            self.metrics["float"] = evaluate(self.float_model, val)
+        if strategy == "limpq":
+            self.learned = None
+            self._ensure_indicators(train, indicators, candidates, indicator_options, seed, checkpoint_dir, resume)
+        else:
+            chosen = {"seed": seed, "resume": resume, "strategy_options": strategy_options, **(indicator_options or {})}
+            if checkpoint_dir:
+                chosen.setdefault("checkpoint_dir", Path(checkpoint_dir) / "search")
+            data = [synthetic_batch(self.float_model, self.source.example, seed)] if train is None else train
+            self.train_scores(data, strategy=strategy, candidates=candidates, budget=budget, **chosen)
+        result = self.search(alpha=alpha, candidates=candidates, **budget) if budget else None
+        policy = result.policy if result else self.learned.inferred_policy(self.graph)  # type: ignore[union-attr]
+        tuned = train is not None and (epochs > 0 if steps is None else steps > 0)
+        # fine-tuning starts from the float BatchNorm (LIMPQ) and re-estimates at its end
+        self.apply_policy(policy, train, per_channel=per_channel, reestimate_norms=not tuned)
+        self.result = result
+        self._tell_transformers()
+        if train is not None and tuned:
+            folder = Path(checkpoint_dir) / "finetune" if checkpoint_dir else None
+            options = {"epochs": epochs, "steps": steps, "seed": seed, "checkpoint_dir": folder, "resume": resume}
+            self.finetune(train, **{**options, **(finetune_options or {})})
+        if val is not None:
+            self.evaluate(val)
+        return self
+
+    def save_pretrained(self, folder: str | Path) -> int:
+        """Write config.json, packed weights and indicators atomically into a folder; returns the packed bytes."""
+        if self.policy is None:
+            raise HubMPQError("there is no policy yet; call quantize or apply_policy before saving")
+        return save_folder(folder, self.model, self._manifest(self.policy), self.source.config, self.indicators)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        float_copy: bool | None = None,
+        token: str | bool | None = None,
+        **card: str | None,
+    ) -> CommitInfo:
+        """Publish the quantized model as "owner/name" in one commit; all arguments as in hub_mpq.hub.publish.publish.
+
+        float_copy: dequantized weights too, that plain timm or transformers load (None: for their models, yes).
+        card: license, base_model, dataset, eval_task, trained_on, message.
+        """
+        check_repo_id(repo_id)
+        with tempfile.TemporaryDirectory(prefix="hub-mpq-") as folder:
+            self.save_pretrained(folder)
+            return publish(
+                folder,
+                repo_id,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                float_copy=float_copy,
+                token=token,
+                model=self.model,
+                **card,
+            )
+
+    def export(self, folder: str | Path, format: str) -> int:
+        """Write the quantized model for other programs: format "compressed-tensors" or "onnx"; returns the bytes.
+
+        Formats, and what each refuses, are described in hub_mpq.hub.export.
+        """
+        if self.policy is None:
+            raise HubMPQError("there is no policy yet; call quantize or apply_policy before exporting")
+        source = self.source
+        return export(folder, format, self.model, self._manifest(self.policy), source.config, source.example)
+
+    def _tell_transformers(self) -> None:
+        """So that `mpq.model.save_pretrained` writes the packed format and transformers' Trainer trains `mpq.model`."""
+        if self.source.library == "transformers" and self.policy is not None:
+            from ..hub.plugin import prepare
+
+            prepare(self.model, self._manifest(self.policy))

@@ -1,0 +1,168 @@
+"""From a model to policies: indicators, scores, one budget or a front."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..adapters.trace import norm_of
+from ..errors import HubMPQError
+from ..search.candidates import CandidatesLike, resolve_candidates
+from ..search.datafree import synthetic_batch
+from ..search.joint import first_batch, train_indicators
+from ..search.policy_search import pareto_front, search_policy
+from ..search.scores import default_alpha, limpq_scores
+from ..search.train_scores import StrategyScores, train_scores
+from ..spec import Budget, Candidates, Indicators, SearchResult
+from .held import Held, Pins
+
+
+class Searching(Held):
+    """The steps that leave the model as it is."""
+
+    def train_indicators(
+        self, train: Iterable[Any], *, candidates: CandidatesLike = None, fixed: Pins | None = None, **options: Any
+    ) -> Indicators:
+        """Learn every layer's importance at every candidate width; serves every later budget.
+
+        train: batches (inputs, labels), dicts with labels, or inputs alone (then by distillation). Options as in
+        hub_mpq.search.joint.train_indicators: epochs, steps, share, preset, lr, scale_lr, freeze_weights, seed,
+        checkpoint_dir, resume, …
+        """
+        self._pin(fixed)
+        model = self.float_model
+        began = time.perf_counter()
+        with torch.no_grad():
+            norms = norm_of(model, self.source.example)
+        resolved = resolve_candidates(self.graph, candidates)
+        self.indicators = train_indicators(model, self.graph, norms, train, resolved, **options)
+        self.learned, self.seconds["indicators"] = None, time.perf_counter() - began
+        return self.indicators
+
+    def train_scores(
+        self,
+        train: Iterable[Any],
+        *,
+        strategy: str,
+        candidates: CandidatesLike = None,
+        fixed: Pins | None = None,
+        budget: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> StrategyScores:
+        """Scores of a strategy of the registry ("dq", "ebs", "seam", "bsq", "gradient", "hessian", "mse", "kl", or one
+        of your own, "file.py:name"); later searches use them until indicators are trained.
+
+        budget: what a strategy with a penalty aims at, as in `search`. Options as in hub_mpq.search.train_scores:
+        strategy_options, epochs, steps, share, lr, seed, checkpoint_dir, resume, …
+        """
+        self._pin(fixed)
+        model = self.float_model
+        with torch.no_grad():
+            norms = norm_of(model, self.source.example)
+        aim = Budget(**budget) if budget else None
+        resolved = resolve_candidates(self.graph, candidates)
+        options |= {"strategy": strategy, "budget": aim, "base_bytes": self.base_bytes()}
+        self.learned = train_scores(model, self.graph, norms, train, resolved, **options)
+        self.seconds[self.learned.strategy] = self.learned.provenance["seconds"]
+        return self.learned
+
+    def scores(self, alpha: float | None = None, candidates: CandidatesLike = None) -> tuple[Any, float]:
+        """({searched layer: {widths: score}}, α) from the indicators, smaller is better; arguments as in `search`.
+
+        Of another strategy's scores (`learned`): α is 0, and `learned.sense` tells which way is better.
+        """
+        if self.learned is not None:
+            return self.learned.within(None if candidates is None else resolve_candidates(self.graph, candidates)), 0.0
+        if self.indicators is None:
+            raise HubMPQError("there are no indicators yet; call train_indicators first, or quantize")
+        if candidates is None:
+            resolved = {
+                x.name: Candidates(
+                    tuple(self.indicators.weight.get(x.name, (2,))), tuple(self.indicators.activation.get(x.name, (2,)))
+                )
+                for x in self.graph.searched
+            }
+        else:
+            resolved = resolve_candidates(self.graph, candidates)
+        used = default_alpha(self.indicators) if alpha is None else alpha
+        return limpq_scores(self.indicators, self.graph, resolved, used), used
+
+    def search(
+        self,
+        *,
+        alpha: float | None = None,
+        candidates: CandidatesLike = None,
+        fixed: Pins | None = None,
+        time_limit: float | None = None,
+        **budget: Any,
+    ) -> SearchResult:
+        """The best policy within a budget (bitops=, size=, compression=, weight_bits=, activation_memory=, costs=).
+
+        Does not change the model. alpha: weight of weight indicators; None balances the sums. Raises
+        InfeasibleBudget with the least reachable value of each limit.
+        """
+        wanted = Budget(**budget)
+        self._pin(fixed)
+        scores, used = self.scores(alpha, candidates)
+        base = self.base_bytes()
+        result = search_policy(
+            self.graph,
+            scores,
+            wanted,
+            base_bytes=base,
+            time_limit=time_limit,
+            **({"details": {"alpha": used}} if self.learned is None else self.learned.search_options),
+        )
+        self.seconds["search"] = result.seconds
+        return result
+
+    def pareto(
+        self,
+        limit: str = "bitops",
+        points: int = 20,
+        *,
+        alpha: float | None = None,
+        candidates: CandidatesLike = None,
+        **budget: Any,
+    ) -> list[SearchResult]:
+        """Best policies along one limit, other limits kept (all as in `search`)."""
+        scores, _ = self.scores(alpha, candidates)
+        others = Budget(**budget) if budget else None
+        settings = {} if self.learned is None else {**self.learned.search_options}
+        settings.pop("details", None)
+        return pareto_front(
+            self.graph, scores, limit=limit, points=points, base_bytes=self.base_bytes(), others=others, **settings
+        )
+
+    def _ensure_indicators(
+        self,
+        train: Any,
+        given: Indicators | None,
+        candidates: CandidatesLike,
+        options: Mapping[str, Any] | None,
+        seed: int,
+        checkpoint_dir: str | Path | None,
+        resume: bool,
+    ) -> None:
+        if given is not None:
+            self.indicators = given
+        if self.indicators is not None:
+            return
+        chosen = {"seed": seed, "resume": resume, **(options or {})}
+        if checkpoint_dir:
+            chosen.setdefault("checkpoint_dir", Path(checkpoint_dir) / "indicators")
+        if train is None:
+            warnings.warn(
+                "no data and no stored indicators: calibrating on synthetic inputs, with scales that were not trained; "
+                "pass train= for a policy that was learned",
+                stacklevel=3,
+            )
+            train, chosen = [synthetic_batch(self.float_model, self.source.example, seed)], {"steps": 0, "seed": seed}
+        else:
+            first_batch(train)
+        self.train_indicators(train, candidates=candidates, **chosen)
