@@ -111,9 +111,8 @@ def main() -> None:
     with torch.no_grad():
         equal = torch.equal(again(batch), mpq(batch))
     print(table(["model", "top-1", "BitOps", "bytes", "seconds"], rows))
-    print(
-        f"indicators: {args.indicator_steps} steps, {mpq.seconds['indicators']:.1f} s; {indicators.provenance['movement']}"
-    )
+    print(f"indicators: {args.indicator_steps} steps, {mpq.seconds['indicators']:.1f} s")
+    print(f"scales moved: {indicators.provenance['movement']}")
     print(f"search: {result.seconds * 1000:.1f} ms, {result.status}, gap {result.gap}")
     print(f"reloaded logits equal: {equal}")
     low, middle, high = joint_over_float(mpq, [batch for batch, _ in zip(train, range(6), strict=False)])

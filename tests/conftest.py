@@ -11,6 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# the workers of pytest-xdist share the cores: one thread each, here and in the processes that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 

@@ -25,7 +25,7 @@ def cache_root() -> Path:
 
 
 class Images(Dataset):
-    """Bytes [N, H, W, C] or [N, H, W] with labels; normalised and, for training, shifted and mirrored a batch at a time.
+    """Bytes [N, H, W, C] or [N, H, W] with labels; normalised and, for training, shifted and mirrored by the batch.
 
     `pad`: largest shift in pixels; `mirror`: left-right flips, each with a chance of one half. The draw depends on
     (seed, the batch's indices), never on global random state.

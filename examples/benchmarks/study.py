@@ -3,10 +3,11 @@
     python examples/benchmarks/study.py --task resnet20 --level W3A3 --seeds 3
     python examples/benchmarks/study.py --report
 
-Every row starts from the same float weights and gets the same steps and schedule. What each test item gave is kept in
-the cache folder ($HUB_MPQ_CACHE), so that a stopped study goes on where it was and the report can bootstrap over items.
-Methods: uniform; mixed (learned indicators); untrained (the same ILP on the initial scales); random0 … random2 (widths at
-random, BitOps or mean bits within 1 % of the budget); reversed (score tables exchanged between layers of opposite rank).
+Every row starts from the same float weights and gets the same steps and schedule. What each test item gave is kept
+in the cache folder ($HUB_MPQ_CACHE), so that a stopped study goes on where it was and the report can bootstrap over
+items. Methods: uniform; mixed (learned indicators); untrained (the same ILP on the initial scales); random0 … random2
+(widths at random, BitOps or mean bits within 1 % of the budget); reversed (score tables exchanged between layers of
+opposite rank).
 """
 
 from __future__ import annotations

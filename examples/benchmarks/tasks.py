@@ -19,7 +19,7 @@ from hub_mpq.train import Finetune, fit, forward, logits_of
 
 @dataclass(frozen=True)
 class Task:
-    """`measure` gives one value per test item (100 for a right answer) and the score; `score` the score of some items."""
+    """`measure` gives one value per test item (100 for a right answer) and the score; `score` that of some items."""
 
     name: str
     build: Callable[[], HubMPQ]

@@ -90,6 +90,7 @@ class MPQHfQuantizer(HfQuantizer):  # type: ignore[misc]
     """
 
     requires_calibration = False
+    quantization_config: Any
     manifest: Manifest | None = None
     trainable = False
 
