@@ -40,7 +40,7 @@ def test_the_tables_answer_is_the_solvers():
 
 
 def test_the_python_example_uses_names_that_exist():
-    (code,) = blocks("python")
+    code = "\n".join(blocks("python"))
     called = {n.attr for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Attribute)}
     assert called <= set(dir(hub_mpq.HubMPQ))
     for name in re.findall(r"^\| `\.(\w+)\(", TEXT, re.M):

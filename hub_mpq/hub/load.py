@@ -32,6 +32,7 @@ def load_folder(folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any
         raise InvalidArgument(
             f"{folder} holds a network that no hub can build; pass it: from_pretrained(…, module=net)"
         )
+    kwargs = {name: value for name, value in kwargs.items() if name != "library"}  # the file says which
     if module is None:
         if manifest.library == "transformers":
             kwargs = {"trust_remote_code": False, **kwargs}  # else an unknown model_type asks the user to run its code

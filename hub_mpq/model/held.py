@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -86,7 +88,10 @@ class Held(nn.Module):
                 **details.details,
             }
         source = self.source
-        return Manifest(source.model_id, source.revision, source.library, self.graph, policy, provenance)
+        # a local folder's path is nobody's business: its name says as much
+        base = Path(source.model_id).name if Path(source.model_id).is_dir() else source.model_id
+        graph = replace(self.graph, model_id=base)
+        return Manifest(base, source.revision, source.library, graph, policy, provenance)
 
     def _pin(self, fixed: Pins | None) -> None:
         if fixed:
