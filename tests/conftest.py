@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,12 @@ def _net(seed: int = 0) -> nn.Module:
             for _ in range(20):  # statistics of a norm that has seen data
                 net(torch.randn(32, 1, 8, 8))
         return net.eval()
+
+
+@pytest.fixture(scope="session")
+def make_net() -> Callable[[], nn.Module]:
+    """Makes the network of `net`, for fixtures that live longer than a test."""
+    return _net
 
 
 @pytest.fixture

@@ -70,6 +70,8 @@ def test_growth_is_the_formula_on_one_linear_layer():
     with widths_off(net):
         weight, activation = loss_growth(layers, net, [x], lambda batch: net(batch).square().sum(1).mean())
     layer = net[0]
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
     y = nn.functional.linear(x, layer.weight, layer.bias)
     g = 2 * y  # of one sample's loss
     for bits in (2, 4):

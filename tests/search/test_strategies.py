@@ -129,11 +129,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(name, options, net, data, 
 
 
 @pytest.fixture(scope="module")
-def sensitive():
+def sensitive(make_net):
     """A trained network whose three searched layers differ in what they bear, and its data."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from conftest import _net
-
     from hub_mpq.train.tune import finetune
 
     generator = torch.Generator().manual_seed(1)
@@ -141,7 +138,7 @@ def sensitive():
     y = x[:, 0, :, :5].mean(1).argmax(1)
     x[torch.arange(256), 0, :, y] += 1
     loader = DataLoader(TensorDataset(x, y), batch_size=32, shuffle=True, generator=torch.Generator().manual_seed(2))
-    net = _net()
+    net = make_net()
     finetune(net, loader, steps=100, lr=1e-2)
     return net, loader, DataLoader(TensorDataset(x, y), batch_size=256)
 
