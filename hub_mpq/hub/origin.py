@@ -48,6 +48,12 @@ def origin_of(
     return Origin(base, license if isinstance(license, str) else None, tag, architecture)
 
 
+def local_license(folder: str) -> str | None:
+    """Licence that the card of a model in a local folder names; None where there is none."""
+    found = _base_card(folder, None, None).get("license") if Path(folder).is_dir() else None
+    return found if isinstance(found, str) else None
+
+
 def _hub_id(manifest: Manifest) -> str | None:
     """The base model's Hub id: what a timm name stands for, or the id itself."""
     name = manifest.base_model

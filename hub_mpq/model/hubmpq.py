@@ -15,6 +15,7 @@ from ..errors import HubMPQError, InvalidArgument
 from ..hub.export import export
 from ..hub.folder import read_folder_indicators, save_folder
 from ..hub.load import load_folder
+from ..hub.origin import local_license
 from ..hub.publish import publish
 from ..hub.pull import packed_folder
 from ..hub.remote import check_repo_id
@@ -230,6 +231,8 @@ class HubMPQ(Searching):
         card: license, base_model, dataset, eval_task, trained_on, message.
         """
         check_repo_id(repo_id)
+        if card.get("license") is None:  # the packed file does not tell where on this disk its base model lies
+            card["license"] = local_license(self.source.model_id)
         with tempfile.TemporaryDirectory(prefix="hub-mpq-") as folder:
             self.save_pretrained(folder)
             return publish(
