@@ -132,6 +132,8 @@ def test_nothing_is_trained_for_a_nonsense_budget(mpq, train):
         mpq.quantize(bitops="34", train=train)
     with pytest.raises(InvalidArgument):
         mpq.quantize(train=train)
+    with pytest.raises(InfeasibleBudget):
+        mpq.quantize(bitops=1000, train=train)
     assert mpq.indicators is None
 
 

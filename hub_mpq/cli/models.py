@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from ..model import HubMPQ
-    from ..spec import Candidates
 
 PACKED = "model.mpq.safetensors"
 
@@ -129,27 +128,6 @@ def indicators_for(mpq: HubMPQ, path: Path | None) -> None:
             mpq.indicators = read_folder_indicators(folder)
     if mpq.indicators is None:
         raise HubMPQError("there are no indicators; train them with `hub-mpq indicators` and pass --indicators FILE")
-
-
-def check_reachable(mpq: HubMPQ, budget: Mapping[str, Any], widths: Candidates | None) -> None:
-    """Raise InfeasibleBudget before a training is spent on a budget that no policy meets."""
-    from ..search.candidates import resolve_candidates
-    from ..search.table import build
-    from ..spec import FLOAT_BITS, Budget, LayerBits
-
-    if mpq.indicators is not None:
-        mpq.search(candidates=widths, **budget)
-        return
-    resolved = resolve_candidates(mpq.graph, widths)
-    scores = {
-        layer.name: {
-            LayerBits(weight, activation): 0.0
-            for weight in resolved[layer.name].weight
-            for activation in ((FLOAT_BITS,) if layer.weight_only else resolved[layer.name].activation)
-        }
-        for layer in mpq.graph.searched
-    }
-    build(mpq.graph, scores, Budget(**budget), base_bytes=mpq.base_bytes()).solve()
 
 
 def read_policy(text: str, mpq: HubMPQ) -> Any:

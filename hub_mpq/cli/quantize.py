@@ -73,7 +73,7 @@ def quantize(
     measured = models.loader(mpq, val, train=False, **options) if val else None
     if indicators is not None:
         models.indicators_for(mpq, indicators)
-    models.check_reachable(mpq, budget, widths)
+    mpq.check_reachable(widths, **budget)
     from ..pack import read_indicators, write_indicators
 
     tuning = {key: value for key, value in (("lr", lr), ("distill", distill)) if value is not None}

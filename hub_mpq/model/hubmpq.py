@@ -182,11 +182,15 @@ class HubMPQ(Searching):
         if budget or strategy == "limpq":
             Budget(**budget)  # a nonsense budget must not cost a training first
         self._pin(fixed)
+        if indicators is not None:
+            self.indicators = indicators
+        if budget:
+            self.check_reachable(candidates, **budget)
         if val is not None and "float" not in self.metrics and labels_of(first_batch(val)) is not None:
             self.metrics["float"] = evaluate(self.float_model, val)
         if strategy == "limpq":
             self.learned = None
-            self._ensure_indicators(train, indicators, candidates, indicator_options, seed, checkpoint_dir, resume)
+            self._ensure_indicators(train, candidates, indicator_options, seed, checkpoint_dir, resume)
         else:
             chosen = {"seed": seed, "resume": resume, "strategy_options": strategy_options, **(indicator_options or {})}
             if checkpoint_dir:

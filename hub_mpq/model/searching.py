@@ -17,8 +17,9 @@ from ..search.datafree import synthetic_batch
 from ..search.joint import first_batch, train_indicators
 from ..search.policy_search import pareto_front, search_policy
 from ..search.scores import default_alpha, limpq_scores
+from ..search.table import build
 from ..search.train_scores import StrategyScores, train_scores
-from ..spec import Budget, Candidates, Indicators, SearchResult
+from ..spec import FLOAT_BITS, Budget, Candidates, Indicators, LayerBits, SearchResult
 from .held import Held, Pins
 
 
@@ -121,6 +122,22 @@ class Searching(Held):
         self.seconds["search"] = result.seconds
         return result
 
+    def check_reachable(self, candidates: CandidatesLike = None, **budget: Any) -> None:
+        """Raise InfeasibleBudget when no policy of the candidates meets the budget; needs no indicators."""
+        if self.indicators is not None or self.learned is not None:
+            self.search(candidates=candidates, **budget)
+            return
+        resolved = resolve_candidates(self.graph, candidates)
+        scores = {
+            layer.name: {
+                LayerBits(weight, activation): 0.0
+                for weight in resolved[layer.name].weight
+                for activation in ((FLOAT_BITS,) if layer.weight_only else resolved[layer.name].activation)
+            }
+            for layer in self.graph.searched
+        }
+        build(self.graph, scores, Budget(**budget), base_bytes=self.base_bytes()).solve()
+
     def pareto(
         self,
         limit: str = "bitops",
@@ -142,15 +159,12 @@ class Searching(Held):
     def _ensure_indicators(
         self,
         train: Any,
-        given: Indicators | None,
         candidates: CandidatesLike,
         options: Mapping[str, Any] | None,
         seed: int,
         checkpoint_dir: str | Path | None,
         resume: bool,
     ) -> None:
-        if given is not None:
-            self.indicators = given
         if self.indicators is not None:
             return
         chosen = {"seed": seed, "resume": resume, **(options or {})}

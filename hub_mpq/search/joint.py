@@ -71,7 +71,7 @@ def train_indicators(
         raise InvalidArgument(f"preset is one of {', '.join(sorted(PRESETS))}, not {preset!r}")
     chosen = {**PRESETS[preset]}
     chosen.update({k: v for k, v in {"lr": lr, "scale_lr": scale_lr, "indicator": indicator}.items() if v is not None})
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(seed=seed)
     batches = [to_device(batch, accelerator.device) for batch in islice(iter(loader), LIMPQ.batches)]
     if not batches:
         raise InvalidArgument("the data loader is empty")

@@ -99,7 +99,7 @@ def train_scores(
     hooks.seed = seed
     hooks.limits = searched_limits(graph, budget, base_bytes) if budget is not None else {}
     source = hooks.loader(train)
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(seed=seed)
     batches = [to_device(batch, accelerator.device) for batch in islice(iter(source), hooks.batches)]
     if not batches:
         raise InvalidArgument("the data loader is empty")

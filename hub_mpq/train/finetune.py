@@ -89,6 +89,9 @@ class Finetune(Hooks):
             output, target, classes=classes
         )
 
+    def stateful(self) -> list[Any]:
+        return [] if self.average is None else [self.average]
+
     def after_step(self, model: nn.Module, step: int) -> None:
         if self.average is not None:
             self.average.update_parameters(model)

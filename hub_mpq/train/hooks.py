@@ -37,6 +37,10 @@ class Hooks:
     def after_step(self, model: nn.Module, step: int) -> None:
         """The optimizer has stepped: projections, averages."""
 
+    def stateful(self) -> list[Any]:
+        """Objects beside the model with state_dict and load_state_dict that a checkpoint must hold."""
+        return []
+
     def after_epoch(self, model: nn.Module, epoch: int) -> bool:
         """True when parameters were rebuilt and the optimizer must be made anew."""
         return False

@@ -119,13 +119,14 @@ def fit(
     """
     from huggingface_hub.utils import tqdm
 
-    accelerator = accelerator or make_accelerator()
+    accelerator = accelerator or make_accelerator(seed=seed)
     if isinstance(loader, torch.utils.data.DataLoader):
         loader = accelerator.prepare(loader)
     per_epoch = batches_per_epoch(loader, share) if steps is None or hasattr(loader, "__len__") else steps
     total = steps if steps is not None else math.ceil(per_epoch * epochs)
     model.train()
     wrapped, opt = accelerator.prepare(model, _optimizer(optimizer, hooks.parameter_groups(model)))
+    accelerator.register_for_checkpointing(*hooks.stateful())
     store = Checkpoints(checkpoint_dir, accelerator) if checkpoint_dir else None
     start = store.load() if store and resume else 0
     log, began, running = TrainLog(steps=start), time.perf_counter(), 0.0
@@ -161,7 +162,8 @@ def fit(
                 running = 0.0
                 if hooks.after_epoch(model, epoch):
                     _renew(opt, hooks.parameter_groups(model))
-            if store and (stop.raised or (step + 1) % checkpoint_every == 0) and step + 1 < total:
+            due = (step + 1) % checkpoint_every == 0 and step + 1 < total
+            if store and (stop.raised or due):
                 if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
                     raise TrainingDiverged(step, math.nan, store.last)  # the next loss would say so, too late
                 store.save(step + 1)
@@ -189,8 +191,11 @@ def _backward(
     return float(total)
 
 
-def make_accelerator(*, cpu: bool | None = None) -> Any:
-    """Accelerator with a sampler that can be resumed. `cpu` None: a GPU when there is one."""
+def make_accelerator(*, seed: int = 0, cpu: bool | None = None) -> Any:
+    """Accelerator that shuffles by `seed` and epoch, whatever the global seed is, so that a run can be repeated and
+    resumed. `cpu` None: a GPU when there is one."""
     from accelerate import Accelerator, DataLoaderConfiguration
 
-    return Accelerator(cpu=bool(cpu), dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
+    return Accelerator(
+        cpu=bool(cpu), dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed)
+    )

@@ -59,7 +59,7 @@ def finetune(
         raise InvalidArgument(f"distill is a weight from 0 to 1, not {distill}")
     if distill and teacher is None:
         raise InvalidArgument("distillation needs the float model, which a model loaded from packed weights lacks")
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(seed=seed)
     if teacher is not None and distill:
         teacher = teacher.to(accelerator.device).eval()
     average = None

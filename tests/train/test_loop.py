@@ -32,6 +32,19 @@ def test_it_learns_and_reports(net, train, val):
     assert not net.training
 
 
+def test_the_seed_alone_decides_the_order_of_a_shuffled_loader(net, data):
+    import copy
+
+    ends = []
+    for seed, noise in ((1, 0), (1, 9), (2, 0)):
+        torch.manual_seed(noise)
+        model = copy.deepcopy(net)
+        fit(model, hooks(), DataLoader(data, batch_size=16, shuffle=True), steps=3, seed=seed)
+        ends.append(model[0].weight.clone())
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2])
+
+
 class Interrupted(Finetune):
     """Raises what Ctrl-C raises, after a given step."""
 
@@ -58,6 +71,33 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(net, data, tmp_
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
     fit(twin, hooks(), loader(), steps=14, seed=3, checkpoint_dir=tmp_path, resume=True)
     assert all(torch.equal(a, b) for a, b in zip(state(net).values(), state(twin).values(), strict=True))
+
+
+def test_the_average_survives_an_interruption(net, data, tmp_path, monkeypatch):
+    import copy
+
+    def loader():
+        return DataLoader(data, batch_size=16, shuffle=True)
+
+    options = {"steps": 9, "lr": 1e-2, "ema": 0.9, "reestimate_norms": False, "checkpoint_dir": tmp_path}
+    whole, broken = copy.deepcopy(net), copy.deepcopy(net)
+    finetune(whole, loader(), **{**options, "checkpoint_dir": None})
+    plain = Finetune.after_step
+
+    def interrupted(self, model, step):
+        plain(self, model, step)
+        if step == 4:
+            import signal
+
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Finetune, "after_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(broken, loader(), **options)
+    monkeypatch.setattr(Finetune, "after_step", plain)
+    again = copy.deepcopy(net)
+    finetune(again, loader(), **options, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(state(whole).values(), state(again).values(), strict=True))
 
 
 def test_several_passes_add_their_gradients(train):
