@@ -209,3 +209,68 @@ def test_timm_model_by_name_from_its_config_alone(tmp_path):
 
 def test_budget_is_public():
     assert Budget(bitops="W4A4").bitops == "W4A4"
+
+
+def test_a_resumed_run_never_takes_another_policys_state(mpq, train, tmp_path):
+    options = {
+        "train": train,
+        "steps": 3,
+        "checkpoint_dir": tmp_path,
+        "resume": True,
+        "indicator_options": {"steps": 1},
+    }
+    mpq.quantize(weight_bits=6, **options)
+    wide = mpq.model.get_submodule("3").weight_quantizer.scale.mean()
+    mpq.quantize(weight_bits=2, **options)
+    assert mpq.model.get_submodule("3").weight_quantizer.scale.mean() > 3 * wide
+    assert len(list(tmp_path.glob("finetune-*"))) <= 2
+
+
+def test_checkpoints_of_an_earlier_run_are_replaced(mpq, train, tmp_path):
+    mpq.apply_policy("W4A4", train)
+    for _ in range(2):
+        mpq.finetune(train, steps=4, checkpoint_dir=tmp_path, checkpoint_every=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_figures_of_before_a_training_are_not_kept(mpq, train, val):
+    mpq.apply_policy("W4A4", train)
+    mpq.evaluate(val)
+    mpq.finetune(train, steps=1)
+    assert "quantized" not in mpq.metrics
+
+
+def test_indicators_of_another_model_do_not_stay_in_a_folder(mpq, net, train, tmp_path):
+    mpq.quantize(bitops="W4A4", train=train, steps=1, indicator_options={"steps": 1})
+    mpq.save_pretrained(tmp_path)
+    HubMPQ.from_module(net, X[:1]).apply_policy("W4A4", train).save_pretrained(tmp_path)
+    assert HubMPQ.from_pretrained(tmp_path, module=net).indicators is None
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.body, self.head = nn.Embedding(11, 4), nn.Linear(4, 4), nn.Linear(4, 11, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids):
+        return self.head(self.body(self.table(ids)))
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_a_tied_head_reloads_bit_equal(per_channel, tmp_path):
+    ids = torch.tensor([[1, 2, 3]])
+    net = Tied().eval()
+    mpq = HubMPQ.from_module(net, ids, fixed={"body": "W4A8"})
+    mpq.apply_policy("W4A8", [ids], per_channel=per_channel).save_pretrained(tmp_path)
+    assert torch.equal(HubMPQ.from_pretrained(tmp_path, module=net)(ids), mpq(ids))
+
+
+def test_pins_that_no_layer_can_keep_are_refused():
+    ids = torch.tensor([[1, 2, 3]])
+    mpq = HubMPQ.from_module(Tied().eval(), ids, fixed={"*": "W4A8"})
+    assert str(mpq.graph["table"].fixed) == "W4A32", "an embedding reads indices"
+    with pytest.raises(InvalidArgument, match="both alike"):
+        HubMPQ.from_module(Tied().eval(), ids, fixed={"head": None})
+    with pytest.raises(InvalidArgument, match="exclude"):
+        HubMPQ.from_module(Tied().eval(), ids, fixed={"body": "A8"})

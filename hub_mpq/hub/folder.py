@@ -118,6 +118,8 @@ def save_folder(
             write_indicators(work / INDICATORS, indicators)
         size = write_packed(work / PACKED, packed_tensors(model, manifest), manifest)
         target.mkdir(exist_ok=True)
+        if indicators is None:  # those of another model must not stay
+            (target / INDICATORS).unlink(missing_ok=True)
         for path in sorted(work.iterdir(), key=lambda p: p.name == PACKED):
             os.replace(path, target / path.name)
     except OSError as error:

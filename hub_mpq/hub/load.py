@@ -86,7 +86,10 @@ def load_quantized(path: object, model: nn.Module, tensors: Mapping[str, PackedT
             q = module.weight_quantizer
             if packed.weight_scale.numel() != q.base.shape[1]:  # saved with one scale per tensor
                 fresh = LSQ(q.widths, signed=True, channels=packed.weight_scale.numel(), axis=q.axis)
-                module.weight_quantizer = q = fresh
+                for _, other in quantized_layers(model):  # a tied head reads by its owner's quantizer
+                    if other.weight_quantizer is q:
+                        other.weight_quantizer = fresh
+                q = fresh
             q.init(packed.num_bits, packed.weight_scale)
         rest[f"{name}.weight"] = module.weight
         if module.input_quantizer is not None:

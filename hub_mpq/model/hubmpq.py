@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -131,6 +133,7 @@ class HubMPQ(Searching):
         if calibration is not None and reestimate_norms:
             reestimate_batch_norm(model, calibration, limit=16)
         self.model, self.policy = model.eval(), policy
+        self.result = None
         self.metrics.pop("quantized", None)
         self._tell_transformers()
         return self
@@ -140,6 +143,7 @@ class HubMPQ(Searching):
         if self.policy is None:
             raise HubMPQError("there is no policy yet; call quantize or apply_policy first")
         teacher = self._float[0] if self._float else None
+        self.metrics.pop("quantized", None)  # they were the model's before
         log = finetune(self.model, train, teacher=teacher, **options)
         self.seconds["finetune"] = log.seconds
         return log
@@ -205,7 +209,9 @@ class HubMPQ(Searching):
         self.result = result
         self._tell_transformers()
         if train is not None and tuned:
-            folder = Path(checkpoint_dir) / "finetune" if checkpoint_dir else None
+            # by policy: a state of other widths would load without a word
+            mark = hashlib.sha256(json.dumps(policy.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+            folder = Path(checkpoint_dir) / f"finetune-{mark}" if checkpoint_dir else None
             options = {"epochs": epochs, "steps": steps, "seed": seed, "checkpoint_dir": folder, "resume": resume}
             self.finetune(train, **{**options, **(finetune_options or {})})
         if val is not None:

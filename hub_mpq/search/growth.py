@@ -43,8 +43,10 @@ def loss_growth(
     factor = 1.0
 
     @torch.no_grad()
-    def add(name: str, x: Tensor, y: Tensor, grad: Tensor) -> None:
+    def add(name: str, x: Tensor, grad: Tensor) -> None:
         module = layers[name]
+        # again, not kept from the forward: what follows a layer may have changed its output in place
+        y = type(module).forward(module, x)
         importance = grad.square() * factor  # N·Σ g² of a mean loss is the mean of the squares of one sample's
         for rows, quantizer in ((weight, module.weight_quantizer), (activation, module.input_quantizer)):
             if quantizer is None or name not in rows:
@@ -60,8 +62,8 @@ def loss_growth(
 
         def keep(_m: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
             if output.requires_grad:
-                x, y = args[0].detach(), output.detach()
-                output.register_hook(lambda grad: add(name, x, y, grad))
+                x = args[0].detach()
+                output.register_hook(lambda grad: add(name, x, grad))
 
         handles.append(module.register_forward_hook(keep))
     try:

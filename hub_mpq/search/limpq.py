@@ -128,7 +128,7 @@ class LIMPQ(SearchStrategy):
         """Take the growth of the loss at the trained scales; nothing to do for "scale"."""
         if self.indicator != "loss":
             return
-        model.eval()
+        model.eval().requires_grad_(True)  # frozen weights too: every layer's output must have a gradient
         self.set_widths(model, dict.fromkeys(self.layers, self.widths[-1]))  # the banks nearest to float
         with widths_off(model):
             self.growth = loss_growth(self.layers, model, batches, lambda batch: probe_loss(model, batch))

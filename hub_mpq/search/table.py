@@ -89,10 +89,12 @@ def _limits(graph: LayerGraph, budget: Budget, base_bytes: int) -> tuple[dict[st
         limits["weight_bits"] = parse_ratio(budget.weight_bits, "weight_bits") * sum(
             counts[layer.name] for layer in searched
         )
-    for name, (limit, _) in budget.costs.items():
+    for name, (limit, table) in budget.costs.items():
         if name in limits:
             raise InvalidArgument(f"cost {name!r} has the name of a built-in limit")
-        limits[name] = limit
+        _check_cost(graph, name, table)
+        constant[name] = sum(table[layer.name][str(bits)] for layer, bits in fixed if layer.name in table)
+        limits[name] = limit - constant[name]
     return limits, constant
 
 
@@ -104,6 +106,15 @@ def searched_limits(graph: LayerGraph, budget: Budget, base_bytes: int) -> dict[
     limits, _ = _limits(graph, budget, base_bytes)
     peak = _peak(graph, budget)
     return limits if peak is None else {**limits, "activation_peak": peak}
+
+
+def _check_cost(graph: LayerGraph, name: str, table: Mapping[str, Mapping[str, float]]) -> None:
+    """InvalidArgument unless a user's cost speaks of layers of the model, fixed ones at their own widths too."""
+    if unknown := sorted(set(table) - set(graph.names)):
+        raise InvalidArgument(f"cost {name!r} speaks of layers that the model does not have: {unknown}")
+    for layer in graph:
+        if layer.fixed is not None and layer.name in table and str(layer.fixed) not in table[layer.name]:
+            raise InvalidArgument(f"cost {name!r} of fixed layer {layer.name!r} has no entry for {layer.fixed}")
 
 
 def _level(layer: LayerSpec, level: LayerBits, name: str) -> LayerBits:
@@ -176,5 +187,9 @@ def _peak(graph: LayerGraph, budget: Budget) -> float | None:
         return None
     level = Budget.level(budget.activation_peak)
     if level is None:
-        return parse_bytes(budget.activation_peak, "activation_peak")
+        peak = parse_bytes(budget.activation_peak, "activation_peak")
+        largest = max((activation_nbytes(x, x.fixed) for x in graph if x.fixed is not None), default=0)
+        if largest > peak:
+            raise InfeasibleBudget({"activation_peak": peak}, {"activation_peak": float(largest)}, ["activation_peak"])
+        return peak
     return max(activation_nbytes(x, _level(x, level, "activation_memory")) for x in graph.searched)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..errors import InvalidArgument
-from .bits import LayerBits
+from .bits import FLOAT_BITS, LayerBits
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,20 @@ class LayerGraph:
         """A graph with layers pinned by name or pattern; None frees them for the search."""
         fixed = {layer.name: layer.fixed for layer in self.layers}
         for pattern, bits in pins.items():
+            level = LayerBits.parse(bits) if isinstance(bits, str) else bits
+            if level is not None and level.weight == FLOAT_BITS:
+                raise InvalidArgument(
+                    f"pin {pattern!r}: a layer with a float weight is left out by exclude=, not pinned"
+                )
             for name in self.match(pattern):
-                fixed[name] = LayerBits.parse(bits) if isinstance(bits, str) else bits
+                only = level is not None and self[name].weight_only
+                fixed[name] = LayerBits(level.weight, FLOAT_BITS) if only and level is not None else level
+        for layer in self.layers:
+            mine, owner = fixed[layer.name], fixed.get(layer.weight_owner or "")
+            if layer.weight_owner in fixed and (mine and mine.weight) != (owner and owner.weight):
+                raise InvalidArgument(
+                    f"layers {layer.name!r} and {layer.weight_owner!r} share one weight: pin or free both alike"
+                )
         return replace(self, layers=tuple(replace(layer, fixed=fixed[layer.name]) for layer in self.layers))
 
     @property

@@ -39,6 +39,7 @@ class Checkpoints:
             self.accelerator.save_state(str(partial), safe_serialization=True)
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
+                shutil.rmtree(final, ignore_errors=True)  # of an earlier run
                 partial.rename(final)
                 if before is not None and before != final:
                     shutil.rmtree(before, ignore_errors=True)

@@ -84,7 +84,10 @@ class Finetune(Hooks):
         labels = labels_of(batch)
         share = self.distill if labels is not None else 1.0
         # a bare tensor may hold logits or anything else; labels of whole numbers, or a HF head, say which
-        classes = getattr(output, "logits", None) is not None or (labels is not None and not labels.is_floating_point())
+        logits = getattr(output, "logits", None)
+        classes = (logits is not None and logits.shape[-1] > 1) or (
+            labels is not None and not labels.is_floating_point()
+        )
         return (1 - share) * loss.to(next(iter(model.parameters())).device) + share * distillation_loss(
             output, target, classes=classes
         )

@@ -71,6 +71,15 @@ def batches_per_epoch(loader: Iterable[Any], share: float = 1.0) -> int:
     return math.ceil(count * share)
 
 
+def _has_length(loader: Any) -> bool:
+    """A DataLoader always has __len__; over a stream it raises."""
+    try:
+        len(loader)
+    except TypeError:
+        return False
+    return True
+
+
 def _epochs(loader: Any, per_epoch: int, start: int, device: torch.device) -> Iterator[tuple[int, int, Any]]:
     """(epoch, index in epoch, batch) without end, from optimizer step `start` on."""
     from accelerate import skip_first_batches
@@ -122,7 +131,7 @@ def fit(
     accelerator = accelerator or make_accelerator(seed=seed)
     if isinstance(loader, torch.utils.data.DataLoader):
         loader = accelerator.prepare(loader)
-    per_epoch = batches_per_epoch(loader, share) if steps is None or hasattr(loader, "__len__") else steps
+    per_epoch = steps if steps and not _has_length(loader) else batches_per_epoch(loader, share)
     total = steps if steps is not None else math.ceil(per_epoch * epochs)
     model.train()
     wrapped, opt = accelerator.prepare(model, _optimizer(optimizer, hooks.parameter_groups(model)))
@@ -134,6 +143,7 @@ def fit(
         total=total, initial=start, desc=label, unit="step", disable=None if accelerator.is_main_process else True
     )
     times: list[float] = []
+    summed = 0
     batches = _epochs(loader, per_epoch, start, accelerator.device)
     with StopOnSignal(active=store is not None) as stop, bar:
         for step in range(start, total):
@@ -152,14 +162,14 @@ def fit(
             opt.zero_grad(set_to_none=True)
             hooks.after_step(model, step)
             times.append(time.perf_counter() - step_began)
-            running += loss
+            running, summed = running + loss, summed + 1
             log.steps, log.samples = step + 1, log.samples + size_of(batch)
             rate = log.samples * accelerator.num_processes / (time.perf_counter() - began)
             bar.set_postfix(loss=f"{loss / hooks.passes:.4f}", rate=f"{rate:.1f} samples/s", refresh=False)
             bar.update()
             if index + 1 == per_epoch or step + 1 == total:
-                log.epoch_loss.append(running / ((index + 1) * hooks.passes))
-                running = 0.0
+                log.epoch_loss.append(running / (summed * hooks.passes))
+                running, summed = 0.0, 0
                 if hooks.after_epoch(model, epoch):
                     _renew(opt, hooks.parameter_groups(model))
             due = (step + 1) % checkpoint_every == 0 and step + 1 < total

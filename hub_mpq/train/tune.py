@@ -102,7 +102,9 @@ def finetune(
                 schedule.release()
     if average is not None:
         with torch.no_grad():
-            model.load_state_dict(average.module.state_dict())
+            # no integers: an average of a constant zero point can drift by one
+            found = average.module.state_dict()
+            model.load_state_dict({k: v for k, v in found.items() if v.is_floating_point()}, strict=False)
     if reestimate_norms:
         reestimate_batch_norm(model, train)
     model.eval()

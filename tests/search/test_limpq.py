@@ -128,3 +128,40 @@ def test_scales_are_one_parameter_a_quantizer(net):
     shifts = [m.shift for m in model.modules() if isinstance(m, LSQ)]
     assert len(shifts) == 6
     assert strategy.parameter_groups(model)[-1]["lr"] == 1e-2
+
+
+class Residual(nn.Module):
+    """Adds to a layer's output, in place or not."""
+
+    def __init__(self, *, inplace):
+        super().__init__()
+        self.stem, self.a, self.b, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.inplace = inplace
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        y = self.a(x)
+        if self.inplace:
+            y += x
+        else:
+            y = y + x
+        return self.head(torch.nn.functional.silu(self.b(y), inplace=self.inplace))
+
+
+def test_what_follows_a_layer_in_place_does_not_change_its_indicator():
+    plain, inplace = Residual(inplace=False), Residual(inplace=True)
+    inplace.load_state_dict(plain.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    data = [(torch.randn(8, 6, generator=generator), torch.randint(3, (8,), generator=generator)) for _ in range(3)]
+    found = [
+        HubMPQ.from_module(model.eval(), torch.zeros(1, 6)).train_indicators(data, steps=0).weight
+        for model in (plain, inplace)
+    ]
+    for name, row in found[0].items():
+        assert found[1][name] == pytest.approx(row, rel=1e-4)
+
+
+def test_frozen_weights_are_scored_like_others(net, train):
+    mpq = HubMPQ.from_module(net, X, fixed={"*": None})
+    frozen = mpq.train_indicators(train, steps=1, freeze_weights=True)
+    assert min(row[2] for row in frozen.weight.values()) > 1e-12

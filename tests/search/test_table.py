@@ -206,3 +206,21 @@ def test_published_policy_of_the_authors_through_a_layer_graph():
     assert "".join(str(b.weight) for b in found) == case["weight_bits"]
     assert "".join(str(b.activation) for b in found) == case["activation_bits"]
     assert balance(indicators) > 0
+
+
+def test_fixed_layers_count_in_named_costs_and_in_the_peak():
+    graph = toy()
+    scores = scores_of(graph)
+    row = {f"W{w}A{a}": float(w) for w in (2, 3, 4, 8) for a in (2, 3, 4, 8)}
+    table = {"stem": row, "body.1": row}
+    result = search_policy(graph, scores, Budget(costs={"ms": (11.0, table)}), base_bytes=0)
+    assert result.usage["ms"] <= 11.0
+    assert result.policy.bits["body.1"].weight == 3
+    with pytest.raises(InfeasibleBudget, match="ms"):
+        search_policy(graph, scores, Budget(costs={"ms": (9.0, table)}), base_bytes=0)
+    with pytest.raises(InvalidArgument, match="typo"):
+        search_policy(graph, scores, Budget(costs={"ms": (9.0, {"typo": row})}), base_bytes=0)
+    with pytest.raises(InvalidArgument, match="stem"):
+        search_policy(graph, scores, Budget(costs={"ms": (9.0, {"stem": {"W2A2": 1.0}})}), base_bytes=0)
+    with pytest.raises(InfeasibleBudget, match="activation_peak"):
+        search_policy(graph, scores, Budget(activation_peak=63), base_bytes=0)

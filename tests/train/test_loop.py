@@ -237,3 +237,26 @@ def test_a_torn_checkpoint_is_never_picked_and_a_full_disk_keeps_the_last(tmp_pa
 
 def test_hooks_default_to_nothing():
     assert Hooks().after_epoch(nn.Identity(), 0) is False
+
+
+def test_a_stream_needs_steps_and_then_runs(net, data):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(data)
+
+    stream = DataLoader(Stream(), batch_size=16)
+    assert fit(net, hooks(), stream, steps=3).steps == 3
+    with pytest.raises(InvalidArgument, match="steps="):
+        fit(net, hooks(), stream, epochs=1)
+
+
+def test_an_average_leaves_integers_alone(net, train):
+    from hub_mpq import adapters
+    from hub_mpq.nn.swap import swap
+
+    graph = adapters.from_module(net, torch.zeros(1, 1, 8, 8)).graph
+    swap(net, graph, {"3": ((4,), (8,))}, per_channel=True)
+    for value in (11, 22, 121):
+        net[3].input_quantizer.zero_points.fill_(value)
+        finetune(net, train, steps=6, lr=1e-4, ema=0.9999, reestimate_norms=False)
+        assert net[3].input_quantizer.zero_point == value
