@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -111,8 +111,3 @@ def loader(data: Dataset, batch: int, *, seed: int | None = None) -> DataLoader:
     """Shuffled by `seed`, in order when None."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return DataLoader(data, batch_size=batch, shuffle=seed is not None, generator=generator, drop_last=seed is not None)
-
-
-def head(batches: DataLoader, count: int) -> Iterator[object]:
-    """The first `count` batches."""
-    yield from (b for b, _ in zip(batches, range(count), strict=False))

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import PolicyMismatch, UnsupportedLayer
 from ..quantizers import LSQ
-from ..spec import FLOAT_BITS, LayerGraph, LayerSpec, Policy
+from ..spec import FLOAT_BITS, LayerGraph, Policy
 from .layers import CHANNEL_AXIS, QUANTIZED
 from .types import layer_kind
 
@@ -87,7 +87,3 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, kinds):
             yield name, module
-
-
-def weight_axis(layer: LayerSpec) -> int:
-    return CHANNEL_AXIS[layer.kind]

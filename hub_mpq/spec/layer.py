@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -148,7 +148,3 @@ class LayerGraph:
 
 def _name(layer: LayerSpec) -> str:
     return layer.name
-
-
-def by_name(layers: Iterable[LayerSpec]) -> dict[str, LayerSpec]:
-    return {layer.name: layer for layer in layers}
