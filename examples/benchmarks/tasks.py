@@ -9,11 +9,12 @@ from typing import Any
 import images
 import nets
 import numpy as np
+import texts
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hub_mpq import HubMPQ
+from hub_mpq import Candidates, HubMPQ
 from hub_mpq.train import Finetune, fit, forward, logits_of
 
 
@@ -146,6 +147,27 @@ def _small(
     )
 
 
+def _spearman(mpq: HubMPQ) -> tuple[list[Any], float]:
+    items = texts.pair_cosines(mpq)
+    return items, texts.spearman(items)
+
+
+MINILM = Task(
+    "minilm",
+    texts.minilm,
+    texts.train_batches,
+    _spearman,
+    texts.spearman,
+    levels=("W4A8", "W3A8"),
+    unit="Spearman · 100",
+    # bytes at the level, word embedding and header included: weights alone are searched
+    budget=lambda level: {"size": level},
+    candidates=Candidates((2, 3, 4, 5, 6, 7, 8), (8,)),
+    indicator_steps=3,
+    tune_steps=20,
+    tune_options={"lr": 1e-4, "scale_lr": 1e-3},
+)
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -160,5 +182,6 @@ TASKS: dict[str, Task] = {
         _small("mnist", digit_net, (1, 28, 28), _mnist, _mnist_test, tune_options={"lr": 1e-3, "scale_lr": 3e-3}),
         _image_task("mobilenetv1", nets.mobilenet_v1),
         _image_task("mobilenetv2", nets.mobilenet_v2),
+        MINILM,
     )
 }
