@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,15 @@ def add_banks(model: nn.Module, names: Iterable[str], count: int) -> None:
             else:
                 norm.register_buffer(f"{key}_bank", table)
         norm.bank = 0
+
+
+def rebased(cls: type, forms: Mapping[type, type]) -> type | None:
+    """`forms[cls]`, which takes a norm's place, with banks when `cls` has them; None for any other class."""
+    if cls in forms:
+        return forms[cls]
+    if cls.__bases__[0] is _Banked and cls.__bases__[1] in forms:
+        return type(cls.__name__, (_Banked, forms[cls.__bases__[1]]), {})
+    return None
 
 
 def select_bank(model: nn.Module, name: str, index: int) -> None:

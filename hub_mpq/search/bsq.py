@@ -31,6 +31,8 @@ class BSQ(SearchStrategy):
     the sign are the width.
     """
 
+    many_processes = False  # parameters are rebuilt
+
     def __init__(
         self,
         *,

@@ -52,6 +52,7 @@ class EBS(SearchStrategy):
     1e-3·4^−b decides where strengths say nothing, so that no budget is left unused.
     """
 
+    many_processes = False  # strengths and weights learn in turn
     optimizer = "sgd"
     lr = scale_lr = 1e-2
 

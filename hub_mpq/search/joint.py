@@ -14,8 +14,10 @@ from ..errors import InvalidArgument
 from ..nn.calibrate import sample_inputs
 from ..spec import Candidates, Indicators, LayerGraph
 from ..train.batch import forward, labels_of, to_device
+from ..train.engine import Engine
 from ..train.finetune import Finetune
-from ..train.loop import fit, make_accelerator
+from ..train.loop import fit
+from ..train.processes import mean_rows, own_share, raise_together, share_samples
 from .limpq import LIMPQ
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -35,6 +37,13 @@ def first_batch(loader: Iterable[Any]) -> Any:
     for batch in loader:
         return batch
     raise InvalidArgument("the data loader is empty")
+
+
+def first_batches(loader: Iterable[Any], count: int, accelerator: Any, seed: int) -> list[Any]:
+    """This process's first `count` batches on its device; InvalidArgument in all processes when one has none."""
+    found = [to_device(batch, accelerator.device) for batch in islice(iter(own_share(loader, seed=seed)), count)]
+    raise_together(None if found else InvalidArgument("the data loader is empty"))
+    return found
 
 
 def train_indicators(
@@ -59,22 +68,29 @@ def train_indicators(
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int = 500,
     resume: bool = False,
+    engine: Engine | None = None,
 ) -> Indicators:
     """Joint training of all scales (LIMPQ §3.3) on a copy of `model`; returns what it says of every layer and width.
 
     norms: {BatchNorm: layer whose output it reads}. distill: weight of the distillation loss from the float model;
     None: 1 for batches without labels, 0 for labelled ones. freeze_weights: only scales and norms learn.
     uniform: False trains by random passes alone (an ablation). indicator: "loss" or "scale" (see LIMPQ), None: the
-    preset's. preset: "short" (ours) or "authors". steps=0: untrained scales.
+    preset's. preset: "short" (ours) or "authors". steps=0: untrained scales. engine: precision, memory, trackers.
+
+    Launched as several processes, each takes its part of the batches; starts, gradients and what is read out are
+    averaged over them, so that all return the same indicators.
     """
+    engine = engine or Engine()
+    if engine.compile:
+        raise InvalidArgument(
+            "compile is for fine-tuning: while indicators train every pass has other widths and would compile anew"
+        )
     if preset not in PRESETS:
         raise InvalidArgument(f"preset is one of {', '.join(sorted(PRESETS))}, not {preset!r}")
     chosen = {**PRESETS[preset]}
     chosen.update({k: v for k, v in {"lr": lr, "scale_lr": scale_lr, "indicator": indicator}.items() if v is not None})
-    accelerator = make_accelerator(seed=seed)
-    batches = [to_device(batch, accelerator.device) for batch in islice(iter(loader), LIMPQ.batches)]
-    if not batches:
-        raise InvalidArgument("the data loader is empty")
+    accelerator = engine.accelerator("indicators", seed=seed)
+    batches = first_batches(loader, LIMPQ.batches, accelerator, seed)
     if distill is None:
         distill = 1.0 if labels_of(batches[0]) is None else 0.0
     teacher = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False) if distill else None
@@ -96,9 +112,10 @@ def train_indicators(
         indicator=chosen["indicator"],
     )
     strategy.attach(student, graph, candidates, norms)
-    strategy.calibrate(student, batches, sample_inputs(student, batches, forward))
+    strategy.calibrate(student, batches, share_samples(sample_inputs(student, batches, forward)))
     provenance = {"preset": preset, "seed": seed, "optimizer": chosen["optimizer"], "lr": chosen["lr"]}
     provenance |= {"scale_lr": chosen["scale_lr"], "distill": distill, "freeze_weights": freeze_weights}
+    provenance |= {"processes": accelerator.num_processes}
     if steps != 0:
         log = fit(
             student,
@@ -114,6 +131,7 @@ def train_indicators(
             resume=resume,
             label="indicators",
             accelerator=accelerator,
+            engine=engine,
         )
         provenance |= {"steps": log.steps, "samples": log.samples, "seconds": round(log.seconds, 3)}
         provenance |= {"step_seconds": round(log.step_seconds, 4)}
@@ -121,4 +139,6 @@ def train_indicators(
     else:
         provenance |= {"steps": 0}
     strategy.read_out(student, batches)
+    if strategy.indicator == "loss":
+        strategy.growth = (mean_rows(strategy.growth[0]), mean_rows(strategy.growth[1]))
     return strategy.indicators(provenance)

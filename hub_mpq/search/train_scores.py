@@ -6,7 +6,6 @@ import copy
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,13 @@ from torch import nn
 
 from ..errors import InvalidArgument
 from ..spec import FLOAT_BITS, Budget, Candidates, LayerBits, LayerGraph, Policy
-from ..train.batch import labels_of, to_device
+from ..train.batch import labels_of
+from ..train.engine import Engine
 from ..train.finetune import Finetune
-from ..train.loop import fit, make_accelerator
+from ..train.loop import fit
+from ..train.processes import mean_rows, share_samples
 from .install import layer_inputs
+from .joint import first_batches
 from .scores import Scores
 from .strategy import build_strategy
 from .table import searched_limits
@@ -88,6 +90,7 @@ def train_scores(
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int = 500,
     resume: bool = False,
+    engine: Engine | None = None,
 ) -> StrategyScores:
     """Scores of every searched layer and pair of widths, by a strategy of the registry; `model` itself stays as it is.
 
@@ -99,10 +102,10 @@ def train_scores(
     hooks.seed = seed
     hooks.limits = searched_limits(graph, budget, base_bytes) if budget is not None else {}
     source = hooks.loader(train)
-    accelerator = make_accelerator(seed=seed)
-    batches = [to_device(batch, accelerator.device) for batch in islice(iter(source), hooks.batches)]
-    if not batches:
-        raise InvalidArgument("the data loader is empty")
+    engine = engine or Engine()
+    accelerator = engine.accelerator(hooks.name, seed=seed)
+    hooks.check_processes(accelerator.num_processes)
+    batches = first_batches(source, hooks.batches, accelerator, seed)
     if distill is None:
         distill = 1.0 if labels_of(batches[0]) is None and labels_of(half(batches[0])) is None else 0.0
     teacher = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False) if distill else None
@@ -115,7 +118,7 @@ def train_scores(
         teacher=teacher,
         distill=distill,
     )
-    inputs = layer_inputs(student, graph, [half(batch) for batch in batches])
+    inputs = share_samples(layer_inputs(student, graph, [half(batch) for batch in batches]))
     searched = {layer.name: candidates[layer.name] for layer in graph.searched}
     hooks.attach(student, graph, searched, norms)
     hooks.calibrate(student, batches, inputs)
@@ -135,11 +138,12 @@ def train_scores(
             resume=resume,
             label=hooks.name,
             accelerator=accelerator,
+            engine=engine,
         )
         provenance |= {"steps": log.steps, "samples": log.samples, "step_seconds": round(log.step_seconds, 4)}
         provenance |= {"epoch_loss": [round(x, 5) for x in log.epoch_loss]}
     hooks.read_out(student, batches)
-    scores = hooks.scores(student)
+    scores = mean_rows(hooks.scores(student))
     provenance |= {"seconds": round(time.perf_counter() - began, 3), **hooks.details(student)}
     return StrategyScores(scores, hooks.sense, hooks.name, seed, hooks.inferred(student), provenance)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import signal
@@ -10,16 +12,23 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..errors import HubMPQError
+from safetensors import SafetensorError
+
+from ..errors import HubMPQError, InvalidArgument
+from .processes import raise_together
 
 _NAME = re.compile(r"step-(\d{8})")
+_RUN = "processes.json"
 
 
 class Checkpoints:
-    """Folders step-00000123 in `folder`, the newest one kept. They are for the machine that wrote them only."""
+    """Folders step-00000123 in `folder`, the newest one kept. They are for the machine that wrote them only, in a
+    folder that all processes see. per_epoch: batches of a process's epoch; a state is of so many batches and
+    processes, and of no other number."""
 
-    def __init__(self, folder: str | Path, accelerator: Any) -> None:
+    def __init__(self, folder: str | Path, accelerator: Any, *, per_epoch: int = 0) -> None:
         self.folder, self.accelerator = Path(folder), accelerator
+        self.run = {"processes": accelerator.num_processes, "batches_per_epoch": per_epoch}
 
     @property
     def last(self) -> Path | None:
@@ -31,41 +40,96 @@ class Checkpoints:
         """Write the state after `step` optimizer steps; HubMPQError when the disk is full, the old one then stays."""
         before, final = self.last, self.folder / f"step-{step:08d}"
         partial = self.folder / f"partial-{step:08d}"
-        try:
-            if self.accelerator.is_main_process:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
-            self.accelerator.save_state(str(partial), safe_serialization=True)
-            self.accelerator.wait_for_everyone()
-            if self.accelerator.is_main_process:
-                shutil.rmtree(final, ignore_errors=True)  # of an earlier run
-                partial.rename(final)
-                if before is not None and before != final:
-                    shutil.rmtree(before, ignore_errors=True)
-        except (OSError, RuntimeError) as error:
+        for write in (self._begin, self._write):
+            failed: HubMPQError | None = None
+            try:
+                write(partial)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                failed = HubMPQError(f"checkpoint {final} could not be written ({error}); last good one: {before}")
+            try:
+                raise_together(failed)
+            except HubMPQError:
+                if self.accelerator.is_main_process:
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
+        if self.accelerator.is_main_process:  # all have written
+            discard(final)  # of an earlier run
+            partial.rename(final)
+            if before is not None and before != final:
+                discard(before)
+            for torn in self.folder.glob("partial-*"):
+                shutil.rmtree(torn, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _begin(self, partial: Path) -> None:
+        if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
-            raise HubMPQError(f"checkpoint {final} could not be written ({error}); last good one: {before}") from error
+            partial.mkdir(parents=True)
+
+    def _write(self, partial: Path) -> None:
+        self.accelerator.save_state(str(partial), safe_serialization=True)
+        if self.accelerator.is_main_process:
+            (partial / _RUN).write_text(json.dumps(self.run))
+        _flush(partial)
 
     def load(self) -> int:
-        """Restore the newest state and return its step; 0 when there is none."""
+        """Restore the newest state and return its step; 0 when there is none.
+
+        Raises InvalidArgument when it is of another number of processes or of data of another length.
+        """
         if self.last is None:
             return 0
+        try:
+            written = json.loads((self.last / _RUN).read_text())
+        except (OSError, ValueError) as error:
+            raise HubMPQError(f"{self.last / _RUN} cannot be read: {error}") from error
+        if written != self.run:
+            raise InvalidArgument(
+                f"{self.last} is of {_told(written)}, and this run has {_told(self.run)}: go on with as many, or "
+                f"remove {self.folder} to start anew"
+            )
         self.accelerator.load_state(str(self.last))
         return int(self.last.name.removeprefix("step-"))
 
 
+def _told(run: dict[str, int]) -> str:
+    count = run["processes"]
+    return f"{count} {'process' if count == 1 else 'processes'} with {run['batches_per_epoch']} batches an epoch"
+
+
+def discard(folder: Path) -> None:
+    """Remove a state; it has no complete one's name while it is half removed."""
+    if folder.exists():
+        torn = folder.with_name(f"partial-{folder.name}")
+        shutil.rmtree(torn, ignore_errors=True)
+        folder.rename(torn)
+        shutil.rmtree(torn, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    """What was written is on the disk before it gets its name: a power cut must not leave a name without content."""
+    for path in (*(p for p in folder.rglob("*") if p.is_file()), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 class StopOnSignal:
-    """While active, SIGINT and SIGTERM set `raised`, and the loop stops after its step; a second one stops at once."""
+    """While active, SIGINT and SIGTERM set `raised`, and the loop stops after its step; the same one again stops at
+    once. (Ctrl-C in a terminal sends SIGINT, and a launcher may hand on SIGTERM after it.)"""
 
     def __init__(self, *, active: bool) -> None:
         self.raised = False
+        self._seen: set[int] = set()
         self._active = active and threading.current_thread() is threading.main_thread()
         self._old: dict[int, Any] = {}
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.raised:
+        if number in self._seen:
             raise KeyboardInterrupt
+        self._seen.add(number)
         self.raised = True
 
     def __enter__(self) -> StopOnSignal:

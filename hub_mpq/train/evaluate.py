@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import InvalidArgument
+from ..errors import HubMPQError, InvalidArgument
 from .batch import forward, labels_of, logits_of, size_of, to_device
+from .processes import each, own_share, raise_together, total, world
 
 
 @torch.no_grad()
@@ -20,6 +21,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any], *, reference: nn.Module | 
     Class labels (one a sample): top1, top5 and loss. Dicts on which the model computes a loss: loss, perplexity.
     No labels: needs `reference` (the float model) and gives fidelity, the signal-to-noise ratio of the output in dB,
     and agreement of the arg max. Raises InvalidArgument for an empty loader or one without labels or reference.
+    Launched as several processes, all must call it; each measures its part and all get the figures of the whole.
     """
     from huggingface_hub.utils import tqdm
 
@@ -27,17 +29,26 @@ def evaluate(model: nn.Module, loader: Iterable[Any], *, reference: nn.Module | 
     model.eval()
     device = next(model.parameters()).device
     sums: dict[str, float] = {}
-    count = 0
+    count = 0.0
+    failed: HubMPQError | None = None
+    mine = own_share(loader)
     try:
-        for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=None):
+        for batch in tqdm(mine, desc="evaluate", unit="batch", leave=False, disable=True if world()[0] else None):
             batch = to_device(batch, device)
             rows = _measure(model, batch, reference)
             size = size_of(batch)
             count += size
             for name, value in rows.items():
                 sums[name] = sums.get(name, 0.0) + value * size
+    except HubMPQError as error:
+        failed = error
     finally:
         model.train(training)
+    raise_together(failed)
+    if world()[1] > 1:
+        names = sorted({name for found in each(sorted(sums)) for name in found})
+        count, *values = total(count, *(sums.get(name, 0.0) for name in names))
+        sums = dict(zip(names, values, strict=True))
     if not count:
         raise InvalidArgument("the data loader is empty")
     out = {name: value / count for name, value in sums.items()}

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import InvalidArgument
+
 Groups = str | tuple[str, ...] | None
 """Names of the optimizer groups that a loss trains; None: all of them."""
 
@@ -16,9 +18,24 @@ class Hooks:
     """Base of everything that trains: fine-tuning and each search strategy.
 
     `passes`: how many (loss, group) pairs `losses` yields a step; the loop syncs gradients on the last one.
+    `many_processes`: False where parameters are trained in turn or rebuilt, which DDP does not follow.
     """
 
     passes: int = 1
+    many_processes: bool = True
+
+    def check_processes(self, count: int) -> None:
+        """Raise InvalidArgument when this training cannot be spread over `count` processes."""
+        if count > 1 and not self.many_processes:
+            raise InvalidArgument(f"{type(self).__name__} trains in one process only, not in {count}")
+
+    def pass_names(self) -> list[str]:
+        """A name for the loss of each pass, for reports."""
+        return ["loss"] if self.passes == 1 else [f"loss/pass {i}" for i in range(self.passes)]
+
+    def watch(self, model: nn.Module) -> dict[str, float]:
+        """What a tracker should follow beside the loss."""
+        return {}
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Optimizer groups: {"name", "params", "lr", "weight_decay"?}."""

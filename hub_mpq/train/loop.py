@@ -7,7 +7,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,35 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import InvalidArgument, TrainingDiverged
-from .batch import size_of, to_device
+from ..errors import HubMPQError, InvalidArgument, TrainingDiverged
 from .checkpoint import Checkpoints, StopOnSignal
+from .engine import Engine
+from .feed import Fed, batches_per_epoch, feed, has_length, prepared
 from .hooks import Hooks
+from .processes import agreed, total
+from .shard import Spread
+from .track import Tracks
 
 CLIP_VALUE = 1.0  # LIMPQ's authors clip every gradient element
 
 
 @dataclass
 class TrainLog:
-    """What a training did: optimizer steps, samples, wall seconds, median seconds a step, mean loss of each epoch."""
+    """What a training did: optimizer steps, samples of all processes, mean loss of each epoch, all of it with what came
+    before an interruption; wall seconds and median seconds a step of this process since."""
 
     steps: int = 0
     samples: int = 0
     seconds: float = 0.0
     step_seconds: float = 0.0
     epoch_loss: list[float] = field(default_factory=list)
+    part: list[float] = field(default_factory=list)  # losses of the epoch that is not over
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples": self.samples, "epoch_loss": self.epoch_loss, "part": self.part}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.samples, self.epoch_loss, self.part = state["samples"], list(state["epoch_loss"]), list(state["part"])
 
 
 def _optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -58,51 +70,6 @@ def _cosine(step: int, total: int) -> float:
     return 0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * min(step / max(total, 1), 1.0)))
 
 
-def batches_per_epoch(loader: Iterable[Any], share: float = 1.0) -> int:
-    """Batches of one epoch; InvalidArgument when the loader is empty or has no length."""
-    if not 0 < share <= 1:
-        raise InvalidArgument(f"the share of the data is above 0 and at most 1, not {share}")
-    try:
-        count = len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        raise InvalidArgument("the loader has no length; give steps= for a stream") from None
-    if count == 0:
-        raise InvalidArgument("the data loader is empty")
-    return math.ceil(count * share)
-
-
-def _has_length(loader: Any) -> bool:
-    """A DataLoader always has __len__; over a stream it raises."""
-    try:
-        len(loader)
-    except TypeError:
-        return False
-    return True
-
-
-def _epochs(loader: Any, per_epoch: int, start: int, device: torch.device) -> Iterator[tuple[int, int, Any]]:
-    """(epoch, index in epoch, batch) without end, from optimizer step `start` on."""
-    from accelerate import skip_first_batches
-
-    epoch, skip = divmod(start, per_epoch)
-    while True:
-        if hasattr(loader, "set_epoch"):
-            loader.set_epoch(epoch)
-        prepared = hasattr(loader, "set_epoch") and skip > 0
-        source = skip_first_batches(loader, skip) if prepared else loader
-        seen = False
-        for index, batch in enumerate(source, start=skip if prepared else 0):
-            if index < skip:
-                continue
-            if index >= per_epoch:
-                break
-            seen = True
-            yield epoch, index, to_device(batch, device)
-        if not seen:
-            raise InvalidArgument("the data loader is empty")
-        epoch, skip = epoch + 1, 0
-
-
 def fit(
     model: nn.Module,
     hooks: Hooks,
@@ -118,43 +85,55 @@ def fit(
     resume: bool = False,
     label: str = "train",
     accelerator: Any = None,
+    engine: Engine | None = None,
 ) -> TrainLog:
-    """Train `model` in place.
+    """Train `model` in place, with all processes that were launched: each takes its part of the batches, so that a
+    step sees the batch size times the processes.
 
     epochs or steps: length (steps wins); share: part of each epoch's batches that is used.
     optimizer: "adam" (AdamW) or "sgd" (momentum 0.9), cosine schedule, gradients clipped by value.
-    checkpoint_dir: resumable states go there every `checkpoint_every` steps and on SIGINT / SIGTERM.
-    Raises TrainingDiverged on a NaN or infinite loss, InvalidArgument for empty data.
+    checkpoint_dir: resumable states go there every `checkpoint_every` steps and on SIGINT / SIGTERM; in one that all
+    processes see. Raises TrainingDiverged on a NaN or infinite loss, InvalidArgument for empty data.
     """
     from huggingface_hub.utils import tqdm
 
-    accelerator = accelerator or make_accelerator(seed=seed)
-    if isinstance(loader, torch.utils.data.DataLoader):
-        loader = accelerator.prepare(loader)
-    per_epoch = steps if steps and not _has_length(loader) else batches_per_epoch(loader, share)
-    total = steps if steps is not None else math.ceil(per_epoch * epochs)
+    engine = engine or Engine()
+    accelerator = accelerator or engine.accelerator(label, seed=seed)
+    engine.check(accelerator)
+    hooks.check_processes(accelerator.num_processes)
+    loader = prepared(loader, accelerator)
+    per_epoch = steps if steps and not has_length(loader) else batches_per_epoch(loader, share)
+    length = steps if steps is not None else math.ceil(per_epoch * epochs)
     model.train()
-    wrapped, opt = accelerator.prepare(model, _optimizer(optimizer, hooks.parameter_groups(model)))
-    accelerator.register_for_checkpointing(*hooks.stateful())
-    store = Checkpoints(checkpoint_dir, accelerator) if checkpoint_dir else None
-    start = store.load() if store and resume else 0
-    log, began, running = TrainLog(steps=start), time.perf_counter(), 0.0
-    bar = tqdm(
-        total=total, initial=start, desc=label, unit="step", disable=None if accelerator.is_main_process else True
-    )
-    times: list[float] = []
-    summed = 0
-    batches = _epochs(loader, per_epoch, start, accelerator.device)
-    with StopOnSignal(active=store is not None) as stop, bar:
-        for step in range(start, total):
-            epoch, index, batch = next(batches)
+    log, times = TrainLog(), []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(engine.applied(model))
+        spread = Spread(model, accelerator, sharded=engine.fsdp)
+        opt = spread.prepare(_optimizer(optimizer, hooks.parameter_groups(model)))
+        accelerator.register_for_checkpointing(*hooks.stateful(), log)
+        store = Checkpoints(checkpoint_dir, accelerator, per_epoch=per_epoch) if checkpoint_dir else None
+        start = log.steps = store.load() if store and resume else 0
+        began = time.perf_counter()
+        tracks = stack.enter_context(Tracks(accelerator, engine.log_with, engine.log_every, label, hooks.pass_names()))
+        bar = tqdm(
+            total=length, initial=start, desc=label, unit="step", disable=None if accelerator.is_main_process else True
+        )
+        stop = stack.enter_context(StopOnSignal(active=store is not None))
+        stack.enter_context(bar)
+        batches = feed(loader, per_epoch, start, accelerator.device)
+        seen = 0
+        for step in range(start, length):
+            fed = next(batches)
             step_began = time.perf_counter()
             for group in opt.param_groups:
-                group["lr"] = group["initial_lr"] * _cosine(step, total)
-            hooks.begin_step(model, step, total)
-            loss = _backward(accelerator, wrapped, hooks, batch, random.Random(f"{seed}:{step}"), opt)
+                group["lr"] = group["initial_lr"] * _cosine(step, length)
+            hooks.begin_step(model, step, length)
+            losses = _backward(accelerator, engine, spread.wrapped, hooks, fed, random.Random(f"{seed}:{step}"), opt)
+            *losses, stopping = total(*losses, stop.raised)
+            loss = sum(losses)
             if not math.isfinite(loss):
-                raise TrainingDiverged(step, loss, store.last if store else None)
+                raise agreed(TrainingDiverged(step, loss, store.last if store else None))
+            spread.average_replicated()
             hooks.before_step(model, step)
             params = [p for g in opt.param_groups for p in g["params"] if p.grad is not None]
             torch.nn.utils.clip_grad_value_(params, CLIP_VALUE)
@@ -162,22 +141,26 @@ def fit(
             opt.zero_grad(set_to_none=True)
             hooks.after_step(model, step)
             times.append(time.perf_counter() - step_began)
-            running, summed = running + loss, summed + 1
-            log.steps, log.samples = step + 1, log.samples + size_of(batch)
-            rate = log.samples * accelerator.num_processes / (time.perf_counter() - began)
+            log.part.append(loss / hooks.passes)
+            log.steps, log.samples, seen = step + 1, log.samples + fed.samples, seen + fed.samples
+            rate = seen / (time.perf_counter() - began)
             bar.set_postfix(loss=f"{loss / hooks.passes:.4f}", rate=f"{rate:.1f} samples/s", refresh=False)
             bar.update()
-            if index + 1 == per_epoch or step + 1 == total:
-                log.epoch_loss.append(running / (summed * hooks.passes))
-                running, summed = 0.0, 0
-                if hooks.after_epoch(model, epoch):
+            lr = opt.param_groups[0]["lr"]
+            tracks.log(step + 1, losses, rate, lr, lambda: hooks.watch(model), last=step + 1 == length)
+            if fed.index + 1 == per_epoch or step + 1 == length:
+                log.epoch_loss.append(sum(log.part) / len(log.part))
+                log.part.clear()
+                if hooks.after_epoch(model, fed.epoch):
                     _renew(opt, hooks.parameter_groups(model))
-            due = (step + 1) % checkpoint_every == 0 and step + 1 < total
-            if store and (stop.raised or due):
-                if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
-                    raise TrainingDiverged(step, math.nan, store.last)  # the next loss would say so, too late
+            stopping = stopping or (stop.raised and accelerator.num_processes == 1)
+            due = (step + 1) % checkpoint_every == 0 and step + 1 < length
+            if store and (stopping or due):
+                if not spread.finite():
+                    # the next loss would say so, too late
+                    raise agreed(TrainingDiverged(step, math.nan, store.last))
                 store.save(step + 1)
-            if stop.raised:
+            if stopping:
                 raise KeyboardInterrupt(f"stopped after step {step + 1}; resume from {store.last if store else None}")
     log.seconds, log.step_seconds = time.perf_counter() - began, statistics.median(times or [0.0])
     model.eval()
@@ -185,27 +168,31 @@ def fit(
 
 
 def _backward(
-    accelerator: Any, model: nn.Module, hooks: Hooks, batch: Any, rng: random.Random, opt: torch.optim.Optimizer
-) -> float:
-    """All passes of one step; returns the sum of their losses. One graph is alive at a time."""
-    generator, total = hooks.losses(model, batch, rng), torch.zeros((), device=accelerator.device)
+    accelerator: Any,
+    engine: Engine,
+    model: nn.Module,
+    hooks: Hooks,
+    fed: Fed,
+    rng: random.Random,
+    opt: torch.optim.Optimizer,
+) -> list[float]:
+    """All passes of one step; returns this process's part of the mean loss of each. One graph is alive at a time."""
+    generator, losses = hooks.losses(model, engine.placed(fed.batch), rng), []
+    processes = accelerator.num_processes
     for i in range(hooks.passes):
         # the all-reduce of a DDP model runs once, in the last pass
         last = i + 1 == hooks.passes
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            loss, group = next(generator)
+            with engine.autocast(accelerator):
+                loss, group = next(generator)
+            if processes > 1:
+                if group is not None:
+                    raise agreed(
+                        HubMPQError("a strategy that trains parts of its parameters in turn needs one process")
+                    )
+                loss = loss * fed.weight  # DDP takes the plain mean over the processes
             names = (group,) if isinstance(group, str) else group
             inputs = None if names is None else [p for g in opt.param_groups if g["name"] in names for p in g["params"]]
             accelerator.backward(loss, inputs=inputs)
-        total += loss.detach()
-    return float(total)
-
-
-def make_accelerator(*, seed: int = 0, cpu: bool | None = None) -> Any:
-    """Accelerator that shuffles by `seed` and epoch, whatever the global seed is, so that a run can be repeated and
-    resumed. `cpu` None: a GPU when there is one."""
-    from accelerate import Accelerator, DataLoaderConfiguration
-
-    return Accelerator(
-        cpu=bool(cpu), dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed)
-    )
+        losses.append(loss.detach() / processes)
+    return [float(value) for value in torch.stack([x.reshape(()) for x in losses]).tolist()]

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from .batch import forward, to_device
+from .processes import world
 
 
 @torch.no_grad()
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], *, limit: int = 32) -> int:
-    """Replace running statistics by their plain average over up to `limit` batches; returns how many were used.
+    """Replace running statistics by their plain average over up to `limit` batches (of each process, where there are
+    several); returns how many were used.
 
     A folded BatchNorm (identity statistics of a model whose convolutions hold the affine part) must not be
     re-estimated: such a norm has mean 0 and variance 1 throughout and is left alone.
@@ -46,6 +48,12 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], *, limit: in
         model.train(training)
         for norm, (_, was) in zip(norms, kept, strict=True):
             norm.training = was
+    if world()[1] > 1:
+        from accelerate.utils import reduce
+
+        for norm in norms:
+            for name in ("running_mean", "running_var"):
+                getattr(norm, name).copy_(reduce(getattr(norm, name), "mean"))
     return used
 
 

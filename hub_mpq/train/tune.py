@@ -12,10 +12,12 @@ from torch import nn
 from ..errors import InvalidArgument
 from .batch import labels_of
 from .cpt import CyclicPrecision
+from .engine import Engine
 from .finetune import Finetune
 from .gradient_quantizers import GradientQuantization
-from .loop import TrainLog, fit, make_accelerator
+from .loop import TrainLog, fit
 from .norms import reestimate_batch_norm
+from .processes import own_share
 
 
 def finetune(
@@ -41,6 +43,7 @@ def finetune(
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int = 500,
     resume: bool = False,
+    engine: Engine | None = None,
 ) -> TrainLog:
     """Train weights and scales of a quantized `model` in place: cosine schedule, label smoothing.
 
@@ -49,6 +52,7 @@ def finetune(
     re-estimate BatchNorm statistics on up to 32 batches afterwards. lr, scale_lr: of weights, of log scales.
     cyclic_bits: widths cycle `cycles` times between it and the policy's (CPT). gradient_bits: the backward pass runs
     on gradients of so many bits, by the "tensor", "sample" or "householder" quantizer (fully quantized training).
+    engine: precision, memory, compiler, trackers.
     """
     first = next(iter(train), None)
     if first is None:
@@ -59,7 +63,10 @@ def finetune(
         raise InvalidArgument(f"distill is a weight from 0 to 1, not {distill}")
     if distill and teacher is None:
         raise InvalidArgument("distillation needs the float model, which a model loaded from packed weights lacks")
-    accelerator = make_accelerator(seed=seed)
+    engine = engine or Engine()
+    if engine.fsdp:
+        raise InvalidArgument("fsdp trains indicators; fine-tuning packs whole weights and runs without it")
+    accelerator = engine.accelerator("fine-tune", seed=seed)
     if teacher is not None and distill:
         teacher = teacher.to(accelerator.device).eval()
     average = None
@@ -95,6 +102,7 @@ def finetune(
             resume=resume,
             label="fine-tune",
             accelerator=accelerator,
+            engine=engine,
         )
     finally:
         for schedule in (cyclic, gradients):
@@ -106,6 +114,6 @@ def finetune(
             found = average.module.state_dict()
             model.load_state_dict({k: v for k, v in found.items() if v.is_floating_point()}, strict=False)
     if reestimate_norms:
-        reestimate_batch_norm(model, train)
+        reestimate_batch_norm(model, own_share(train, seed=seed))
     model.eval()
     return log

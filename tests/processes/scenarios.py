@@ -1,0 +1,196 @@
+"""What the tests run alone and as two processes: python scenarios.py OUTPUT, started by Accelerate's launcher.
+
+Every scenario gives JSON values; OUTPUT/<rank>.json holds {scenario: them}.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import _net
+
+from hub_mpq import HubMPQ
+from hub_mpq.errors import HubMPQError, InvalidArgument
+from hub_mpq.search.limpq import LIMPQ
+from hub_mpq.search.train_scores import train_scores
+from hub_mpq.spec import Candidates
+from hub_mpq.train import Finetune, evaluate, fit
+from hub_mpq.train.processes import own_share, world
+
+X = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+STILL = {"lr": 0.0, "scale_lr": 0.0, "weight_decay": 0.0, "smoothing": 0.1}
+COUNTS = (44, 36)  # with 16 a step: a last step of 12 (8 and 4 on two processes) and of 4 (4 and none)
+
+
+def samples(count=96, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 1, 8, 8, generator=generator)
+    y = x[:, 0, :, :5].mean(1).argmax(1)
+    x[torch.arange(count), 0, :, y] += 1
+    return TensorDataset(x, y)
+
+
+def loader(count=96, **options):
+    """Batches of 16 a step over all processes."""
+    return DataLoader(samples(count), batch_size=16 // world()[1], **options)
+
+
+def rounded(rows):
+    return {name: {str(bits): value for bits, value in row.items()} for name, row in rows.items()}
+
+
+class Watched(LIMPQ):
+    """Frozen norms, and what every step's gradients and widths were."""
+
+    def begin_step(self, model, step, total):
+        for name in self.norms:
+            model.get_submodule(name).eval()
+        for module in (model[1],):
+            module.eval()
+
+    def losses(self, model, batch, rng):
+        if world()[1] > 1 and not hasattr(self, "reductions"):
+            self.reductions = []
+            model.register_comm_hook(None, self._reduce)
+        for self.number, pair in enumerate(super().losses(model, batch, rng)):
+            yield pair
+        self.number = None
+
+    def _reduce(self, state, bucket):
+        self.reductions.append(self.number)
+        done = torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future()
+        return done.then(lambda future: future.value()[0] / world()[1])
+
+    def before_step(self, model, step):
+        self.grads = getattr(self, "grads", [])
+        self.grads.append({n: p.grad.flatten().tolist() for n, p in model.named_parameters() if p.grad is not None})
+        self.drawn = getattr(self, "drawn", [])
+        self.drawn.append([m.weight_quantizer.spec.num_bits for m in self.layers.values()])
+
+
+def gradients(folder):
+    out = {}
+    for count in COUNTS:
+        model = _net()
+        graph = HubMPQ.from_module(_net(), X).graph
+        strategy = Watched(Finetune(**STILL), indicator="scale")
+        strategy.attach(model, graph, {x.name: Candidates.of([2, 4]) for x in graph.searched}, {"4": "3", "7": "6"})
+        log = fit(model, strategy, loader(count), epochs=1)
+        out[str(count)] = {
+            "grads": strategy.grads,
+            "drawn": strategy.drawn,
+            "reductions": getattr(strategy, "reductions", None),
+            "passes": strategy.passes,
+            "samples": log.samples,
+            "loss": log.epoch_loss,
+        }
+    return out
+
+
+def indicators(folder):
+    """A loader that each process shuffles with a global generator of its own, unless the library prevents it."""
+    out = {}
+    torch.manual_seed(world()[0])
+    for name, options in {
+        "start": {"steps": 0, "indicator": "scale"},
+        "growth": {"steps": 0},
+        "trained": {"steps": 4},
+    }.items():
+        found = HubMPQ.from_module(_net(), X).train_indicators(loader(shuffle=True), seed=3, **options)
+        out[name] = {"weight": rounded(found.weight), "activation": rounded(found.activation)}
+    plain = HubMPQ.from_module(_net(), X).train_indicators(loader(), steps=0)
+    out["ordered"] = {"weight": rounded(plain.weight), "activation": rounded(plain.activation)}
+    mpq = HubMPQ.from_module(_net(), X)
+    resolved = {x.name: Candidates.of([2, 4]) for x in mpq.graph.searched}
+    for name in ("gradient", "mse"):
+        got = train_scores(mpq.model, mpq.graph, {}, loader(), resolved, strategy=name, strategy_options={})
+        out[name] = {layer: {str(b): v for b, v in row.items()} for layer, row in got.scores.items()}
+    return out
+
+
+def measured(folder):
+    figures = evaluate(_net(), loader(44))
+    fidelity = evaluate(_net(1), [batch[0] for batch in loader(44)][:3], reference=_net())
+    lists = len(list(own_share([1, 2, 3, 4, 5])))
+    return {"labels": figures, "fidelity": fidelity, "list": lists}
+
+
+def tuned(folder):
+    mpq = HubMPQ.from_module(_net(), X)
+    mpq.apply_policy("W4A4", loader())
+    mpq.finetune(loader(shuffle=True), steps=5, lr=1e-3, checkpoint_dir=folder / "tuned")
+    state = mpq.model.state_dict()
+    return {"state": {k: v.flatten().tolist() for k, v in state.items()}}
+
+
+class Ends(Finetune):
+    """One process alone is told to stop, or meets data that cannot be read."""
+
+    def after_step(self, model, step):
+        if step == 2 and world()[0] == world()[1] - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def stopped(folder):
+    """SIGTERM reaches one process; then all go on together, and the end is that of an uninterrupted run."""
+    options = {"steps": 7, "seed": 2, "checkpoint_dir": folder / "stopped"}
+    moving = {**STILL, "lr": 1e-2, "scale_lr": 1e-2}
+    whole, broken = _net(), _net()
+    fit(whole, Finetune(**moving), loader(44, shuffle=True), steps=7, seed=2)
+    said = ""
+    try:
+        fit(broken, Ends(**moving), loader(44, shuffle=True), **options)
+    except KeyboardInterrupt as error:
+        said = str(error).partition(";")[0]
+    states = sorted(p.name for p in (folder / "stopped").iterdir())
+    fit(broken, Finetune(**moving), loader(44, shuffle=True), **options, resume=True)
+    equal = [torch.equal(a, b) for a, b in zip(whole.state_dict().values(), broken.state_dict().values(), strict=True)]
+    return {"said": said, "states": states, "equal": all(equal)}
+
+
+class Torn(torch.utils.data.Dataset):
+    def __len__(self):
+        return 96
+
+    def __getitem__(self, index):
+        if 56 <= index < 64:  # of the eighth batch of eight: the second process's fourth
+            raise HubMPQError(f"sample {index} is torn")
+        return torch.zeros(1, 8, 8), 0
+
+
+def errors(folder):
+    out = {}
+    for name, call in {
+        "torn": lambda: fit(_net(), Finetune(**STILL), DataLoader(Torn(), batch_size=8), epochs=1),
+        "ebs": lambda: HubMPQ.from_module(_net(), X).train_scores(loader(), strategy="ebs", steps=1),
+        "few": lambda: fit(_net(), Finetune(**STILL), DataLoader(samples(4), batch_size=8), epochs=1),
+    }.items():
+        try:
+            call()
+        except (HubMPQError, InvalidArgument) as error:
+            out[name] = str(error)
+    return out
+
+
+SCENARIOS = {f.__name__: f for f in (gradients, indicators, measured, tuned, stopped, errors)}
+
+
+def main() -> None:
+    from hub_mpq.train.processes import describe
+
+    folder = Path(sys.argv[1])
+    told = describe()
+    results = {"told": told, **{name: scenario(folder) for name, scenario in SCENARIOS.items()}}
+    (folder / f"{world()[0]}.json").write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Two real processes, started by Accelerate's launcher, against one: the same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scenarios
+
+from hub_mpq.errors import InvalidArgument
+from hub_mpq.train import Finetune, fit
+
+LAUNCH = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+LAUNCH += ["--dynamo_backend", "no", "--main_process_port", "0"]
+
+
+def launch(*args, **env):
+    command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH, *map(str, args)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **env}
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    """Results of both processes."""
+    done = launch(Path(scenarios.__file__), folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """Results of the scenarios that compare, in this process."""
+    folder = tmp_path_factory.mktemp("one")
+    return {name: scenarios.SCENARIOS[name](folder) for name in ("gradients", "indicators", "measured")}
+
+
+def test_there_are_two(two):
+    assert [result["told"] for result in two] == ["2 processes, device cpu, gloo"] * 2
+
+
+@pytest.mark.parametrize("count", [str(count) for count in scenarios.COUNTS])
+def test_two_halves_of_a_batch_give_the_gradients_of_the_whole(one, two, count):
+    """Also in the last step, of 12 samples (8 and 4) and of 4 (4 and none)."""
+    alone, both = one["gradients"][count], [result["gradients"][count] for result in two]
+    assert both[0]["grads"] == both[1]["grads"]
+    assert len(alone["grads"]) == len(both[0]["grads"]) == 3
+    for whole, halves in zip(alone["grads"], both[0]["grads"], strict=True):
+        assert whole.keys() == halves.keys()
+        assert any("shift" in name for name in whole)
+        for name in whole:
+            a, b = np.array(whole[name]), np.array(halves[name])
+            # sums of float32 in another order: 1e-5 of the tensor's largest gradient
+            assert np.abs(a - b).max() <= 1e-5 * max(np.abs(a).max(), 1e-4), name
+    assert both[0]["samples"] == alone["samples"] == int(count)
+    assert both[0]["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+
+
+def test_the_same_random_widths_everywhere(one, two):
+    for count in map(str, scenarios.COUNTS):
+        drawn = [result["gradients"][count]["drawn"] for result in (one, *two)]
+        assert drawn[0] == drawn[1] == drawn[2]
+    assert len({tuple(row) for row in drawn[0]}) > 1
+
+
+def test_gradients_are_reduced_in_the_last_pass_of_a_step_only(two):
+    for result in two:
+        found = result["gradients"][str(scenarios.COUNTS[0])]
+        assert set(found["reductions"]) == {found["passes"] - 1}
+        assert len(found["reductions"]) % 3 == 0  # the same number of buckets in each of the three steps
+
+
+def test_starts_growth_and_indicators_are_equal_everywhere(two):
+    assert two[0]["indicators"] == two[1]["indicators"]
+    trained, start = two[0]["indicators"]["trained"], two[0]["indicators"]["growth"]
+    assert trained != start
+
+
+def test_they_are_averages_over_both_processes_data(one, two):
+    alone, both = one["indicators"]["ordered"], two[0]["indicators"]["ordered"]
+    for side in ("weight", "activation"):
+        for name, row in alone[side].items():
+            for bits, value in row.items():
+                # the same samples in other halves: the order of float32 sums
+                assert both[side][name][bits] == pytest.approx(value, rel=1e-3), (side, name, bits)
+
+
+@pytest.mark.parametrize("name", ["gradient", "mse"])
+def test_scores_of_scorers_are_averages_too(one, two, name):
+    assert two[0]["indicators"][name] == two[1]["indicators"][name]
+    for layer, row in one["indicators"][name].items():
+        for bits, value in row.items():
+            assert two[0]["indicators"][name][layer][bits] == pytest.approx(value, rel=1e-3), (layer, bits)
+
+
+def test_a_measurement_is_of_all_samples_once(one, two):
+    for result in two:
+        assert result["measured"]["labels"] == pytest.approx(one["measured"]["labels"], rel=1e-5)
+        assert result["measured"]["labels"]["samples"] == 44
+    assert [result["measured"]["list"] for result in two] == [3, 2]
+
+
+def test_tuned_models_are_equal_everywhere(two):
+    assert two[0]["tuned"]["state"] == two[1]["tuned"]["state"]
+
+
+def test_a_signal_to_one_process_stops_all_and_they_go_on(two):
+    for result in two:
+        assert result["stopped"]["said"] == "stopped after step 4"
+        assert result["stopped"]["states"] == ["step-00000004"]
+        assert result["stopped"]["equal"]
+
+
+def test_a_state_of_two_processes_is_refused_by_one(two, folder):
+    with pytest.raises(InvalidArgument, match=r"2 processes with 3 .* this run has 1 process with 3"):
+        fit(
+            scenarios._net(),
+            Finetune(**scenarios.STILL),
+            scenarios.loader(44),
+            steps=7,
+            checkpoint_dir=folder / "stopped",
+            resume=True,
+        )
+
+
+def test_what_one_process_meets_all_raise(two):
+    for result in two:
+        assert "sample 56 is torn" in result["errors"]["torn"]
+        assert "one process only" in result["errors"]["ebs"]
+        assert "no batch" in result["errors"]["few"]
