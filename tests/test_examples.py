@@ -1,5 +1,6 @@
 """The examples run, at toy size, as a user would start them."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,3 +32,48 @@ def test_imagenet_from_float_weights_to_the_reloaded_folder(tmp_path):
     assert "reloaded logits equal: True" in done.stdout
     assert "joint step over its passes as float steps" in done.stdout
     assert (tmp_path / "out" / "model.mpq.safetensors").is_file()
+
+
+def _folder(root):
+    generator = np.random.default_rng(0)
+    for label in range(3):
+        (root / f"class{label}").mkdir(parents=True)
+        for i in range(8):
+            Image.fromarray(generator.integers(255, size=(40, 40, 3), dtype=np.uint8)).save(
+                root / f"class{label}" / f"{i}.png"
+            )
+    return root
+
+
+def test_indicators_by_the_same_script_alone_and_as_two_processes(tmp_path):
+    """The command is that of the README, and the total batch is the same."""
+    from hub_mpq.cli.launch import arguments
+    from hub_mpq.pack import read_indicators
+
+    script = [EXAMPLES / "train_indicators.py", "test_resnet", "--side", "32", "--classes", "3", "--no-pretrained"]
+    script += ["--data", _folder(tmp_path / "train"), "--steps", "3"]
+    starts = {
+        "1 process, device cpu": [sys.executable, *script, "--batch-size", "8"],
+        "2 processes, device cpu, gloo": [
+            *[sys.executable, "-m", "accelerate.commands.launch", *arguments(2)],
+            *[*script, "--batch-size", "4"],
+        ],
+    }
+    found = []
+    for first, command in starts.items():
+        out = tmp_path / f"{len(found)}.safetensors"
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(
+            [*map(str, command), "--output", str(out)], capture_output=True, text=True, check=False, env=environment
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines = done.stdout.splitlines()
+        assert lines[0] == first
+        assert len(lines) == 2  # one process speaks
+        found.append(read_indicators(out))
+    alone, both = found
+    assert both.provenance["samples"] == alone.provenance["samples"] == 24
+    for name, row in alone.weight.items():
+        for bits, value in row.items():
+            # the same samples in the same order; norms see half of a batch each, so the two are not equal
+            assert 0.2 < both.weight[name][bits] / value < 5, (name, bits)

@@ -54,8 +54,16 @@ def test_every_command_and_option_exists():
     rows = set(re.findall(r"^\| `hub-mpq (\w+)", TEXT, re.M))
     assert rows == set(commands)
     options = {option for command in commands.values() for p in command.params for option in p.opts}
-    said = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) - {"--version"}
+    ours = re.sub(r"accelerate launch .*-m hub_mpq", "", TEXT)
+    said = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours)) - {"--version"}
     assert said <= options, said - options
+
+
+def test_the_launch_command_is_the_one_that_works():
+    from hub_mpq.cli.launch import arguments
+
+    (options,) = re.findall(r"accelerate launch (.*) -m hub_mpq", TEXT)
+    assert options.split() == arguments(2)
 
 
 def test_the_tree_is_the_package():

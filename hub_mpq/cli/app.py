@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
@@ -10,7 +11,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import HubMPQError
-from . import evaluate, hub, indicators, inspect, quantize, solving
+from . import evaluate, hub, indicators, inspect, launch, quantize, solving
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -21,12 +22,17 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         plain, warnings.formatwarning = warnings.formatwarning, _warning
         try:
+            if (ctx._protected_args or [""])[0] in launch.TRAINS:
+                launch.announce(early=True)
             return super().invoke(ctx)
         except HubMPQError as error:
-            typer.echo(f"hub-mpq: {_sentence(error)}", err=True)
+            if launch.tells(error):
+                where = "" if launch.is_main() else f"[process {os.environ['RANK']}]"
+                typer.echo(f"hub-mpq{where}: {_sentence(error)}", err=True)
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt as error:
-            typer.echo(f"hub-mpq: {error or 'stopped'}", err=True)
+            if launch.is_main():
+                typer.echo(f"hub-mpq: {error or 'stopped'}", err=True)
             raise typer.Exit(INTERRUPTED) from None
         finally:
             warnings.formatwarning = plain
@@ -70,6 +76,9 @@ for _command in (inspect.inspect, indicators.indicators, solving.search, solving
     app.command()(_command)
 for _trained in (quantize.quantize, quantize.finetune, evaluate.evaluate, evaluate.demo):
     app.command()(_trained)
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)(launch.launch)
 for _hub in (hub.push, hub.pull):
     app.command()(_hub)
 

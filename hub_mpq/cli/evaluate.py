@@ -9,6 +9,7 @@ import typer
 
 from . import given, models, show
 from . import options as o
+from .launch import is_main
 
 
 def evaluate(
@@ -28,6 +29,8 @@ def evaluate(
     """Top-1, top-5 and loss on labelled images, of a float model or a packed folder."""
     mpq = models.load(model, **given.model_options(locals()))
     figures = mpq.evaluate(models.loader(mpq, data, train=False, **given.data_options(locals())))
+    if not is_main():
+        return
     text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
     show.emit(as_json, {"model": model, "quantized": mpq.policy is not None, **figures}, text)
 

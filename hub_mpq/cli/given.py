@@ -15,7 +15,8 @@ def check_plot(plot: Path | None) -> None:
 
 
 _MODEL_OPTIONS = ("library", "input_size", "model_arg", "checkpoint_path", "pretrained", "pin", "exclude")
-_NO_SETTINGS = ("output", "resume", "overwrite", "plot", "as_json", "workers")
+_NO_SETTINGS = ("output", "resume", "overwrite", "plot", "as_json", "workers", "checkpoint_every", "log_with")
+_ENGINE = ("bf16", "gradient_checkpointing", "channels_last", "compile", "sync_batch_norm", "fsdp", "log_with")
 
 
 def model_options(values: dict[str, Any]) -> dict[str, Any]:
@@ -24,6 +25,17 @@ def model_options(values: dict[str, Any]) -> dict[str, Any]:
 
 def data_options(values: dict[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in ("class_map", "batch_size", "workers")}
+
+
+def engine_of(values: dict[str, Any]) -> Any:
+    """How a training runs; a tracker that is not there must not cost a model's loading first."""
+    from ..train.engine import Engine
+    from ..train.track import tracker
+
+    output = values["output"]
+    logs = output.with_name(output.name + ".logs")
+    tracker(values["log_with"], logs, "run")
+    return Engine(**{name: values[name] for name in _ENGINE if name in values}, log_dir=logs)
 
 
 def settings_of(values: dict[str, Any]) -> dict[str, Any]:

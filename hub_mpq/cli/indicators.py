@@ -9,6 +9,7 @@ import typer
 
 from . import given, models, show
 from . import options as o
+from .launch import is_main, on_main
 from .resume import Run, check_file
 
 
@@ -36,16 +37,24 @@ def indicators(
     model_arg: o.ModelArg = None,
     checkpoint_path: o.CheckpointPath = None,
     pretrained: o.Pretrained = True,
+    bf16: o.Bf16 = False,
+    gradient_checkpointing: o.Recompute = False,
+    channels_last: o.ChannelsLast = False,
+    sync_batch_norm: o.SyncNorms = False,
+    fsdp: o.Fsdp = False,
+    checkpoint_every: o.CheckpointEvery = 500,
     resume: o.Resume = False,
     overwrite: o.Overwrite = False,
+    log_with: o.LogWith = None,
     plot: o.Plot = None,
     as_json: o.Json = False,
 ) -> None:
     """Learn every layer's importance once; it serves every later budget."""
     settings = given.settings_of(locals())
-    check_file(output, overwrite)
+    check_file(output, overwrite, resume)
     given.check_plot(plot)
     widths = o.candidates_of(candidates)
+    engine = given.engine_of(locals())
     mpq = models.load(model, **given.model_options(locals()))
     train = models.loader(mpq, data, train=True, **given.data_options(locals()), seed=seed)
     from ..pack import write_indicators
@@ -62,9 +71,13 @@ def indicators(
             freeze_weights=freeze_weights,
             seed=seed,
             checkpoint_dir=run.folder / "indicators",
+            checkpoint_every=checkpoint_every,
             resume=run.resume,
+            engine=engine,
         )
-        write_indicators(output, learned)
+        on_main(lambda: write_indicators(output, learned))
+    if not is_main():
+        return
     if plot is not None:
         from ..plot import plot_indicators
 

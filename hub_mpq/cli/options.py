@@ -54,6 +54,20 @@ LearningRate = Annotated[Number, typer.Option("--lr", help="Learning rate of the
 Seed = Annotated[int, typer.Option(min=0)]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint an interrupted run left.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output of hub-mpq that is there.")]
+CheckpointEvery = Annotated[int, typer.Option(min=1, help="Steps between states to go on from.")]
+Bf16 = Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16; weights and scales stay float32.")]
+Recompute = Annotated[
+    bool, typer.Option("--gradient-checkpointing", help="Less memory: activations are computed again.")
+]
+ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="Memory order of CNNs that GPUs like.")]
+Compile = Annotated[bool, typer.Option("--compile", help="torch.compile while fine-tuning.")]
+SyncNorms = Annotated[
+    bool, typer.Option("--sync-batch-norm", help="BatchNorm over all processes' batches (CUDA); else over each one's.")
+]
+Fsdp = Annotated[bool, typer.Option("--fsdp", help="Shard the parameters over the processes.")]
+LogWith = Annotated[
+    Text, typer.Option(help="jsonl, tensorboard, wandb, …: losses, speed and scales go to OUTPUT.logs.")
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 Plot = Annotated[File, typer.Option(help="Picture to write (.png, .svg or .pdf).")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]

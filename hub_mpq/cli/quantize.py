@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from ..errors import InvalidArgument
 from . import given, models, show
 from . import options as o
+from .launch import is_main, on_main
 from .resume import Run, check_folder
 
 
@@ -48,8 +50,15 @@ def quantize(
     model_arg: o.ModelArg = None,
     checkpoint_path: o.CheckpointPath = None,
     pretrained: o.Pretrained = True,
+    bf16: o.Bf16 = False,
+    gradient_checkpointing: o.Recompute = False,
+    channels_last: o.ChannelsLast = False,
+    compile: o.Compile = False,
+    sync_batch_norm: o.SyncNorms = False,
+    checkpoint_every: o.CheckpointEvery = 500,
     resume: o.Resume = False,
     overwrite: o.Overwrite = False,
+    log_with: o.LogWith = None,
     plot: o.Plot = None,
     as_json: o.Json = False,
 ) -> None:
@@ -64,9 +73,10 @@ def quantize(
         activation_peak=activation_peak,
     )
     search = given.search_of(strategy, strategy_option, indicator_epochs, indicator_steps)
-    check_folder(output, overwrite)
+    check_folder(output, overwrite, resume)
     given.check_plot(plot)
     widths = o.candidates_of(candidates)
+    engine = given.engine_of(locals())
     mpq = models.load(model, **given.model_options(locals()))
     options = given.data_options(locals())
     train = models.loader(mpq, data, train=True, **options, seed=seed) if data else None
@@ -90,9 +100,11 @@ def quantize(
                 steps=indicator_steps,
                 seed=seed,
                 checkpoint_dir=run.folder / "indicators",
+                checkpoint_every=checkpoint_every,
                 resume=run.resume,
+                engine=replace(engine, compile=False),
             )
-            write_indicators(stored, learned)
+            on_main(lambda: write_indicators(stored, learned))
         mpq.quantize(
             train=train,
             val=measured,
@@ -103,11 +115,12 @@ def quantize(
             seed=seed,
             checkpoint_dir=run.folder,
             resume=run.resume,
-            finetune_options=tuning,
+            engine=engine,
+            finetune_options={**tuning, "checkpoint_every": checkpoint_every},
             **search,
             **budget,
         )
-        saved = mpq.save_pretrained(output)
+        saved = on_main(lambda: mpq.save_pretrained(output))
     _finish(mpq, output, saved, plot, as_json)
 
 
@@ -136,20 +149,28 @@ def finetune(
     model_arg: o.ModelArg = None,
     checkpoint_path: o.CheckpointPath = None,
     pretrained: o.Pretrained = True,
+    bf16: o.Bf16 = False,
+    gradient_checkpointing: o.Recompute = False,
+    channels_last: o.ChannelsLast = False,
+    compile: o.Compile = False,
+    sync_batch_norm: o.SyncNorms = False,
+    checkpoint_every: o.CheckpointEvery = 500,
     resume: o.Resume = False,
     overwrite: o.Overwrite = False,
+    log_with: o.LogWith = None,
     plot: o.Plot = None,
     as_json: o.Json = False,
 ) -> None:
     """Train a quantized model on, or a float one at a policy that is known."""
     settings = given.settings_of(locals())
-    check_folder(output, overwrite)
+    check_folder(output, overwrite, resume)
     given.check_plot(plot)
     packed = models.is_packed(model)
     if packed and policy is not None:
         raise InvalidArgument(f"{model} has its policy already; leave --policy out")
     if not packed and policy is None:
         raise InvalidArgument(f"{model!r} has no policy; pass --policy W4A4 or --policy FILE")
+    engine = given.engine_of(locals())
     mpq = models.load(model, **given.model_options(locals()))
     chosen = None if policy is None else models.read_policy(policy, mpq)
     options = given.data_options(locals())
@@ -167,17 +188,21 @@ def finetune(
             steps=steps,
             seed=seed,
             checkpoint_dir=run.folder / "finetune",
+            checkpoint_every=checkpoint_every,
             resume=run.resume,
+            engine=engine,
             **tuning,
         )
         if measured is not None:
             mpq.evaluate(measured)
-        saved = mpq.save_pretrained(output)
+        saved = on_main(lambda: mpq.save_pretrained(output))
     _finish(mpq, output, saved, plot, as_json)
 
 
 def _finish(mpq: Any, output: Path, saved: int, plot: Path | None, as_json: bool) -> None:
     """Picture and report of a folder that was just saved."""
+    if not is_main():
+        return
     if plot is not None:
         from ..plot import plot_policy
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +29,11 @@ from ..search.datafree import synthetic_batch
 from ..search.joint import first_batch
 from ..spec import Budget, Indicators, LayerBits, Policy
 from ..train.batch import forward, labels_of, to_device
+from ..train.engine import Engine
 from ..train.evaluate import evaluate
 from ..train.loop import TrainLog
 from ..train.norms import reestimate_batch_norm
+from ..train.processes import on_main
 from ..train.tune import finetune
 from .held import Pins
 from .searching import Searching
@@ -173,6 +176,7 @@ class HubMPQ(Searching):
         checkpoint_dir: str | Path | None = None,
         resume: bool = False,
         finetune_options: Mapping[str, Any] | None = None,
+        engine: Engine | None = None,
         **budget: Any,
     ) -> HubMPQ:
         """Indicators → policy → quantizers in → fine-tuned, in one call; returns self.
@@ -181,8 +185,9 @@ class HubMPQ(Searching):
         serve, with one warning. epochs, steps: length of fine-tuning (epochs=0: calibration only).
         indicator_options, finetune_options: as in train_indicators and finetune. checkpoint_dir, resume: go on after
         an interruption. strategy, strategy_options: another search than LIMPQ's, which `indicator_options` then times;
-        one that infers widths (DQ, BSQ) needs no budget.
+        one that infers widths (DQ, BSQ) needs no budget. engine: how the trainings run (precision, memory, trackers).
         """
+        searching = replace(engine or Engine(), compile=False)
         if budget or strategy == "limpq":
             Budget(**budget)  # a nonsense budget must not cost a training first
         self._pin(fixed)
@@ -194,14 +199,17 @@ class HubMPQ(Searching):
             self.metrics["float"] = evaluate(self.float_model, val)
         if strategy == "limpq":
             self.learned = None
-            self._ensure_indicators(train, candidates, indicator_options, seed, checkpoint_dir, resume)
+            told = {"engine": searching, **(indicator_options or {})}
+            self._ensure_indicators(train, candidates, told, seed, checkpoint_dir, resume)
         else:
-            chosen = {"seed": seed, "resume": resume, "strategy_options": strategy_options, **(indicator_options or {})}
+            chosen: dict[str, Any] = {"seed": seed, "resume": resume, "engine": searching}
+            chosen |= {"strategy_options": strategy_options, **(indicator_options or {})}
             if checkpoint_dir:
                 chosen.setdefault("checkpoint_dir", Path(checkpoint_dir) / "search")
             data = [synthetic_batch(self.float_model, self.source.example, seed)] if train is None else train
             self.train_scores(data, strategy=strategy, candidates=candidates, budget=budget, **chosen)
-        result = self.search(alpha=alpha, candidates=candidates, **budget) if budget else None
+        # of several processes one searches: a time limit could end them at other policies
+        result = on_main(lambda: self.search(alpha=alpha, candidates=candidates, **budget)) if budget else None
         policy = result.policy if result else self.learned.inferred_policy(self.graph)  # type: ignore[union-attr]
         tuned = train is not None and (epochs > 0 if steps is None else steps > 0)
         # fine-tuning starts from the float BatchNorm (LIMPQ) and re-estimates at its end
@@ -213,7 +221,7 @@ class HubMPQ(Searching):
             mark = hashlib.sha256(json.dumps(policy.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
             folder = Path(checkpoint_dir) / f"finetune-{mark}" if checkpoint_dir else None
             options = {"epochs": epochs, "steps": steps, "seed": seed, "checkpoint_dir": folder, "resume": resume}
-            self.finetune(train, **{**options, **(finetune_options or {})})
+            self.finetune(train, **{**options, "engine": engine, **(finetune_options or {})})
         if val is not None:
             self.evaluate(val)
         return self

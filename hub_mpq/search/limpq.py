@@ -119,6 +119,19 @@ class LIMPQ(SearchStrategy):
         self.set_widths(model, {name: rng.choice(self.widths) for name in self.layers})
         yield self.loss.loss(model, batch), None
 
+    def pass_names(self) -> list[str]:
+        return [f"loss/{bits} bits" for bits in self.widths if self.uniform] + ["loss/random widths"]
+
+    def watch(self, model: nn.Module) -> dict[str, float]:
+        """The scales' trajectories: of each layer, side and width, over its start."""
+        out: dict[str, float] = {}
+        for name, module in self.layers.items():
+            for side, q in (("weight", module.weight_quantizer), ("activation", module.input_quantizer)):
+                if isinstance(q, LSQ):
+                    moved = (q.scales.detach() / q.base).mean(1).tolist()
+                    out |= {f"scale/{side}/{name}/{bits}": x for bits, x in zip(q.widths, moved, strict=True)}
+        return out
+
     def scores(self, model: nn.Module) -> Scores:
         """Indicators with the default α; `HubMPQ.search` takes another α from stored indicators."""
         found = self.indicators({})

@@ -1,0 +1,70 @@
+"""Train the indicators of a timm model on a folder of class folders: alone, or on many processes.
+
+    python examples/train_indicators.py resnet18 --data imagenet/train --output resnet18.safetensors
+    accelerate launch --multi_gpu --num_processes 8 examples/train_indicators.py resnet18 --data imagenet/train …
+    OMP_NUM_THREADS=1 accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no \\
+        --dynamo_backend no --main_process_port 0 examples/train_indicators.py resnet18 --data imagenet/train …
+
+The last line is for CPUs: there `--cpu` would start one process only, whatever the number. `--batch-size` is that of
+one process. Killed, it goes on from OUTPUT.states with `--resume`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from hub_mpq import HubMPQ
+from hub_mpq.data import data_config, image_loader
+from hub_mpq.pack import write_indicators
+from hub_mpq.train import Engine
+from hub_mpq.train.processes import describe, on_main, world
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model", help="a timm name")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--side", type=int, default=224)
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--no-pretrained", action="store_true")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--checkpoint-every", type=int, default=500)
+    parser.add_argument("--resume", action="store_true")
+    given = parser.parse_args(argv)
+
+    told = describe()  # joins the processes, so it comes before anything that could differ between them
+    if world()[0] == 0:
+        print(told, flush=True)
+    torch.manual_seed(0)  # of weights that no file gives
+    size = (3, given.side, given.side)
+    mpq = HubMPQ.from_pretrained(
+        given.model, pretrained=not given.no_pretrained, input_size=size, num_classes=given.classes
+    )
+    if torch.cuda.is_available():
+        mpq.model.to("cuda")
+    config = data_config(mpq.source.preprocess, mpq.graph.input_shape)
+    train = image_loader(given.data, config, train=True, classes=given.classes, batch_size=given.batch_size)
+    indicators = mpq.train_indicators(
+        train,
+        steps=given.steps,
+        checkpoint_dir=given.output.with_name(given.output.name + ".states"),
+        checkpoint_every=given.checkpoint_every,
+        resume=given.resume,
+        engine=Engine(bf16=given.bf16),
+    )
+    on_main(lambda: write_indicators(given.output, indicators))
+    if world()[0] == 0:
+        print(f"indicators of {len(indicators.weight)} layers in {given.output}")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
