@@ -5,6 +5,7 @@ Every scenario gives JSON values; OUTPUT/<rank>.json holds {scenario: them}.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import signal
 import sys
@@ -13,9 +14,6 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import _net
-
 from hub_mpq import HubMPQ
 from hub_mpq.errors import HubMPQError, InvalidArgument
 from hub_mpq.search.limpq import LIMPQ
@@ -23,6 +21,11 @@ from hub_mpq.search.train_scores import train_scores
 from hub_mpq.spec import Candidates
 from hub_mpq.train import Finetune, evaluate, fit
 from hub_mpq.train.processes import own_share, world
+
+_spec = importlib.util.spec_from_file_location("toys", Path(__file__).parents[1] / "conftest.py")
+_toys = importlib.util.module_from_spec(_spec)  # by its path: folders have a conftest of their own
+_spec.loader.exec_module(_toys)
+_net = _toys._net
 
 X = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 STILL = {"lr": 0.0, "scale_lr": 0.0, "weight_decay": 0.0, "smoothing": 0.1}
