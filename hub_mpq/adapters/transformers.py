@@ -45,6 +45,13 @@ def load_transformers(
     except Exception as error:
         raise cannot_build(model_id, error, pretrained=False) from error
     cls = _model_class(config, auto_class)
+    quantized = getattr(config, "quantization_config", None)
+    if pretrained and quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+        raise HubMPQError(
+            f"{model_id!r} is quantized already ({getattr(method, 'value', method)}): transformers loads it; "
+            "to quantize anew take its float model"
+        )
     try:
         if pretrained:
             model = cls.from_pretrained(model_id, config=config, **unused)

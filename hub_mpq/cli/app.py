@@ -79,7 +79,7 @@ for _trained in (quantize.quantize, quantize.finetune, evaluate.evaluate, evalua
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 )(launch.launch)
-for _hub in (hub.push, hub.pull):
+for _hub in (hub.push, hub.pull, hub.export):
     app.command()(_hub)
 
 

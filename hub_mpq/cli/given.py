@@ -14,7 +14,10 @@ def check_plot(plot: Path | None) -> None:
         check_plot(plot)
 
 
-_MODEL_OPTIONS = ("library", "input_size", "model_arg", "checkpoint_path", "pretrained", "pin", "exclude")
+_MODEL_OPTIONS = (
+    *("library", "input_size", "model_arg", "checkpoint_path", "pretrained", "pin", "exclude"),
+    *("weight_only", "tie_fused"),
+)
 _NO_SETTINGS = ("output", "resume", "overwrite", "plot", "as_json", "workers", "checkpoint_every", "log_with")
 _ENGINE = ("bf16", "gradient_checkpointing", "channels_last", "compile", "sync_batch_norm", "fsdp", "log_with")
 

@@ -26,6 +26,7 @@ def push(
     revision: Annotated[o.Text, typer.Option(help="Branch to publish on, made if it is missing.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     float_copy: FloatCopy = None,
+    format: Annotated[str, typer.Option(help="mpq, or compressed-tensors: weight-only transformers models.")] = "mpq",
     license: Annotated[o.Text, typer.Option(help="Licence of the float model, where it is not found.")] = None,
     base_model: Annotated[o.Text, typer.Option(help="Hub id of the float model, where it is not known.")] = None,
     dataset: Annotated[o.Text, typer.Option(help="What the figures were measured on, such as org/name.")] = None,
@@ -44,6 +45,7 @@ def push(
         revision=revision,
         create_pr=create_pr,
         float_copy=float_copy,
+        format=format,
         license=license,
         base_model=base_model,
         dataset=dataset,
@@ -53,6 +55,26 @@ def push(
     )
     tree = {"commit": done.oid, "commit_url": done.commit_url, "pull_request": done.pr_url}
     show.emit(as_json, tree, done.pr_url or done.commit_url)
+
+
+def export(
+    folder: Folder,
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder to write.")],
+    format: Annotated[str, typer.Option(help="compressed-tensors or onnx.")] = "compressed-tensors",
+    as_json: o.Json = False,
+) -> None:
+    """Write a packed folder in another program's format."""
+    from ..errors import InvalidArgument
+    from ..model import HubMPQ
+    from .models import is_packed
+
+    if not is_packed(folder):
+        raise InvalidArgument(f"{folder} is no folder that hub-mpq wrote")
+    if output.exists():
+        raise InvalidArgument(f"{output} is there already; export writes a new folder")
+    size = HubMPQ.from_pretrained(folder).export(output, format)
+    tree = {"folder": str(output), "format": format, "bytes": size}
+    show.emit(as_json, tree, f"{format} in {output}: {size:,} bytes")
 
 
 def pull(

@@ -32,6 +32,8 @@ def indicators(
     seed: o.Seed = 0,
     pin: o.Pin = None,
     exclude: o.Exclude = None,
+    weight_only: o.WeightOnly = False,
+    tie_fused: o.TieFused = False,
     library: o.Library = None,
     input_size: o.InputSize = None,
     model_arg: o.ModelArg = None,

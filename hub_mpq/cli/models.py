@@ -29,9 +29,12 @@ def load(
     pretrained: bool = True,
     pin: list[str] | None = None,
     exclude: list[str] | None = None,
+    weight_only: bool = False,
+    tie_fused: bool = False,
 ) -> HubMPQ:
     """The model of a command. meta: its skeleton without weights or network; else on the GPU when there is one."""
-    pins, kwargs = pins_of(pin), model_args_of(model_arg)
+    kwargs = model_args_of(model_arg)
+    searched: dict[str, Any] = {"fixed": pins_of(pin), "weight_only": weight_only, "tie_fused": tie_fused}
     if library is not None:
         kwargs["library"] = library
     if input_size is not None:
@@ -46,12 +49,12 @@ def load(
 
         kwargs.pop("checkpoint_path", None)
         source = adapters.load(model, pretrained=False, meta=True, exclude=exclude or (), **kwargs)
-        return HubMPQ(source, fixed=pins)
+        return HubMPQ(source, **searched)
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of weights that no file gives (--no-pretrained, a new head): the same when a run goes on
-        return place(HubMPQ.from_pretrained(model, pretrained=pretrained, fixed=pins, exclude=exclude or (), **kwargs))
+        return place(HubMPQ.from_pretrained(model, pretrained=pretrained, exclude=exclude or (), **searched, **kwargs))
 
 
 def place(mpq: HubMPQ) -> HubMPQ:

@@ -29,6 +29,8 @@ CheckpointPath = Annotated[File, typer.Option(help="Weights from this file.")]
 Pretrained = Annotated[bool, typer.Option(help="Fetch the published weights.")]
 Pin = Annotated[Many, typer.Option(help="PATTERN=W8A8 keeps layers at widths, PATTERN=none searches them. Repeatable.")]
 Exclude = Annotated[Many, typer.Option(help="Pattern of layers to leave float. Repeatable.")]
+WeightOnly = Annotated[bool, typer.Option("--weight-only", help="All inputs stay float.")]
+TieFused = Annotated[bool, typer.Option("--tie-fused", help="Layers of one input (q, k, v) share a width, as in vLLM.")]
 
 Bitops = Annotated[Text, typer.Option(help='A level ("W4A4") or the whole model ("34.7G").')]
 Size = Annotated[Text, typer.Option(help='Bytes of the packed file ("5.7MB", "4MiB") or a level ("W4").')]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import models, show
+from . import given, models, show
 from . import options as o
 
 
@@ -24,6 +24,8 @@ def search(
     alpha: o.Alpha = None,
     pin: o.Pin = None,
     exclude: o.Exclude = None,
+    weight_only: o.WeightOnly = False,
+    tie_fused: o.TieFused = False,
     library: o.Library = None,
     input_size: o.InputSize = None,
     model_arg: o.ModelArg = None,
@@ -43,9 +45,7 @@ def search(
         activation_peak=activation_peak,
     )
     widths = o.candidates_of(candidates)
-    mpq = models.load(
-        model, meta=True, library=library, input_size=input_size, model_arg=model_arg, pin=pin, exclude=exclude
-    )
+    mpq = models.load(model, meta=True, **given.model_options(locals()))
     models.indicators_for(mpq, indicators)
     result = mpq.search(alpha=alpha, candidates=widths, time_limit=time_limit, **budget)
     if plot is not None:
@@ -88,6 +88,8 @@ def pareto(
     alpha: o.Alpha = None,
     pin: o.Pin = None,
     exclude: o.Exclude = None,
+    weight_only: o.WeightOnly = False,
+    tie_fused: o.TieFused = False,
     library: o.Library = None,
     input_size: o.InputSize = None,
     model_arg: o.ModelArg = None,
@@ -105,9 +107,7 @@ def pareto(
     }
     budget = o.budget_of(**others) if any(value is not None for value in others.values()) else {}
     widths = o.candidates_of(candidates)
-    mpq = models.load(
-        model, meta=True, library=library, input_size=input_size, model_arg=model_arg, pin=pin, exclude=exclude
-    )
+    mpq = models.load(model, meta=True, **given.model_options(locals()))
     models.indicators_for(mpq, indicators)
     results = mpq.pareto(limit, points, alpha=alpha, candidates=widths, **budget)
     if plot is not None:

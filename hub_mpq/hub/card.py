@@ -12,6 +12,8 @@ from ..report import human
 from ..search.policy_search import usage_of
 from ..spec import FLOAT_BITS, LayerBits, Policy
 from .card_text import code, loading, making, own_name
+from .export_compressed import METHOD
+from .folder import PACKED
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -116,9 +118,11 @@ def _front_matter(repo_id: str, manifest: Manifest, facts: CardFacts) -> ModelCa
         "eval_results": results,
         "model_name": repo_id.rpartition("/")[2] if results else None,
     }
+    compressed = PACKED not in facts.nbytes
+    tags = ["mixed-precision", "quantization", *([METHOD] if compressed else [])]
     return ModelCardData(
-        library_name="hub-mpq",
-        tags=["mixed-precision", "quantization", *([manifest.library] if manifest.library != "module" else [])],
+        library_name="transformers" if compressed else "hub-mpq",  # whose code loads it
+        tags=[*tags, *([manifest.library] if manifest.library != "module" else [])],
         **{key: value for key, value in known.items() if value},
     )
 
@@ -138,11 +142,9 @@ def _figures(manifest: Manifest, facts: CardFacts) -> str:
 
 
 def _costs(name: str, manifest: Manifest, facts: CardFacts) -> list[str]:
-    from .folder import PACKED
-
     graph = manifest.graph
     if name == "quantized":
-        policy, nbytes = manifest.policy, f"{human(facts.nbytes[PACKED])}B"
+        policy, nbytes = manifest.policy, f"{human(facts.nbytes.get(PACKED) or facts.nbytes['model.safetensors'])}B"
     elif name == "float copy":
         return ["", f"{human(facts.nbytes['model.safetensors'])}B" if "model.safetensors" in facts.nbytes else ""]
     elif name == "float":
@@ -164,7 +166,7 @@ def _notes(manifest: Manifest, facts: CardFacts) -> str:
     if metrics:
         where = f" of `{code(facts.dataset)}`" if facts.dataset else ""
         out.append(f"Measured on {_list(sorted(samples))} samples{where}." if samples else "")
-    if "model.safetensors" in facts.nbytes:
+    if {"model.safetensors", PACKED} <= set(facts.nbytes):
         out.append("`model.safetensors` holds the same weights in float, and inputs of layers are not quantized there:")
         out.append("its figures are its own." if "float copy" in metrics else "it was not measured by itself.")
     return " ".join(part for part in out if part)

@@ -8,6 +8,8 @@ from typing import Any
 
 from ..pack import Manifest
 from ..report import human
+from ..spec import FLOAT_BITS
+from .export_compressed import METHOD, exportable, unequal_inputs
 from .folder import INDICATORS, PACKED
 
 
@@ -23,6 +25,8 @@ def own_name(model_id: str) -> str:
 
 def loading(repo_id: str, manifest: Manifest, nbytes: Mapping[str, int], architecture: str | None) -> str:
     """Three lines for each audience that the repo serves."""
+    if PACKED not in nbytes:
+        return _compressed(repo_id, manifest, nbytes, architecture)
     own = manifest.library == "module"
     parts = [
         _block(
@@ -68,6 +72,39 @@ def loading(repo_id: str, manifest: Manifest, nbytes: Mapping[str, int], archite
                 f'indicators = HubMPQ.from_pretrained("{repo_id}"{", module=net" if own else ""}).indicators',
                 f'model = {again}.quantize(bitops="W3A3", indicators=indicators, train=loader)',
             )
+        )
+    if exportable(manifest):
+        parts.append(
+            "Weights alone are quantized, in Linear and Embedding layers: "
+            f'`push_to_hub(…, format="{METHOD}")` publishes this policy so that transformers loads it without hub-mpq.'
+        )
+    return "\n\n".join(parts)
+
+
+def _compressed(repo_id: str, manifest: Manifest, nbytes: Mapping[str, int], architecture: str | None) -> str:
+    """A repo in compressed-tensors' form: nobody needs hub-mpq."""
+    parts = [
+        _block(
+            f"With transformers and compressed-tensors ({human(nbytes['model.safetensors'])}B; hub-mpq is not needed):",
+            "import transformers  # pip install transformers compressed-tensors",
+            f'model = transformers.{architecture or "AutoModel"}.from_pretrained("{repo_id}")',
+        )
+    ]
+    widths = {bits.weight for bits in manifest.policy.bits.values()} - {FLOAT_BITS}
+    if len({max(width, 2) for width in widths}) > 1:
+        parts.append(
+            "Do not pass `dequantize=True`: transformers 5.23 then reads all layers at one width, and the weights are "
+            "wrong without a word."
+        )
+    unequal = unequal_inputs(manifest)
+    parts.append(
+        "vLLM computes layers that read one input as one matrix and needs one width for them, which "
+        + (f"{len(unequal)} groups here do not have: it cannot load this repo." if unequal else "they have here.")
+        + " No load by vLLM was tried."
+    )
+    if any(layer.kind == "embedding" for layer in manifest.graph):
+        parts.append(
+            "Embeddings lie on their quantized grid and are stored in float: transformers reads no packed ones."
         )
     return "\n\n".join(parts)
 

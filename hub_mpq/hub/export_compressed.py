@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,28 @@ METHOD = "compressed-tensors"
 _KINDS = ("linear", "embedding")
 
 
+def exportable(manifest: Manifest) -> bool:
+    """Whether this format can say the policy."""
+    try:
+        check_exportable(manifest)
+    except HubMPQError:
+        return False
+    return True
+
+
+def unequal_inputs(manifest: Manifest) -> list[list[str]]:
+    """Groups of layers that read one input (q, k, v; gate, up) and whose weights have different widths.
+
+    transformers computes them apart; vLLM as one matrix, and so reads a policy only where there is no such group.
+    """
+    groups: dict[str, list[str]] = {}
+    for layer in manifest.graph:
+        if layer.activation_tie is not None:
+            groups.setdefault(layer.activation_tie, []).append(layer.name)
+    bits = manifest.policy.bits
+    return [names for names in groups.values() if len({max(bits[name].weight, 2) for name in names}) > 1]
+
+
 def check_exportable(manifest: Manifest) -> None:
     """Raise HubMPQError, naming layers and the way out, for a policy that this format can't say."""
     graph, bits = manifest.graph, manifest.policy.bits
@@ -33,13 +56,13 @@ def check_exportable(manifest: Manifest) -> None:
         kinds = ", ".join(sorted({graph[name].kind for name in other}))
         raise HubMPQError(
             f"{METHOD} packs Linear and Embedding layers; {len(other)} layers are {kinds} ({_some(other)}); "
-            f"leave them float with fixed={{{other[0]!r}: 'W32'}}, or publish the packed file"
+            f"leave them float with exclude=[{other[0]!r}, …], or publish the packed file"
         )
     inputs = [name for name, level in bits.items() if level.activation != FLOAT_BITS]
     if inputs:
         raise HubMPQError(
             f"{METHOD} is exported weight-only; the policy quantizes the inputs of {len(inputs)} layers "
-            f"({_some(inputs)}); take levels such as 'W4' (for fixed layers: fixed={{{inputs[0]!r}: 'W8'}})"
+            f"({_some(inputs)}); load the float model with weight_only=True, or publish the packed file"
         )
 
 
@@ -54,12 +77,19 @@ def export_compressed(
 
     One config group per width. The words of the packed file serve as they are; 1-bit weights are stored at 2 bits,
     since 1 bit here would mean {−1, 0}. Embeddings, and heads tied to them, are written dequantized: transformers
-    5.23 fails on a packed one (it initialises `embedding.weight`, which is not there). Raises HubMPQError as
-    check_exportable.
+    5.23 fails on a packed one (it initialises `embedding.weight`, which is not there). Its `dequantize=True` would
+    load one, but takes the first group's width for all layers and gives wrong weights without a word. Warns where
+    vLLM could not load the policy. Raises HubMPQError as check_exportable.
     """
     from safetensors.torch import save
 
     check_exportable(manifest)
+    if unequal := unequal_inputs(manifest):
+        warnings.warn(
+            f"layers that read one input have weights of different widths ({_some(unequal[0])}); transformers loads "
+            "that, vLLM does not: load the float model with tie_fused=True for it",
+            stacklevel=2,
+        )
     state = float_copy_state(model)
     groups: dict[int, list[str]] = {}
     tensors = packed_tensors(model, manifest)

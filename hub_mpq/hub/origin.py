@@ -48,9 +48,10 @@ def origin_of(
     return Origin(base, license if isinstance(license, str) else None, tag, architecture)
 
 
-def local_license(folder: str) -> str | None:
-    """Licence that the card of a model in a local folder names; None where there is none."""
-    found = _base_card(folder, None, None).get("license") if Path(folder).is_dir() else None
+def local_license(folder: Path | None) -> str | None:
+    """Licence that the card in the folder a model was loaded from names; None where there is none."""
+    card = None if folder is None else folder / "README.md"
+    found = _front_matter(card).get("license") if card is not None and card.is_file() else None
     return found if isinstance(found, str) else None
 
 
@@ -72,16 +73,21 @@ def _hub_id(manifest: Manifest) -> str | None:
 
 def _base_card(base: str, revision: str | None, token: str | bool | None) -> Mapping[str, Any]:
     """Front matter of the base model's card; empty when there is none or it can't be had."""
+    found = repo_of(base)
+    if found is None and not base.startswith("timm/"):
+        return {}
+    try:
+        path = hub_api(token).hf_hub_download(found[0] if found else base, "README.md", revision=revision)
+    except Exception:  # whatever it is: a card of others must not stop a push
+        return {}
+    return _front_matter(Path(path))
+
+
+def _front_matter(card: Path) -> Mapping[str, Any]:
     from huggingface_hub import ModelCard
 
     try:
-        if Path(base).is_dir():
-            path = Path(base) / "README.md"
-        elif (found := repo_of(base)) or base.startswith("timm/"):
-            path = Path(hub_api(token).hf_hub_download(found[0] if found else base, "README.md", revision=revision))
-        else:
-            return {}
-        card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
-        return dict(card.data.to_dict())  # type: ignore[no-untyped-call]
-    except Exception:  # whatever it is: a card of others must not stop a push
+        found = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+        return dict(found.data.to_dict())  # type: ignore[no-untyped-call]
+    except Exception:
         return {}

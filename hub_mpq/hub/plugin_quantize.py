@@ -101,7 +101,9 @@ def _search(
             norms = norm_of(net, example)
         found = train_indicators(net, graph, norms, [batch], resolve_candidates(graph, None), steps=0)
     candidates = {
-        layer.name: Candidates(tuple(found.weight.get(layer.name, (2,))), tuple(found.activation.get(layer.name, (2,))))
+        layer.name: Candidates(
+            tuple(found.weight.get(layer.name, (2,))), tuple(found.activation.get(layer.name, (32,)))
+        )
         for layer in graph.searched
     }
     low = LayerBits(2, 2)

@@ -26,17 +26,23 @@ PREPROCESS = (
 """All of them text or protocol buffers: none can run code. timm's are in its config.json."""
 
 
+def local_preprocess(folder: Path | None) -> dict[str, bytes]:
+    """{name: content} of those files in the folder that a model was loaded from; {} when it was no folder."""
+    if folder is None:
+        return {}
+    return {name: (folder / name).read_bytes() for name in PREPROCESS if (folder / name).is_file()}
+
+
 def preprocess_files(
     base_model: str, revision: str | None, *, library: str, token: str | bool | None = None
 ) -> dict[str, Path]:
     """{name: path} of the base model's own files; {} for timm, for a network of one's own, or where none are found.
 
+    `base_model` is what a packed file says, which others may have written: a Hub id, never a path on this disk.
     A base that can't be reached leaves them out: they are its files, and a packed model runs without them.
     """
     if library != "transformers":
         return {}
-    if (folder := Path(base_model)).is_dir():
-        return {name: folder / name for name in PREPROCESS if (folder / name).is_file()}
     found = repo_of(base_model)
     if found is None:
         return {}

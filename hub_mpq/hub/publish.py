@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import HubMPQError, InvalidArgument
 from ..pack import Manifest, read_packed
 from .card import CardFacts, eval_results, render_card
+from .export_compressed import METHOD, check_exportable, export_compressed
 from .float_copy import float_copy_state
 from .folder import CONFIG, INDICATORS, PACKED, read_folder_indicators
 from .load import load_folder
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
 FLOAT_COPY = "model.safetensors"
 CARD = "README.md"
 PICTURE = "policy.png"
+MANIFEST = "mpq_manifest.json"
+"""Policy, graph and provenance in words, where no packed file holds them; and the mark of such a repo as ours."""
 EVAL_RESULTS = ".eval_results/hub-mpq.yaml"
-_OURS = (CONFIG, PACKED, INDICATORS, FLOAT_COPY, CARD, PICTURE, EVAL_RESULTS, *PREPROCESS)
+_OURS = (CONFIG, PACKED, INDICATORS, FLOAT_COPY, CARD, PICTURE, MANIFEST, EVAL_RESULTS, *PREPROCESS)
 _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".safetensors", ".safetensors.index.json", ".onnx")
 
 
@@ -39,6 +42,7 @@ def publish(
     revision: str | None = None,
     create_pr: bool = False,
     float_copy: bool | None = None,
+    format: str = "mpq",
     token: str | bool | None = None,
     license: str | None = None,
     base_model: str | None = None,
@@ -52,7 +56,9 @@ def publish(
 
     private: None leaves a repo as it is and makes a new one public. revision: another branch than main, made if
     missing. create_pr: open a pull request instead; the repo must be there. float_copy: also dequantized weights that
-    plain timm and transformers load, by default for their models. license, base_model: of the float model where they
+    plain timm and transformers load, by default for their models. format: "mpq", or "compressed-tensors" for a
+    weight-only policy of a transformers model: transformers then reads it with that package and without this one, and
+    HubMPQ.from_pretrained does not. license, base_model: of the float model where they
     can't be found. dataset: what the figures were measured on; eval_task: its task, if it is a benchmark of the Hub.
     trained_on: data of the training. message: of the commit.
     model: the quantized model, to spare building it again.
@@ -66,9 +72,18 @@ def publish(
     if not (folder / PACKED).is_file() or not (folder / CONFIG).is_file():
         raise InvalidArgument(f"{folder} holds no {CONFIG} and {PACKED}: publish a folder that save_pretrained wrote")
     _, manifest = read_packed(folder / PACKED)
-    float_copy = manifest.library != "module" if float_copy is None else float_copy
+    if format not in ("mpq", METHOD):
+        raise InvalidArgument(f"format is 'mpq' or {METHOD!r}, not {format!r}")
+    if format == METHOD:
+        check_exportable(manifest)
+        if float_copy:
+            raise InvalidArgument(f"{METHOD} and a float copy would both be {FLOAT_COPY}: publish one of them")
+    float_copy = format == "mpq" and (manifest.library != "module" if float_copy is None else float_copy)
     with tempfile.TemporaryDirectory(prefix="hub-mpq-push-") as work:
-        files = {name: folder / name for name in (CONFIG, PACKED, INDICATORS) if (folder / name).is_file()}
+        if format == METHOD:
+            files = _write_compressed(Path(work), folder, manifest, model)
+        else:
+            files = {name: folder / name for name in (CONFIG, PACKED, INDICATORS) if (folder / name).is_file()}
         files |= _preprocessing(folder, manifest, token)
         if float_copy:
             files[FLOAT_COPY] = _write_float_copy(Path(work) / FLOAT_COPY, folder, manifest, model)
@@ -83,6 +98,14 @@ def publish(
 def _preprocessing(folder: Path, manifest: Manifest, token: str | bool | None) -> dict[str, Path]:
     own = {name: folder / name for name in PREPROCESS if (folder / name).is_file()}
     return own or preprocess_files(manifest.base_model, manifest.revision, library=manifest.library, token=token)
+
+
+def _write_compressed(work: Path, folder: Path, manifest: Manifest, model: nn.Module | None) -> dict[str, Path]:
+    """config.json and weights in compressed-tensors' form, and the manifest, which no other file would tell."""
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    export_compressed(work, model or load_folder(folder, None, {})[0].model, manifest, config)
+    (work / MANIFEST).write_text(manifest.to_text(), encoding="utf-8")
+    return {name: work / name for name in (CONFIG, FLOAT_COPY, MANIFEST)}
 
 
 def _write_float_copy(path: Path, folder: Path, manifest: Manifest, model: nn.Module | None) -> Path:
@@ -213,7 +236,7 @@ def _operations(repo_id: str, files: Mapping[str, Path], there: frozenset[str]) 
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     foreign = {f for f in there if "/" not in f and f.endswith(_WEIGHTS)} - set(_OURS)
-    if PACKED not in there:
+    if not there & {PACKED, MANIFEST}:
         foreign |= there & {FLOAT_COPY}
     if foreign:
         raise HubMPQError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,14 @@ from .. import __version__
 from ..adapters.base import Source
 from ..cost.size import layer_nbytes
 from ..errors import HubMPQError
+from ..hub.export_compressed import METHOD, exportable
 from ..hub.folder import predicted_nbytes
 from ..pack import Manifest
 from ..report import report
+from ..search.candidates import CandidatesLike, resolve_candidates
 from ..search.policy_search import usage_of
 from ..search.train_scores import StrategyScores
-from ..spec import Indicators, LayerBits, LayerGraph, Policy, SearchResult, Usage
+from ..spec import FLOAT_BITS, Candidates, Indicators, LayerBits, LayerGraph, Policy, SearchResult, Usage
 
 Pins = Mapping[str, LayerBits | str | None]
 
@@ -26,17 +29,24 @@ Pins = Mapping[str, LayerBits | str | None]
 class Held(nn.Module):
     """The model, its graph, and what is known of it so far."""
 
-    def __init__(self, source: Source, *, fixed: Pins | None = None) -> None:
+    def __init__(
+        self, source: Source, *, fixed: Pins | None = None, weight_only: bool = False, tie_fused: bool = False
+    ) -> None:
         super().__init__()
         self.model = source.model
         self.source = source
-        self.graph: LayerGraph = source.graph.with_fixed(fixed or {})
+        self.weight_only = weight_only
+        self.graph: LayerGraph = source.graph
+        self._pin(fixed or {})
+        if tie_fused:
+            self.graph = self.graph.with_tied_inputs()
         self.policy: Policy | None = None
         self.indicators: Indicators | None = None
         self.learned: StrategyScores | None = None
         self.result: SearchResult | None = None
         self.metrics: dict[str, dict[str, float]] = {}
         self.seconds: dict[str, float] = {}
+        self.home: Path | None = None  # the folder it was loaded from
         # in a tuple: the float model is no submodule, or every state dict would hold it too
         self._float: tuple[nn.Module, ...] = (source.model,)
 
@@ -66,7 +76,13 @@ class Held(nn.Module):
     def report(self) -> str:
         """Widths, BitOps and bytes per layer and in all, accuracy before and after, seconds of each stage."""
         usage = self.usage() if self.policy is not None else None
-        return report(self.graph, self.policy, usage, self.metrics, self.seconds)
+        text = report(self.graph, self.policy, usage, self.metrics, self.seconds)
+        if self.policy is not None and exportable(self._manifest(self.policy)):
+            text += (
+                f'\nweights alone are quantized, in Linear and Embedding layers: push_to_hub(…, format="{METHOD}") '
+                "publishes it so that transformers needs no hub-mpq"
+            )
+        return text
 
     def base_bytes(self) -> int:
         """Bytes of the packed file beside the searched layers, the same at every policy."""
@@ -96,3 +112,15 @@ class Held(nn.Module):
     def _pin(self, fixed: Pins | None) -> None:
         if fixed:
             self.graph = self.graph.with_fixed(fixed)
+        if self.weight_only:
+            pinned = {x.name: x.fixed for x in self.graph if x.fixed is not None}
+            self.graph = self.graph.with_fixed(
+                {glob.escape(n): LayerBits(bits.weight, FLOAT_BITS) for n, bits in pinned.items()}
+            )
+
+    def _candidates(self, value: CandidatesLike) -> dict[str, Candidates]:
+        """Candidates of every searched layer, of weights alone where only weights are searched."""
+        found = resolve_candidates(self.graph, value)
+        if not self.weight_only:
+            return found
+        return {name: Candidates(c.weight, (FLOAT_BITS,)) for name, c in found.items()}

@@ -19,6 +19,7 @@ from ..hub.export import export
 from ..hub.folder import read_folder_indicators, save_folder
 from ..hub.load import load_folder
 from ..hub.origin import local_license
+from ..hub.preprocess import local_preprocess
 from ..hub.publish import publish
 from ..hub.pull import packed_folder
 from ..hub.remote import check_repo_id
@@ -58,6 +59,8 @@ class HubMPQ(Searching):
         module: nn.Module | None = None,
         fixed: Pins | None = None,
         exclude: Iterable[str] = (),
+        weight_only: bool = False,
+        tie_fused: bool = False,
         pretrained: bool = True,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -71,6 +74,8 @@ class HubMPQ(Searching):
 
         module: the network itself, for a packed model that no hub can build. fixed: {name or pattern:
         "W8A8" or None} changes which layers keep their widths. exclude: patterns of layers to leave float.
+        weight_only: all inputs stay float, fixed layers' too. tie_fused: layers of one module that read one input
+        (q, k, v; gate, up) share the weight width, as runtimes that fuse them (vLLM) need.
         pretrained, checkpoint_path and other keywords go to timm or transformers.
         """
         where = {"revision": revision, "token": token, "local_files_only": local_files_only}
@@ -79,8 +84,9 @@ class HubMPQ(Searching):
             return cls._of_folder(folder, module, kwargs)
         kwargs |= {key: value for key, value in where.items() if value}
         source = adapters.load(str(model_id), pretrained=pretrained, exclude=exclude, **kwargs)
-        out = cls(source, fixed=fixed)
+        out = cls(source, fixed=fixed, weight_only=weight_only, tie_fused=tie_fused)
         if Path(model_id).is_dir():
+            out.home = Path(model_id)
             out.indicators = read_folder_indicators(model_id)
         return out
 
@@ -93,15 +99,21 @@ class HubMPQ(Searching):
         model_id: str | None = None,
         fixed: Pins | None = None,
         exclude: Iterable[str] = (),
+        weight_only: bool = False,
+        tie_fused: bool = False,
     ) -> HubMPQ:
-        """Any network; `example_input` is one batch as it takes it. The network itself stays float."""
-        return cls(adapters.from_module(net, example_input, model_id=model_id, exclude=exclude), fixed=fixed)
+        """Any network; `example_input` is one batch as it takes it. The network itself stays float.
+
+        Other arguments as in `from_pretrained`.
+        """
+        source = adapters.from_module(net, example_input, model_id=model_id, exclude=exclude)
+        return cls(source, fixed=fixed, weight_only=weight_only, tie_fused=tie_fused)
 
     @classmethod
     def _of_folder(cls, folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any]) -> HubMPQ:
         source, manifest = load_folder(folder, module, kwargs)
         out = cls(source)
-        out.policy, out._float = manifest.policy, ()
+        out.policy, out._float, out.home = manifest.policy, (), folder
         out.indicators = read_folder_indicators(folder)
         out.metrics = {k: dict(v) for k, v in manifest.provenance.get("metrics", {}).items()}
         out._tell_transformers()
@@ -227,10 +239,15 @@ class HubMPQ(Searching):
         return self
 
     def save_pretrained(self, folder: str | Path) -> int:
-        """Write config.json, packed weights and indicators atomically into a folder; returns the packed bytes."""
+        """Write config.json, packed weights and indicators atomically into a folder; returns the packed bytes.
+
+        Of a model that was loaded from a folder its tokenizer or image processor too.
+        """
         if self.policy is None:
             raise HubMPQError("there is no policy yet; call quantize or apply_policy before saving")
-        return save_folder(folder, self.model, self._manifest(self.policy), self.source.config, self.indicators)
+        source = self.source
+        extra = local_preprocess(self.home) if source.library == "transformers" else None
+        return save_folder(folder, self.model, self._manifest(self.policy), source.config, self.indicators, extra)
 
     def push_to_hub(
         self,
@@ -240,17 +257,19 @@ class HubMPQ(Searching):
         revision: str | None = None,
         create_pr: bool = False,
         float_copy: bool | None = None,
+        format: str = "mpq",
         token: str | bool | None = None,
         **card: str | None,
     ) -> CommitInfo:
         """Publish the quantized model as "owner/name" in one commit; all arguments as in hub_mpq.hub.publish.publish.
 
         float_copy: dequantized weights too, that plain timm or transformers load (None: for their models, yes).
+        format: "compressed-tensors" publishes weight-only transformers policies so that nobody needs this package.
         card: license, base_model, dataset, eval_task, trained_on, message.
         """
         check_repo_id(repo_id)
         if card.get("license") is None:  # the packed file does not tell where on this disk its base model lies
-            card["license"] = local_license(self.source.model_id)
+            card["license"] = local_license(self.home)
         with tempfile.TemporaryDirectory(prefix="hub-mpq-") as folder:
             self.save_pretrained(folder)
             return publish(
@@ -260,6 +279,7 @@ class HubMPQ(Searching):
                 revision=revision,
                 create_pr=create_pr,
                 float_copy=float_copy,
+                format=format,
                 token=token,
                 model=self.model,
                 **card,

@@ -12,7 +12,7 @@ import torch
 
 from ..adapters.trace import norm_of
 from ..errors import HubMPQError
-from ..search.candidates import CandidatesLike, resolve_candidates
+from ..search.candidates import CandidatesLike
 from ..search.datafree import synthetic_batch
 from ..search.joint import first_batch, train_indicators
 from ..search.policy_search import pareto_front, search_policy
@@ -40,7 +40,7 @@ class Searching(Held):
         began = time.perf_counter()
         with torch.no_grad():
             norms = norm_of(model, self.source.example)
-        resolved = resolve_candidates(self.graph, candidates)
+        resolved = self._candidates(candidates)
         self.indicators = train_indicators(model, self.graph, norms, train, resolved, **options)
         self.learned, self.seconds["indicators"] = None, time.perf_counter() - began
         return self.indicators
@@ -66,7 +66,7 @@ class Searching(Held):
         with torch.no_grad():
             norms = norm_of(model, self.source.example)
         aim = Budget(**budget) if budget else None
-        resolved = resolve_candidates(self.graph, candidates)
+        resolved = self._candidates(candidates)
         options |= {"strategy": strategy, "budget": aim, "base_bytes": self.base_bytes()}
         self.learned = train_scores(model, self.graph, norms, train, resolved, **options)
         self.seconds[self.learned.strategy] = self.learned.provenance["seconds"]
@@ -78,18 +78,19 @@ class Searching(Held):
         Of another strategy's scores (`learned`): α is 0, and `learned.sense` tells which way is better.
         """
         if self.learned is not None:
-            return self.learned.within(None if candidates is None else resolve_candidates(self.graph, candidates)), 0.0
+            return self.learned.within(None if candidates is None else self._candidates(candidates)), 0.0
         if self.indicators is None:
             raise HubMPQError("there are no indicators yet; call train_indicators first, or quantize")
         if candidates is None:
             resolved = {
                 x.name: Candidates(
-                    tuple(self.indicators.weight.get(x.name, (2,))), tuple(self.indicators.activation.get(x.name, (2,)))
+                    tuple(self.indicators.weight.get(x.name, (2,))),
+                    (FLOAT_BITS,) if self.weight_only else tuple(self.indicators.activation.get(x.name, (FLOAT_BITS,))),
                 )
                 for x in self.graph.searched
             }
         else:
-            resolved = resolve_candidates(self.graph, candidates)
+            resolved = self._candidates(candidates)
         used = default_alpha(self.indicators) if alpha is None else alpha
         return limpq_scores(self.indicators, self.graph, resolved, used), used
 
@@ -127,7 +128,7 @@ class Searching(Held):
         if self.indicators is not None or self.learned is not None:
             self.search(candidates=candidates, **budget)
             return
-        resolved = resolve_candidates(self.graph, candidates)
+        resolved = self._candidates(candidates)
         scores = {
             layer.name: {
                 LayerBits(weight, activation): 0.0

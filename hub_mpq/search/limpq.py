@@ -13,7 +13,7 @@ from ..nn.banks import add_banks, select_bank
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
 from ..nn.swap import quantized_layers, swap
 from ..quantizers import LSQ
-from ..spec import Candidates, Indicators, LayerGraph
+from ..spec import FLOAT_BITS, Candidates, Indicators, LayerGraph
 from ..train.finetune import Finetune
 from ..train.hooks import Groups
 from .growth import loss_growth, probe_loss
@@ -72,7 +72,7 @@ class LIMPQ(SearchStrategy):
             model,
             graph,
             {
-                n: (c.weight, () if graph[n].weight_only else c.activation)
+                n: (c.weight, () if graph[n].weight_only or c.float_inputs else c.activation)
                 for n, c in candidates.items()
                 if n in searched
             },
@@ -80,7 +80,7 @@ class LIMPQ(SearchStrategy):
             log=self.log,
         )
         self.layers: dict[str, Any] = {n: m for n, m in quantized_layers(model) if n in searched}
-        self.widths = sorted({b for c in candidates.values() for b in (*c.weight, *c.activation)})
+        self.widths = sorted({b for c in candidates.values() for b in (*c.weight, *c.activation)} - {FLOAT_BITS})
         self.norms, self.graph, self.candidates = dict(norms), graph, candidates
         self.passes = len(self.widths) * self.uniform + 1
         add_banks(model, norms, len(self.widths))

@@ -38,10 +38,10 @@ class PostTraining(SearchStrategy):
     ) -> None:
         self.graph = graph
 
-        def make(layer: Any, module: nn.Module) -> tuple[nn.Module, nn.Module]:
+        def make(layer: Any, module: nn.Module) -> tuple[nn.Module, nn.Module | None]:
             c, device, axis = candidates[layer.name], next(module.parameters()).device, CHANNEL_AXIS[layer.kind]
             weight = LSQ(c.weight, signed=True, channels=layer.weight_shape[axis], axis=axis)
-            return weight.to(device), LSQ(c.activation, signed=False).to(device)
+            return weight.to(device), None if c.float_inputs else LSQ(c.activation, signed=False).to(device)
 
         self.layers = install(model, graph, make)
 

@@ -47,7 +47,7 @@ def limpq_scores(
         weight = _pick(indicators.weight, name, wanted.weight, "weight")
         activation = (
             {FLOAT_BITS: 0.0}
-            if layer.weight_only
+            if layer.weight_only or wanted.float_inputs
             else _pick(indicators.activation, name, wanted.activation, "activation")
         )
         out[name] = {LayerBits(w, a): activation[a] + alpha * weight[w] for w in weight for a in activation}

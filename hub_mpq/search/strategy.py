@@ -88,7 +88,7 @@ def additive(
     """Scores of every pair of widths from scores of weights and of activations alone."""
     out = {}
     for layer in graph.searched:
-        inputs = {FLOAT_BITS: 0.0} if layer.weight_only else activation[layer.name]
+        inputs = {FLOAT_BITS: 0.0} if layer.weight_only else activation.get(layer.name) or {FLOAT_BITS: 0.0}
         out[layer.name] = {LayerBits(w, a): s + t for w, s in weight[layer.name].items() for a, t in inputs.items()}
     return out
 

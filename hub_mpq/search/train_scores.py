@@ -100,6 +100,10 @@ def train_scores(
     began = time.perf_counter()
     hooks = build_strategy(strategy, strategy_options)
     hooks.seed = seed
+    if hooks.trains and any(c.float_inputs for c in candidates.values()):
+        raise InvalidArgument(
+            f"strategy {hooks.name!r} searches the widths of inputs too; weights alone: limpq or a scorer"
+        )
     hooks.limits = searched_limits(graph, budget, base_bytes) if budget is not None else {}
     source = hooks.loader(train)
     engine = engine or Engine()

@@ -55,14 +55,23 @@ def _widths(values: Iterable[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Widths a search may choose from, ascending. Default of the LIMPQ authors: 2 to 6 bits."""
+    """Widths a search may choose from, ascending. Default of the LIMPQ authors: 2 to 6 bits.
+
+    activation (32,): inputs stay float, only weights are searched.
+    """
 
     weight: tuple[int, ...] = (2, 3, 4, 5, 6)
     activation: tuple[int, ...] = (2, 3, 4, 5, 6)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", _widths(self.weight))
-        object.__setattr__(self, "activation", _widths(self.activation))
+        inputs = tuple(self.activation)
+        object.__setattr__(self, "activation", (FLOAT_BITS,) if inputs == (FLOAT_BITS,) else _widths(inputs))
+
+    @property
+    def float_inputs(self) -> bool:
+        """Whether inputs stay float."""
+        return self.activation == (FLOAT_BITS,)
 
     @classmethod
     def of(cls, value: Candidates | Iterable[int] | None) -> Candidates:

@@ -118,6 +118,24 @@ class LayerGraph:
                 )
         return replace(self, layers=tuple(replace(layer, fixed=fixed[layer.name]) for layer in self.layers))
 
+    def with_tied_inputs(self) -> LayerGraph:
+        """A graph in which layers that read one input (q, k, v; gate, up) share the weight width too.
+
+        Runtimes that compute them as one matrix need that. Raises InvalidArgument when some of them are pinned and
+        others searched, or pinned to different widths.
+        """
+        groups: dict[str, set[LayerBits | None]] = {}
+        for layer in self.layers:
+            if layer.activation_tie is not None:
+                groups.setdefault(layer.activation_tie, set()).add(layer.fixed)
+        if mixed := sorted(name for name, pins in groups.items() if len(pins) > 1):
+            raise InvalidArgument(
+                f"the layers that read one input with {mixed[0]!r} are pinned differently: pin all alike"
+            )
+        return replace(
+            self, layers=tuple(replace(layer, tie=layer.tie or layer.activation_tie) for layer in self.layers)
+        )
+
     @property
     def digest(self) -> str:
         """sha256 (hex) of the layers' names, kinds and shapes: two models with one digest take one policy."""

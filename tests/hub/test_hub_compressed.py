@@ -1,0 +1,128 @@
+"""compressed-tensors on the Hub: a process that never imports hub_mpq loads what was pushed."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from hub_toys import IDS, float_bert, timm_toy
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from hub_mpq import HubMPQ, LayerBits, Policy
+from hub_mpq.errors import HubMPQError, InvalidArgument
+from hub_mpq.hub.folder import PACKED
+from hub_mpq.hub.publish import FLOAT_COPY, MANIFEST, publish
+from hub_mpq.pack import Manifest
+
+pytest.importorskip("compressed_tensors", reason="the extra compressed-tensors is not installed")
+pytestmark = pytest.mark.hub
+NAME = "me/bert-ct"
+PLAIN = """
+import sys
+import torch, transformers
+want, ids = torch.load(sys.argv[2], weights_only=True)
+with torch.no_grad():
+    out = transformers.AutoModel.from_pretrained(sys.argv[1])(ids)[0]
+assert not [m for m in sys.modules if m.startswith("hub_mpq")]
+print(torch.equal(out, want))
+"""
+
+
+@pytest.fixture
+def float_folder(tmp_path):
+    float_bert(tmp_path / "float")
+    return tmp_path / "float"
+
+
+def mixed(mpq, tied=True):
+    """Widths 2, 3, 4, … layer by layer, but for the layers of one tie."""
+    first, bits = {}, {}
+    for k, layer in enumerate(mpq.graph):
+        width = 2 + k % 7
+        group = layer.activation_tie if tied else None
+        bits[layer.name] = LayerBits(first.setdefault(group, width) if group else width, 32)
+    return Policy(bits, mpq.graph.digest)
+
+
+def plain(hub, environment, tmp_path, want):
+    torch.save((want, IDS), tmp_path / "want.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, NAME, str(tmp_path / "want.pt")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_anybody_loads_it_without_this_package(hub, environment, tmp_path, float_folder):
+    mpq = HubMPQ.from_pretrained(float_folder, weight_only=True)
+    mpq.apply_policy(mixed(mpq))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # nothing that vLLM could not read
+        mpq.push_to_hub(NAME, token="write-token", format="compressed-tensors")
+    there = hub.store.content(NAME)
+    assert {"config.json", FLOAT_COPY, MANIFEST, "README.md", "tokenizer.json"} <= set(there)
+    assert PACKED not in there
+    assert Manifest.from_text(there[MANIFEST].decode()).policy == mpq.policy
+    with torch.no_grad():
+        assert plain(hub, environment, tmp_path, mpq(IDS)[0]) == "True"
+    card = ModelCard(there["README.md"].decode())
+    assert card.data.library_name == "transformers"
+    assert "compressed-tensors" in card.data.tags
+    assert "hub-mpq is not needed" in card.text
+    assert "they have here" in card.text
+    assert "from hub_mpq" not in card.text
+    assert "dequantize=True" in card.text, "transformers 5.23 reads all widths as one with it"
+    with pytest.raises(HubMPQError, match="quantized already"):
+        HubMPQ.from_pretrained(NAME)
+
+
+def test_versions_of_either_format_follow_each_other(hub, environment, tmp_path, float_folder):
+    mpq = HubMPQ.from_pretrained(float_folder, weight_only=True).apply_policy("W4")
+    mpq.push_to_hub(NAME, token="write-token")
+    assert PACKED in hub.store.content(NAME)
+    assert "without hub-mpq" in hub.store.content(NAME)["README.md"].decode(), "the hint"
+    assert "needs no hub-mpq" in mpq.report()
+    for _ in range(2):
+        mpq.push_to_hub(NAME, token="write-token", format="compressed-tensors")
+        assert PACKED not in hub.store.content(NAME)
+    mpq.save_pretrained(tmp_path / "saved")
+    publish(tmp_path / "saved", NAME, token="write-token", format="compressed-tensors")
+    with torch.no_grad():
+        assert plain(hub, environment, tmp_path, mpq(IDS)[0]) == "True"
+    mpq.push_to_hub(NAME, token="write-token", float_copy=False)
+    assert not {MANIFEST, FLOAT_COPY} & set(hub.store.content(NAME))
+
+
+def test_what_it_cannot_say_is_refused_before_anything_is_sent(hub, float_folder):
+    mpq = HubMPQ.from_pretrained(float_folder).apply_policy("W4A8")
+    assert "needs no hub-mpq" not in mpq.report()
+    with pytest.raises(HubMPQError, match="weight_only=True"):
+        mpq.push_to_hub(NAME, token="write-token", format="compressed-tensors")
+    with pytest.raises(HubMPQError, match="transformers models"):
+        timm_toy().push_to_hub(NAME, token="write-token", format="compressed-tensors")
+    mpq = HubMPQ.from_pretrained(float_folder, weight_only=True).apply_policy("W4")
+    with pytest.raises(InvalidArgument, match="both be"):
+        mpq.push_to_hub(NAME, token="write-token", format="compressed-tensors", float_copy=True)
+    with pytest.raises(InvalidArgument, match="gguf"):
+        mpq.push_to_hub(NAME, token="write-token", format="gguf")
+    assert NAME not in hub.store.repos
+
+
+def test_a_policy_that_vllm_cannot_fuse_is_told(hub, float_folder, tmp_path):
+    mpq = HubMPQ.from_pretrained(float_folder, weight_only=True)
+    mpq.apply_policy(mixed(mpq, tied=False))
+    with pytest.warns(UserWarning, match="tie_fused=True"):
+        mpq.push_to_hub(NAME, token="write-token", format="compressed-tensors")
+    assert "2 groups here do not have" in hub.store.content(NAME)["README.md"].decode()
+    groups = json.loads(hub.store.content(NAME)["config.json"])["quantization_config"]["config_groups"]
+    (tmp_path / "weights").write_bytes(hub.store.content(NAME)[FLOAT_COPY])
+    keys = load_file(tmp_path / "weights")
+    packed = {key.removesuffix(".weight_packed") for key in keys if key.endswith("weight_packed")}
+    assert {name for group in groups.values() for name in group["targets"]} == packed
