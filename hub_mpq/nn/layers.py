@@ -8,12 +8,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..quantizers import LSQ
+from .fused import Convolution, Operation, Product, quantized
+
 
 def _operands(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Input and weight on their grids, the weight in the input's dtype."""
     if layer.input_quantizer is not None:
         x = layer.input_quantizer(x)
     return x, layer.weight_quantizer(layer.weight).to(x.dtype)
+
+
+def _fused(layer: Any, operation: Operation | None, x: Tensor) -> Tensor | None:
+    """The layer's output by `fused.quantized`; None where it must be put together from its parts.
+
+    Parts: other quantizers than LSQ; both of them off, so that a float layer has second derivatives; a trace.
+    """
+    weights, inputs = layer.weight_quantizer, layer.input_quantizer
+    if operation is None or type(weights) is not LSQ or not (inputs is None or type(inputs) is LSQ):
+        return None
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    of_x = None if inputs is None else inputs.operand(x)
+    of_w = weights.operand(layer.weight)
+    if of_x is None and of_w is None:
+        return None
+    return quantized(operation, x, layer.weight, layer.bias, of_x, of_w)
+
+
+def _convolution(layer: Any) -> Convolution | None:
+    """A conv2d layer as one operation; None when its input is padded apart from it."""
+    if layer.same_padding or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        return None
+    return Convolution(layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 class QuantConv2d(nn.Conv2d):
@@ -24,6 +51,8 @@ class QuantConv2d(nn.Conv2d):
     same_padding: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if (out := _fused(self, _convolution(self), x)) is not None:
+            return out
         x, weight = _operands(self, x)
         if not self.same_padding:
             return self._conv_forward(x, weight, self.bias)
@@ -43,6 +72,8 @@ class QuantLinear(nn.Linear):
     input_quantizer: Any
 
     def forward(self, x: Tensor) -> Tensor:
+        if (out := _fused(self, Product(), x)) is not None:
+            return out
         x, weight = _operands(self, x)
         return F.linear(x, weight, self.bias)
 
@@ -57,6 +88,8 @@ class QuantConv1D(nn.Module):
     input_quantizer: Any
 
     def forward(self, x: Tensor) -> Tensor:
+        if (out := _fused(self, Product(transposed=True), x)) is not None:
+            return out
         x, weight = _operands(self, x)
         return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], self.nf)
 

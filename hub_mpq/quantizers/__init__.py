@@ -2,13 +2,15 @@
 
 from .base import Quantizer
 from .calibrate import activation_scale, weight_scale_mse, weight_scale_sigma
-from .lsq import LSQ
-from .ste import fake_quantize, to_int
+from .lsq import LSQ, compile_quantizers
+from .ste import fake_quantize
+from .sweeps import to_int
 
 __all__ = [
     "LSQ",
     "Quantizer",
     "activation_scale",
+    "compile_quantizers",
     "fake_quantize",
     "to_int",
     "weight_scale_mse",

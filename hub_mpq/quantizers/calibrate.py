@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..spec import QuantSpec
-from .ste import to_int
+from .sweeps import to_int
 
 _RATIOS = torch.linspace(0.2, 1.1, 46)
 

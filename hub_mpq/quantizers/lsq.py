@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ..errors import InvalidArgument
 from ..spec import QuantSpec
 from .base import Quantizer
-from .ste import fake_quantize, to_int
+from .compiled import compiler_works
+from .ste import quantize
+from .sweeps import Grid, to_int, wide
 
 
 class LSQ(Quantizer):
@@ -25,11 +27,14 @@ class LSQ(Quantizer):
     log: scale = base · exp(shift), the learned `shift` starting at zero [our construction: scale-free, so that one
         learning rate fits every layer]; False: base + shift, the paper's own parameter.
 
+    compiled: large tensors go through the compiled passes; `compile_quantizers` sets it.
+
     `base` is the start (a buffer), `shift` how far training went from it. Shapes [len(widths), channels].
     """
 
     base: Tensor
     zero_points: Tensor
+    compiled: bool = False
 
     def __init__(
         self, widths: Sequence[int], *, signed: bool, channels: int = 1, axis: int = 0, log: bool = True
@@ -65,12 +70,16 @@ class LSQ(Quantizer):
     @property
     def scales(self) -> Tensor:
         """All scales, [len(widths), channels]."""
+        return self._scales(slice(None))
+
+    def _scales(self, rows: int | slice) -> Tensor:
+        base, shift = self.base[rows], self.shift[rows]
         # the floor only guards linear steps past zero; nothing is capped from above
-        return self.base * self.shift.exp() if self.log else (self.base + self.shift).clamp_min(1e-8)
+        return base * shift.exp() if self.log else (base + shift).clamp_min(1e-8)
 
     @property
     def scale(self) -> Tensor:
-        return self.scales[self._index or 0]
+        return self._scales(self._index or 0)
 
     @property
     def zero_point(self) -> int:
@@ -87,30 +96,46 @@ class LSQ(Quantizer):
         self.shift[row] = 0
         self.zero_points[row] = zero_point
 
-    def _grid(self, x: Tensor) -> tuple[Tensor, QuantSpec, int, int]:
+    def operand(self, x: Tensor) -> tuple[Tensor, Grid] | None:
+        """(scale shaped to broadcast against `x`, the grid in force); None when `x` passes through."""
+        return None if self._index is None else self._grid(x)
+
+    def _grid(self, x: Tensor) -> tuple[Tensor, Grid]:
         spec = self._specs[self._index or 0]
         scale, z = self.scale, self.zero_point
         if self._narrow is not None and 2 <= self._narrow < spec.num_bits:
-            wide, spec = spec, replace(spec, num_bits=self._narrow)
-            scale, z = scale * (wide.qmax / spec.qmax), round(z * spec.qmax / wide.qmax)
+            full, spec = spec, replace(spec, num_bits=self._narrow)
+            scale, z = scale * (full.qmax / spec.qmax), round(z * spec.qmax / full.qmax)
         if spec.granularity == "channel":
             scale = scale.view([-1 if d == self.axis % x.dim() else 1 for d in range(x.dim())])
-        return scale, spec, spec.qmin - z, spec.qmax - z
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self._index is None:
-            return x
-        scale, spec, low, high = self._grid(x)
+        low, high = spec.qmin - z, spec.qmax - z
         # n counts the elements one scale serves: per sample for an activation, so that the gradient
         # does not depend on how a batch is spread over processes
-        n = x.numel() // scale.numel() if self.signed else x[0].numel()
+        n = x.numel() // (scale.numel() if self.signed else max(len(x), 1))
         factor = 1 / math.sqrt(max(n, 1) * max(abs(low), high))
-        return fake_quantize(x, scale, low, high, binary=spec.binary, grad_factor=factor)
+        return scale, Grid(low, high, spec.binary, factor, self.compiled)
+
+    def forward(self, x: Tensor) -> Tensor:
+        operand = self.operand(x)
+        return x if operand is None else quantize(x, *operand)
 
     @torch.no_grad()
     def to_int(self, x: Tensor) -> Tensor:
-        scale, spec, low, high = self._grid(x)
-        return to_int(x.float(), scale, low, high, binary=spec.binary).to(torch.int16)
+        scale, grid = self._grid(x)
+        return to_int(wide(x), scale, grid.low, grid.high, binary=grid.binary).to(torch.int16)
 
     def extra_repr(self) -> str:
         return f"widths={self.widths}, signed={self.signed}, channels={self.base.shape[1]}"
+
+
+def compile_quantizers(model: nn.Module) -> bool:
+    """Send the large tensors of a model's LSQ quantizers through torch.compile, for this process.
+
+    False, and nothing is changed, where kernels can't be built (a CPU without a C++ compiler).
+    """
+    quantizers = [m for m in model.modules() if isinstance(m, LSQ)]
+    if not all(compiler_works(kind) for kind in {q.base.device.type for q in quantizers}):
+        return False
+    for q in quantizers:
+        q.compiled = True
+    return True

@@ -1,4 +1,4 @@
-"""Rounding to an integer grid with the straight-through gradient of LSQ, in few passes over memory."""
+"""Rounding to an integer grid with the straight-through gradient of LSQ."""
 
 from __future__ import annotations
 
@@ -6,58 +6,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-
-def to_int(x: Tensor, scale: Tensor, low: int, high: int, *, binary: bool = False) -> Tensor:
-    """Integers of `x` on the grid `scale`, as a float tensor of x's shape.
-
-    `low`, `high`: the grid's ends after the zero point was subtracted (qmin − z, qmax − z), so that 0 is
-    always an integer of the grid. `binary`: {−1, +1}, no zero. `scale` broadcasts against `x`.
-    """
-    if binary:
-        return torch.where(x < 0, -1.0, 1.0).to(x.dtype)
-    return torch.div(x, scale).round_().clamp_(low, high)
+from .sweeps import Grid, on_grid, pull_back
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """LSQ (Esser et al., 2020, eqs. 1–5).
-
-    Saved: x, q and s. q is the tensor that the layer saves anyway for its weight gradient, so it costs
-    nothing. With m = 1 strictly inside the range: dx = g·m, and since round(x/s) = q/s,
-    ds = Σ g·(q − m·x)/s, inside and outside in one expression.
-    """
+    """LSQ (Esser et al., 2020, eqs. 1–5). Saved: x and s; mask and integers are computed again on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, binary: bool, factor: float) -> Tensor:
-        q = to_int(x, scale, low, high, binary=binary).mul_(scale)
-        ctx.save_for_backward(x, q, scale)
-        ctx.range, ctx.factor = (low, high), factor
-        return q
+    def forward(ctx: Any, x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.grid = grid
+        return on_grid(x, scale, grid)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        g = grads[0]
-        x, q, scale = ctx.saved_tensors
-        low, high = ctx.range
-        if scale.numel() == 1 and x.device.type == "cpu":
-            # one vectorised pass for mask and product; its bounds are numbers, free to read on a CPU
-            s = scale.item()
-            dx = torch.ops.aten.hardtanh_backward(g, x, low * s, high * s)
-        else:
-            dx = g * ((x > low * scale) & (x < high * scale))
-        ds = None
-        if ctx.needs_input_grad[1]:
-            rest = torch.mul(g, q).addcmul_(dx, x, value=-1)
-            ds = (rest.sum_to_size(scale.shape) / scale).mul_(ctx.factor)
-        return dx if ctx.needs_input_grad[0] else None, ds, None, None, None, None
+        x, scale = ctx.saved_tensors
+        of_x, of_scale, _ = ctx.needs_input_grad
+        return *pull_back(grads[0], x, scale, ctx.grid, of_x=of_x, of_scale=of_scale), None
+
+
+def quantize(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """`x` on the grid, of its shape and dtype (computed in float32 or better), differentiable in `x` and `scale`."""
+    out: Tensor = _FakeQuantize.apply(x, scale, grid)
+    return out
 
 
 def fake_quantize(
     x: Tensor, scale: Tensor, low: int, high: int, *, binary: bool = False, grad_factor: float = 1.0
 ) -> Tensor:
-    """`x` rounded to the grid, as float32, differentiable in `x` and `scale` (both float32)."""
-    out: Tensor = _FakeQuantize.apply(x.float(), scale, low, high, binary, grad_factor)
-    return out.to(x.dtype)
+    """`quantize` with the parts of its grid written out."""
+    return quantize(x, scale, Grid(low, high, binary, grad_factor))
 
 
 def straight(value: Tensor, rounded: Tensor) -> Tensor:

@@ -1,0 +1,127 @@
+"""A layer and its two quantizers as one node of the autograd graph.
+
+Kept for the way back are the float input and weight, which the layers before and the optimizer hold anyway; the
+quantized ones are computed again. So a quantized step needs hardly more memory than a float one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ..quantizers.sweeps import Grid, on_grid, pull_back
+
+Operand = tuple[Tensor, Grid]
+Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
+
+
+class Operation(Protocol):
+    """A product of an input and a weight."""
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output."""
+
+    def back(self, g: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> Gradients:
+        """Gradients of input, weight and bias from `g`, the output's; None where not wanted."""
+
+
+class Convolution(NamedTuple):
+    """2-d convolution, zero padding; see torch.nn.functional.conv2d."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def back(self, g: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> Gradients:
+        found: Gradients = torch.ops.aten.convolution_backward.default(
+            g,
+            x,
+            weight,
+            [len(weight)] if wanted[2] else None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            (0, 0),
+            self.groups,
+            list(wanted),
+        )
+        return found
+
+
+class Product(NamedTuple):
+    """x [..., in] to [..., out]; weight [out, in], or [in, out] when `transposed` (GPT-2)."""
+
+    transposed: bool = False
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.transposed:
+            return F.linear(x, weight, bias)
+        assert bias is not None  # Conv1D always has one
+        return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+
+    def back(self, g: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> Gradients:
+        g2, x2 = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+        dx = (g2 @ (weight.t() if self.transposed else weight)).view(x.shape) if wanted[0] else None
+        dw = (x2.t() @ g2 if self.transposed else g2.t() @ x2) if wanted[1] else None
+        return dx, dw, g2.sum(0) if wanted[2] else None
+
+
+class _Quantized(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        x_scale: Tensor | None,
+        w_scale: Tensor | None,
+        x_grid: Grid,
+        w_grid: Grid,
+        operation: Operation,
+    ) -> Tensor:
+        qx = x if x_scale is None else on_grid(x, x_scale, x_grid)
+        qw = weight if w_scale is None else on_grid(weight, w_scale, w_grid)
+        out = operation.run(qx, qw.to(qx.dtype), bias)
+        ctx.save_for_backward(x, weight, x_scale, w_scale)
+        ctx.x_grid, ctx.w_grid, ctx.operation, ctx.dtype = x_grid, w_grid, operation, out.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, x_scale, w_scale = ctx.saved_tensors
+        of_x, of_w, of_bias, of_xs, of_ws = ctx.needs_input_grad[:5]
+        # in the dtype that the forward pass computed in (autocast)
+        qx = (x if x_scale is None else on_grid(x, x_scale, ctx.x_grid)).to(ctx.dtype)
+        qw = (weight if w_scale is None else on_grid(weight, w_scale, ctx.w_grid)).to(ctx.dtype)
+        dx, dw, db = ctx.operation.back(grads[0], qx, qw, (of_x or of_xs, of_w or of_ws, of_bias))
+        del qx, qw
+        dxs = dws = None
+        if x_scale is not None and dx is not None:
+            dx, dxs = pull_back(dx, x, x_scale, ctx.x_grid, of_x=of_x, of_scale=of_xs, spare=True)
+        if w_scale is not None and dw is not None:
+            dw, dws = pull_back(dw, weight, w_scale, ctx.w_grid, of_x=of_w, of_scale=of_ws, spare=True)
+        return dx, dw, db, dxs, dws, None, None, None
+
+
+_OFF: tuple[None, Grid] = (None, Grid(0, 0))
+
+
+def quantized(
+    operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, of_x: Operand | None, of_w: Operand | None
+) -> Tensor:
+    """`operation` on the input and weight put on their grids; differentiable once, in all five tensors."""
+    x_scale, x_grid = of_x or _OFF
+    w_scale, w_grid = of_w or _OFF
+    out: Tensor = _Quantized.apply(x, weight, bias, x_scale, w_scale, x_grid, w_grid, operation)
+    return out

@@ -1,0 +1,190 @@
+"""The two passes over memory of a quantizer: onto the grid, and the gradient back.
+
+On a CPU they run piece by piece, each piece small enough to stay in the core's own cache through all operations, so
+that main memory is read and written once. Neither keeps anything: the way back starts from x and the scale again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import compiled
+
+_PIECE = 1 << 16  # elements a thread: the four float32 buffers of one piece fit a cache of 1 MiB
+_PIECE_DEVICE = 1 << 24  # off the CPU a piece only bounds the scratch memory
+
+# (g, v, low, high) → g where low < v < high, else 0, in one pass
+_masked = torch.ops.aten.hardtanh_backward.default
+_masked_out = torch.ops.aten.hardtanh_backward.grad_input
+
+
+class Grid(NamedTuple):
+    """A range of integers: `low` and `high` are qmin − z and qmax − z, so that 0 is always one of them.
+
+    `binary`: {−1, +1}, no zero. `factor`: what the gradient of the scale is multiplied with (LSQ's g).
+    `compiled`: run large tensors through the compiled passes.
+    """
+
+    low: int
+    high: int
+    binary: bool = False
+    factor: float = 1.0
+    compiled: bool = False
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in the dtype that quantizers compute in: float32; float64 stays."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def to_int(x: Tensor, scale: Tensor, low: int, high: int, *, binary: bool = False) -> Tensor:
+    """Integers of `x` on the grid `scale`, as a float tensor of x's shape; see Grid. `scale` broadcasts against `x`."""
+    if binary:
+        return torch.where(x < 0, -1.0, 1.0).to(x.dtype)
+    return torch.div(x, scale).round_().clamp_(low, high)
+
+
+def on_grid(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """The nearest points of the grid, of x's shape and dtype; without a gradient (`fake_quantize` has one)."""
+    if (form := _form(x, scale)) is None:
+        q = to_int(wide(x), scale, grid.low, grid.high, binary=grid.binary).mul_(scale)
+        return q if q.dtype == x.dtype else q.to(x.dtype)
+    x, s, size, stride = form
+    xs = x.as_strided(size, stride)
+    if _by_compiler(xs, grid):
+        return compiled.forward(xs, s, grid.low, grid.high).as_strided(x.shape, x.stride())
+    q = torch.empty_like(x)
+    for sp, (xp, qp) in _pieces(s, xs, q.as_strided(size, stride)):
+        if grid.binary or xp.dtype not in (torch.float32, torch.float64):
+            qp.copy_(to_int(wide(xp), sp, grid.low, grid.high, binary=grid.binary).mul_(sp))
+        else:
+            torch.div(xp, sp, out=qp).round_().clamp_(grid.low, grid.high).mul_(sp)
+    return q
+
+
+def pull_back(
+    g: Tensor, x: Tensor, scale: Tensor, grid: Grid, *, of_x: bool, of_scale: bool, spare: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
+    """(gradient of x, gradient of the scale) from `g`, the gradient of `on_grid(x, scale, grid)`; None where not asked.
+
+    LSQ (Esser et al., 2020, eqs. 1–5): with v = x/s and m = 1 strictly inside the range, dx = g·m and
+    ds = factor · Σ g·(round(v) − m·v), inside and outside in one expression. `spare`: g may be overwritten.
+    """
+    if (form := _form(x, scale)) is None:
+        return _back_whole(g, x, scale, grid, of_x, of_scale)
+    x, s, size, stride = form
+    if g.dtype != x.dtype or not _same_strides(g, x):
+        g, spare = torch.empty_like(x).copy_(g), True
+    xs, gs = x.as_strided(size, stride), g.as_strided(size, stride)
+    if _by_compiler(xs, grid):
+        flat, ds = compiled.back(gs, xs, s, grid.low, grid.high)
+        dx = flat.as_strided(x.shape, x.stride())
+    else:
+        dx = g if spare or not of_x else torch.empty_like(x)
+        ds = _back(gs, xs, s, grid, dx.as_strided(size, stride) if of_x else None, of_scale)
+    return (dx if of_x else None), (ds.mul(grid.factor).view_as(scale).to(scale) if of_scale else None)
+
+
+def _back_whole(
+    g: Tensor, x: Tensor, scale: Tensor, grid: Grid, of_x: bool, of_scale: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """`pull_back` in as few calls as it takes: after a large layer each is cold and costs ten times its usual time."""
+    g, v = wide(g), torch.div(wide(x), scale)
+    dx = ds = None
+    if of_x:
+        dx = _masked(g, v, grid.low, grid.high)
+        dx = dx if dx.dtype == x.dtype else dx.to(x.dtype)
+    if of_scale:
+        w = _masked(v, v, grid.low, grid.high)
+        r = to_int(v, v.new_ones(()), -1, 1, binary=True) if grid.binary else v.round_().clamp_(grid.low, grid.high)
+        ds = r.sub_(w).mul_(g).sum_to_size(scale.shape).mul_(grid.factor).to(scale.dtype)
+    return dx, ds
+
+
+def _back(g: Tensor, x: Tensor, s: Tensor, grid: Grid, dx: Tensor | None, of_scale: bool) -> Tensor:
+    """Fills `dx` and returns the gradient of `s` before the factor, all in pieces of cached memory."""
+    sums: list[Tensor] = []
+    plain = x.dtype in (torch.float32, torch.float64)
+    buffers: list[Tensor] = []
+    for sp, (xp, gp, dp) in _pieces(s, x, g, g if dx is None else dx):
+        if not buffers:
+            buffers = [torch.empty(xp.shape, dtype=wide(xp[:0]).dtype, device=x.device) for _ in range(3)]
+        v, w, r = (b[: len(xp)] for b in buffers)
+        gw = wide(gp)
+        torch.div(wide(xp), sp, out=v)
+        if of_scale:
+            _masked_out(v, v, grid.low, grid.high, grad_input=w)
+            if grid.binary:
+                torch.sub(to_int(v, sp, -1, 1, binary=True), w, out=r)
+            else:
+                torch.round(v, out=r).clamp_(grid.low, grid.high).sub_(w)
+            if s.dim() == 1:
+                sums.append(torch.dot(gw.view(-1), r))
+            else:
+                sums.append(r.mul_(gw).sum(1 if len(s) > 1 else 0))
+        if dx is not None:
+            if plain:
+                _masked_out(gw, v, grid.low, grid.high, grad_input=dp)
+            else:
+                dp.copy_(_masked_out(gw, v, grid.low, grid.high, grad_input=w))
+    if not sums:
+        return s.new_zeros(s.shape)
+    if s.dim() == 2 and len(s) > 1:
+        return torch.cat(sums)
+    # partial sums meet in double precision: hundreds of them cancel
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0, dtype=torch.float64)
+
+
+def _by_compiler(x: Tensor, grid: Grid) -> bool:
+    return grid.compiled and not grid.binary and x.numel() > _PIECE
+
+
+def _form(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[int, ...]] | None:
+    """(x dense in memory, scale, size, stride): x seen as [all], or as [rows, columns] with a scale a row or a column.
+
+    None: no such view, or nothing to gain from one (one piece; a compiler is tracing).
+    """
+    n, count = scale.numel(), x.numel()
+    if count <= _PIECE or torch.compiler.is_compiling():
+        return None
+    plain = x.is_contiguous()
+    if n == 1:
+        if not (plain or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
+            x = x.contiguous()
+        return x, scale.reshape(1), (count,), (1,)
+    if scale.dim() != x.dim():
+        return None
+    if scale.shape[0] == n:
+        if not (plain or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
+            x = x.contiguous()
+        return x, scale.reshape(n, 1), (n, count // n), (count // n, 1)
+    if scale.shape[-1] == n:
+        return x if plain else x.contiguous(), scale.reshape(1, n), (count // n, n), (n, 1)
+    return None
+
+
+def _same_strides(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape lie alike in memory; the stride of an axis of length 1 says nothing."""
+    return a.stride() == b.stride() or all(
+        p == q or size == 1 for p, q, size in zip(a.stride(), b.stride(), a.shape, strict=True)
+    )
+
+
+def _pieces(scale: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+    """(scale, pieces) along the first axis."""
+    first = tensors[0]
+    limit = _PIECE * torch.get_num_threads() if first.device.type == "cpu" else _PIECE_DEVICE
+    if first.numel() <= limit:
+        yield scale, tensors
+        return
+    rows = limit if first.dim() == 1 else max(limit // first.shape[1], 1)
+    parts = zip(*(t.split(rows) for t in tensors), strict=True)
+    if scale.dim() == 2 and len(scale) > 1:
+        yield from zip(scale.split(rows), parts, strict=True)
+    else:
+        for part in parts:
+            yield scale, part
