@@ -74,6 +74,36 @@ def test_resume_with_nothing_to_resume_starts(run, folder, tmp_path):
     assert os.listdir(tmp_path) == ["i.safetensors"]
 
 
+def test_killed_after_its_output_was_written_it_ends_the_same(run, folder, tmp_path, monkeypatch):
+    from hub_mpq.cli.resume import Run
+    from hub_mpq.pack import read_indicators
+
+    out, states = tmp_path / "i.safetensors", tmp_path / "i.safetensors.checkpoints"
+    args = [
+        "indicators",
+        *MODEL,
+        *LOADING,
+        "--data",
+        folder,
+        "--output",
+        out,
+        "--steps",
+        "3",
+        "--checkpoint-every",
+        "2",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "__exit__", lambda *_: None)  # the moment between the output and the removal of the states
+        assert run(*args).exit_code == 0
+    first = read_indicators(out)
+    assert states.is_dir()
+    (tmp_path / "i.safetensors.checkpoints.finished" / "indicators").mkdir(parents=True)  # of a removal cut short
+    assert run(*args).exit_code == 2
+    assert run(*args, "--resume").exit_code == 0
+    assert read_indicators(out).weight == first.weight
+    assert os.listdir(tmp_path) == ["i.safetensors"]
+
+
 def test_a_failure_keeps_states_and_removes_empty_folders(tmp_path):
     from hub_mpq.cli.resume import Run
     from hub_mpq.errors import TrainingDiverged

@@ -1,0 +1,150 @@
+"""SIGKILL at 20 random moments of a real run, the writing of states among them, changes nothing of its end."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import time
+
+import pytest
+from cli_toys import MODEL
+
+from hub_mpq.pack import read_indicators
+
+KILLS, STEPS = 20, 60
+
+
+def command(folder, out):
+    args = ["indicators", *MODEL, "--data", folder, "--output", out, "--steps", STEPS, "--checkpoint-every", 1]
+    return [str(a) for a in (*args, "--candidates", "2,4", "--batch-size", "4", "--workers", "0", "--resume")]
+
+
+def run(args, log):
+    """The command, in a process of its own that has its imports already."""
+    import sys
+
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.argv = ["hub-mpq", *args]
+    from hub_mpq.cli import main
+
+    main()
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Starts a run; its process is forked from one that has imported what a run needs, which saves seconds a start."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["torch", "accelerate", "timm", "hub_mpq.cli", "hub_mpq.search.joint", "torch._dynamo"]
+    )
+
+    def begin(args, log):
+        process = context.Process(target=run, args=(args, str(log)))
+        process.start()
+        return process
+
+    return begin
+
+
+def kill(process, states, rng):
+    """SIGKILL at a random moment: before, in or after the training, or while a state is being written."""
+
+    def at_step():
+        return max((int(p.name[-8:]) for p in states.glob("*/step-*")), default=0)
+
+    wait, begun = rng.choice([0, 1, 2, 3, 4]), at_step()
+    writing = rng.random() < 0.5
+    deadline = time.monotonic() + 60
+    while process.is_alive() and time.monotonic() < deadline:
+        if at_step() - begun >= wait and (not writing or any(states.glob("*/partial-*"))):
+            break
+        time.sleep(0.001)
+    time.sleep(rng.uniform(0, 0.03))
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
+def test_killed_20_times_and_resumed_the_indicators_are_equal_to_the_bit(start, folder, tmp_path):
+    log, out, straight = tmp_path / "log", tmp_path / "out.safetensors", tmp_path / "straight.safetensors"
+    states, rng = tmp_path / "out.safetensors.checkpoints", random.Random(0)
+    whole = start(command(folder, straight), log)
+    ends, kills, torn, steps = [], 0, 0, set()
+    while kills < KILLS:
+        assert len(ends) < KILLS, "the runs are over before they can be killed"
+        killed = kill(start(command(folder, out), log), states, rng)
+        kills += killed
+        torn += any(states.glob("*/partial-*"))
+        steps |= {p.name for p in states.glob("*/step-*")}
+        if not killed:  # it was faster, and the next chain begins
+            assert out.is_file(), log.read_text()[-3000:]
+            ends.append(read_indicators(out))
+            out.unlink()
+    last = start(command(folder, out), log)
+    for process in (last, whole):
+        process.join(120)
+        assert process.exitcode == 0, log.read_text()[-3000:]
+    ends.append(read_indicators(out))
+    assert torn >= 3, "no state was being written when the runs were killed"
+    assert len(steps) >= 5, "the runs were killed at one place only"
+    expected = read_indicators(straight)
+    for found in ends:
+        assert found.weight == expected.weight
+        assert found.activation == expected.activation
+        for told in ("steps", "samples", "epoch_loss"):
+            assert found.provenance[told] == expected.provenance[told]
+    assert not states.exists()
+    print(f"{kills} kills, {torn} of them while a state was written, at {len(steps)} steps, {len(ends)} ends")
+
+
+def limited(args, log):
+    """The command where no file may grow beyond 16 KB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384))
+    run(args, log)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 7 MB: one state of the toy (4.6 MB) has its place there, not two."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", disk], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("no file system can be mounted here")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=False)
+
+
+def refused_for_space(process, log, folder):
+    """It ends with one sentence, and the last good state stays alone."""
+    process.join(120)
+    told = log.read_text().splitlines()
+    assert process.exitcode == 2, told
+    assert "could not be written" in told[-1], told
+    assert "Traceback" not in "".join(told)
+    (good,) = folder.glob("*/*-*")
+    assert good.name.startswith("step-")
+    assert str(good) in told[-1]
+
+
+def test_files_that_cannot_grow_keep_the_last_good_state(start, folder, tmp_path):
+    log, out = tmp_path / "log", tmp_path / "out.safetensors"
+    states, first = tmp_path / "out.safetensors.checkpoints", start(command(folder, out), log)
+    while first.is_alive() and not any(states.glob("*/step-*")):
+        time.sleep(0.001)
+    first.kill()
+    first.join()
+    process = multiprocessing.get_context("forkserver").Process(target=limited, args=(command(folder, out), str(log)))
+    process.start()
+    refused_for_space(process, log, states)
+
+
+def test_a_full_disk_keeps_the_last_good_state(start, folder, tmp_path, small_disk):
+    log, out = tmp_path / "log", small_disk / "out.safetensors"
+    refused_for_space(start(command(folder, out), log), log, small_disk / "out.safetensors.checkpoints")
