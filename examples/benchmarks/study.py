@@ -5,8 +5,8 @@
 
 Every row starts from the same float weights and gets the same steps and schedule. What each test item gave is kept
 in the cache folder ($HUB_MPQ_CACHE), so that a stopped study goes on where it was and the report can bootstrap over
-items. Methods: uniform; mixed (learned indicators); untrained (the same ILP on the initial scales); random0 … random2
-(widths at random, BitOps or mean bits within 1 % of the budget); reversed (score tables exchanged between layers of
+items. Methods: uniform; mixed (learned indicators); untrained (the same ILP on the initial scales); random (another
+policy for each seed, BitOps or bytes within 1 % of the budget); reversed (score tables exchanged between layers of
 opposite rank).
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +25,41 @@ from policies import random_policy, reversed_scores
 from tasks import TASKS, Task
 
 from hub_mpq import HubMPQ, Policy
+from hub_mpq.pack import read_indicators, write_indicators
 from hub_mpq.search.policy_search import search_policy
 from hub_mpq.spec import Budget
 
-METHODS = ("uniform", "mixed", "untrained", "random0", "random1", "random2", "reversed")
+METHODS = ("uniform", "mixed", "untrained", "random", "reversed")
+
+
+def indicators_of(mpq: HubMPQ, task: Task, learned: bool, seed: int, folder: Path, options: dict[str, Any]) -> None:
+    """Give `mpq` the indicators of a task and seed, trained once for all levels and methods."""
+    file = folder / f"{task.name}-{'learned' if learned else 'untrained'}-{seed}.safetensors"
+    if not file.exists():
+        settings = {**task.indicator_options, **(options if learned else {"steps": 0})}
+        began = time.perf_counter()
+        mpq.train_indicators(
+            task.train(seed), candidates=task.candidates, seed=seed, **{"steps": task.indicator_steps, **settings}
+        )
+        told = {**mpq.indicators.provenance, "seconds": time.perf_counter() - began}
+        write_indicators(file, replace(mpq.indicators, provenance=told))
+    mpq.indicators = read_indicators(file)
 
 
 def policy_of(
-    mpq: HubMPQ, task: Task, method: str, level: str, seed: int, options: dict[str, Any]
+    mpq: HubMPQ, task: Task, method: str, level: str, seed: int, folder: Path, options: dict[str, Any]
 ) -> tuple[Policy, float, Any]:
     """(policy, seconds to find it, what the indicators' training says of itself)."""
     budget = task.budget(level)
     if method == "uniform":
         return Policy.uniform(mpq.graph, task.uniform(level)), 0.0, None
+    indicators_of(mpq, task, method in ("mixed", "reversed"), seed, folder, options)
+    told = mpq.indicators.provenance
     began = time.perf_counter()
-    learned = method in ("mixed", "reversed")
-    steps = task.indicator_steps if learned else 0
-    settings = {**task.indicator_options, **(options if learned else {})}
-    mpq.train_indicators(task.train(seed), candidates=task.candidates, steps=steps, seed=seed, **settings)
-    movement = mpq.indicators.provenance["movement"]
-    if method.startswith("random"):
+    if method == "random":
         reference = mpq.search(**budget)
         limit = next(iter(budget))
-        generator = np.random.default_rng(100 * seed + int(method[-1]))
-        return random_policy(mpq, limit, reference.usage[limit], generator), 0.0, None
+        return random_policy(mpq, limit, reference.usage[limit], np.random.default_rng(seed)), 0.0, None
     if method == "reversed":
         scores, _ = mpq.scores()
         result = search_policy(
@@ -55,7 +67,7 @@ def policy_of(
         )
     else:
         result = mpq.search(**budget)
-    return result.policy, time.perf_counter() - began, movement
+    return result.policy, told["seconds"] + time.perf_counter() - began, told["movement"]
 
 
 def run(task: Task, method: str, level: str, seed: int, folder: Path, options: dict[str, Any]) -> None:
@@ -63,7 +75,7 @@ def run(task: Task, method: str, level: str, seed: int, folder: Path, options: d
     if file.exists():
         return
     mpq = task.build()
-    policy, seconds, movement = policy_of(mpq, task, method, level, seed, options)
+    policy, seconds, movement = policy_of(mpq, task, method, level, seed, folder, options)
     train = task.train(seed)
     mpq.apply_policy(policy, train, reestimate_norms=False)
     mpq.finetune(train, steps=task.tune_steps, seed=seed, **task.tune_options)

@@ -1,8 +1,8 @@
-"""How much the loss grows when one operand of one layer is quantized: the diagonal Fisher's estimate."""
+"""How much the loss grows when one operand of one layer is quantized: the Fisher's estimate, per sample."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,15 +26,29 @@ def at(quantizer: LSQ, bits: int) -> Iterator[None]:
         quantizer.set_width(None)
 
 
+def like(moved: Tensor, y: Tensor) -> Tensor:
+    """`moved` with each channel's mean and deviation (dimension 1) brought to those of `y`, as a BatchNorm that reads
+    it will once it has seen it."""
+    dims = [d for d in range(y.dim()) if d != 1]
+    deviation = y.std(dims, correction=0, keepdim=True) / moved.std(dims, correction=0, keepdim=True).clamp_min(1e-12)
+    return (moved - moved.mean(dims, keepdim=True)) * deviation + y.mean(dims, keepdim=True)
+
+
 def loss_growth(
-    layers: Mapping[str, Any], model: nn.Module, batches: Sequence[Any], loss: Callable[[Any], Tensor]
+    layers: Mapping[str, Any],
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss: Callable[[Any], Tensor],
+    normed: Collection[str] = (),
 ) -> tuple[Rows, Rows]:
     """({layer: {bits: growth}} of its weight, the same of its input), means over samples, in the loss's own unit up to
     a factor of one half.
 
-    Σ g_Y²·(Q(Y) − Y)², Y the layer's output with its weight or its input quantized, g_Y the gradient of `loss(batch)`,
-    a mean over samples [formula sure; which tensor Y is, and sums per sample: ours]. All quantizers of the layers must
-    be off. One forward and backward a batch, and one run of each layer a width and operand.
+    The mean over samples of (Σ g_Y·(Q(Y) − Y))², Y the layer's output with its weight or its input quantized, g_Y the
+    gradient of `loss(batch)`, a mean over samples. METHODS' score Σ g_Y²·(Q(Y) − Y)² is its diagonal; the errors of
+    one weight at all places of an image add up, which the diagonal does not see [ours]. normed: layers whose output a
+    BatchNorm reads; what it removes, a channel's shift and scale, is not counted for them [ours]. All quantizers of
+    the layers must be off. One forward and backward a batch, and one run of each layer a width and operand.
     """
     weight: Rows = {n: dict.fromkeys(m.weight_quantizer.widths, 0.0) for n, m in layers.items()}
     activation: Rows = {
@@ -47,15 +61,16 @@ def loss_growth(
         module = layers[name]
         # again, not kept from the forward: what follows a layer may have changed its output in place
         y = type(module).forward(module, x)
-        importance = grad.square() * factor  # N·Σ g² of a mean loss is the mean of the squares of one sample's
         for rows, quantizer in ((weight, module.weight_quantizer), (activation, module.input_quantizer)):
             if quantizer is None or name not in rows:
                 continue
             for bits in quantizer.widths:
                 with at(quantizer, bits):
                     # the class's forward: calling the module would run this very hook again
-                    moved = type(module).forward(module, x) - y
-                rows[name][bits] += float((importance * moved.square()).sum())
+                    moved = type(module).forward(module, x)
+                error = (like(moved, y) if name in normed else moved) - y
+                # N·Σ of squares with a mean loss's gradient is the mean of one sample's own
+                rows[name][bits] += factor * float((grad * error).flatten(1).sum(1).square().sum())
 
     handles = []
     for name, module in layers.items():

@@ -36,7 +36,7 @@ class LIMPQ(SearchStrategy):
     of the loss has one unit for all layers, weights and activations, so it needs no α.
     """
 
-    batches = 4
+    batches = 8
 
     def __init__(
         self,
@@ -144,7 +144,8 @@ class LIMPQ(SearchStrategy):
         model.eval().requires_grad_(True)  # frozen weights too: every layer's output must have a gradient
         self.set_widths(model, dict.fromkeys(self.layers, self.widths[-1]))  # the banks nearest to float
         with widths_off(model):
-            self.growth = loss_growth(self.layers, model, batches, lambda batch: probe_loss(model, batch))
+            normed = set(self.norms.values())
+            self.growth = loss_growth(self.layers, model, batches, lambda batch: probe_loss(model, batch), normed)
 
     def indicators(self, provenance: Mapping[str, Any]) -> Indicators:
         """Read the indicators out, with how far the scales moved."""

@@ -36,7 +36,7 @@ class PostTraining(SearchStrategy):
     def attach(
         self, model: nn.Module, graph: LayerGraph, candidates: Mapping[str, Candidates], norms: Mapping[str, str]
     ) -> None:
-        self.graph = graph
+        self.graph, self.normed = graph, set(norms.values())
 
         def make(layer: Any, module: nn.Module) -> tuple[nn.Module, nn.Module | None]:
             c, device, axis = candidates[layer.name], next(module.parameters()).device, CHANNEL_AXIS[layer.kind]
@@ -123,5 +123,5 @@ class Gradient(PostTraining):
 
     def measure(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
         self.weight, self.activation = loss_growth(
-            self.layers, model, batches, lambda batch: probe_loss(model, batch, self.seed)
+            self.layers, model, batches, lambda batch: probe_loss(model, batch, self.seed), self.normed
         )

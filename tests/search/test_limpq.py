@@ -10,7 +10,7 @@ from hub_mpq.errors import InvalidArgument
 from hub_mpq.nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
 from hub_mpq.nn.swap import quantized_layers, swap
 from hub_mpq.quantizers import LSQ
-from hub_mpq.search.growth import loss_growth
+from hub_mpq.search.growth import like, loss_growth
 from hub_mpq.search.limpq import LIMPQ
 from hub_mpq.search.movement import movement, rank_correlation
 from hub_mpq.spec import Candidates
@@ -77,9 +77,27 @@ def test_growth_is_the_formula_on_one_linear_layer():
     for bits in (2, 4):
         layer.weight_quantizer.set_width(bits)
         moved = nn.functional.linear(x, layer.weight_quantizer(layer.weight), layer.bias) - y
-        assert weight["0"][bits] == pytest.approx(float((g * moved).square().sum(1).mean()), rel=1e-4)
+        assert weight["0"][bits] == pytest.approx(float((g * moved).sum(1).square().mean()), rel=1e-4)
     moved = nn.functional.linear(layer.input_quantizer(x), layer.weight, layer.bias) - y
-    assert activation["0"][3] == pytest.approx(float((g * moved).square().sum(1).mean()), rel=1e-4)
+    assert activation["0"][3] == pytest.approx(float((g * moved).sum(1).square().mean()), rel=1e-4)
+
+
+def test_what_a_batchnorm_removes_is_no_error(net, train):
+    """Channels' shift and scale go, another pattern stays; only layers that a BatchNorm reads are forgiven."""
+    y = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(like(y * torch.tensor([2.0, 0.5, 1.0])[:, None, None] - 3, y), y)
+    assert (like(y.flip(0), y) - y).abs().max() > 1
+    batches = list(train)[:2]
+    bare = copy.deepcopy(net)
+    bare[4] = nn.Identity()
+    with torch.no_grad():
+        bare[3].weight.mul_((net[4].weight / (net[4].running_var + net[4].eps).sqrt()).view(-1, 1, 1, 1))
+        bare[3].bias.sub_(net[4].running_mean).mul_(net[4].weight / (net[4].running_var + net[4].eps).sqrt())
+        bare[3].bias.add_(net[4].bias)
+    torch.testing.assert_close(bare.eval()(batches[0][0]), net.eval()(batches[0][0]), rtol=1e-3, atol=1e-3)
+    normed = HubMPQ.from_module(net, X).train_indicators(batches, steps=0).weight["3"]
+    folded = HubMPQ.from_module(bare, X).train_indicators(batches, steps=0).weight["3"]
+    assert normed[2] < folded[2]
 
 
 def test_the_unit_of_a_weight_changes_its_scale_but_not_the_growth_of_the_loss(net, train):
