@@ -109,13 +109,14 @@ def _back(g: Tensor, x: Tensor, s: Tensor, grid: Grid, dx: Tensor | None, of_sca
     """Fills `dx` and returns the gradient of `s` before the factor, all in pieces of cached memory."""
     sums: list[Tensor] = []
     plain = x.dtype in (torch.float32, torch.float64)
-    buffers: list[Tensor] = []
+    v = w = r = x[:0]
     for sp, (xp, gp, dp) in _pieces(s, x, g, g if dx is None else dx):
-        if not buffers:
-            buffers = [torch.empty(xp.shape, dtype=wide(xp[:0]).dtype, device=x.device) for _ in range(3)]
-        v, w, r = (b[: len(xp)] for b in buffers)
-        gw = wide(gp)
-        torch.div(wide(xp), sp, out=v)
+        if len(v) < len(xp):
+            v, w, r = (torch.empty(xp.shape, dtype=x.dtype if plain else torch.float32, device=x.device) for _ in "vwr")
+        elif len(v) > len(xp):
+            v, w, r = v[: len(xp)], w[: len(xp)], r[: len(xp)]
+        xw, gw = (xp, gp) if plain else (xp.float(), gp.float())
+        torch.div(xw, sp, out=v)
         if of_scale:
             _masked_out(v, v, grid.low, grid.high, grad_input=w)
             if grid.binary:
@@ -123,7 +124,7 @@ def _back(g: Tensor, x: Tensor, s: Tensor, grid: Grid, dx: Tensor | None, of_sca
             else:
                 torch.round(v, out=r).clamp_(grid.low, grid.high).sub_(w)
             if s.dim() == 1:
-                sums.append(torch.dot(gw.view(-1), r))
+                sums.append(torch.dot(gw, r))
             else:
                 sums.append(r.mul_(gw).sum(1 if len(s) > 1 else 0))
         if dx is not None:
