@@ -26,6 +26,7 @@ MEASURES = {
     "loss": ("loss", "loss"),
     "fidelity_db": ("snr", "signal to noise against the float model (dB)"),
     "agreement": ("agreement", "same answer as the float model (%)"),
+    "spearman": ("spearmanr", "Spearman correlation (×100)"),
 }
 """{key of evaluate: (type in the front matter, column of the table)}; another key stands for itself."""
 
@@ -37,7 +38,7 @@ class CardFacts:
     `nbytes`: {file name: bytes} of what is published. `license`, `base_model`: of the float model, as Hub ids go.
     `dataset`: what the figures were measured on. `eval_task`: its task, where it is a benchmark of the Hub.
     `trained_on`: the data of indicators and fine-tuning.
-    `picture`: name of the policy picture. `indicators`: provenance of the indicators.
+    `picture`: name of the policy picture. `indicators`: provenance of the indicators. `seconds`: of each stage.
     """
 
     nbytes: Mapping[str, int]
@@ -50,6 +51,7 @@ class CardFacts:
     picture: str | None = None
     architecture: str | None = None
     indicators: Mapping[str, Any] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def render_card(repo_id: str, manifest: Manifest, facts: CardFacts) -> str:
@@ -72,7 +74,7 @@ def render_card(repo_id: str, manifest: Manifest, facts: CardFacts) -> str:
         rows=_figures(manifest, facts),
         notes=_notes(manifest, facts),
         loading=loading(repo_id, manifest, facts.nbytes, facts.architecture),
-        making=making(manifest, facts.indicators, facts.trained_on),
+        making=making(manifest, facts.indicators, facts.trained_on, facts.seconds),
         limits="\n".join(floats),
     )
     return str(card)

@@ -12,6 +12,8 @@ from ..spec import FLOAT_BITS
 from .export_compressed import METHOD, exportable, unequal_inputs
 from .folder import INDICATORS, PACKED
 
+_TIMM = "AutoModelForImageClassification"
+
 
 def code(text: object) -> str:
     """One line of text for a card: names come from models of others and must not write its markdown."""
@@ -39,13 +41,15 @@ def loading(repo_id: str, manifest: Manifest, nbytes: Mapping[str, int], archite
     if own:
         parts.append("`net` is the network itself, built from its own code: no hub library can build it.")
     cls = architecture or "AutoModel"
-    if manifest.library == "transformers":
+    if not own:
+        by, auto = (
+            ("transformers", cls) if manifest.library == "transformers" else ("transformers (TimmWrapper)", _TIMM)
+        )
         parts.append(
             _block(
-                "With transformers and hub-mpq (packed weights):",
-                f"import hub_mpq, transformers\nmodel = transformers.{cls}.from_pretrained({repo_id!r})".replace(
-                    "'", '"'
-                ),
+                f"With {by} and hub-mpq (packed weights):",
+                "import hub_mpq, transformers",
+                f'model = transformers.{auto}.from_pretrained("{repo_id}")',
             )
         )
     if "model.safetensors" in nbytes and not own:
@@ -113,8 +117,10 @@ def _block(title: str, *lines: str) -> str:
     return "\n".join([title, "", "```python", *lines, "```"])
 
 
-def making(manifest: Manifest, indicators: Mapping[str, Any], trained_on: str | None) -> str:
-    """What is recorded, and no more: tool, base revision, indicators, search and its proof."""
+def making(
+    manifest: Manifest, indicators: Mapping[str, Any], trained_on: str | None, seconds: Mapping[str, float]
+) -> str:
+    """What is recorded, and no more: tool, base revision, indicators, search and its proof, fine-tuning, seconds."""
     provenance = manifest.provenance
     rows: list[tuple[str, object]] = [("tool", f"hub-mpq {provenance.get('hub_mpq', '')}".strip())]
     rows.append(
@@ -122,9 +128,10 @@ def making(manifest: Manifest, indicators: Mapping[str, Any], trained_on: str | 
     )
     if trained_on:
         rows.append(("trained on", trained_on))
-    for title, tree in (("indicators", indicators), ("search", provenance.get("search", {}))):
+    stages = {"indicators": indicators, **{k: provenance[k] for k in ("search", "finetune") if k in provenance}}
+    for title, tree in stages.items():
         rows += [(f"{title}: {key}", _plain(value)) for key, value in tree.items() if _short(value)]
-    rows += [(f"seconds: {key}", f"{value:.3g}") for key, value in provenance.get("seconds", {}).items()]
+    rows += [(f"seconds: {key}", f"{value:.3g}") for key, value in seconds.items()]
     return "\n".join(["| | |", "|---|---|", *(f"| {code(k)} | {code(v)} |" for k, v in rows)])
 
 

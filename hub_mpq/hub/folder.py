@@ -21,6 +21,7 @@ from ..pack import (
     PackedTensor,
     empty_packed,
     file_nbytes,
+    layout,
     pack_weight,
     read_indicators,
     write_indicators,
@@ -59,7 +60,16 @@ def packed_tensors(model: nn.Module, manifest: Manifest) -> dict[str, PackedTens
     for key, tensor in model.state_dict().items():
         if key not in skip and not any(part in f".{key}" for part in QUANTIZER_KEYS):
             out[key] = tensor.detach().cpu()
-    return out
+    return out | _guard(manifest, "cpu")
+
+
+def _guard(manifest: Manifest, device: str) -> dict[str, PackedTensor | Tensor]:
+    """A float weight without elements beside the first packed one of a hub's model: who loads the packed file as if it
+    were float weights (renamed, say) meets a wrong shape; plain transformers would draw new weights."""
+    if manifest.library == "module":
+        return {}
+    names = list(layout.packed_layers(manifest))[:1]
+    return {part_key(name, "weight"): torch.empty(0, device=device) for name in names}
 
 
 def predicted_nbytes(model: nn.Module, manifest: Manifest) -> int:
@@ -79,7 +89,7 @@ def predicted_nbytes(model: nn.Module, manifest: Manifest) -> int:
     for key, tensor in model.state_dict().items():
         if key not in skip and not any(part in f".{key}" for part in QUANTIZER_KEYS):
             out[key] = torch.empty_like(tensor, device="meta")
-    return file_nbytes(out, manifest)
+    return file_nbytes(out | _guard(manifest, "meta"), manifest)
 
 
 def save_folder(

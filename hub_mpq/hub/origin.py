@@ -48,11 +48,11 @@ def origin_of(
     return Origin(base, license if isinstance(license, str) else None, tag, architecture)
 
 
-def local_license(folder: Path | None) -> str | None:
-    """Licence that the card in the folder a model was loaded from names; None where there is none."""
+def local_card(folder: Path | None) -> dict[str, str]:
+    """Licence and task that the card in the folder a model was loaded from names; {} where there is none."""
     card = None if folder is None else folder / "README.md"
-    found = _front_matter(card).get("license") if card is not None and card.is_file() else None
-    return found if isinstance(found, str) else None
+    found = _front_matter(card) if card is not None and card.is_file() else {}
+    return {key: found[key] for key in ("license", "pipeline_tag") if isinstance(found.get(key), str)}
 
 
 def _hub_id(manifest: Manifest) -> str | None:

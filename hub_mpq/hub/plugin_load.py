@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from ..errors import PackedFormat, PolicyMismatch
 from ..nn.packed import PackedLayer, float_layer, packed_layer, packed_layers
 from ..pack import Manifest, read_packed
-from ..pack.layout import INPUT_PARTS, WEIGHT_PARTS, flatten
+from ..pack.layout import INPUT_PARTS, WEIGHT_PARTS, flatten, key
+from ..pack.layout import packed_layers as packed_names
 from ..spec import FLOAT_BITS, LayerBits, LayerGraph, Policy
 
 
@@ -34,7 +36,11 @@ def become_packed(model: Any, file: str, policy: Policy | LayerBits | None, dtyp
         raise PackedFormat(file, "its policy is not the one that config.json states")
     net = network_of(model)
     names = _names(manifest.graph.names, net, model)
-    flat = flatten(tensors)
+    guards = {key(name, "weight") for name in packed_names(manifest)}
+    flat = {name: tensor for name, tensor in flatten(tensors).items() if name not in guards}
+    # transformers would name them in its report
+    known = set(model._keys_to_ignore_on_load_unexpected or ())
+    model._keys_to_ignore_on_load_unexpected = known | {rf"(^|\.){re.escape(name)}$" for name in guards}
     for name in sorted(names, key=lambda n: manifest.graph[n].weight_owner is not None):
         _swap(net, names, name, manifest, flat, dtype, file)
     _check_covered(model, net, flat, manifest, names, file)

@@ -46,11 +46,13 @@ def publish(
     token: str | bool | None = None,
     license: str | None = None,
     base_model: str | None = None,
+    pipeline_tag: str | None = None,
     dataset: str | None = None,
     eval_task: str | None = None,
     trained_on: str | None = None,
     message: str | None = None,
     model: nn.Module | None = None,
+    seconds: Mapping[str, float] | None = None,
 ) -> CommitInfo:
     """Publish a folder that save_pretrained wrote as `repo_id`, in one commit; returns it (commit_url, oid, pr_url).
 
@@ -58,10 +60,10 @@ def publish(
     missing. create_pr: open a pull request instead; the repo must be there. float_copy: also dequantized weights that
     plain timm and transformers load, by default for their models. format: "mpq", or "compressed-tensors" for a
     weight-only policy of a transformers model: transformers then reads it with that package and without this one, and
-    HubMPQ.from_pretrained does not. license, base_model: of the float model where they
-    can't be found. dataset: what the figures were measured on; eval_task: its task, if it is a benchmark of the Hub.
+    HubMPQ.from_pretrained does not. license, base_model, pipeline_tag: of the float model where they can't be found.
+    dataset: what the figures were measured on; eval_task: its task, if it is a benchmark of the Hub.
     trained_on: data of the training. message: of the commit.
-    model: the quantized model, to spare building it again.
+    model: the quantized model, to spare building it again. seconds: {stage: wall time} of its making.
 
     Nothing in `folder` changes, and of it only files of known names are published. Raises PackedFormat for a torn
     packed file before anything is sent, InvalidArgument for a folder or name that can't be, HubMPQError when the Hub
@@ -89,9 +91,9 @@ def publish(
             files[FLOAT_COPY] = _write_float_copy(Path(work) / FLOAT_COPY, folder, manifest, model)
         if _draw(manifest, Path(work) / PICTURE):
             files[PICTURE] = Path(work) / PICTURE
-        given = {"license": license, "base_model": base_model}
+        given = {"license": license, "base_model": base_model, "pipeline_tag": pipeline_tag}
         given |= {"dataset": dataset, "eval_task": eval_task, "trained_on": trained_on}
-        files |= _card(Path(work), folder, repo_id, manifest, files, given, token)
+        files |= _card(Path(work), folder, repo_id, manifest, files, given, seconds or {}, token)
         return _commit(repo_id, files, private, revision, create_pr, token, message or _summary(manifest))
 
 
@@ -140,6 +142,7 @@ def _card(
     manifest: Manifest,
     files: Mapping[str, Path],
     given: Mapping[str, str | None],
+    seconds: Mapping[str, float],
     token: str | bool | None,
 ) -> dict[str, Path]:
     """The card and the evaluation file. A README.md that stands in the folder is the user's own and goes as it is."""
@@ -150,13 +153,14 @@ def _card(
         nbytes={name: path.stat().st_size for name, path in files.items()},
         license=given["license"] or origin.license,
         base_model=origin.base_model,
-        pipeline_tag=origin.pipeline_tag,
+        pipeline_tag=given["pipeline_tag"] or origin.pipeline_tag,
         dataset=given["dataset"],
         eval_task=given["eval_task"],
         trained_on=given["trained_on"],
         picture=PICTURE if PICTURE in files else None,
         architecture=origin.architecture,
         indicators=indicators.provenance if indicators else {},
+        seconds=seconds,
     )
     out = {CARD: folder / CARD}
     if not out[CARD].is_file():

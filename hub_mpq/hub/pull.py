@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -35,7 +36,7 @@ def fetch(
     digits) that is in the cache none, nor with `local_files_only` or HF_HUB_OFFLINE. Only files of known names are
     fetched, whatever the repo lists. HubMPQError when it can't be had.
     """
-    from huggingface_hub import constants
+    from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     api = hub_api(token)
@@ -53,12 +54,19 @@ def fetch(
         return None
     if not _COMMIT.fullmatch(folder.name):
         raise HubMPQError(f"{repo_id}: the server names no commit but {folder.name[:60]!r}")
-    if (folder / PACKED).is_file():
+    packed = (folder / PACKED).is_file()
+    # transformers fetches the packed file alone; the indicators, which are fetched just before, tell
+    if packed and try_to_load_from_cache(repo_id, INDICATORS, revision=folder.name) is not None:
         return folder
     if local_files_only or constants.HF_HUB_OFFLINE:
+        if packed:
+            return folder
         raise HubMPQError(f"{repo_id} can't be fetched: its packed weights are not in the local cache")
     with told(f"{repo_id} can't be fetched"):
         there = set(api.list_repo_files(repo_id, revision=folder.name))
+        if INDICATORS not in there:
+            with contextlib.suppress(EntryNotFoundError):  # so that the cache knows
+                api.hf_hub_download(repo_id, INDICATORS, revision=folder.name)
         if PACKED not in there:
             raise HubMPQError(f"{repo_id} has the config of a packed model but no {PACKED}")
         for name in _WANTED:

@@ -46,6 +46,7 @@ class Held(nn.Module):
         self.result: SearchResult | None = None
         self.metrics: dict[str, dict[str, float]] = {}
         self.seconds: dict[str, float] = {}
+        self.made: dict[str, Any] = {}  # how the quantized model came to be: search, fine-tuning
         self.home: Path | None = None  # the folder it was loaded from
         # in a tuple: the float model is no submodule, or every state dict would hold it too
         self._float: tuple[nn.Module, ...] = (source.model,)
@@ -92,7 +93,8 @@ class Held(nn.Module):
         return predicted_nbytes(model, self._manifest(policy)) - searched
 
     def _manifest(self, policy: Policy) -> Manifest:
-        provenance: dict[str, Any] = {"hub_mpq": __version__, "metrics": self.metrics}
+        # no seconds: a run that was interrupted must give the same file
+        provenance: dict[str, Any] = {"hub_mpq": __version__, "metrics": self.metrics, **self.made}
         if self.result is not None:
             details = self.result
             provenance["search"] = {

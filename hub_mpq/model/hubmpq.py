@@ -18,7 +18,7 @@ from ..errors import HubMPQError, InvalidArgument
 from ..hub.export import export
 from ..hub.folder import read_folder_indicators, save_folder
 from ..hub.load import load_folder
-from ..hub.origin import local_license
+from ..hub.origin import local_card
 from ..hub.preprocess import local_preprocess
 from ..hub.publish import publish
 from ..hub.pull import packed_folder
@@ -41,6 +41,10 @@ from .searching import Searching
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
+
+
+_TOLD = ("seed", "lr", "scale_lr", "distill", "smoothing", "ema", "cyclic_bits", "gradient_bits")
+"""Options of fine-tuning that a card tells, where they were given."""
 
 
 class HubMPQ(Searching):
@@ -116,6 +120,7 @@ class HubMPQ(Searching):
         out.policy, out._float, out.home = manifest.policy, (), folder
         out.indicators = read_folder_indicators(folder)
         out.metrics = {k: dict(v) for k, v in manifest.provenance.get("metrics", {}).items()}
+        out.made = {k: dict(v) for k, v in manifest.provenance.items() if k in ("search", "finetune")}
         out._tell_transformers()
         return out
 
@@ -148,7 +153,7 @@ class HubMPQ(Searching):
         if calibration is not None and reestimate_norms:
             reestimate_batch_norm(model, calibration, limit=16)
         self.model, self.policy = model.eval(), policy
-        self.result = None
+        self.result, self.made = None, {}
         self.metrics.pop("quantized", None)
         self._tell_transformers()
         return self
@@ -161,6 +166,8 @@ class HubMPQ(Searching):
         self.metrics.pop("quantized", None)  # they were the model's before
         log = finetune(self.model, train, teacher=teacher, **options)
         self.seconds["finetune"] = log.seconds
+        told = {k: v for k, v in options.items() if k in _TOLD and v is not None}
+        self.made["finetune"] = {"steps": log.steps, "samples": log.samples, **told}
         return log
 
     def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
@@ -265,11 +272,11 @@ class HubMPQ(Searching):
 
         float_copy: dequantized weights too, that plain timm or transformers load (None: for their models, yes).
         format: "compressed-tensors" publishes weight-only transformers policies so that nobody needs this package.
-        card: license, base_model, dataset, eval_task, trained_on, message.
+        card: license, base_model, pipeline_tag, dataset, eval_task, trained_on, message.
         """
         check_repo_id(repo_id)
-        if card.get("license") is None:  # the packed file does not tell where on this disk its base model lies
-            card["license"] = local_license(self.home)
+        # the packed file does not tell where on this disk its base model lies
+        known = {key: value for key, value in local_card(self.home).items() if card.get(key) is None}
         with tempfile.TemporaryDirectory(prefix="hub-mpq-") as folder:
             self.save_pretrained(folder)
             return publish(
@@ -282,7 +289,8 @@ class HubMPQ(Searching):
                 format=format,
                 token=token,
                 model=self.model,
-                **card,
+                seconds=self.seconds,
+                **{**card, **known},
             )
 
     def export(self, folder: str | Path, format: str) -> int:

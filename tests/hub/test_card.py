@@ -64,6 +64,7 @@ def test_what_was_measured_stands_in_every_form(hub):
     assert "800 samples" in card.text
     assert "was not measured by itself" in card.text
     assert 'create_model("hf-hub:me/timm"' in card.text
+    assert 'AutoModelForImageClassification.from_pretrained("me/timm")' in card.text
     mpq.metrics = {**FIGURES, "float copy": {"top1": 76.0, "samples": 800.0}}
     mpq.push_to_hub("me/timm", token="write-token", float_copy=False, base_model="timm/other", license="cc0-1.0")
     card = card_of(hub, "me/timm")
@@ -98,7 +99,8 @@ def test_paths_of_the_authors_disk_and_markdown_of_others_stay_out(hub, tmp_path
     card = card_of(hub, "me/local")
     assert str(tmp_path) not in card.content
     assert "my-bert" in card.text
-    assert card.data.license == "mit"
+    assert (card.data.license, card.data.pipeline_tag) == ("mit", "feature-extraction")
+    assert hub.store.content("me/local")["tokenizer.json"] == b"{}"
     mpq = HubMPQ.from_module(net, x[:1], model_id="a `b` | <script>{{ 1 }}").apply_policy("W4A8", [x])
     mpq.push_to_hub("me/odd", token="write-token")
     assert "<script>" not in card_of(hub, "me/odd").text
@@ -107,7 +109,9 @@ def test_paths_of_the_authors_disk_and_markdown_of_others_stay_out(hub, tmp_path
 
 def test_how_it_was_made_is_what_was_recorded(hub, net, x, train):
     mpq = HubMPQ.from_module(net, x[:1], model_id="toy")
-    mpq.quantize(bitops="W4A4", train=train, steps=0, epochs=0, indicator_options={"steps": 2})
+    mpq.quantize(
+        bitops="W4A4", train=train, steps=3, indicator_options={"steps": 2}, finetune_options={"lr": 2e-4}, seed=5
+    )
     mpq.push_to_hub("me/made", token="write-token")
     text = card_of(hub, "me/made").text
     search = mpq._manifest(mpq.policy).provenance["search"]
@@ -116,6 +120,16 @@ def test_how_it_was_made_is_what_was_recorded(hub, net, x, train):
     assert f"| search: strategy | {search['strategy']} |" in text
     assert "| indicators: steps | 2 |" in text
     assert "indicators=indicators" in text
+    assert "| finetune: steps | 3 |" in text
+    assert "| finetune: lr | 0.0002 |" in text
+    assert "| finetune: seed | 5 |" in text
+    assert "| seconds: finetune |" in text
+    assert "| seconds: indicators |" in text
+    again = HubMPQ.from_pretrained("me/made", module=net)
+    again.push_to_hub("me/again", token="write-token")
+    text = card_of(hub, "me/again").text
+    assert "| search: status |" in text, "what the file knows stays"
+    assert "seconds: finetune" not in text
 
 
 def test_without_matplotlib_the_picture_is_left_out(hub, mpq, monkeypatch):

@@ -33,3 +33,19 @@ def test_pull_with_automodel_push_with_its_own_method(hub, tmp_path):
         assert torch.equal(again(IDS)[0], mpq(IDS)[0])
     model.save_pretrained(tmp_path / "third", push_to_hub=True, repo_id="me/third", token="write-token")
     assert hub.store.content("me/third")[PACKED] == new[PACKED]
+
+
+def test_indicators_are_there_also_when_automodel_fetched_the_commit_first(hub, tmp_path):
+    float_bert(tmp_path / "float")
+    mpq = HubMPQ.from_pretrained(tmp_path / "float").apply_policy("W4A8")
+    bare = mpq.push_to_hub("me/bare", token="write-token").oid
+    mpq.train_indicators([{"input_ids": IDS}], steps=0)
+    full = mpq.push_to_hub("me/full", token="write-token").oid
+    for name, commit in (("me/bare", bare), ("me/full", full)):
+        transformers.AutoModel.from_pretrained(name, revision=commit)
+        found = HubMPQ.from_pretrained(name, revision=commit)
+        assert found.indicators == (mpq.indicators if name == "me/full" else None)
+        assert (found.home / "tokenizer.json").is_file()
+        hub.seen.clear()
+        HubMPQ.from_pretrained(name, revision=commit)
+        assert not hub.seen, "pinned and in the cache: no request"

@@ -6,7 +6,7 @@ import json
 import shutil
 
 import torch
-from plugin_toys import pack, python
+from plugin_toys import build, pack, python
 from safetensors.torch import save_file
 
 from hub_mpq import HubMPQ
@@ -78,10 +78,14 @@ def test_float_copy_or_an_error(tmp_path):
     float_timm.load_state_dict(float_copy_state(mpq.model))
     want["timm copy"] = want["wrapper copy"] = float_timm.eval()(x).detach()
 
-    renamed = tmp_path / "renamed"  # somebody "repairs" the name of the packed file
-    shutil.copytree(tmp_path / "timm", renamed)
-    (renamed / PACKED).rename(renamed / "model.safetensors")
-    rows.append(row(tmp_path, "renamed", renamed, "timm", "", {"x": x}))
+    for name, source in (("timm", tmp_path / "timm"), ("bert", tmp_path / "bert" / "packed")):
+        renamed = tmp_path / f"{name} renamed"  # somebody "repairs" the name of the packed file
+        shutil.copytree(source, renamed)
+        (renamed / PACKED).rename(renamed / "model.safetensors")
+    rows.append(row(tmp_path, "timm renamed", tmp_path / "timm renamed", "timm", "", {"x": x}))
+    rows.append(row(tmp_path, "wrapper renamed", tmp_path / "timm renamed", "hf", auto, {"pixel_values": x}))
+    bert = build("bert")[1]
+    rows.append(row(tmp_path, "bert renamed", tmp_path / "bert renamed", "hf", "BertForMaskedLM", bert))
 
     answers = json.loads(python(PLAIN, json.dumps(rows)))
     assert {name: text for name, text in answers.items() if name in want and text != "loaded"} == {}
@@ -90,3 +94,5 @@ def test_float_copy_or_an_error(tmp_path):
     refused = {name: text for name, text in answers.items() if name not in want}
     assert all(text != "loaded" for text in refused.values()), refused
     assert "model.safetensors" in refused["bert packed"]
+    assert len(refused) == 10
+    assert "mismatch" in refused["bert renamed"], "by the weight without elements"
