@@ -42,6 +42,7 @@ def indicators(
     bf16: o.Bf16 = False,
     gradient_checkpointing: o.Recompute = False,
     channels_last: o.ChannelsLast = False,
+    compile: o.Compile = False,
     sync_batch_norm: o.SyncNorms = False,
     fsdp: o.Fsdp = False,
     checkpoint_every: o.CheckpointEvery = 500,

@@ -62,7 +62,7 @@ Recompute = Annotated[
     bool, typer.Option("--gradient-checkpointing", help="Less memory: activations are computed again.")
 ]
 ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="Memory order of CNNs that GPUs like.")]
-Compile = Annotated[bool, typer.Option("--compile", help="torch.compile while fine-tuning.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Quantizers through torch.compile.")]
 SyncNorms = Annotated[
     bool, typer.Option("--sync-batch-norm", help="BatchNorm over all processes' batches (CUDA); else over each one's.")
 ]

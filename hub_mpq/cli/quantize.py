@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,7 +103,7 @@ def quantize(
                 checkpoint_dir=run.folder / "indicators",
                 checkpoint_every=checkpoint_every,
                 resume=run.resume,
-                engine=replace(engine, compile=False),
+                engine=engine,
             )
             on_main(lambda: write_indicators(stored, learned))
         mpq.quantize(

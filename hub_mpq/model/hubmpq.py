@@ -7,7 +7,6 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,7 +205,6 @@ class HubMPQ(Searching):
         an interruption. strategy, strategy_options: another search than LIMPQ's, which `indicator_options` then times;
         one that infers widths (DQ, BSQ) needs no budget. engine: how the trainings run (precision, memory, trackers).
         """
-        searching = replace(engine or Engine(), compile=False)
         if budget or strategy == "limpq":
             Budget(**budget)  # a nonsense budget must not cost a training first
         self._pin(fixed)
@@ -218,10 +216,10 @@ class HubMPQ(Searching):
             self.metrics["float"] = evaluate(self.float_model, val)
         if strategy == "limpq":
             self.learned = None
-            told = {"engine": searching, **(indicator_options or {})}
+            told = {"engine": engine, **(indicator_options or {})}
             self._ensure_indicators(train, candidates, told, seed, checkpoint_dir, resume)
         else:
-            chosen: dict[str, Any] = {"seed": seed, "resume": resume, "engine": searching}
+            chosen: dict[str, Any] = {"seed": seed, "resume": resume, "engine": engine}
             chosen |= {"strategy_options": strategy_options, **(indicator_options or {})}
             if checkpoint_dir:
                 chosen.setdefault("checkpoint_dir", Path(checkpoint_dir) / "search")

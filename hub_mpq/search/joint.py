@@ -81,10 +81,6 @@ def train_indicators(
     averaged over them, so that all return the same indicators.
     """
     engine = engine or Engine()
-    if engine.compile:
-        raise InvalidArgument(
-            "compile is for fine-tuning: while indicators train every pass has other widths and would compile anew"
-        )
     if preset not in PRESETS:
         raise InvalidArgument(f"preset is one of {', '.join(sorted(PRESETS))}, not {preset!r}")
     chosen = {**PRESETS[preset]}

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import HubMPQError, InvalidArgument
 from ..nn.banks import rebased
+from ..quantizers import LSQ, compile_quantizers
 from .processes import make_accelerator, world
 from .track import tracker
 
@@ -22,15 +23,18 @@ class Engine:
     """Options of `fit`; each leaves what is computed as it is, within the tolerance named.
 
     bf16: autocast to bfloat16 (8 bits of mantissa: losses within about 1 %); weights, scales and their gradients stay
-    float32. gradient_checkpointing: activations are computed again in the backward pass, for models that have
-    transformers' or timm's switch; the same numbers, less memory, about one more forward; a BatchNorm sees each batch
-    twice. channels_last: memory order of convolutions, faster on GPUs with bf16. compile: torch.compile of the model
-    in fine-tuning; where widths change from pass to pass (indicators) every change would compile anew, so it is
-    refused there. sync_batch_norm: statistics over all processes' batches (CUDA only); else each process normalises
-    with its own batch and the running statistics are the first one's. fsdp: parameters sharded over the processes by
-    torch's fully_shard; scales stay whole everywhere and their gradients are averaged. log_with: a tracker of
-    Accelerate's by name ("tensorboard", "wandb", …), "jsonl" (lines in log_dir/<stage>.jsonl), or a GeneralTracker;
-    log_every: steps between entries.
+    float32.
+    gradient_checkpointing: activations are computed again in the backward pass, for models that have transformers' or
+    timm's switch; the same numbers, less memory, about one more forward; a BatchNorm sees each batch twice.
+    channels_last: memory order of convolutions, faster on GPUs with bf16.
+    compile: large tensors are quantized by torch.compile's kernels, within 1e-6. Not the whole model: widths change
+    from pass to pass, and every change would compile anew. The first use on a machine takes 10 to 20 s.
+    sync_batch_norm: statistics over all processes' batches (CUDA only); else each process normalises with its own batch
+    and the running statistics are the main one's.
+    fsdp: parameters sharded over the processes by torch's fully_shard; scales stay whole everywhere and their gradients
+    are averaged. For indicators.
+    log_with: a tracker of Accelerate's by name ("tensorboard", "wandb", …), "jsonl" (lines in log_dir/<stage>.jsonl),
+    or a GeneralTracker; log_every: steps between entries.
     """
 
     bf16: bool = False
@@ -78,8 +82,7 @@ class Engine:
                 model.to(memory_format=torch.channels_last)
                 undo.callback(model.to, memory_format=torch.contiguous_format)
             if self.compile:
-                model.compile()
-                undo.callback(setattr, model, "_compiled_call_impl", None)
+                undo.enter_context(_compiled(model))
             yield
 
     def placed(self, batch: Any) -> Any:
@@ -94,16 +97,30 @@ class Engine:
 
 
 @contextlib.contextmanager
+def _compiled(model: nn.Module) -> Iterator[None]:
+    if not compile_quantizers(model):
+        raise HubMPQError("torch.compile builds no kernel here (a CPU needs a C++ compiler); go without compile")
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, LSQ):
+                module.compiled = False
+
+
+@contextlib.contextmanager
 def _checkpointed(model: nn.Module) -> Iterator[None]:
     if hasattr(model, "gradient_checkpointing_enable"):
+        # transformers 5 renamed the pair
+        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
         try:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        except ValueError as error:  # transformers: this architecture has none
+            getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+        except ValueError as error:  # this architecture has none
             raise InvalidArgument(str(error)) from error
         try:
             yield
         finally:
-            model.gradient_checkpointing_disable()
+            getattr(model, f"{kind}_checkpointing_disable")()
         return
     if not hasattr(model, "set_grad_checkpointing"):
         raise InvalidArgument(

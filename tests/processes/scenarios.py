@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hub_mpq import HubMPQ
 from hub_mpq.errors import HubMPQError, InvalidArgument
+from hub_mpq.nn.calibrate import sample_inputs
 from hub_mpq.search.limpq import LIMPQ
 from hub_mpq.search.train_scores import train_scores
 from hub_mpq.spec import Candidates
-from hub_mpq.train import Finetune, evaluate, fit
+from hub_mpq.train import Finetune, evaluate, fit, forward
 from hub_mpq.train.processes import own_share, world
 
 _spec = importlib.util.spec_from_file_location("toys", Path(__file__).parents[1] / "conftest.py")
@@ -85,6 +86,8 @@ def gradients(folder):
         graph = HubMPQ.from_module(_net(), X).graph
         strategy = Watched(Finetune(**STILL), indicator="scale")
         strategy.attach(model, graph, {x.name: Candidates.of([2, 4]) for x in graph.searched}, {"4": "3", "7": "6"})
+        known = [samples(32).tensors[0]]
+        strategy.calibrate(model, known, sample_inputs(model, known, forward))
         log = fit(model, strategy, loader(count), epochs=1)
         out[str(count)] = {
             "grads": strategy.grads,
@@ -108,8 +111,9 @@ def indicators(folder):
     }.items():
         found = HubMPQ.from_module(_net(), X).train_indicators(loader(shuffle=True), seed=3, **options)
         out[name] = {"weight": rounded(found.weight), "activation": rounded(found.activation)}
-    plain = HubMPQ.from_module(_net(), X).train_indicators(loader(), steps=0)
-    out["ordered"] = {"weight": rounded(plain.weight), "activation": rounded(plain.activation)}
+    for kind in ("scale", "loss"):
+        plain = HubMPQ.from_module(_net(), X).train_indicators(loader(), steps=0, indicator=kind)
+        out[f"ordered {kind}"] = {"weight": rounded(plain.weight), "activation": rounded(plain.activation)}
     mpq = HubMPQ.from_module(_net(), X)
     resolved = {x.name: Candidates.of([2, 4]) for x in mpq.graph.searched}
     for name in ("gradient", "mse"):

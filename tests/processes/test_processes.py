@@ -57,7 +57,8 @@ def test_two_halves_of_a_batch_give_the_gradients_of_the_whole(one, two, count):
     assert len(alone["grads"]) == len(both[0]["grads"]) == 3
     for whole, halves in zip(alone["grads"], both[0]["grads"], strict=True):
         assert whole.keys() == halves.keys()
-        assert any("shift" in name for name in whole)
+        scales = [v for name, values in whole.items() if "shift" in name for v in values]
+        assert sum(v != 0 for v in scales) > len(scales) / 2
         for name in whole:
             a, b = np.array(whole[name]), np.array(halves[name])
             # sums of float32 in another order: 1e-5 of the tensor's largest gradient
@@ -86,13 +87,16 @@ def test_starts_growth_and_indicators_are_equal_everywhere(two):
     assert trained != start
 
 
-def test_they_are_averages_over_both_processes_data(one, two):
-    alone, both = one["indicators"]["ordered"], two[0]["indicators"]["ordered"]
+@pytest.mark.parametrize("kind", ["scale", "loss"])
+def test_they_are_of_both_processes_data(one, two, kind):
+    alone, both = one["indicators"][f"ordered {kind}"], two[0]["indicators"][f"ordered {kind}"]
     for side in ("weight", "activation"):
         for name, row in alone[side].items():
+            # the same samples in other halves: the order of float32 sums. But what a norm removes behind layers 3 and
+            # 6 is taken by the batch: of 8 samples at 16 places, variances are known to 12 %, then squared
+            tolerance = 0.3 if kind == "loss" and name in "36" else 1e-3
             for bits, value in row.items():
-                # the same samples in other halves: the order of float32 sums
-                assert both[side][name][bits] == pytest.approx(value, rel=1e-3), (side, name, bits)
+                assert both[side][name][bits] == pytest.approx(value, rel=tolerance), (side, name, bits)
 
 
 @pytest.mark.parametrize("name", ["gradient", "mse"])
