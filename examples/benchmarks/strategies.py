@@ -15,12 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import images
 import numpy as np
 import torch
+from peer import modelopt_policy
 from policies import random_policy, reversed_scores
 from tasks import cifar_train, lifted_resnet20
 from torch.utils.data import Subset
@@ -45,6 +47,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "Hessian": ("hessian", {}),
     "MSE": ("mse", {}),
     "KL": ("kl", {}),
+    "ModelOpt": ("", {}),
 }
 LEVELS: dict[str, dict[str, Any]] = {
     "W3A3": {
@@ -73,13 +76,18 @@ def policy_of(
     if row == "uniform LSQ":
         return Policy.uniform(mpq.graph, level["uniform"]), 0.0
     candidates = {layer.name: level["candidates"] for layer in mpq.graph.searched}
+    target = mpq.usage(level["uniform"])[level["limit"]]
+    if row == "ModelOpt":  # it has no 1-bit weights
+        widths = [b for b in level["candidates"].weight if b > 1]
+        batches = list(islice(cifar_train(seed, args.batch), 8))
+        policy = modelopt_policy(mpq, batches, widths, int(level["uniform"][-1]), level["limit"], target)
+        return policy, time.perf_counter() - began
     if row == "random":
         flat = resolve_candidates(mpq.graph, candidates)
         tables = (
             {n: dict.fromkeys(getattr(c, side), 0.0) for n, c in flat.items()} for side in ("weight", "activation")
         )
         mpq.indicators = Indicators(*tables)
-        target = mpq.usage(level["uniform"])[level["limit"]]
         return random_policy(mpq, level["limit"], target, np.random.default_rng(seed)), 0.0
     if strategy == "bsq" and level["limit"] == "bitops":
         options = {**options, "activation_bits": int(level["uniform"][-1])}
@@ -108,7 +116,7 @@ def run(row: str, name: str, seed: int, args: argparse.Namespace) -> dict[str, A
     policy, seconds = policy_of(mpq, row, level, seed, args)
     train = cifar_train(seed, args.batch)
     mpq.apply_policy(policy, train, reestimate_norms=False)
-    mpq.finetune(train, steps=args.tune_steps, lr=1e-3, scale_lr=1e-2, seed=seed)
+    mpq.finetune(train, steps=args.tune_steps, lr=1e-4, scale_lr=3e-3, seed=seed)
     data = images.Images(*images.cifar10("test"), images.CIFAR_MEAN, images.CIFAR_STD)
     measured = mpq.evaluate(images.loader(Subset(data, range(args.test)), 500))
     usage = mpq.usage()
@@ -164,17 +172,20 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="print the table of what is there, run nothing")
     args = parser.parse_args()
     file = images.cache_root() / "strategies.jsonl"
-    for name, level in ({} if args.report else LEVELS).items():
-        if args.level not in (None, name):
+    rounds = [
+        (seed, row, name)
+        for seed in range(args.seeds or 3)
+        for name, level in LEVELS.items()
+        for row in ROWS
+        if seed < level["seeds"] and args.level in (None, name) and (args.only or "") in row
+    ]
+    for seed, row, name in () if args.report else rounds:
+        if key(row, name, seed, args) in read(file):
             continue
-        for seed in range(min(level["seeds"], args.seeds or level["seeds"])):
-            for row in ROWS:
-                if (args.only or "") not in row or key(row, name, seed, args) in read(file):
-                    continue
-                found = run(row, name, seed, args)
-                with file.open("a") as out:
-                    out.write(json.dumps(found) + "\n")
-                print(f"{name}, {row}, seed {seed}: {found['top1']:.2f} % in {found['seconds']:.1f} s", flush=True)
+        found = run(row, name, seed, args)
+        with file.open("a") as out:
+            out.write(json.dumps(found) + "\n")
+        print(f"{name}, {row}, seed {seed}: {found['top1']:.2f} % in {found['seconds']:.1f} s", flush=True)
     print(report(read(file), args))
 
 
