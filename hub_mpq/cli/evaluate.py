@@ -18,6 +18,7 @@ def evaluate(
     class_map: o.ClassMap = None,
     batch_size: o.BatchSize = 64,
     workers: o.Workers = 2,
+    max_corrupt: o.MaxCorrupt = 0.01,
     exclude: o.Exclude = None,
     library: o.Library = None,
     input_size: o.InputSize = None,
@@ -28,7 +29,9 @@ def evaluate(
 ) -> None:
     """Top-1, top-5 and loss on labelled images, of a float model or a packed folder."""
     mpq = models.load(model, **given.model_options(locals()))
-    figures = mpq.evaluate(models.loader(mpq, data, train=False, **given.data_options(locals())))
+    loader = models.loader(mpq, data, train=False, **given.data_options(locals()))
+    figures = mpq.evaluate(loader)
+    models.tell_corrupt(loader)
     if not is_main():
         return
     text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())

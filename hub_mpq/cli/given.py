@@ -27,7 +27,7 @@ def model_options(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def data_options(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: values[name] for name in ("class_map", "batch_size", "workers")}
+    return {name: values[name] for name in ("class_map", "batch_size", "workers", "max_corrupt")}
 
 
 def engine_of(values: dict[str, Any]) -> Any:

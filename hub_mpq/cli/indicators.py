@@ -29,6 +29,7 @@ def indicators(
     class_map: o.ClassMap = None,
     batch_size: o.BatchSize = 64,
     workers: o.Workers = 2,
+    max_corrupt: o.MaxCorrupt = 0.01,
     seed: o.Seed = 0,
     pin: o.Pin = None,
     exclude: o.Exclude = None,
@@ -79,6 +80,7 @@ def indicators(
             engine=engine,
         )
         on_main(lambda: write_indicators(output, learned))
+    models.tell_corrupt(train)
     if not is_main():
         return
     if plot is not None:

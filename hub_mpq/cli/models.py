@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from ..errors import HubMPQError, InvalidArgument, PackedFormat
+from .launch import is_main
 from .options import input_size_of, model_args_of, pins_of
 
 if TYPE_CHECKING:
@@ -75,9 +78,17 @@ def is_packed(folder: str | Path) -> bool:
 
 
 def loader(
-    mpq: HubMPQ, folder: Path, *, train: bool, class_map: Path | None, batch_size: int, workers: int, seed: int = 0
+    mpq: HubMPQ,
+    data: str,
+    *,
+    train: bool,
+    class_map: Path | None,
+    batch_size: int,
+    workers: int,
+    max_corrupt: float,
+    seed: int = 0,
 ) -> DataLoader[Any]:
-    """Batches of an image folder, prepared as the model wants them."""
+    """Batches of images, prepared as the model wants them."""
     from ..data import data_config, image_loader
 
     source = mpq.source
@@ -88,7 +99,7 @@ def loader(
     if source.library == "transformers" and len(mpq.graph.input_shape) == 3:
         preprocess = _processor(preprocess)
     return image_loader(
-        folder,
+        data,
         data_config(preprocess, mpq.graph.input_shape),
         train=train,
         classes=classes or None,
@@ -96,7 +107,19 @@ def loader(
         batch_size=batch_size,
         workers=workers,
         seed=seed,
+        max_corrupt=max_corrupt,
     )
+
+
+def tell_corrupt(*loaders: Any) -> None:
+    """One warning of the images that were skipped, of all processes."""
+    from ..train.processes import total
+
+    found = [loader.dataset for loader in loaders if hasattr(getattr(loader, "dataset", None), "corrupt")]
+    skipped = int(total(sum(data.corrupt for data in found))[0])
+    if skipped and is_main():
+        told = f"{skipped} of {sum(map(len, found))} images could not be read and were skipped"
+        typer.echo(f"warning: {told}", err=True)
 
 
 def _processor(preprocess: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,11 +44,15 @@ Strategy = Annotated[str, typer.Option(help="limpq, dq, ebs, seam, bsq, gradient
 StrategyOption = Annotated[list[str] | None, typer.Option("--strategy-option", help="KEY=VALUE for the strategy.")]
 Indicators = Annotated[File, typer.Option(help="Indicators trained before.")]
 
-Data = Annotated[Path, typer.Option(help="Folder of class folders of images, or of images without labels.")]
-OptionalData = Annotated[File, typer.Option("--data", help="Images to train on; without: data-free, with a warning.")]
-Val = Annotated[File, typer.Option(help="Labelled images to measure on, before and after.")]
+_SOURCES = "folder of class folders or of images without labels, .tar file, hfds/NAME[:SPLIT], wds/FOLDER[:SPLIT]"
+Data = Annotated[str, typer.Option(help=f"Images: {_SOURCES}.")]
+OptionalData = Annotated[Text, typer.Option("--data", help=f"Images: {_SOURCES}; none: data-free, with a warning.")]
+Val = Annotated[Text, typer.Option(help="Labelled images to measure on, before and after.")]
 ClassMap = Annotated[File, typer.Option(help="Text file: one class folder a line, in the order of the labels.")]
 BatchSize = Annotated[int, typer.Option(min=1)]
+MaxCorrupt = Annotated[
+    float, typer.Option(min=0, max=1, help="Part of the images that may be unreadable; they are skipped and counted.")
+]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
 Epochs = Annotated[float, typer.Option(min=0, help="Length of the training.")]
 Steps = Annotated[Count, typer.Option(min=0, help="Length in steps; wins over --epochs.")]

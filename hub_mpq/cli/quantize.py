@@ -41,6 +41,7 @@ def quantize(
     class_map: o.ClassMap = None,
     batch_size: o.BatchSize = 64,
     workers: o.Workers = 2,
+    max_corrupt: o.MaxCorrupt = 0.01,
     seed: o.Seed = 0,
     pin: o.Pin = None,
     exclude: o.Exclude = None,
@@ -122,6 +123,7 @@ def quantize(
             **budget,
         )
         saved = on_main(lambda: mpq.save_pretrained(output))
+    models.tell_corrupt(train, measured)
     _finish(mpq, output, saved, plot, as_json)
 
 
@@ -142,6 +144,7 @@ def finetune(
     class_map: o.ClassMap = None,
     batch_size: o.BatchSize = 64,
     workers: o.Workers = 2,
+    max_corrupt: o.MaxCorrupt = 0.01,
     seed: o.Seed = 0,
     pin: o.Pin = None,
     exclude: o.Exclude = None,
@@ -199,6 +202,7 @@ def finetune(
         if measured is not None:
             mpq.evaluate(measured)
         saved = on_main(lambda: mpq.save_pretrained(output))
+    models.tell_corrupt(train, measured)
     _finish(mpq, output, saved, plot, as_json)
 
 

@@ -99,7 +99,7 @@ def _batches(loader: Any, per_epoch: int, start: int, device: torch.device) -> I
     padded = world()[1] > 1 and has_length(loader)
     spare: Any = None
     while True:
-        for part in (loader, getattr(loader, "sampler", None)):
+        for part in (loader, getattr(loader, "sampler", None), getattr(loader, "dataset", None)):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
                 break
