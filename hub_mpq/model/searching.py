@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ class Searching(Held):
         self._pin(fixed)
         scores, used = self.scores(alpha, candidates)
         base = self.base_bytes()
+        told = ", ".join(f"{name} {value}" for name, value in budget.items() if value is not None and name != "costs")
         result = search_policy(
             self.graph,
             scores,
@@ -120,6 +122,7 @@ class Searching(Held):
             time_limit=time_limit,
             **({"details": {"alpha": used}} if self.learned is None else self.learned.search_options),
         )
+        result = replace(result, details={**result.details, "budget": told})
         self.seconds["search"] = result.seconds
         return result
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from hub_toys import float_bert, timm_toy
+from hub_toys import IMAGE, float_bert, timm_toy
 from huggingface_hub import ModelCard
 
 from hub_mpq import HubMPQ
@@ -38,7 +38,7 @@ def test_nothing_is_invented(hub, mpq):
     assert ".eval_results/hub-mpq.yaml" not in hub.store.content("me/toy")
 
 
-def test_what_was_measured_stands_in_every_form(hub):
+def test_what_was_measured_stands_in_every_form(hub, tmp_path):
     mpq = timm_toy()
     mpq.metrics = FIGURES
     mpq.push_to_hub(
@@ -59,6 +59,9 @@ def test_what_was_measured_stands_in_every_form(hub):
     rows = {line.split("|")[1].strip(): line.split("|") for line in card.text.splitlines() if line.startswith("|")}
     assert rows["float"][4].strip() == "76.5"
     assert rows["uniform W4A4"][4].strip() == "61.25"
+    uniform = HubMPQ.from_pretrained("test_resnet", pretrained=False, num_classes=5)
+    bytes_there = uniform.apply_policy("W4A4", [IMAGE]).save_pretrained(tmp_path / "uniform")
+    assert rows["uniform W4A4"][3].strip() == f"{bytes_there / 1e3:.3f} KB"
     assert rows["uniform W4A4"][5].strip() == "", "top-5 was not measured there"
     assert rows["mixed precision (this repo)"][3].strip() == f"{len(there[PACKED]) / 1e3:.3f} KB"
     assert "800 samples" in card.text
