@@ -16,8 +16,7 @@ from torch import Tensor
 
 def ends(like: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
     """The ends of a grid as tensors: numbers would be compiled in, one kernel for each width."""
-    both = torch.tensor([float(low), float(high)], device=like.device)
-    return both[0], both[1]
+    return torch.full((), float(low), device=like.device), torch.full((), float(high), device=like.device)
 
 
 def forward_formula(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -41,27 +40,33 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True)
 
 
+def _own(x: Tensor) -> Tensor:
+    """The same memory as a tensor that is no view: of a view the compiler guards the shape of what it is a view of."""
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+
+
 def forward(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     """`forward_formula`, compiled; x [n] or [rows, columns]."""
-    out: Tensor = _compiled(forward_formula)(x, scale, *ends(x, low, high))
+    out: Tensor = _compiled(forward_formula)(_own(x), _own(scale), *ends(x, low, high))
     return out
 
 
 def back(g: Tensor, x: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
     """`back_formula`, compiled."""
-    out: tuple[Tensor, Tensor] = _compiled(back_formula)(g, x, scale, *ends(x, low, high))
+    out: tuple[Tensor, Tensor] = _compiled(back_formula)(_own(g), _own(x), _own(scale), *ends(x, low, high))
     return out
 
 
 @functools.cache
+@torch.no_grad()
 def compiler_works(device: str = "cpu") -> bool:
     """Whether the passes compile here (a C++ compiler on a CPU) and equal the formula; tried once a process."""
-    x = torch.linspace(-1, 1, 512, device=device)
+    x = torch.linspace(-1, 1, 1 << 17, device=device)  # as large as what runs compiled: small sums are another kernel
     args = (x.flip(0), x, torch.full((1,), 0.25, device=device), -2, 1)
     try:
         q, (dx, ds) = forward(*args[1:]), back(*args)
     except Exception:  # torch.compile fails in many ways: each means that there is no kernel
         return False
     want_dx, want_ds = back_formula(*args[:3], *ends(x, -2, 1))
-    close = torch.allclose(ds, want_ds, rtol=1e-5, atol=1e-5)
+    close = torch.allclose(ds, want_ds, rtol=1e-3)
     return close and torch.equal(q, forward_formula(*args[1:3], *ends(x, -2, 1))) and torch.equal(dx, want_dx)
