@@ -26,6 +26,7 @@ from tasks import TASKS, Task
 
 from hub_mpq import HubMPQ, Policy
 from hub_mpq.pack import read_indicators, write_indicators
+from hub_mpq.search.movement import movement
 from hub_mpq.search.policy_search import search_policy
 from hub_mpq.spec import Budget
 
@@ -146,14 +147,29 @@ def report(folder: Path) -> None:
         head = ["method", task.unit, "spread", "seeds", "mixed minus this, 95 %", "G BitOps", "bytes", "search s"]
         print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
         print("\n".join("| " + " | ".join(line) + " |" for line in lines))
-        moved = [r["movement"] for r in mixed.values() if r["movement"]]
-        if moved:
-            for side in moved[0]:
-                change = np.mean([m[side]["median_change"] for m in moved if m[side]])
-                rho = np.mean([m[side]["rank_correlation"] for m in moved if m[side]])
-                print(
-                    f"\n{side} scales: median movement {100 * change:.1f} %, rank correlation with the start {rho:.3f}"
+        print("\n" + "\n".join(movements(folder, name)))
+
+
+def movements(folder: Path, task: str) -> list[str]:
+    """What the joint training changed: the scales against their start, the indicators against untrained ones."""
+    told: dict[str, list[dict[str, float]]] = {}
+    for file in sorted(folder.glob(f"{task}-learned-*.safetensors")):
+        learned = read_indicators(file)
+        for side, moved in learned.provenance["movement"].items():
+            told.setdefault(f"{side} scales", []).append(moved)
+        start = file.with_name(file.name.replace("-learned-", "-untrained-"))
+        if start.exists():
+            untrained = read_indicators(start)
+            for side in ("weight", "activation"):
+                told.setdefault(f"{side} indicators", []).append(
+                    movement(getattr(untrained, side), getattr(learned, side))
                 )
+    return [
+        f"{what}: median change {100 * np.mean([m['median_change'] for m in found]):.1f} %, "
+        f"rank correlation with the start {np.mean([m['rank_correlation'] for m in found]):.3f}"
+        for what, found in told.items()
+        if all(found)
+    ]
 
 
 def main() -> None:
