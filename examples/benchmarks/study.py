@@ -37,7 +37,8 @@ def indicators_of(mpq: HubMPQ, task: Task, learned: bool, seed: int, folder: Pat
     """Give `mpq` the indicators of a task and seed, trained once for all levels and methods."""
     file = folder / f"{task.name}-{'learned' if learned else 'untrained'}-{seed}.safetensors"
     if not file.exists():
-        settings = {**task.indicator_options, **(options if learned else {"steps": 0})}
+        asked = {k: v for k, v in options.items() if k != "alpha"}
+        settings = {**task.indicator_options, **(asked if learned else {"steps": 0})}
         began = time.perf_counter()
         mpq.train_indicators(
             task.train(seed), candidates=task.candidates, seed=seed, **{"steps": task.indicator_steps, **settings}
@@ -67,7 +68,7 @@ def policy_of(
             mpq.graph, reversed_scores(scores), Budget(**budget), base_bytes=mpq.base_bytes(), strategy="reversed"
         )
     else:
-        result = mpq.search(**budget)
+        result = mpq.search(**budget, alpha=options.get("alpha") if method == "mixed" else None)
     return result.policy, told["seconds"] + time.perf_counter() - began, told["movement"]
 
 
@@ -178,7 +179,7 @@ def main() -> None:
     parser.add_argument("--level", action="append")
     parser.add_argument("--method", choices=METHODS, action="append")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--options", default="{}", help="JSON: settings of train_indicators, for ablations")
+    parser.add_argument("--options", default="{}", help="JSON: settings of train_indicators, and alpha, for ablations")
     parser.add_argument("--name", default="study", help="folder of the rows, in the cache")
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
