@@ -17,7 +17,7 @@ from ..train.batch import forward, labels_of, to_device
 from ..train.engine import Engine
 from ..train.finetune import Finetune
 from ..train.loop import fit
-from ..train.processes import mean_rows, own_share, raise_together, share_samples
+from ..train.processes import least, mean_rows, own_share, raise_together, share_samples
 from .limpq import LIMPQ
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -43,7 +43,7 @@ def first_batches(loader: Iterable[Any], count: int, accelerator: Any, seed: int
     """This process's first `count` batches on its device; InvalidArgument in all processes when one has none."""
     found = [to_device(batch, accelerator.device) for batch in islice(iter(own_share(loader, seed=seed)), count)]
     raise_together(None if found else InvalidArgument("the data loader is empty"))
-    return found
+    return found[: least(len(found))]  # as many in each, so that what is averaged weighs the same
 
 
 def train_indicators(

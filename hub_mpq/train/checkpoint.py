@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from ..errors import HubMPQError, InvalidArgument
 from .processes import raise_together
+from .shard import Spread
 
 _NAME = re.compile(r"step-(\d{8})")
 _RUN = "processes.json"
@@ -26,8 +27,10 @@ class Checkpoints:
     folder that all processes see. per_epoch: batches of a process's epoch; a state is of so many batches and
     processes, and of no other number."""
 
-    def __init__(self, folder: str | Path, accelerator: Any, *, per_epoch: int = 0) -> None:
-        self.folder, self.accelerator = Path(folder), accelerator
+    def __init__(
+        self, folder: str | Path, accelerator: Any, *, per_epoch: int = 0, spread: Spread | None = None
+    ) -> None:
+        self.folder, self.accelerator, self.spread = Path(folder), accelerator, spread
         self.run = {"processes": accelerator.num_processes, "batches_per_epoch": per_epoch}
 
     @property
@@ -68,6 +71,8 @@ class Checkpoints:
 
     def _write(self, partial: Path) -> None:
         self.accelerator.save_state(str(partial), safe_serialization=True)
+        if self.spread is not None:
+            self.spread.save(partial)
         if self.accelerator.is_main_process:
             (partial / _RUN).write_text(json.dumps(self.run))
         _flush(partial)
@@ -89,6 +94,8 @@ class Checkpoints:
                 f"remove {self.folder} to start anew"
             )
         self.accelerator.load_state(str(self.last))
+        if self.spread is not None:
+            self.spread.load(self.last)
         return int(self.last.name.removeprefix("step-"))
 
 

@@ -111,7 +111,7 @@ def fit(
         spread = Spread(model, accelerator, sharded=engine.fsdp)
         opt = spread.prepare(_optimizer(optimizer, hooks.parameter_groups(model)))
         accelerator.register_for_checkpointing(*hooks.stateful(), log)
-        store = Checkpoints(checkpoint_dir, accelerator, per_epoch=per_epoch) if checkpoint_dir else None
+        store = Checkpoints(checkpoint_dir, accelerator, per_epoch=per_epoch, spread=spread) if checkpoint_dir else None
         start = log.steps = store.load() if store and resume else 0
         began = time.perf_counter()
         tracks = stack.enter_context(Tracks(accelerator, engine.log_with, engine.log_every, label, hooks.pass_names()))
@@ -135,8 +135,7 @@ def fit(
                 raise agreed(TrainingDiverged(step, loss, store.last if store else None))
             spread.average_replicated()
             hooks.before_step(model, step)
-            params = [p for g in opt.param_groups for p in g["params"] if p.grad is not None]
-            torch.nn.utils.clip_grad_value_(params, CLIP_VALUE)
+            spread.clip(CLIP_VALUE)
             opt.step()
             opt.zero_grad(set_to_none=True)
             hooks.after_step(model, step)

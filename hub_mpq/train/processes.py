@@ -138,6 +138,11 @@ def most(value: int) -> int:
     return value if world()[1] == 1 else max(int(v) for v in each(value))
 
 
+def least(value: int) -> int:
+    """The smallest of the processes' values."""
+    return -most(-value)
+
+
 def each(value: Any) -> list[Any]:
     """Every process's value, in their order."""
     from accelerate.utils import gather_object

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +29,39 @@ class Spread:
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> Any:
         """The optimizer as Accelerate steps it; sets `wrapped`."""
-        if self.sharded:
-            return self.accelerator.prepare(optimizer)
+        self.optimizer = optimizer
+        if self.sharded:  # Accelerate's own states would hold the main process's part only
+            return optimizer
         self.wrapped, prepared = self.accelerator.prepare(self.model, optimizer)
         return prepared
+
+    def clip(self, limit: float) -> None:
+        """Clip every gradient element. Sharded and whole tensors cannot be in one call."""
+        whole = {id(p) for p in self.replicated}
+        params = [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
+        for part in ([p for p in params if id(p) not in whole], [p for p in params if id(p) in whole]):
+            if part:
+                torch.nn.utils.clip_grad_value_(part, limit)
+
+    def save(self, folder: Path) -> None:
+        """What Accelerate does not save: every process's part of a sharded model and of its optimizer."""
+        if self.sharded:
+            from torch.distributed.checkpoint import save
+            from torch.distributed.checkpoint.state_dict import get_state_dict
+
+            model, optimizer = get_state_dict(self.model, self.optimizer)
+            save({"model": model, "optimizer": optimizer}, checkpoint_id=folder / "parts")
+
+    def load(self, folder: Path) -> None:
+        """What `save` saved."""
+        if self.sharded:
+            from torch.distributed.checkpoint import load
+            from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+            model, optimizer = get_state_dict(self.model, self.optimizer)
+            found = {"model": model, "optimizer": optimizer}
+            load(found, checkpoint_id=folder / "parts")
+            set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=found["optimizer"])
 
     def average_replicated(self) -> None:
         """One all-reduce for the gradients that FSDP left out."""

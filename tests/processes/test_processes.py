@@ -137,8 +137,33 @@ def test_a_state_of_two_processes_is_refused_by_one(two, folder):
         )
 
 
+def test_sharded_indicators_are_those_of_ddp(two):
+    for result in two:
+        ddp, sharded = result["fsdp"]["ddp"], result["fsdp"]["fsdp"]
+        assert ddp["sharded"] == 0
+        assert all("shift" in name for name in sharded["whole"])
+        assert len(sharded["whole"]) == len(sharded["shifts"]) == 28  # weights and inputs of 14 layers
+        assert sharded["part"] < 0.6 * result["fsdp"]["parameters"]
+        assert sharded["loss"] == pytest.approx(ddp["loss"], rel=1e-4)
+        for side in ("weight", "activation"):
+            for name, row in ddp[side].items():
+                for bits, value in row.items():
+                    # the order of float32 sums, over six steps
+                    assert sharded[side][name][bits] == pytest.approx(value, rel=1e-4), (side, name, bits)
+    assert two[0]["fsdp"]["fsdp"]["shifts"] == two[1]["fsdp"]["fsdp"]["shifts"], "scales' gradients are averaged"
+    assert any(v != 0 for row in two[0]["fsdp"]["fsdp"]["shifts"].values() for v in row)
+
+
+def test_a_sharded_training_goes_on_from_its_parts(two):
+    for result in two:
+        assert result["fsdp"]["said"] == "stopped after step 5"
+        for side in ("weight", "activation"):
+            assert result["fsdp"]["resumed"][side] == result["fsdp"]["fsdp"][side]
+
+
 def test_what_one_process_meets_all_raise(two):
     for result in two:
         assert "sample 56 is torn" in result["errors"]["torn"]
         assert "one process only" in result["errors"]["ebs"]
         assert "no batch" in result["errors"]["few"]
+        assert "FSDP was asked for and is not active" in result["errors"]["fsdp"]
