@@ -14,6 +14,19 @@ def check_plot(plot: Path | None) -> None:
         check_plot(plot)
 
 
+def pictures(plot: Path | None, output: Path, log_with: str | None) -> list[Path]:
+    """Where pictures of the indicators go: where asked for, and beside a tracker's logs if matplotlib is there."""
+    from importlib.util import find_spec
+
+    logs = [logs_of(output) / "indicators.png"] if log_with is not None and find_spec("matplotlib") else []
+    return ([plot] if plot is not None else []) + logs
+
+
+def logs_of(output: Path) -> Path:
+    """The folder of a tracker's logs."""
+    return output.with_name(output.name + ".logs")
+
+
 _MODEL_OPTIONS = (
     *("library", "input_size", "model_arg", "checkpoint_path", "pretrained", "pin", "exclude"),
     *("weight_only", "tie_fused"),
@@ -35,8 +48,7 @@ def engine_of(values: dict[str, Any]) -> Any:
     from ..train.engine import Engine
     from ..train.track import tracker
 
-    output = values["output"]
-    logs = output.with_name(output.name + ".logs")
+    logs = logs_of(values["output"])
     tracker(values["log_with"], logs, "run")
     return Engine(**{name: values[name] for name in _ENGINE if name in values}, log_dir=logs)
 

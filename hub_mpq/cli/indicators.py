@@ -83,10 +83,10 @@ def indicators(
     models.tell_corrupt(train)
     if not is_main():
         return
-    if plot is not None:
+    for picture in given.pictures(plot, output, log_with):
         from ..plot import plot_indicators
 
-        plot_indicators(learned, plot)
+        plot_indicators(learned, picture)
     tree = {"output": str(output), "layers": len(learned.weight), "provenance": dict(learned.provenance)}
     moved = [f"  {k} scales: {_movement(v)}" for k, v in learned.provenance["movement"].items() if v]
     text = "\n".join([f"indicators of {len(learned.weight)} layers in {output}", *moved])

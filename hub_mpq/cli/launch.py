@@ -52,7 +52,7 @@ def _launched(options: list[str], command: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # each process says what was wrong; the launcher's own report is 40 lines about its internals
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)
     parsed = launch_command_parser().parse_args([*options, "-m", "hub_mpq", *command])
     try:
         launch_command(parsed)

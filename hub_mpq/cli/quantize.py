@@ -124,6 +124,11 @@ def quantize(
         )
         saved = on_main(lambda: mpq.save_pretrained(output))
     models.tell_corrupt(train, measured)
+    if is_main() and mpq.indicators is not None:
+        for picture in given.pictures(None, output, log_with):
+            from ..plot import plot_indicators
+
+            plot_indicators(mpq.indicators, picture)
     _finish(mpq, output, saved, plot, as_json)
 
 

@@ -129,6 +129,25 @@ def measured(folder):
     return {"labels": figures, "fidelity": fidelity, "list": lists}
 
 
+def bars(folder):
+    """Whether this process shows a progress bar: None is tqdm's "where there is a terminal"."""
+    from huggingface_hub.utils import tqdm
+
+    shown, plain = [], tqdm.__init__
+
+    def noted(self, *args, **options):
+        shown.append(options["disable"])
+        plain(self, *args, **options)
+
+    tqdm.__init__ = noted
+    try:
+        fit(_net(), Finetune(**STILL), loader(), steps=1)
+        evaluate(_net(), loader())
+    finally:
+        tqdm.__init__ = plain
+    return shown
+
+
 def tuned(folder):
     mpq = HubMPQ.from_module(_net(), X)
     mpq.apply_policy("W4A4", loader())
@@ -271,7 +290,7 @@ def fsdp(folder):
     return out
 
 
-SCENARIOS = {f.__name__: f for f in (gradients, indicators, measured, tuned, stopped, errors, fsdp)}
+SCENARIOS = {f.__name__: f for f in (gradients, indicators, measured, bars, tuned, stopped, errors, fsdp)}
 
 
 def main() -> None:

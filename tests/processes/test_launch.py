@@ -66,6 +66,7 @@ def test_the_tracker_has_losses_per_width_speed_and_trajectories(folder, quantiz
     moved = [row["scale/activation/layer1.0.conv2/4"] for row in rows]
     assert moved[0] != moved[1]
     assert (folder / "out.logs" / "fine-tune.jsonl").is_file()
+    assert (folder / "out.logs" / "indicators.png").stat().st_size > 1000
 
 
 def test_a_mistake_ends_both_with_its_own_code(folder, quantized):

@@ -114,6 +114,11 @@ def test_a_measurement_is_of_all_samples_once(one, two):
     assert [result["measured"]["list"] for result in two] == [3, 2]
 
 
+def test_one_process_shows_progress(two):
+    assert two[0]["bars"] == [None, None]
+    assert two[1]["bars"] == [True, True]
+
+
 def test_tuned_models_are_equal_everywhere(two):
     assert two[0]["tuned"]["state"] == two[1]["tuned"]["state"]
 
