@@ -33,6 +33,9 @@ from ..spec import FLOAT_BITS, Indicators
 PACKED = "model.mpq.safetensors"
 INDICATORS = "indicators.safetensors"
 CONFIG = "config.json"
+FLOAT_COPY = "model.safetensors"
+MANIFEST = "mpq_manifest.json"
+"""Policy, graph and provenance in words, where no packed file holds them; and the mark of such a repo as ours."""
 QUANTIZER_KEYS = (".weight_quantizer.", ".input_quantizer.")
 """Parts of state-dict keys that belong to quantizers: a file holds them in its own words."""
 

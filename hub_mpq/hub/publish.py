@@ -15,7 +15,7 @@ from ..pack import Manifest, read_packed
 from .card import CardFacts, eval_results, render_card
 from .export_compressed import METHOD, check_exportable, export_compressed
 from .float_copy import float_copy_state
-from .folder import CONFIG, INDICATORS, PACKED, read_folder_indicators
+from .folder import CONFIG, FLOAT_COPY, INDICATORS, MANIFEST, PACKED, read_folder_indicators
 from .load import load_folder
 from .origin import origin_of
 from .preprocess import PREPROCESS, preprocess_files
@@ -24,11 +24,8 @@ from .remote import check_repo_id, hub_api, told
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
 
-FLOAT_COPY = "model.safetensors"
 CARD = "README.md"
 PICTURE = "policy.png"
-MANIFEST = "mpq_manifest.json"
-"""Policy, graph and provenance in words, where no packed file holds them; and the mark of such a repo as ours."""
 EVAL_RESULTS = ".eval_results/hub-mpq.yaml"
 _OURS = (CONFIG, PACKED, INDICATORS, FLOAT_COPY, CARD, PICTURE, MANIFEST, EVAL_RESULTS, *PREPROCESS)
 _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".safetensors", ".safetensors.index.json", ".onnx")

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..errors import HubMPQError, InvalidArgument, PackedFormat
 from ..pack import Manifest, parse_manifest, read_packed
 from ..pack.header import MAX_HEADER
-from .folder import CONFIG, INDICATORS, PACKED
+from .folder import CONFIG, FLOAT_COPY, INDICATORS, MANIFEST, PACKED
 from .preprocess import PREPROCESS
 from .remote import check_repo_id, hub_api, repo_of, told
 
@@ -124,8 +124,8 @@ def remote_manifest(
 ) -> tuple[Manifest, int] | None:
     """(manifest, bytes of the packed file) of a published model, from the file's header alone by a range request.
 
-    None for a repo without a packed file, and for any with HF_HUB_OFFLINE. HubMPQError when the repo can't be
-    reached, PackedFormat when the header is wrong.
+    Of a repo in compressed-tensors' form: from its manifest file. None for a repo without either, and for any with
+    HF_HUB_OFFLINE. HubMPQError when the repo can't be reached, PackedFormat when header or manifest are wrong.
     """
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
@@ -149,7 +149,7 @@ def remote_manifest(
         try:
             found = api.get_hf_file_metadata(url=hf_hub_url(repo_id, PACKED, revision=revision), token=token)
         except EntryNotFoundError:
-            return None
+            return _told_manifest(repo_id, revision, token)
         size = found.size or 0
         url = hf_hub_url(repo_id, PACKED, revision=found.commit_hash)
         first = part(url, 0, min(size, _FIRST)) if size else b""
@@ -161,6 +161,27 @@ def remote_manifest(
         if header > len(first):
             first += part(url, len(first), header)
     return parse_manifest(first, name), size
+
+
+def _told_manifest(repo_id: str, revision: str | None, token: str | bool | None) -> tuple[Manifest, int] | None:
+    """(manifest, bytes of the weights) of a repo in compressed-tensors' form that `publish` wrote, else None."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+
+    api, name = hub_api(token), f"{repo_id}/{MANIFEST}"
+    try:
+        found = api.get_hf_file_metadata(url=hf_hub_url(repo_id, MANIFEST, revision=revision), token=token)
+        weights = hf_hub_url(repo_id, FLOAT_COPY, revision=found.commit_hash)
+        size = api.get_hf_file_metadata(url=weights, token=token).size
+    except EntryNotFoundError:
+        return None
+    if (found.size or 0) > MAX_HEADER:
+        raise PackedFormat(name, f"{found.size} bytes are too many for a manifest")
+    path = api.hf_hub_download(repo_id, MANIFEST, revision=found.commit_hash)
+    try:
+        return Manifest.from_text(Path(path).read_text(encoding="utf-8")), size or 0
+    except (InvalidArgument, UnicodeDecodeError) as error:
+        raise PackedFormat(name, str(error)) from None
 
 
 def packed_folder(

@@ -12,9 +12,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from hub_mpq import HubMPQ, LayerBits, Policy
-from hub_mpq.errors import HubMPQError, InvalidArgument
+from hub_mpq.errors import HubMPQError, InvalidArgument, PackedFormat
 from hub_mpq.hub.folder import PACKED
 from hub_mpq.hub.publish import FLOAT_COPY, MANIFEST, publish
+from hub_mpq.hub.pull import remote_manifest
 from hub_mpq.pack import Manifest
 
 pytest.importorskip("compressed_tensors", reason="the extra compressed-tensors is not installed")
@@ -81,6 +82,15 @@ def test_anybody_loads_it_without_this_package(hub, environment, tmp_path, float
     assert "dequantize=True" in card.text, "transformers 5.23 reads all widths as one with it"
     with pytest.raises(HubMPQError, match="quantized already"):
         HubMPQ.from_pretrained(NAME)
+    manifest, size = remote_manifest(NAME)
+    assert (manifest.policy, size) == (mpq.policy, len(there[FLOAT_COPY]))
+    for bad in (b'{"base_model": 1}', b"\xff", there[MANIFEST].replace(b"W3A32", b"W9A32")):
+        files = hub.store.repos[NAME].at("main").files
+        hub.store.repos[NAME].refs["main"] = hub.store.repos[NAME].add(
+            {**files, MANIFEST: hub.store.put(MANIFEST, bad)}
+        )
+        with pytest.raises(PackedFormat, match=MANIFEST):
+            remote_manifest(NAME)
 
 
 def test_versions_of_either_format_follow_each_other(hub, environment, tmp_path, float_folder):
