@@ -1,4 +1,4 @@
-"""HubMPQ, in the order its parts build on each other: what it holds, searching, the whole route."""
+"""HubMPQ, in the order its parts build on each other: what it holds, searching, sharing, the whole route."""
 
 from .hubmpq import HubMPQ
 

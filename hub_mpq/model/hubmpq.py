@@ -5,23 +5,17 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from .. import adapters
 from ..errors import HubMPQError, InvalidArgument
-from ..hub.export import export
-from ..hub.folder import read_folder_indicators, save_folder
+from ..hub.folder import read_folder_indicators
 from ..hub.load import load_folder
-from ..hub.origin import local_card
-from ..hub.preprocess import local_preprocess
-from ..hub.publish import publish
 from ..hub.pull import packed_folder
-from ..hub.remote import check_repo_id
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs
 from ..nn.swap import swap_policy
 from ..search.candidates import CandidatesLike
@@ -36,17 +30,13 @@ from ..train.norms import reestimate_batch_norm
 from ..train.processes import on_main
 from ..train.tune import finetune
 from .held import Pins
-from .searching import Searching
-
-if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
-
+from .sharing import Sharing
 
 _TOLD = ("seed", "lr", "scale_lr", "distill", "smoothing", "ema", "cyclic_bits", "gradient_bits")
 """Options of fine-tuning that a card tells, where they were given."""
 
 
-class HubMPQ(Searching):
+class HubMPQ(Sharing):
     """A timm or Hugging Face model (or any network) and, once searched for, its policy.
 
     `model`: the network that runs: float until a policy is applied, then quantized. `graph`: its layers.
@@ -205,6 +195,9 @@ class HubMPQ(Searching):
         an interruption. strategy, strategy_options: another search than LIMPQ's, which `indicator_options` then times;
         one that infers widths (DQ, BSQ) needs no budget. engine: how the trainings run (precision, memory, trackers).
         """
+        tuned = train is not None and (epochs > 0 if steps is None else steps > 0)
+        if tuned and engine is not None and engine.fsdp:
+            raise InvalidArgument("fsdp trains indicators; fine-tuning runs without it, so give epochs=0")
         if budget or strategy == "limpq":
             Budget(**budget)  # a nonsense budget must not cost a training first
         self._pin(fixed)
@@ -228,7 +221,6 @@ class HubMPQ(Searching):
         # of several processes one searches: a time limit could end them at other policies
         result = on_main(lambda: self.search(alpha=alpha, candidates=candidates, **budget)) if budget else None
         policy = result.policy if result else self.learned.inferred_policy(self.graph)  # type: ignore[union-attr]
-        tuned = train is not None and (epochs > 0 if steps is None else steps > 0)
         # fine-tuning starts from the float BatchNorm (LIMPQ) and re-estimates at its end
         self.apply_policy(policy, train, per_channel=per_channel, reestimate_norms=not tuned)
         self.result = result
@@ -242,68 +234,3 @@ class HubMPQ(Searching):
         if val is not None:
             self.evaluate(val)
         return self
-
-    def save_pretrained(self, folder: str | Path) -> int:
-        """Write config.json, packed weights and indicators atomically into a folder; returns the packed bytes.
-
-        Of a model that was loaded from a folder its tokenizer or image processor too.
-        """
-        if self.policy is None:
-            raise HubMPQError("there is no policy yet; call quantize or apply_policy before saving")
-        source = self.source
-        extra = local_preprocess(self.home) if source.library == "transformers" else None
-        return save_folder(folder, self.model, self._manifest(self.policy), source.config, self.indicators, extra)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        float_copy: bool | None = None,
-        format: str = "mpq",
-        token: str | bool | None = None,
-        **card: str | None,
-    ) -> CommitInfo:
-        """Publish the quantized model as "owner/name" in one commit; all arguments as in hub_mpq.hub.publish.publish.
-
-        float_copy: dequantized weights too, that plain timm or transformers load (None: for their models, yes).
-        format: "compressed-tensors" publishes weight-only transformers policies so that nobody needs this package.
-        card: license, base_model, pipeline_tag, dataset, eval_task, trained_on, message.
-        """
-        check_repo_id(repo_id)
-        # the packed file does not tell where on this disk its base model lies
-        known = {key: value for key, value in local_card(self.home).items() if card.get(key) is None}
-        with tempfile.TemporaryDirectory(prefix="hub-mpq-") as folder:
-            self.save_pretrained(folder)
-            return publish(
-                folder,
-                repo_id,
-                private=private,
-                revision=revision,
-                create_pr=create_pr,
-                float_copy=float_copy,
-                format=format,
-                token=token,
-                model=self.model,
-                seconds=self.seconds,
-                **{**card, **known},
-            )
-
-    def export(self, folder: str | Path, format: str) -> int:
-        """Write the quantized model for other programs: format "compressed-tensors" or "onnx"; returns the bytes.
-
-        Formats, and what each refuses, are described in hub_mpq.hub.export.
-        """
-        if self.policy is None:
-            raise HubMPQError("there is no policy yet; call quantize or apply_policy before exporting")
-        source = self.source
-        return export(folder, format, self.model, self._manifest(self.policy), source.config, source.example)
-
-    def _tell_transformers(self) -> None:
-        """So that `mpq.model.save_pretrained` writes the packed format and transformers' Trainer trains `mpq.model`."""
-        if self.source.library == "transformers" and self.policy is not None:
-            from ..hub.plugin import prepare
-
-            prepare(self.model, self._manifest(self.policy))

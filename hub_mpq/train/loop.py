@@ -109,6 +109,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         stack.enter_context(engine.applied(model))
         spread = Spread(model, accelerator, sharded=engine.fsdp)
+        stack.callback(spread.release)
         opt = spread.prepare(_optimizer(optimizer, hooks.parameter_groups(model)))
         accelerator.register_for_checkpointing(*hooks.stateful(), log)
         store = Checkpoints(checkpoint_dir, accelerator, per_epoch=per_epoch, spread=spread) if checkpoint_dir else None

@@ -26,6 +26,7 @@ class Spread:
         self.model, self.accelerator, self.sharded = model, accelerator, sharded
         self.replicated = shard(model, accelerator.device) if sharded else []
         self.wrapped: Any = model
+        self.own_forward = "forward" in model.__dict__
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> Any:
         """The optimizer as Accelerate steps it; sets `wrapped`."""
@@ -34,6 +35,13 @@ class Spread:
             return optimizer
         self.wrapped, prepared = self.accelerator.prepare(self.model, optimizer)
         return prepared
+
+    def release(self) -> None:
+        """Give the model back without what Accelerate put around its forward (autocast, when launched with bf16)."""
+        if self.wrapped is not self.model or self.accelerator.mixed_precision != "no":
+            self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+            if not self.own_forward:
+                self.model.__dict__.pop("forward", None)
 
     def clip(self, limit: float) -> None:
         """Clip every gradient element. Sharded and whole tensors cannot be in one call."""

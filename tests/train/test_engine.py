@@ -198,6 +198,13 @@ def test_a_tracker_of_the_users_gets_the_losses_and_scales(net, train, tmp_path)
     assert math.isfinite(rows[0]["loss"])
 
 
+def test_half_precision_that_needs_a_scaled_loss_is_refused():
+    from types import SimpleNamespace
+
+    with pytest.raises(InvalidArgument, match="use bf16"):
+        Engine().check(SimpleNamespace(mixed_precision="fp16", device=torch.device("cpu")))
+
+
 def test_fsdp_that_would_not_be_active_is_an_error(net, train, monkeypatch):
     with pytest.raises(HubMPQError, match="one process"):
         HubMPQ.from_module(net, X).train_indicators(train, steps=1, engine=Engine(fsdp=True))
