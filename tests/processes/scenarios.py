@@ -5,14 +5,15 @@ Every scenario gives JSON values; OUTPUT/<rank>.json holds {scenario: them}.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import signal
 import sys
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from process_toys import COUNTS, STILL, X, _net, loader, rounded, samples
+from sharding import fsdp, unsharded
+from torch.utils.data import DataLoader
 
 from hub_mpq import HubMPQ
 from hub_mpq.errors import HubMPQError, InvalidArgument
@@ -22,32 +23,6 @@ from hub_mpq.search.train_scores import train_scores
 from hub_mpq.spec import Candidates
 from hub_mpq.train import Engine, Finetune, evaluate, fit, forward
 from hub_mpq.train.processes import own_share, world
-
-_spec = importlib.util.spec_from_file_location("toys", Path(__file__).parents[1] / "conftest.py")
-_toys = importlib.util.module_from_spec(_spec)  # by its path: folders have a conftest of their own
-_spec.loader.exec_module(_toys)
-_net = _toys._net
-
-X = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-STILL = {"lr": 0.0, "scale_lr": 0.0, "weight_decay": 0.0, "smoothing": 0.1}
-COUNTS = (44, 36)  # with 16 a step: a last step of 12 (8 and 4 on two processes) and of 4 (4 and none)
-
-
-def samples(count=96, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, 1, 8, 8, generator=generator)
-    y = x[:, 0, :, :5].mean(1).argmax(1)
-    x[torch.arange(count), 0, :, y] += 1
-    return TensorDataset(x, y)
-
-
-def loader(count=96, **options):
-    """Batches of 16 a step over all processes."""
-    return DataLoader(samples(count), batch_size=16 // world()[1], **options)
-
-
-def rounded(rows):
-    return {name: {str(bits): value for bits, value in row.items()} for name, row in rows.items()}
 
 
 class Watched(LIMPQ):
@@ -191,15 +166,6 @@ class Torn(torch.utils.data.Dataset):
         return torch.zeros(1, 8, 8), 0
 
 
-def unsharded():
-    """fully_shard that does nothing, as a plug-in did that gave DDP without a word."""
-    plain, torch.distributed.fsdp.fully_shard = torch.distributed.fsdp.fully_shard, lambda *args, **options: None
-    try:
-        HubMPQ.from_module(_net(), X).train_indicators(loader(), steps=1, engine=Engine(fsdp=True))
-    finally:
-        torch.distributed.fsdp.fully_shard = plain
-
-
 def errors(folder):
 
     out = {}
@@ -207,86 +173,13 @@ def errors(folder):
         "torn": lambda: fit(_net(), Finetune(**STILL), DataLoader(Torn(), batch_size=8), epochs=1),
         "ebs": lambda: HubMPQ.from_module(_net(), X).train_scores(loader(), strategy="ebs", steps=1),
         "fsdp": unsharded,
+        "norms": lambda: fit(_net(), Finetune(**STILL), loader(), steps=1, engine=Engine(sync_batch_norm=True)),
         "few": lambda: fit(_net(), Finetune(**STILL), DataLoader(samples(4), batch_size=8), epochs=1),
     }.items():
         try:
             call()
         except (HubMPQError, InvalidArgument) as error:
             out[name] = str(error)
-    return out
-
-
-def decoder():
-    import transformers
-
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = transformers.LlamaConfig(vocab_size=32, num_hidden_layers=2, max_position_embeddings=16, **sizes)
-    torch.manual_seed(0)
-    net = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.mul_(4) if parameter.dim() > 1 else None  # a loss that depends on the input
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(0, 32, (4, 8), generator=generator) for _ in range(8)]
-    return net.eval(), [{"input_ids": ids, "labels": ids} for ids in rows]
-
-
-class Sharding(LIMPQ):
-    """Notes what was sharded, and the gradients of scales."""
-
-    def before_step(self, model, step):
-        from torch.distributed.tensor import DTensor
-
-        self.sharded = sum(isinstance(p, DTensor) for p in model.parameters())
-        self.whole = {n for n, p in model.named_parameters() if not isinstance(p, DTensor)}
-        self.shifts = {n: p.grad.flatten().tolist() for n, p in model.named_parameters() if "shift" in n}
-        self.part = sum(p.to_local().numel() if isinstance(p, DTensor) else 0 for p in model.parameters())
-
-
-def fsdp(folder):
-    """Indicators of a decoder: by DDP, sharded, and sharded with an interruption."""
-    import hub_mpq.search.joint as joint
-
-    made = []
-
-    class Kept(Sharding):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            made.append(self)
-
-        def after_step(self, model, step):
-            if stops and step == 3:
-                signal.raise_signal(signal.SIGINT)
-
-    stops, out = False, {}
-    joint.LIMPQ, plain = Kept, joint.LIMPQ
-    net, rows = decoder()
-    try:
-        for name, engine in (("ddp", Engine()), ("fsdp", Engine(fsdp=True))):
-            mpq = HubMPQ.from_module(net, {"input_ids": rows[0]["input_ids"][:1]})
-            found = mpq.train_indicators(rows, steps=6, candidates=[2, 4], seed=1, engine=engine)
-            out[name] = {
-                "weight": rounded(found.weight),
-                "activation": rounded(found.activation),
-                "loss": found.provenance["epoch_loss"],
-                "sharded": made[-1].sharded,
-                "whole": sorted(made[-1].whole),
-                "shifts": made[-1].shifts,
-                "part": made[-1].part,
-            }
-        states = {"checkpoint_dir": folder / "fsdp", "steps": 6, "candidates": [2, 4], "seed": 1, "engine": engine}
-        stops = True
-        try:
-            HubMPQ.from_module(net, {"input_ids": rows[0]["input_ids"][:1]}).train_indicators(rows, **states)
-        except KeyboardInterrupt as error:
-            out["said"] = str(error).partition(";")[0]
-        stops = False
-        mpq = HubMPQ.from_module(net, {"input_ids": rows[0]["input_ids"][:1]})
-        found = mpq.train_indicators(rows, **states, resume=True)
-        out["resumed"] = {"weight": rounded(found.weight), "activation": rounded(found.activation)}
-    finally:
-        joint.LIMPQ = plain
-    out["parameters"] = sum(p.numel() for p in net.parameters())
     return out
 
 

@@ -171,4 +171,5 @@ def test_what_one_process_meets_all_raise(two):
         assert "sample 56 is torn" in result["errors"]["torn"]
         assert "one process only" in result["errors"]["ebs"]
         assert "no batch" in result["errors"]["few"]
+        assert "CUDA only" in result["errors"]["norms"]
         assert "FSDP was asked for and is not active" in result["errors"]["fsdp"]
