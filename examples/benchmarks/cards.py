@@ -3,8 +3,8 @@
     python examples/benchmarks/cards.py [--models resnet20 mobilenetv1 minilm mobilenetv2] [--cards model_cards]
 
 Prints a table of bytes and seconds and, with --cards, keeps each published card there. Indicators are those of the
-study (--indicators: its folder in the cache, trained here when they are not there). mobilenetv2 is calibrated only:
-it shows what timm and its TimmWrapper load, no card.
+study (--indicators: its folder in the cache, trained here when they are not there). mobilenetv2 (timm and its
+TimmWrapper) and minilm-w4 (compressed-tensors) are calibrated only and get no card.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ RECIPES = {
         },
     ),
     "mobilenetv2": Recipe("W6A8", 0, card={"license": "apache-2.0"}),
+    "minilm-w4": Recipe("W4", 0, card={"format": "compressed-tensors"}),
 }
 
 
@@ -106,6 +107,16 @@ def made(name: str, recipe: Recipe, folder: Path) -> tuple[Any, Any]:
     return mpq, {k: v[:8] for k, v in batch.items()} if isinstance(batch, dict) else batch[0][:8]
 
 
+def weight_only_minilm(recipe: Recipe) -> tuple[Any, Any]:
+    """All weights at one width, nothing trained: what plain transformers loads with compressed-tensors."""
+    import texts
+
+    from hub_mpq import HubMPQ
+
+    mpq = HubMPQ.from_pretrained(texts.minilm_path(), fixed={"*": None}, weight_only=True, tie_fused=True)
+    return mpq.apply_policy(recipe.level), texts.train_batches(0)[0]
+
+
 def calibrated_mobilenetv2(recipe: Recipe) -> tuple[Any, Any]:
     """A model that timm builds by name, calibrated on 64 images at 128 pixels; its BatchNorm is folded and stays."""
     import torch
@@ -124,6 +135,10 @@ def calibrated_mobilenetv2(recipe: Recipe) -> tuple[Any, Any]:
     return mpq, x[:8]
 
 
+UNTRAINED = {"mobilenetv2": calibrated_mobilenetv2, "minilm-w4": weight_only_minilm}
+"""Calibrated only: they show who loads what, and get no card."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(RECIPES), choices=list(RECIPES))
@@ -138,8 +153,8 @@ def main() -> None:
         lines = []
         for name in args.models:
             recipe, began = RECIPES[name], time.process_time()
-            if name == "mobilenetv2":
-                mpq, inputs = calibrated_mobilenetv2(recipe)
+            if name in UNTRAINED:
+                mpq, inputs = UNTRAINED[name](recipe)
             else:
                 folder = cache_root() / args.indicators
                 folder.mkdir(exist_ok=True)
@@ -147,7 +162,7 @@ def main() -> None:
             print(f"{name} made: {time.process_time() - began:.0f} s CPU", flush=True)
             rows = publish_and_pull(hub, root, name, mpq, inputs, build=recipe.build, card=recipe.card)
             lines += [f"| {name} | {r.step} | {r.bytes_up:,} | {r.bytes_down:,} | {r.seconds:.2f} |" for r in rows]
-            if args.cards and name != "mobilenetv2":
+            if args.cards and name not in UNTRAINED:
                 text = hub.store.content(f"me/{name}")["README.md"].decode()
                 # the picture lies in the repo, not beside the cards here
                 kept = "\n".join(line for line in text.splitlines() if not line.startswith("![")) + "\n"

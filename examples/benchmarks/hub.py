@@ -97,8 +97,9 @@ def publish_and_pull(
 ) -> list[Row]:
     """Push the float model, the packed one (and a float copy where a plain loader exists), pull by every audience.
 
-    `build`: function of nets.py that builds a network of one's own. SystemExit when a pulled model answers otherwise
-    than the pushed one, to the bit (plain loads: than the float architecture with the float copy's weights).
+    `build`: function of nets.py that builds a network of one's own. `card`: what push_to_hub takes. SystemExit when a
+    pulled model answers otherwise than the pushed one, to the bit (plain loads of a float copy: than the float
+    architecture with those weights).
     """
     import torch
     from huggingface_hub import HfApi
@@ -127,7 +128,10 @@ def publish_and_pull(
     repo = f"me/{name}"
     timed("push packed", lambda: mpq.push_to_hub(repo, token="token", float_copy=False, **card))
     audiences = [("HubMPQ", "")]
-    if library != "module":
+    compressed = "format" in card
+    if compressed:  # one form, which needs no hub_mpq
+        audiences = [("AutoModel without", "plain")]
+    elif library != "module":
         auto = "AutoModel" if library == "transformers" else "AutoModelForImageClassification"
         timed("push the float copy too", lambda: mpq.push_to_hub(repo, token="token", float_copy=True, **card))
         audiences += [(f"{auto} with hub_mpq", ""), (f"{auto} without", "plain")]
@@ -140,7 +144,7 @@ def publish_and_pull(
         copied = _first(plain.eval()(**inputs) if isinstance(inputs, dict) else plain.eval()(inputs))
         plain.load_state_dict(before)
     for audience, kind in audiences:
-        torch.save((inputs, copied if kind else own), root / "want.pt")
+        torch.save((inputs, copied if kind and not compressed else own), root / "want.pt")
         home = tempfile.mkdtemp(dir=root)
         down, code = hub.bytes_down(), (_PLAIN if kind else _OURS) + _ANSWER
         done = subprocess.run(
