@@ -68,13 +68,15 @@ def describe() -> str:
 
 
 def own_share(loader: Iterable[Any], *, seed: int = 0) -> Iterable[Any]:
-    """The batches of a loader that are this process's: of P processes, number r takes batches r, r+P, r+2P, …
+    """The batches of a loader that are this process's: of P processes, number r takes batches r, r+P, r+2P, … What a
+    DataLoader shuffles is shuffled by `seed`, so that one process and many see the same samples.
 
     A loader that splits itself (its sampler has `num_replicas`, its data set was split by node, or it has a true
     attribute `sharded`) and one that Accelerate prepared stay as they are.
     """
     rank, processes = world()
-    if processes == 1 or is_sharded(loader):
+    shuffled = isinstance(getattr(loader, "sampler", None), torch.utils.data.RandomSampler)
+    if (processes == 1 and not shuffled) or is_sharded(loader):
         return loader
     if not isinstance(loader, torch.utils.data.DataLoader):
         return _EveryNth(loader, rank, processes)
