@@ -12,16 +12,13 @@ import pytest
 from PIL import Image
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("launch")
+def images(root):
     generator = np.random.default_rng(0)
     for label in range(3):
         (root / "train" / f"class{label}").mkdir(parents=True)
         for i in range(8):
             pixels = generator.integers(255, size=(40, 40, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / "train" / f"class{label}" / f"{i}.png")
-    return root
 
 
 def launch(folder, *args):
@@ -35,10 +32,21 @@ LOADING = ["--data", "train", "--batch-size", "4", "--workers", "0"]
 
 
 @pytest.fixture(scope="module")
+def folder(once):
+    def make(folder):
+        images(folder)
+        lengths = ["--indicator-steps", "4", "--steps", "2"]
+        args = ["quantize", *MODEL, *LOADING, *lengths, "--val", "train", "--bitops", "W4A4"]
+        done = launch(folder, *args, "--output", "out", "--log-with", "jsonl", "--json")
+        (folder / "done.json").write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
+
+    return once("launched", make)
+
+
+@pytest.fixture(scope="module")
 def quantized(folder):
-    lengths = ["--indicator-steps", "4", "--steps", "2"]
-    args = ["quantize", *MODEL, *LOADING, *lengths, "--val", "train", "--bitops", "W4A4"]
-    return launch(folder, *args, "--output", "out", "--log-with", "jsonl", "--json")
+    code, stdout, stderr = json.loads((folder / "done.json").read_text())
+    return subprocess.CompletedProcess([], code, stdout, stderr)
 
 
 def test_the_whole_route_on_two_processes(folder, quantized):
@@ -46,7 +54,7 @@ def test_the_whole_route_on_two_processes(folder, quantized):
     told = json.loads(quantized.stdout)  # one object: one process speaks
     assert told["search"]["status"] == "optimal"
     assert told["metrics"]["quantized"]["samples"] == 24
-    assert sorted(p.name for p in folder.iterdir()) == ["out", "out.logs", "train"]
+    assert sorted(p.name for p in folder.iterdir()) == ["done.json", "out", "out.logs", "train"]
     assert (folder / "out" / "model.mpq.safetensors").is_file()
 
 

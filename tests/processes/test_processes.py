@@ -26,15 +26,18 @@ def launch(*args, **env):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("two")
+def folder(once):
+    def make(folder):
+        done = launch(Path(scenarios.__file__), folder)
+        (folder / "error").write_text("" if done.returncode == 0 else done.stderr[-4000:] or "failed")
+
+    return once("two", make)
 
 
 @pytest.fixture(scope="module")
 def two(folder):
     """Results of both processes."""
-    done = launch(Path(scenarios.__file__), folder)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert (folder / "error").read_text() == ""
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
