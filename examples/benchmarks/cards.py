@@ -45,7 +45,7 @@ RECIPES = {
     ),
     "mobilenetv1": Recipe(
         "W4A4",
-        20,
+        30,
         build="mobilenet_v1",
         card={
             **IMAGES,
