@@ -197,7 +197,7 @@ def step(options: argparse.Namespace) -> None:
             plain.zero_grad(set_to_none=True)
 
     runs: dict[str, Callable[[Any], None]] = {"float": floats}
-    for name in {"hub_mpq", "compiled"}.intersection(options.contestants):
+    for name in [c for c in options.contestants if c in ("hub_mpq", "compiled")]:
         model, strategy = joint(mpq, batch, options.widths, per_channel=True)
         if name == "compiled" and not compile_quantizers(model):
             continue
