@@ -116,7 +116,8 @@ def _compressed(repo_id: str, manifest: Manifest, nbytes: Mapping[str, int], arc
 
 
 def _block(title: str, *lines: str) -> str:
-    return "\n".join([title, "", "```python", *lines, "```"])
+    rows = [row for line in lines for row in ((line, "") if line.startswith(("import ", "from ")) else (line,))]
+    return "\n".join([title, "", "```python", *rows, "```"])
 
 
 def making(
