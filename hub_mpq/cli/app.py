@@ -22,7 +22,9 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         plain, warnings.formatwarning = warnings.formatwarning, _warning
         try:
-            if (ctx._protected_args or [""])[0] in launch.TRAINS:
+            # the command's name: click 8.1 calls it protected_args
+            words = getattr(ctx, "_protected_args", None) or getattr(ctx, "protected_args", None) or [""]
+            if words[0] in launch.TRAINS:
                 launch.announce(early=True)
             return super().invoke(ctx)
         except HubMPQError as error:

@@ -51,7 +51,8 @@ class QuantConv2d(nn.Conv2d):
     same_padding: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if (out := _fused(self, _convolution(self), x)) is not None:
+        # one image without a batch axis goes the plain way
+        if x.dim() == 4 and (out := _fused(self, _convolution(self), x)) is not None:
             return out
         x, weight = _operands(self, x)
         if not self.same_padding:

@@ -83,6 +83,8 @@ class LSQ(Quantizer):
 
     @property
     def zero_point(self) -> int:
+        if self.zero_points.is_inference():  # made in inference_mode: it has no version
+            return int(self.zero_points[self._index or 0])
         version = self.zero_points._version
         if self._zero_cache[0] != version:  # reading a tensor would wait for a GPU at every step
             self._zero_cache = (version, self.zero_points.tolist())

@@ -25,7 +25,8 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
         of_x, of_scale, _ = ctx.needs_input_grad
-        return *pull_back(grads[0], x, scale, ctx.grid, of_x=of_x, of_scale=of_scale), None
+        g = grads[0].to_dense() if grads[0].is_sparse else grads[0]  # of an nn.Embedding(sparse=True)
+        return *pull_back(g, x, scale, ctx.grid, of_x=of_x, of_scale=of_scale), None
 
 
 def quantize(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:

@@ -56,7 +56,7 @@ def on_grid(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     x, s, size, stride = form
     xs = x.as_strided(size, stride)
     if _by_compiler(xs, grid):
-        return compiled.forward(xs, s, grid.low, grid.high).as_strided(x.shape, x.stride())
+        return compiled.forward(xs, s, grid.low, grid.high).to(x.dtype).as_strided(x.shape, x.stride())
     q = torch.empty_like(x)
     for sp, (xp, qp) in _pieces(s, xs, q.as_strided(size, stride)):
         if grid.binary or xp.dtype not in (torch.float32, torch.float64):

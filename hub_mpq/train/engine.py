@@ -25,7 +25,8 @@ class Engine:
     bf16: autocast to bfloat16 (8 bits of mantissa: losses within about 1 %); weights, scales and their gradients stay
     float32.
     gradient_checkpointing: activations are computed again in the backward pass, for models that have transformers' or
-    timm's switch; the same numbers, less memory, about one more forward; a BatchNorm sees each batch twice.
+    timm's switch; the same gradients, less memory, about one more forward; a BatchNorm sees each batch twice, so that
+    its running statistics, and indicators read with them after a short run, differ.
     channels_last: memory order of convolutions, faster on GPUs with bf16.
     compile: large tensors are quantized by torch.compile's kernels, within 1e-6. Not the whole model: widths change
     from pass to pass, and every change would compile anew. The first use on a machine takes 10 to 20 s.
