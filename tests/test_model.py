@@ -226,6 +226,25 @@ def test_a_resumed_run_never_takes_another_policys_state(mpq, train, tmp_path):
     assert len(list(tmp_path.glob("finetune-*"))) <= 2
 
 
+def test_the_file_is_the_same_whether_the_process_that_quantizes_trained_the_indicators(net, data, tmp_path):
+    from torch.utils.data import DataLoader
+
+    from hub_mpq.data.order import Shuffled
+
+    def loader():
+        return DataLoader(data, batch_size=8, sampler=Shuffled(len(data), seed=1))
+
+    one, train = HubMPQ.from_module(copy.deepcopy(net), X[:1]), loader()
+    one.train_indicators(train, epochs=2)
+    later = HubMPQ.from_module(copy.deepcopy(net), X[:1])
+    later.indicators = one.indicators
+    one.quantize(train=train, bitops="W3A3", epochs=1)
+    later.quantize(train=loader(), bitops="W3A3", epochs=1)
+    for mpq, name in ((one, "one"), (later, "later")):
+        mpq.save_pretrained(tmp_path / name)
+    assert (tmp_path / "one" / PACKED).read_bytes() == (tmp_path / "later" / PACKED).read_bytes()
+
+
 def test_checkpoints_of_an_earlier_run_are_replaced(mpq, train, tmp_path):
     mpq.apply_policy("W4A4", train)
     for _ in range(2):

@@ -53,6 +53,14 @@ def prepared(loader: Iterable[Any], accelerator: Any) -> Iterable[Any]:
     return own_share(loader)
 
 
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell a loader, or its sampler, or its data set which epoch the next pass is."""
+    for part in (loader, getattr(loader, "sampler", None), getattr(loader, "dataset", None)):
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
+            return
+
+
 def feed(loader: Any, per_epoch: int, start: int, device: torch.device) -> Iterator[Fed]:
     """Batches without end, from optimizer step `start` on; all processes take one at a time, together.
 
@@ -99,10 +107,7 @@ def _batches(loader: Any, per_epoch: int, start: int, device: torch.device) -> I
     padded = world()[1] > 1 and has_length(loader)
     spare: Any = None
     while True:
-        for part in (loader, getattr(loader, "sampler", None), getattr(loader, "dataset", None)):
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(epoch)
-                break
+        set_epoch(loader, epoch)
         skips = isinstance(loader, torch.utils.data.DataLoader) and skip > 0
         source = skip_first_batches(loader, skip) if skips else loader
         seen = 0

@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import HubMPQError, InvalidArgument, TrainingDiverged
 from .checkpoint import Checkpoints, StopOnSignal
 from .engine import Engine
-from .feed import Fed, batches_per_epoch, feed, has_length, prepared
+from .feed import Fed, batches_per_epoch, feed, has_length, prepared, set_epoch
 from .hooks import Hooks
 from .processes import agreed, total
 from .shard import Spread
@@ -107,6 +107,8 @@ def fit(
     model.train()
     log, times = TrainLog(), []
     with contextlib.ExitStack() as stack:
+        # what reads the loader next, calibration say, must not depend on whether this process trained or resumed
+        stack.callback(set_epoch, loader, 0)
         stack.enter_context(engine.applied(model))
         spread = Spread(model, accelerator, sharded=engine.fsdp)
         stack.callback(spread.release)
