@@ -245,6 +245,18 @@ def test_the_file_is_the_same_whether_the_process_that_quantizes_trained_the_ind
     assert (tmp_path / "one" / PACKED).read_bytes() == (tmp_path / "later" / PACKED).read_bytes()
 
 
+def test_calibration_on_a_shuffled_loader_is_the_same_again(net, data):
+    from torch.utils.data import DataLoader
+
+    scales = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        mpq = HubMPQ.from_module(copy.deepcopy(net), X[:1])
+        mpq.apply_policy("W4A4", DataLoader(data, batch_size=4, shuffle=True), batches=1)
+        scales.append(torch.cat([v.flatten().float() for v in mpq.model.state_dict().values()]))
+    assert torch.equal(*scales)
+
+
 def test_checkpoints_of_an_earlier_run_are_replaced(mpq, train, tmp_path):
     mpq.apply_policy("W4A4", train)
     for _ in range(2):

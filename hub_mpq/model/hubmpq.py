@@ -27,7 +27,7 @@ from ..train.engine import Engine
 from ..train.evaluate import evaluate
 from ..train.loop import TrainLog
 from ..train.norms import reestimate_batch_norm
-from ..train.processes import on_main
+from ..train.processes import on_main, seeded
 from ..train.tune import finetune
 from .held import Pins
 from .sharing import Sharing
@@ -133,14 +133,14 @@ class HubMPQ(Sharing):
         model = copy.deepcopy(self.float_model)
         swap_policy(model, self.graph, policy, per_channel=per_channel)
         device = next(model.parameters()).device
-        data = [synthetic_batch(self.float_model, self.source.example)] if calibration is None else calibration
+        data = [synthetic_batch(self.float_model, self.source.example)] if calibration is None else seeded(calibration)
         taken = [to_device(batch, device) for batch, _ in zip(data, range(batches), strict=False)]
         if not taken:
             raise InvalidArgument("the calibration data are empty")
         calibrate_weights(model, mse=True)
         calibrate_inputs(model, sample_inputs(model, taken, forward), mse=True)
         if calibration is not None and reestimate_norms:
-            reestimate_batch_norm(model, calibration, limit=16)
+            reestimate_batch_norm(model, seeded(calibration), limit=16)
         self.model, self.policy = model.eval(), policy
         self.result, self.made = None, {}
         self.metrics.pop("quantized", None)

@@ -31,7 +31,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any], *, reference: nn.Module | 
     sums: dict[str, float] = {}
     count = 0.0
     failed: HubMPQError | None = None
-    mine = own_share(loader)
+    mine = own_share(loader) if world()[1] > 1 else loader  # alone, the order does not matter
     try:
         for batch in tqdm(mine, desc="evaluate", unit="batch", leave=False, disable=True if world()[0] else None):
             batch = to_device(batch, device)

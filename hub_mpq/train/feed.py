@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import HubMPQError, InvalidArgument
 from .batch import labels_of, size_of, to_device
-from .processes import is_sharded, most, own_share, raise_together, total, world
+from .processes import is_sharded, most, own_share, raise_together, total, unshared, world
 
 
 class Fed(NamedTuple):
@@ -49,7 +49,7 @@ def batches_per_epoch(loader: Iterable[Any], share: float = 1.0) -> int:
 def prepared(loader: Iterable[Any], accelerator: Any) -> Iterable[Any]:
     """A loader whose batches are this process's own, shuffled by the accelerator's seed."""
     if isinstance(loader, torch.utils.data.DataLoader) and not (world()[1] > 1 and is_sharded(loader)):
-        return accelerator.prepare(loader)  # type: ignore[no-any-return]
+        return accelerator.prepare(unshared(loader))  # type: ignore[no-any-return]
     return own_share(loader)
 
 

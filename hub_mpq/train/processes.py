@@ -6,6 +6,7 @@ that speak to the others must be called by all of them.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -69,21 +70,30 @@ def describe() -> str:
 
 def own_share(loader: Iterable[Any], *, seed: int = 0) -> Iterable[Any]:
     """The batches of a loader that are this process's: of P processes, number r takes batches r, r+P, r+2P, … What a
-    DataLoader shuffles is shuffled by `seed`, so that one process and many see the same samples.
+    DataLoader shuffles is shuffled by `seed`, so that one process and many see the same samples; the loader itself
+    stays as it is.
 
     A loader that splits itself (its sampler has `num_replicas`, its data set was split by node, or it has a true
     attribute `sharded`) and one that Accelerate prepared stay as they are.
     """
-    rank, processes = world()
-    shuffled = isinstance(getattr(loader, "sampler", None), torch.utils.data.RandomSampler)
-    if (processes == 1 and not shuffled) or is_sharded(loader):
+    return _ordered(loader, seed, *world())
+
+
+def seeded(loader: Iterable[Any], *, seed: int = 0) -> Iterable[Any]:
+    """All batches of a loader, in every process; what a DataLoader shuffles is shuffled by `seed`."""
+    return _ordered(loader, seed, 0, 1)
+
+
+def _ordered(loader: Iterable[Any], seed: int, rank: int, processes: int) -> Iterable[Any]:
+    own = unshared(loader)
+    if (processes == 1 and own is loader) or is_sharded(loader):
         return loader
-    if not isinstance(loader, torch.utils.data.DataLoader):
+    if not isinstance(own, torch.utils.data.DataLoader):
         return _EveryNth(loader, rank, processes)
     from accelerate.data_loader import prepare_data_loader
 
     return prepare_data_loader(  # type: ignore[no-any-return]
-        loader,
+        own,
         num_processes=processes,
         process_index=rank,
         put_on_device=False,
@@ -91,6 +101,25 @@ def own_share(loader: Iterable[Any], *, seed: int = 0) -> Iterable[Any]:
         use_seedable_sampler=True,
         data_seed=seed,
     )
+
+
+def unshared(loader: Any) -> Any:
+    """A shuffled DataLoader with a sampler and generator of its own, which Accelerate may replace and seed: else the
+    user's loader would be changed. Any other loader as it is."""
+    if not isinstance(loader, torch.utils.data.DataLoader) or is_sharded(loader):
+        return loader
+    for name in ("batch_sampler", "sampler"):
+        batches = getattr(loader, name)
+        sampler = getattr(batches, "sampler", None)
+        if isinstance(sampler, torch.utils.data.RandomSampler):
+            generator = sampler.generator and torch.Generator(sampler.generator.device)
+            own, batches, mine = copy.copy(loader), copy.copy(batches), copy.copy(sampler)
+            batches.sampler, mine.generator = mine, generator
+            own.__dict__[name] = batches  # a DataLoader lets nobody set it
+            if loader.generator is sampler.generator:
+                own.generator = generator
+            return own
+    return loader
 
 
 def is_sharded(loader: Any) -> bool:
