@@ -35,7 +35,7 @@ class Engine:
     fsdp: parameters sharded over the processes by torch's fully_shard; scales stay whole everywhere and their gradients
     are averaged. For indicators.
     log_with: a tracker of Accelerate's by name ("tensorboard", "wandb", …), "jsonl" (lines in log_dir/<stage>.jsonl),
-    or a GeneralTracker; log_every: steps between entries.
+    or a GeneralTracker, which is yours to finish; log_every: steps between entries.
     """
 
     bf16: bool = False

@@ -28,8 +28,10 @@ class Tracks:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # not end_training: it would end the processes' group too, which the next stage needs
+        given = {id(tracker) for tracker in self.accelerator.log_with}
         for tracker in self.accelerator.trackers if self.active else ():
-            tracker.finish()
+            if id(tracker) not in given:  # one that the user made is the user's to finish
+                tracker.finish()
 
     def log(
         self,

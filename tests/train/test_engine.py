@@ -175,15 +175,19 @@ def test_a_tracker_of_the_users_gets_the_losses_and_scales(net, train, tmp_path)
 
         def __init__(self):
             super().__init__()
-            self.rows = []
+            self.rows, self.over = [], False
 
         def log(self, values, step=None, **_):
             self.rows.append((step, values))
+
+        def finish(self):
+            self.over = True
 
     kept = Kept()
     mpq = HubMPQ.from_module(net, X)
     found = mpq.train_indicators(train, steps=7, candidates=[2, 4], engine=Engine(log_with=kept, log_every=3))
     assert [step for step, _ in kept.rows] == [1, 3, 6, 7]
+    assert not kept.over  # the next stage logs to it, and it is the user's
     per_pass = ["loss/2 bits", "loss/4 bits", "loss/random widths"]
     for _, values in kept.rows:
         assert [name for name in values if name.startswith("loss")] == per_pass
@@ -196,6 +200,29 @@ def test_a_tracker_of_the_users_gets_the_losses_and_scales(net, train, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "fine-tune.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     assert math.isfinite(rows[0]["loss"])
+
+
+def test_a_tracker_made_from_a_name_is_finished(net, train, monkeypatch, tmp_path):
+    from accelerate import tracking
+
+    ended = []
+
+    class Board(tracking.GeneralTracker):
+        name, requires_logging_directory, tracker = "tensorboard", False, None
+
+        def __init__(self, run_name, **_):
+            super().__init__()
+
+        def log(self, values, step=None, **_):
+            assert not ended
+
+        def finish(self):
+            ended.append(True)
+
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [tracking.LoggerType.TENSORBOARD])
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Board)
+    fit(net, Finetune(**MOVES), train, steps=1, engine=Engine(log_with="tensorboard", log_dir=tmp_path))
+    assert ended == [True]
 
 
 def test_half_precision_that_needs_a_scaled_loss_is_refused():
