@@ -104,11 +104,12 @@ def _batches(loader: Any, per_epoch: int, start: int, device: torch.device) -> I
     from accelerate import skip_first_batches
 
     epoch, skip = divmod(start, per_epoch)
-    padded = world()[1] > 1 and has_length(loader)
+    stream = not has_length(loader)
+    padded = world()[1] > 1 and not stream
     spare: Any = None
     while True:
         set_epoch(loader, epoch)
-        skips = isinstance(loader, torch.utils.data.DataLoader) and skip > 0
+        skips = isinstance(loader, torch.utils.data.DataLoader) and skip > 0 and not stream
         source = skip_first_batches(loader, skip) if skips else loader
         seen = 0
         for index, batch in enumerate(source, start=skip if skips else 0):
@@ -130,4 +131,5 @@ def _batches(loader: Any, per_epoch: int, start: int, device: torch.device) -> I
         if not seen:
             alone = world()[1] == 1
             raise InvalidArgument("the data loader is empty" if alone else "this process has no batch of the data")
-        epoch, skip = epoch + 1, 0
+        # how often a stream began again before `start` shows only as it is read
+        epoch, skip = epoch + 1, max(skip - seen, 0) if stream else 0

@@ -100,48 +100,6 @@ def test_the_average_survives_an_interruption(net, data, tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(state(whole).values(), state(again).values(), strict=True))
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_a_shuffled_loader_stays_the_users(net, data, own):
-    """Its sampler, the samples and the state of its generator; by whatever reads it."""
-    from hub_mpq.train.processes import own_share
-
-    generator = torch.Generator().manual_seed(5) if own else None
-    loader = DataLoader(data, batch_size=16, shuffle=True, generator=generator)
-    sampler, before = loader.batch_sampler.sampler, generator and generator.get_state()
-    shared = own_share(loader, seed=3)
-    orders = [next(iter(reader))[0] for reader in (shared, own_share(loader, seed=3), own_share(loader, seed=4))]
-    assert torch.equal(orders[0], orders[1])
-    assert not torch.equal(orders[0], orders[2])
-    fit(net, hooks(), loader, epochs=2)
-    assert own is False or torch.equal(generator.get_state(), before)
-    evaluate(net, loader)
-    assert loader.batch_sampler.sampler is loader.sampler is sampler
-    assert type(sampler) is torch.utils.data.RandomSampler
-    assert sampler.generator is generator
-
-
-def test_a_loader_is_at_epoch_0_after_a_training_however_it_ended(net, data):
-    from hub_mpq.data.order import Shuffled
-
-    order = Shuffled(len(data), seed=1)
-    loader = DataLoader(data, batch_size=16, sampler=order)
-    first = next(iter(loader))[0]
-    fit(net, hooks(), loader, epochs=3)
-    assert torch.equal(next(iter(loader))[0], first)
-    with pytest.raises(TrainingDiverged):
-        fit(net, Poison(lr=1e-3, scale_lr=1e-3, weight_decay=0.0, smoothing=0.0), loader, epochs=3)
-    assert torch.equal(next(iter(loader))[0], first)
-
-
-class Poison(Finetune):
-    """Spoils the weights in the second epoch of six batches."""
-
-    def after_step(self, model, step):
-        if step == 8:
-            with torch.no_grad():
-                model[0].weight.fill_(math.nan)
-
-
 def test_several_passes_add_their_gradients(train):
     class Twice(Finetune):
         passes = 2
