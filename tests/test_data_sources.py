@@ -107,6 +107,14 @@ def test_a_batch_without_any_image_is_told(folder):
         everything(image_loader(folder, CONFIG, train=False, batch_size=2, max_corrupt=0.5))
 
 
+def test_training_goes_on_past_a_batch_without_any_image(folder):
+    spoil(folder, "1/0.png", "1/1.png")
+    loader = image_loader(folder, CONFIG, train=True, batch_size=1, max_corrupt=0.1)
+    x, _ = everything(loader)
+    assert len(x) == 24  # two stand-ins
+    assert loader.dataset.corrupt == 2
+
+
 def test_the_command_line_says_how_many_were_skipped(folder, tmp_path):
     from typer.testing import CliRunner
 

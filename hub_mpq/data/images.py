@@ -64,6 +64,18 @@ class Images(Dataset[Any]):
                 x = step(x)
         return x if label is None else (x, label)
 
+    def __getitems__(self, keys: list[Any]) -> list[Any]:
+        """One batch. In training, when none of its images can be read, the first readable one behind them stands in:
+        a last batch of one bad image is no reason to end a run. An evaluation would count that one twice."""
+        items = [self[key] for key in keys]
+        if not isinstance(keys[-1], tuple) or any(item is not None for item in items):
+            return items
+        epoch, last = keys[-1]
+        for step in range(1, len(self)):
+            if (item := self[epoch, (last + step) % len(self)]) is not None:
+                return [item]
+        return items
+
     def _skip(self, index: int, error: Exception) -> None:
         self._bad[index] = True
         if self.corrupt > self.max_corrupt:
