@@ -64,8 +64,8 @@ def kill(process, states, rng):
     while process.is_alive() and time.monotonic() < deadline:
         if at_step() - begun >= wait and (not writing or any(states.glob("*/partial-*"))):
             break
-        time.sleep(0.001)
-    time.sleep(rng.uniform(0, 0.03))
+        time.sleep(0.0005 if writing else 0.001)
+    time.sleep(rng.uniform(0, 0.001 if writing else 0.03))  # a quick machine writes a state in a few ms
     process.kill()
     process.join()
     return process.exitcode == -signal.SIGKILL
