@@ -64,6 +64,7 @@ def train_indicators(
     freeze_weights: bool = False,
     uniform: bool = True,
     indicator: str | None = None,
+    granularity: str | None = None,
     seed: int = 0,
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int = 500,
@@ -75,7 +76,8 @@ def train_indicators(
     norms: {BatchNorm: layer whose output it reads}. distill: weight of the distillation loss from the float model;
     None: 1 for batches without labels, 0 for labelled ones. freeze_weights: only scales and norms learn.
     uniform: False trains by random passes alone (an ablation). indicator: "loss" or "scale" (see LIMPQ), None: the
-    preset's. preset: "short" (ours) or "authors". steps=0: untrained scales. engine: precision, memory, trackers.
+    preset's. granularity: "tensor" or "channel" for the weight scales, None: the indicator's. preset: "short" (ours) or
+    "authors". steps=0: untrained scales. engine: precision, memory, trackers.
 
     Launched as several processes, each takes its part of the batches; starts, gradients and what is read out are
     averaged over them, so that all return the same indicators.
@@ -106,6 +108,7 @@ def train_indicators(
         uniform=uniform,
         log=chosen["log"],
         indicator=chosen["indicator"],
+        granularity=granularity,
     )
     strategy.attach(student, graph, candidates, norms)
     strategy.calibrate(student, batches, share_samples(sample_inputs(student, batches, forward)))

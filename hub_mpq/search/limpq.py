@@ -34,6 +34,7 @@ class LIMPQ(SearchStrategy):
     weight scales per output channel, from the start of least squared error. A scale has the unit of its tensor, and
     a norm behind a layer makes that unit arbitrary: 0.1 means little in one layer and much in the next. The growth
     of the loss has one unit for all layers, weights and activations, so it needs no α.
+    granularity: of the weight scales, "tensor" or "channel", where the indicator's own is not wanted (an ablation).
     """
 
     batches = 8
@@ -47,10 +48,14 @@ class LIMPQ(SearchStrategy):
         uniform: bool = True,
         log: bool = True,
         indicator: str = "loss",
+        granularity: str | None = None,
     ) -> None:
         if indicator not in ("loss", "scale"):
             raise InvalidArgument(f"indicator is loss or scale, not {indicator!r}")
+        if granularity not in ("tensor", "channel", None):
+            raise InvalidArgument(f"granularity is tensor or channel, not {granularity!r}")
         self.indicator = indicator
+        self.per_channel = (granularity or ("channel" if indicator == "loss" else "tensor")) == "channel"
         if loss is not None:
             self.loss = loss
         self.scale_lr, self.freeze_weights = scale_lr, freeze_weights
@@ -76,7 +81,7 @@ class LIMPQ(SearchStrategy):
                 for n, c in candidates.items()
                 if n in searched
             },
-            per_channel=self.indicator == "loss",
+            per_channel=self.per_channel,
             log=self.log,
         )
         self.layers: dict[str, Any] = {n: m for n, m in quantized_layers(model) if n in searched}

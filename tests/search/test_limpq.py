@@ -57,6 +57,18 @@ def test_fixed_layers_stay_float_and_frozen_weights_do_not_learn(net):
 def test_unknown_indicator():
     with pytest.raises(InvalidArgument, match="indicator"):
         LIMPQ(indicator="size")
+    with pytest.raises(InvalidArgument, match="granularity"):
+        LIMPQ(granularity="row")
+
+
+@pytest.mark.parametrize(
+    ("options", "channels"),
+    [({}, True), ({"granularity": "tensor"}, False), ({"indicator": "scale", "granularity": "channel"}, True)],
+)
+def test_granularity_of_the_weight_scales(net, options, channels):
+    strategy, _ = attached(net, **options)
+    counts = {q.base.shape[1] for q in (m.weight_quantizer for m in strategy.layers.values())}
+    assert (counts != {1}) is channels
 
 
 def test_growth_is_the_formula_on_one_linear_layer():
