@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,18 +101,15 @@ def run(task: Task, method: str, level: str, seed: int, folder: Path, options: d
     print(f"{task.name} {level} {method} seed {seed}: {score:.2f}", flush=True)
 
 
-def bootstrap(task: Task, a: list[Any], b: list[Any], rounds: int = 2000) -> tuple[float, float]:
-    """95 % interval of score(a) − score(b) over resampled test items, seeds together."""
+def bootstrap(measure: Callable[[Any], float], a: list[Any], b: list[Any], rounds: int = 2000) -> str:
+    """95 % interval of measure(a) − measure(b) over resampled test items, seeds together."""
     generator = np.random.default_rng(0)
     first, second = np.array(a, dtype=float), np.array(b, dtype=float)
     draws = []
     for _ in range(rounds):
         chosen = generator.integers(first.shape[1], size=first.shape[1])
-        draws.append(
-            np.mean([task.score(x[chosen]) - task.score(y[chosen]) for x, y in zip(first, second, strict=True)])
-        )
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return float(low), float(high)
+        draws.append(np.mean([measure(x[chosen]) - measure(y[chosen]) for x, y in zip(first, second, strict=True)]))
+    return "{:+.2f} … {:+.2f}".format(*np.percentile(draws, [2.5, 97.5]))
 
 
 def report(folder: Path) -> None:
@@ -120,32 +118,31 @@ def report(folder: Path) -> None:
         task = TASKS[name]
         here = [r for r in rows if (r["task"], r["level"]) == (name, level)]
         mixed = {r["seed"]: r for r in here if r["method"] == "mixed"}
+        measures = [task.score, *([task.distance] if task.distance else [])]
         lines = []
         for method in METHODS:
             found = [r for r in here if r["method"] == method]
             if not found:
                 continue
             pairs = [(mixed[r["seed"]]["items"], r["items"]) for r in found if r["seed"] in mixed]
-            interval = (
-                ""
-                if method == "mixed" or not pairs
-                else "{:+.2f} … {:+.2f}".format(*bootstrap(task, [p[0] for p in pairs], [p[1] for p in pairs]))
-            )
-            scores = [r["score"] for r in found]
+            line = [method, str(len(found))]
+            for measure in measures:
+                scores = [measure(np.array(r["items"], dtype=float)) for r in found]
+                line += [f"{np.mean(scores):.2f}", f"{np.std(scores):.2f}", ""]
+                if method != "mixed" and pairs:
+                    line[-1] = bootstrap(measure, [p[0] for p in pairs], [p[1] for p in pairs])
             lines.append(
                 [
-                    method,
-                    f"{np.mean(scores):.2f}",
-                    f"{np.std(scores):.2f}",
-                    str(len(scores)),
-                    interval,
+                    *line,
                     f"{np.mean([r['usage']['bitops'] for r in found]) / 1e9:.4f}",
                     f"{np.mean([r['usage']['size'] for r in found]):.0f}",
                     f"{np.mean([r['search_seconds'] for r in found]):.1f}",
                 ]
             )
         print(f"\n### {name} at {level}\n")
-        head = ["method", task.unit, "spread", "seeds", "mixed minus this, 95 %", "G BitOps", "bytes", "search s"]
+        head = ["method", "seeds", task.unit, "spread", "mixed minus this, 95 %"]
+        head += ["distance to float", "spread", "mixed minus this, 95 %"] if task.distance else []
+        head += ["G BitOps", "bytes", "search s"]
         print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
         print("\n".join("| " + " | ".join(line) + " |" for line in lines))
         print("\n" + "\n".join(movements(folder, name)))

@@ -20,7 +20,8 @@ from hub_mpq.train import Finetune, fit, forward, logits_of
 
 @dataclass(frozen=True)
 class Task:
-    """`measure` gives one value per test item (100 for a right answer) and the score; `score` that of some items."""
+    """`measure` gives one value per test item (100 for a right answer) and the score; `score` that of some items;
+    `distance`, where accuracy says little, how far what the net says of them is from what the float net says."""
 
     name: str
     build: Callable[[], HubMPQ]
@@ -29,6 +30,7 @@ class Task:
     score: Callable[[Any], float]
     levels: tuple[str, ...] = ("W4A4", "W3A3")
     unit: str = "top-1"
+    distance: Callable[[Any], float] | None = None
     budget: Callable[[str], dict[str, Any]] = field(default=lambda level: {"bitops": level})
     uniform: Callable[[str], str] = field(default=lambda level: level)
     candidates: Any = None
@@ -148,7 +150,7 @@ def _small(
 
 
 def _spearman(mpq: HubMPQ) -> tuple[list[Any], float]:
-    items = texts.pair_cosines(mpq)
+    items = texts.measured_pairs(mpq)
     return items, texts.spearman(items)
 
 
@@ -160,6 +162,7 @@ MINILM = Task(
     texts.spearman,
     levels=("W4A8", "W3A8"),
     unit="Spearman · 100",
+    distance=texts.distance,
     # bytes at the level, word embedding and header included: weights alone are searched
     budget=lambda level: {"size": level},
     candidates=Candidates((2, 3, 4, 5, 6, 7, 8), (8,)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -65,10 +66,26 @@ def train_batches(seed: int, batch: int = 64) -> list[dict[str, Tensor]]:
     return [full[i] for i in generator.permutation(len(full))]
 
 
+def measured_pairs(mpq: HubMPQ) -> list[list[float]]:
+    """[cosine, similarity that people gave, the float model's cosine] of every test pair."""
+    return [[*row, own] for row, own in zip(pair_cosines(mpq), _float_cosines(), strict=True)]
+
+
+@cache
+def _float_cosines() -> list[float]:
+    return [cosine for cosine, _ in pair_cosines(minilm())]
+
+
+def distance(items: Any) -> float:
+    """Root mean square of what quantization changed in the cosines, times 100."""
+    rows = np.asarray(items, dtype=float)
+    return float(100 * np.sqrt(np.mean((rows[:, 0] - rows[:, 2]) ** 2)))
+
+
 @torch.no_grad()
-def pair_cosines(mpq: HubMPQ, split: str = "test") -> list[list[float]]:
-    """[cosine of the two mean-pooled embeddings, similarity that people gave] of every pair."""
-    pairs = stsb(split)
+def pair_cosines(mpq: HubMPQ) -> list[list[float]]:
+    """[cosine of the two mean-pooled embeddings, similarity that people gave] of every test pair."""
+    pairs = stsb("test")
     sentences = sorted({text for first, second, _ in pairs for text in (first, second)})
     found: dict[str, Tensor] = {}
     mpq.eval()
@@ -79,8 +96,8 @@ def pair_cosines(mpq: HubMPQ, split: str = "test") -> list[list[float]]:
 
 
 def spearman(items: Any) -> float:
-    """Rank correlation of rows (cosine, similarity), times 100; equal values take their mean rank."""
-    first, second = (_ranks(column) for column in np.asarray(items, dtype=float).T)
+    """Rank correlation of rows (cosine, similarity, …), times 100; equal values take their mean rank."""
+    first, second = (_ranks(column) for column in np.asarray(items, dtype=float).T[:2])
     return float(100 * np.corrcoef(first, second)[0, 1])
 
 

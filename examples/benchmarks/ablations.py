@@ -1,0 +1,125 @@
+"""What in the indicators' training decides: the study's mixed row again with one setting changed. (issue A2)
+
+    python examples/benchmarks/ablations.py --task resnet20 --level W3A3
+    python examples/benchmarks/ablations.py --report
+
+Start, steps, schedule and test items are the study's; each row differs from the default in one thing alone. Finished
+rows are kept in the cache folder ($HUB_MPQ_CACHE), so that a stopped run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from images import cache_root
+from study import bootstrap, run
+from tasks import TASKS
+
+from hub_mpq.pack import read_indicators
+from hub_mpq.search.movement import movement
+
+# settings of train_indicators; alpha is of the search, which takes the default's indicators
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "untrained": {"steps": 0},
+    "a quarter of the steps": {"steps": 10},
+    "four times the steps": {"steps": 160},
+    "frozen weights": {"freeze_weights": True},
+    "the authors' SGD": {"preset": "authors", "indicator": "loss"},
+    "per-tensor scales": {"granularity": "tensor"},
+    "random pass alone": {"uniform": False},
+    "α = 0.5": {"alpha": 0.5},
+    "α = 2": {"alpha": 2.0},
+    "scale as indicator": {"indicator": "scale"},
+    "scale, the authors' SGD": {"preset": "authors"},
+    # of MNIST's images, one epoch: the joint steps follow from the share
+    "10 % of the data": {"share": 0.1, "steps": None},
+    "50 % of the data": {"share": 0.5, "steps": None},
+    "100 % of the data": {"share": 1.0, "steps": None},
+}
+SHARES = [name for name in VARIANTS if name.endswith("the data")]
+
+
+def variants_of(task: str) -> list[str]:
+    """An epoch of CIFAR-10 is twenty times the study's steps, so shares are tried on MNIST."""
+    return [name for name in VARIANTS if task == "mnist" or name not in SHARES]
+
+
+def folder_of(variant: str) -> Path:
+    folder = cache_root() / "ablations" / variant.replace(" ", "-").replace("%", "percent")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def run_variant(task: str, level: str, variant: str, seed: int) -> None:
+    folder, learned = folder_of(variant), f"{task}-learned-{seed}.safetensors"
+    first = folder_of("default") / learned
+    if variant.startswith("α") and first.exists():
+        shutil.copy(first, folder / learned)
+    print(f"{variant}: ", end="", flush=True)
+    run(TASKS[task], "mixed", level, seed, folder, VARIANTS[variant])
+
+
+def report() -> None:
+    rows: dict[tuple[str, str], dict[str, dict[int, Any]]] = {}
+    for variant in VARIANTS:
+        for file in sorted(folder_of(variant).glob("*.json")):
+            row = json.loads(file.read_text())
+            rows.setdefault((row["task"], row["level"]), {}).setdefault(variant, {})[row["seed"]] = row
+    for (name, level), found in sorted(rows.items()):
+        task, default = TASKS[name], found.get("default", {})
+        head = ["setting", task.unit, "spread", "seeds", "this minus default, 95 %", "rank corr. W / A", "search s"]
+        print(f"\n### {name} at {level}\n\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+        for variant, seeds in found.items():
+            both = sorted(set(seeds) & set(default))
+            ours, theirs = ([rows[s]["items"] for s in both] for rows in (seeds, default))
+            scores = [row["score"] for row in seeds.values()]
+            cells = [
+                variant,
+                f"{np.mean(scores):.2f}",
+                f"{np.std(scores):.2f}",
+                str(len(scores)),
+                "" if variant == "default" or not both else bootstrap(task.score, ours, theirs),
+                " / ".join(f"{x:.2f}" for x in correlations(variant, name, sorted(seeds))),
+                f"{np.mean([row['search_seconds'] for row in seeds.values()]):.0f}",
+            ]
+            print("| " + " | ".join(cells) + " |")
+
+
+def correlations(variant: str, task: str, seeds: list[int]) -> list[float]:
+    """Mean rank correlation of the weight and of the activation indicators with untrained ones of the same kind;
+    nothing where there are none (a scale has another unit than a growth of the loss)."""
+    out: list[list[float]] = []
+    for seed in seeds:
+        start, end = (folder_of(v) / f"{task}-learned-{seed}.safetensors" for v in ("untrained", variant))
+        if start.exists() and not variant.startswith("scale"):
+            first, last = read_indicators(start), read_indicators(end)
+            out.append(
+                [movement(getattr(first, s), getattr(last, s))["rank_correlation"] for s in ("weight", "activation")]
+            )
+    return [float(x) for x in np.mean(out, axis=0)] if out else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=sorted(TASKS), action="append")
+    parser.add_argument("--level", action="append")
+    parser.add_argument("--variant", choices=sorted(VARIANTS), action="append")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--report", action="store_true")
+    args = parser.parse_args()
+    for seed in () if args.report else range(args.seeds):
+        for task in args.task or ("resnet20", "mnist"):
+            for level in args.level or TASKS[task].levels:
+                for variant in args.variant or variants_of(task):
+                    run_variant(task, level, variant, seed)
+    report()
+
+
+if __name__ == "__main__":
+    main()
