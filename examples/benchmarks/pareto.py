@@ -39,6 +39,8 @@ def draw(task: str, rows: list[dict[str, Any]], path: Path) -> None:
             x, y, low, high = np.array(sorted(points)).T
             line = "-" if method in ("uniform", "mixed") else "none"
             panel.errorbar(x, y, (y - low, high - y), marker="o", ms=4, ls=line, c=colour, capsize=2, label=method)
+        for score in {r["score"] for r in rows if r["method"] == "float"}:
+            panel.axhline(score, ls=":", c="#444444", label="float")
         panel.set_xlabel(unit)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(TASKS[task].unit)

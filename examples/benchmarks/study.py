@@ -5,9 +5,9 @@
 
 Every row starts from the same float weights and gets the same steps and schedule. What each test item gave is kept
 in the cache folder ($HUB_MPQ_CACHE), so that a stopped study goes on where it was and the report can bootstrap over
-items. Methods: uniform; mixed (learned indicators); untrained (the same ILP on the initial scales); random (another
-policy for each seed, BitOps or bytes within 1 % of the budget); reversed (score tables exchanged between layers of
-opposite rank).
+items. Methods: float (the start itself, once a level); uniform; mixed (learned indicators); untrained (the same ILP on
+the initial scales); random (another policy for each seed, BitOps or bytes within 1 % of the budget); reversed (score
+tables exchanged between layers of opposite rank).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hub_mpq.search.movement import movement
 from hub_mpq.search.policy_search import search_policy
 from hub_mpq.spec import Budget
 
-METHODS = ("uniform", "mixed", "untrained", "random", "reversed")
+METHODS = ("float", "uniform", "mixed", "untrained", "random", "reversed")
 
 
 def indicators_of(mpq: HubMPQ, task: Task, learned: bool, seed: int, folder: Path, options: dict[str, Any]) -> None:
@@ -75,15 +75,20 @@ def policy_of(
 
 def run(task: Task, method: str, level: str, seed: int, folder: Path, options: dict[str, Any]) -> None:
     file = folder / f"{task.name}-{level}-{method}-{seed}.json"
-    if file.exists():
+    if file.exists() or (method == "float" and seed):
         return
     mpq = task.build()
-    policy, seconds, movement = policy_of(mpq, task, method, level, seed, folder, options)
-    train = task.train(seed)
-    mpq.apply_policy(policy, train, reestimate_norms=False)
-    mpq.finetune(train, steps=task.tune_steps, seed=seed, **task.tune_options)
+    usage: dict[str, float] = {}
+    bits: dict[str, str] = {}
+    seconds, movement = 0.0, None
+    if method != "float":
+        policy, seconds, movement = policy_of(mpq, task, method, level, seed, folder, options)
+        train = task.train(seed)
+        mpq.apply_policy(policy, train, reestimate_norms=False)
+        mpq.finetune(train, steps=task.tune_steps, seed=seed, **task.tune_options)
+        usage = {k: float(v) for k, v in mpq.usage().amounts.items()}
+        bits = {k: str(v) for k, v in policy.bits.items()}
     items, score = task.measure(mpq)
-    usage = {k: float(v) for k, v in mpq.usage().amounts.items()}
     row = {
         "task": task.name,
         "level": level,
@@ -94,7 +99,7 @@ def run(task: Task, method: str, level: str, seed: int, folder: Path, options: d
         "search_seconds": seconds,
         "movement": movement,
         "items": items,
-        "policy": {k: str(v) for k, v in policy.bits.items()},
+        "policy": bits,
     }
     file.with_suffix(".part").write_text(json.dumps(row))
     file.with_suffix(".part").rename(file)
@@ -131,6 +136,9 @@ def report(folder: Path) -> None:
                 line += [f"{np.mean(scores):.2f}", f"{np.std(scores):.2f}", ""]
                 if method != "mixed" and pairs:
                     line[-1] = bootstrap(measure, [p[0] for p in pairs], [p[1] for p in pairs])
+            if method == "float":
+                lines.append([*line, "", "", ""])
+                continue
             lines.append(
                 [
                     *line,
