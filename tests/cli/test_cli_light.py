@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -21,12 +21,18 @@ def test_nothing_heavy_is_imported(code):
     assert done.stdout.strip() == "[]"
 
 
-def test_help_takes_less_than_a_second():
+def worked() -> float:
+    """Seconds that this process's children have worked."""
+    of = os.times()
+    return of.children_user + of.children_system
+
+
+def test_help_takes_less_than_a_second_of_work():
     seconds = []
-    for _ in range(3):  # the best of three: other processes share the machine
-        began = time.perf_counter()
+    for _ in range(3):  # the processor's seconds, the best of three: other processes share the machine
+        began = worked()
         done = subprocess.run([sys.executable, "-m", "hub_mpq", "--help"], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(worked() - began)
         assert done.returncode == 0
     assert min(seconds) < 1.0
     for command in ("inspect", "indicators", "search", "solve", "pareto", "quantize", "finetune", "evaluate", "demo"):
