@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..errors import InvalidArgument
+
 
 def check_plot(plot: Path | None) -> None:
     """A picture that cannot be drawn must not cost a training first."""
@@ -58,9 +60,20 @@ def settings_of(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in _NO_SETTINGS}
 
 
+def needs_budget(strategy: str) -> bool:
+    """Whether a strategy cannot do without a budget (DQ and BSQ settle on widths themselves)."""
+    if strategy == "limpq":
+        return True
+    from ..search.strategy import infers_widths
+
+    return not infers_widths(strategy)
+
+
 def search_of(strategy: str, options: list[str] | None, epochs: float, steps: int | None) -> dict[str, Any]:
     """What `HubMPQ.quantize` is told of a strategy; InvalidArgument for an unknown name or option, before any work."""
-    if strategy == "limpq" and not options:
+    if strategy == "limpq":
+        if options:
+            raise InvalidArgument("--strategy-option: limpq takes none; hub-mpq indicators trains with other settings")
         return {}
     from ..search.strategy import build_strategy
     from .options import model_args_of

@@ -66,15 +66,17 @@ def quantize(
 ) -> None:
     """Indicators, search, quantizers, fine-tuning and a packed folder, in one command."""
     settings = given.settings_of(locals())
-    budget = o.budget_of(
-        bitops=bitops,
-        size=size,
-        compression=compression,
-        weight_bits=weight_bits,
-        activation_memory=activation_memory,
-        activation_peak=activation_peak,
-    )
     search = given.search_of(strategy, strategy_option, indicator_epochs, indicator_steps)
+    limits = {
+        "bitops": bitops,
+        "size": size,
+        "compression": compression,
+        "weight_bits": weight_bits,
+        "activation_memory": activation_memory,
+        "activation_peak": activation_peak,
+    }
+    free = not given.needs_budget(strategy) and all(value is None for value in limits.values())
+    budget = {} if free else o.budget_of(**limits)
     check_folder(output, overwrite, resume)
     given.check_plot(plot)
     widths = o.candidates_of(candidates)
@@ -85,7 +87,8 @@ def quantize(
     measured = models.loader(mpq, val, train=False, **options) if val else None
     if indicators is not None:
         models.indicators_for(mpq, indicators)
-    mpq.check_reachable(widths, **budget)
+    if budget:
+        mpq.check_reachable(widths, strategy=strategy, **budget)
     from ..pack import read_indicators, write_indicators
 
     tuning = {key: value for key, value in (("lr", lr), ("distill", distill)) if value is not None}

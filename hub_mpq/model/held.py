@@ -26,6 +26,14 @@ from ..spec import FLOAT_BITS, Candidates, Indicators, LayerBits, LayerGraph, Po
 Pins = Mapping[str, LayerBits | str | None]
 
 
+def _brief(told: Any) -> Any:
+    """What a strategy tells of itself without its tables of layers, which would outgrow the header's reserve, and
+    without seconds: two runs of one seed give the same file."""
+    if not isinstance(told, Mapping):
+        return told
+    return {k: v for k, v in told.items() if not isinstance(v, (Mapping, list)) and not k.endswith("seconds")}
+
+
 class Held(nn.Module):
     """The model, its graph, and what is known of it so far."""
 
@@ -93,7 +101,6 @@ class Held(nn.Module):
         return predicted_nbytes(model, self._manifest(policy)) - searched
 
     def _manifest(self, policy: Policy) -> Manifest:
-        # no seconds: a run that was interrupted must give the same file
         provenance: dict[str, Any] = {"hub_mpq": __version__, "metrics": self.metrics, **self.made}
         if self.result is not None:
             details = self.result
@@ -103,7 +110,7 @@ class Held(nn.Module):
                 "objective": details.objective,
                 "gap": details.gap,
                 "seed": details.seed,
-                **details.details,
+                **{key: _brief(value) for key, value in details.details.items()},
             }
         source = self.source
         # a local folder's path is nobody's business: its name says as much

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..nn.swap import swap_policy
 from ..search.candidates import CandidatesLike
 from ..search.datafree import synthetic_batch
 from ..search.joint import first_batch
+from ..search.strategy import infers_widths
 from ..spec import Budget, Indicators, LayerBits, Policy
 from ..train.batch import forward, labels_of, to_device
 from ..train.engine import Engine
@@ -34,6 +36,12 @@ from .sharing import Sharing
 
 _TOLD = ("seed", "lr", "scale_lr", "distill", "smoothing", "ema", "cyclic_bits", "gradient_bits")
 """Options of fine-tuning that a card tells, where they were given."""
+
+
+def _mark(tree: Any) -> str:
+    """Twelve characters that stand for JSON values; an object counts by its type."""
+    text = json.dumps(tree, sort_keys=True, default=lambda value: type(value).__name__)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 class HubMPQ(Sharing):
@@ -198,24 +206,31 @@ class HubMPQ(Sharing):
         tuned = train is not None and (epochs > 0 if steps is None else steps > 0)
         if tuned and engine is not None and engine.fsdp:
             raise InvalidArgument("fsdp trains indicators; fine-tuning runs without it, so give epochs=0")
-        if budget or strategy == "limpq":
-            Budget(**budget)  # a nonsense budget must not cost a training first
+        if budget or not infers_widths(strategy):
+            Budget(**budget)  # none where one is needed, or nonsense, must not cost a training first
+        if strategy == "limpq" and strategy_options:
+            raise InvalidArgument("strategy 'limpq' takes its options as indicator_options")
         self._pin(fixed)
         if indicators is not None:
             self.indicators = indicators
+        if strategy == "limpq":
+            self.learned = None
         if budget:
-            self.check_reachable(candidates, **budget)
+            self.check_reachable(candidates, strategy=strategy, **budget)
         if val is not None and "float" not in self.metrics and labels_of(first_batch(val)) is not None:
             self.metrics["float"] = evaluate(self.float_model, val)
         if strategy == "limpq":
-            self.learned = None
             told = {"engine": engine, **(indicator_options or {})}
             self._ensure_indicators(train, candidates, told, seed, checkpoint_dir, resume)
         else:
             chosen: dict[str, Any] = {"seed": seed, "resume": resume, "engine": engine}
             chosen |= {"strategy_options": strategy_options, **(indicator_options or {})}
             if checkpoint_dir:
-                chosen.setdefault("checkpoint_dir", Path(checkpoint_dir) / "search")
+                # by search: the state of another one would load without a word, or fail in torch's
+                mark = _mark([strategy, strategy_options, budget])
+                chosen.setdefault("checkpoint_dir", Path(checkpoint_dir) / f"search-{mark}")
+            if train is None:
+                warnings.warn("no data: searching and calibrating on synthetic inputs; pass train=", stacklevel=2)
             data = [synthetic_batch(self.float_model, self.source.example, seed)] if train is None else train
             self.train_scores(data, strategy=strategy, candidates=candidates, budget=budget, **chosen)
         # of several processes one searches: a time limit could end them at other policies
@@ -227,8 +242,7 @@ class HubMPQ(Sharing):
         self._tell_transformers()
         if train is not None and tuned:
             # by policy: a state of other widths would load without a word
-            mark = hashlib.sha256(json.dumps(policy.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
-            folder = Path(checkpoint_dir) / f"finetune-{mark}" if checkpoint_dir else None
+            folder = Path(checkpoint_dir) / f"finetune-{_mark(policy.to_dict())}" if checkpoint_dir else None
             options = {"epochs": epochs, "steps": steps, "seed": seed, "checkpoint_dir": folder, "resume": resume}
             self.finetune(train, **{**options, "engine": engine, **(finetune_options or {})})
         if val is not None:

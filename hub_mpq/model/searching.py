@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..adapters.trace import norm_of
-from ..errors import HubMPQError
+from ..errors import HubMPQError, InvalidArgument
 from ..search.candidates import CandidatesLike
 from ..search.datafree import synthetic_batch
 from ..search.joint import first_batch, train_indicators
@@ -110,6 +110,8 @@ class Searching(Held):
         InfeasibleBudget with the least reachable value of each limit.
         """
         wanted = Budget(**budget)
+        if alpha is not None and self.learned is not None:
+            raise InvalidArgument(f"alpha weighs LIMPQ's indicators; scores of {self.learned.strategy!r} take none")
         self._pin(fixed)
         scores, used = self.scores(alpha, candidates)
         base = self.base_bytes()
@@ -126,9 +128,13 @@ class Searching(Held):
         self.seconds["search"] = result.seconds
         return result
 
-    def check_reachable(self, candidates: CandidatesLike = None, **budget: Any) -> None:
-        """Raise InfeasibleBudget when no policy of the candidates meets the budget; needs no indicators."""
-        if self.indicators is not None or self.learned is not None:
+    def check_reachable(self, candidates: CandidatesLike = None, *, strategy: str | None = None, **budget: Any) -> None:
+        """Raise InfeasibleBudget when no policy of the candidates meets the budget; needs no indicators.
+
+        strategy: the one that is going to search; None: with the scores that are there, if any.
+        """
+        known = self.indicators is not None if strategy == "limpq" else strategy is None and self._has_scores
+        if known:
             self.search(candidates=candidates, **budget)
             return
         resolved = self._candidates(candidates)
@@ -141,6 +147,10 @@ class Searching(Held):
             for layer in self.graph.searched
         }
         build(self.graph, scores, Budget(**budget), base_bytes=self.base_bytes()).solve()
+
+    @property
+    def _has_scores(self) -> bool:
+        return self.indicators is not None or self.learned is not None
 
     def pareto(
         self,

@@ -110,10 +110,12 @@ _REGISTRY: dict[str, type[SearchStrategy]] = {}
 def register_strategy(name: str) -> Callable[[type[SearchStrategy]], type[SearchStrategy]]:
     """Class decorator: makes a strategy known to `quantize(strategy=name)` and to `hub-mpq quantize --strategy`.
 
-    Raises InvalidArgument when another class has the name.
+    Raises InvalidArgument when another class has the name, or the package itself.
     """
 
     def register(cls: type[SearchStrategy]) -> type[SearchStrategy]:
+        if name in _BUILT_IN and cls.__module__ != f"{__package__}.{_BUILT_IN[name]}":
+            raise InvalidArgument(f"{name!r} is a strategy of hub_mpq itself; register {cls.__qualname__} as another")
         known = _REGISTRY.get(name)
         # a module that is loaded twice (as a script and by name) brings its class again
         if known is not None and known.__qualname__ != cls.__qualname__:
@@ -159,8 +161,14 @@ def _import(source: str) -> None:
         module = importlib.util.module_from_spec(spec)
         sys.modules.setdefault(path.stem, module)
         spec.loader.exec_module(module)
-    except (ImportError, OSError) as error:
-        raise InvalidArgument(f"the strategy's source {source!r} cannot be imported: {error}") from error
+    except Exception as error:  # a user's file may raise anything
+        told = f"{type(error).__name__}: {error}"
+        raise InvalidArgument(f"the strategy's source {source!r} cannot be imported: {told}") from error
+
+
+def infers_widths(name: str) -> bool:
+    """Whether a strategy settles on widths without a budget."""
+    return strategy_named(name).inferred is not SearchStrategy.inferred
 
 
 def build_strategy(name: str, options: Mapping[str, Any] | None = None) -> SearchStrategy:

@@ -98,6 +98,8 @@ def train_scores(
     (scorers that do not train ignore it). lr: of the weights, None: the strategy's. distill: as in `train_indicators`.
     """
     began = time.perf_counter()
+    if not graph.searched:
+        raise InvalidArgument("every layer is fixed: there is nothing to search")
     hooks = build_strategy(strategy, strategy_options)
     hooks.seed = seed
     if hooks.trains and any(c.float_inputs for c in candidates.values()):
@@ -147,9 +149,18 @@ def train_scores(
         provenance |= {"steps": log.steps, "samples": log.samples, "step_seconds": round(log.step_seconds, 4)}
         provenance |= {"epoch_loss": [round(x, 5) for x in log.epoch_loss]}
     hooks.read_out(student, batches)
-    scores = mean_rows(hooks.scores(student))
+    scores = mean_rows(_complete(hooks.scores(student), hooks.name, graph))
     provenance |= {"seconds": round(time.perf_counter() - began, 3), **hooks.details(student)}
     return StrategyScores(scores, hooks.sense, hooks.name, seed, hooks.inferred(student), provenance)
+
+
+def _complete(scores: Scores, strategy: str, graph: LayerGraph) -> Scores:
+    """The scores of a strategy, which may be a user's own; InvalidArgument when the solver could not read them."""
+    for layer in graph.searched:
+        row = scores.get(layer.name)
+        if not row or not all(isinstance(bits, LayerBits) for bits in row):
+            raise InvalidArgument(f"strategy {strategy!r} must score layer {layer.name!r} at LayerBits, not {row!r}")
+    return scores
 
 
 def half(batch: Any) -> Any:

@@ -29,12 +29,24 @@ def test_a_strategy_ends_in_a_policy_within_the_budget(run, folder, tmp_path, st
     assert (out / "model.mpq.safetensors").is_file()
 
 
+def test_dq_needs_no_budget_and_ebs_does(run, folder, tmp_path):
+    args = ["quantize", *MODEL, *LOADING, "--data", folder, "--steps", "0", "--indicator-steps", "1", "--json"]
+    result = run(*args, "--strategy", "dq", "--output", tmp_path / "dq")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["policy"]
+    result = run(*args, "--strategy", "ebs", "--output", tmp_path / "ebs")
+    assert result.exit_code == 2
+    assert "no budget" in result.stderr
+    assert not (tmp_path / "ebs").exists()
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
         (["--strategy", "magic"], "magic"),
         (["--strategy", "mse", "--strategy-option", "sharpness=2"], "sharpness"),
         (["--strategy", "nowhere.py:mine"], "nowhere.py"),
+        (["--strategy-option", "uniform=false"], "limpq takes none"),
     ],
 )
 def test_a_wrong_strategy_is_one_sentence_and_writes_nothing(run, folder, tmp_path, args, words):
