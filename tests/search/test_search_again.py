@@ -108,10 +108,14 @@ def test_a_checkpoint_of_another_search_is_not_taken(net, train, tmp_path):
         assert again.learned.scores == quantized(train, options).learned.scores
 
 
-def test_names_of_the_package_are_taken():
+def test_a_name_is_given_once(monkeypatch):
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     for name in registry._BUILT_IN:
         with pytest.raises(InvalidArgument, match="itself"):
             registry.register_strategy(name)(type("Own", (registry.SearchStrategy,), {}))
+    registry.register_strategy("mine")(type("Mine", (registry.SearchStrategy,), {}))
+    with pytest.raises(InvalidArgument, match="registered already"):
+        registry.register_strategy("mine")(type("Other", (registry.SearchStrategy,), {}))
 
 
 @pytest.mark.parametrize("text", ["def broken(:", "1 / 0"])

@@ -231,7 +231,7 @@ def test_dq_infers_widths_without_a_budget_and_obeys_its_constraints(net, train)
     assert {n: str(b) for n, b in mpq.policy.bits.items() if mpq.graph[n].fixed is None} == mpq.learned.provenance[
         "inferred"
     ]
-    with pytest.raises(InvalidArgument, match="infers no widths"):
+    with pytest.raises(InvalidArgument, match="no budget given"):
         mpq.quantize(strategy="mse", train=train)
 
 
@@ -317,8 +317,6 @@ def test_unknown_names_options_and_data_are_refused(net, train):
             mpq.train_scores(train, strategy=strategy, strategy_options=options, steps=1)
     with pytest.raises(InvalidArgument, match="empty"):
         mpq.train_scores([], strategy="mse")
-    with pytest.raises(InvalidArgument, match="registered already"):
-        registry.register_strategy("mse")(type("Other", (registry.SearchStrategy,), {}))
 
 
 def test_the_example_of_a_strategy_of_ones_own_runs_and_is_short(capsys):
