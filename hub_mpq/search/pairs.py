@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, Subset
 from torch.utils.data.dataloader import default_collate
 
 from ..errors import InvalidArgument
+from ..train.feed import has_length
+
+
+def drawn(loader: DataLoader[Any]) -> list[int] | None:
+    """Sorted indices of the samples that a DataLoader reads; None when its sampler has no length.
+
+    Of a sampler that chooses others every epoch: those of one epoch. How often it takes each is not kept.
+    """
+    if loader.batch_size is None and loader.batch_sampler is not None:
+        sampler: Any = loader.batch_sampler
+        return (
+            sorted({int(i) for batch in islice(sampler, len(sampler)) for i in batch}) if has_length(sampler) else None
+        )
+    sampler = loader.sampler
+    if type(sampler) in (SequentialSampler, RandomSampler):
+        return list(range(len(sampler.data_source)))
+    return sorted({int(i) for i in islice(sampler, len(sampler))}) if has_length(sampler) else None
 
 
 class PairDataset(Dataset[Any]):
@@ -41,7 +59,7 @@ class _PairCollate:
         self.collate = collate
 
     def __call__(self, items: list[tuple[Any, Any]]) -> tuple[Any, Any]:
-        return self.collate([item[0] for item in items]), self.collate([item[1] for item in items])
+        return _alone(self.collate([item[0] for item in items])), _alone(self.collate([item[1] for item in items]))
 
 
 class SplitBatches:
@@ -54,10 +72,15 @@ class SplitBatches:
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         for batch in self.loader:
-            yield _cut(batch, 0), _cut(batch, 1)
+            yield _alone(_cut(batch, 0)), _alone(_cut(batch, 1))
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
+
+
+def _alone(half: Any) -> Any:
+    """A half that no one takes for inputs beside labels."""
+    return (half,) if isinstance(half, Tensor) else half
 
 
 def _cut(batch: Any, part: int) -> Any:
@@ -76,18 +99,26 @@ def _cut(batch: Any, part: int) -> Any:
 def pairs(loader: Iterable[Any], seed: int) -> Iterable[Any]:
     """A loader of (train, held-out) batches, each half of the size: as many images a step, as many steps an epoch.
 
-    A DataLoader's data set is split once into two halves that never mix; other loaders have each batch cut in two.
+    The samples that a DataLoader's sampler draws are split once into two halves that never mix; other loaders, and
+    samplers without a length, have each batch cut in two. Where a last half would be a single sample it is left out: a
+    norm cannot train on it.
     """
     if not isinstance(loader, DataLoader) or loader.batch_size is None or not hasattr(loader.dataset, "__len__"):
         return SplitBatches(loader)
-    shuffled = not isinstance(loader.sampler, torch.utils.data.SequentialSampler)
+    indices = drawn(loader)
+    if indices is None:
+        return SplitBatches(loader)
+    whole = len(indices) == len(loader.dataset)
+    data = PairDataset(loader.dataset if whole else Subset(loader.dataset, indices), seed)
+    size = max(loader.batch_size // 2, 1)
+    shuffled = not isinstance(loader.sampler, SequentialSampler)
     return DataLoader(
-        PairDataset(loader.dataset, seed),
-        batch_size=max(loader.batch_size // 2, 1),
+        data,
+        batch_size=size,
         shuffle=shuffled,
         generator=torch.Generator().manual_seed(seed) if shuffled else None,
         collate_fn=_PairCollate(loader.collate_fn or default_collate),
         num_workers=loader.num_workers,
-        drop_last=loader.drop_last,
+        drop_last=loader.drop_last or (len(data) > size > 1 and len(data) % size == 1),
         pin_memory=loader.pin_memory,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ..errors import InvalidArgument
 from ..train.batch import labels_of
+from .pairs import drawn
 
 
 class ClassSampler:
@@ -57,39 +58,58 @@ class ClassSampler:
             yield batch
 
 
-def labels_of_data(data: Any) -> list[int]:
-    """Class of every sample of a data set: from `targets`, `labels` or `tensors`, else by reading them all."""
+def labels_of_data(data: Any, indices: Sequence[int] | None = None) -> list[int]:
+    """Class of every sample of a data set, or of those named: from `targets`, `labels` or `tensors`, else by reading
+    them. Raises InvalidArgument for labels that are no single whole number."""
+    indices = range(len(data)) if indices is None else indices
     if isinstance(data, Subset):
-        inner = labels_of_data(data.dataset)
-        return [inner[i] for i in data.indices]
+        return labels_of_data(data.dataset, [data.indices[i] for i in indices])
     for name in ("targets", "labels"):
         found = getattr(data, name, None)
         if found is not None and not callable(found) and len(found) == len(data):
-            return [int(y) for y in found]
+            return [_class_of(found[i]) for i in indices]
     tensors: Any = getattr(data, "tensors", ())
     if len(tensors) > 1:
-        return [int(y) for y in tensors[1]]
+        return [_class_of(tensors[1][i]) for i in indices]
     labels = []
-    for i in range(len(data)):
+    for i in indices:
         item = data[i]
-        label = item.get("labels", item.get("label")) if isinstance(item, dict) else item[1] if len(item) > 1 else None
+        if isinstance(item, Mapping):
+            label = item.get("labels", item.get("label"))
+        else:
+            label = item[1] if isinstance(item, (tuple, list)) and len(item) > 1 else None
         if label is None:
             raise InvalidArgument("the data have no labels, and a proxy is drawn by class")
-        labels.append(int(label))
+        labels.append(_class_of(label))
     return labels
+
+
+def _class_of(label: Any) -> int:
+    try:
+        number = int(label)
+        whole = number == label
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        whole = False
+    if not whole:
+        raise InvalidArgument(f"a proxy is drawn by class, and this label is no whole number: {str(label)[:60]}")
+    return number
 
 
 def class_loader(
     loader: Iterable[Any], share: float, classes: int | None, per_class: int, seed: int
 ) -> DataLoader[Any]:
-    """`share` of every class of a DataLoader's data set (at least 2 samples), in batches of classes × per_class.
+    """`share` of every class of what a DataLoader draws (at least 2 samples), in batches of classes × per_class.
 
-    Raises InvalidArgument for a loader whose data set cannot be indexed.
+    Raises InvalidArgument for a loader whose data set cannot be indexed or whose sampler has no length.
     """
     if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__len__"):
         raise InvalidArgument("a share of the data needs a DataLoader over a data set with a length; or give a loader")
+    chosen = drawn(loader)
+    if not chosen:
+        missing = "has no length" if chosen is None else "draws nothing"
+        raise InvalidArgument(f"a share of the data is taken of what the sampler draws, and the loader's {missing}")
     index: dict[int, list[int]] = {}
-    for i, label in enumerate(labels_of_data(loader.dataset)):
+    for i, label in zip(chosen, labels_of_data(loader.dataset, chosen), strict=True):
         index.setdefault(label, []).append(i)
     generator = torch.Generator().manual_seed(seed)
     for label, mine in index.items():

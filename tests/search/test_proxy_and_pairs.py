@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from hub_mpq import HubMPQ
 from hub_mpq.errors import InvalidArgument
@@ -11,6 +22,8 @@ from hub_mpq.search.pairs import pairs
 from hub_mpq.search.proxy import class_loader
 from hub_mpq.search.seam import margin_loss
 from hub_mpq.train.batch import size_of
+
+X = torch.zeros(1, 1, 8, 8)
 
 
 def loader(n=100, batch=10, **more):
@@ -92,3 +105,98 @@ def test_scores_are_pooled_until_they_never_rise():
     assert falling([3, 1, 2, 0]) == [3, 1.5, 1.5, 0]
     assert falling([0, 0, 3]) == [1, 1, 1]
     assert falling([4, 3, 2]) == [4, 3, 2]
+
+
+class Recorded(Dataset):
+    """`data` that knows which samples were read. It shows no labels but in its samples."""
+
+    def __init__(self, data):
+        self.data, self.read = data, set()
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        self.read.add(int(i))
+        return self.data[i]
+
+
+@pytest.mark.parametrize("kind", ["batches", "loader", "data-free"])
+def test_batches_of_bare_tensors_are_distilled(kind, net, data):
+    mpq = HubMPQ.from_module(net, X)
+    x = data.tensors[0]
+    if kind == "data-free":
+        with pytest.warns(UserWarning, match="synthetic"):
+            mpq.quantize(strategy="ebs", bitops="W3A3", indicator_options={"steps": 2})
+    else:
+        batches = [x[:16], x[16:32]] if kind == "batches" else DataLoader(list(x), batch_size=16, shuffle=True)
+        mpq.train_scores(batches, strategy="ebs", steps=2)
+    assert mpq.learned.provenance["distill"] == 1
+    # as many samples as were read, both halves
+    assert mpq.learned.provenance["samples"] == {"data-free": 16}.get(kind, 32)
+
+
+SAMPLERS = {
+    "subset": SubsetRandomSampler(range(48)),
+    "list": list(range(48)),
+    "sequential": SequentialSampler(range(48)),
+    "random": RandomSampler(range(48)),
+    "weighted": WeightedRandomSampler([1.0] * 48 + [0.0] * 48, 96),
+}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(("name", "options"), [("ebs", {}), ("seam", {"proxy": 1.0})])
+def test_samples_that_the_sampler_leaves_out_are_not_read(name, options, sampler, net, data):
+    mpq, found = HubMPQ.from_module(net, X), Recorded(data)
+    train = DataLoader(found, batch_size=16, sampler=SAMPLERS[sampler])
+    mpq.train_scores(train, strategy=name, strategy_options=options, epochs=2)
+    assert max(found.read) < 48
+    assert len(found.read) > 24  # nearly all of those it draws
+
+
+def test_a_sampler_of_batches_and_one_without_length(net, data):
+    class Endless(Sampler):
+        def __iter__(self):
+            while True:
+                yield from range(48)
+
+    mpq, found = HubMPQ.from_module(net, X), Recorded(data)
+    batches = BatchSampler(SubsetRandomSampler(range(48)), 16, drop_last=False)
+    for options in ({"strategy": "ebs"}, {"strategy": "seam", "strategy_options": {"proxy": 1.0}}):
+        mpq.train_scores(DataLoader(found, batch_sampler=batches), epochs=2, **options)
+    endless = DataLoader(found, batch_size=16, sampler=Endless())
+    mpq.train_scores(endless, strategy="ebs", steps=4)
+    with pytest.raises(InvalidArgument, match="sampler"):
+        mpq.train_scores(endless, strategy="seam", steps=4)
+    assert max(found.read) < 48
+
+
+def test_the_split_of_a_sampler_never_mixes():
+    data = TensorDataset(torch.arange(100))
+    split = pairs(DataLoader(data, batch_size=10, sampler=SubsetRandomSampler(range(20, 60))), seed=3)
+    seen = [set(), set()]
+    for _ in range(3):
+        for batch in split:
+            for half, found in zip(batch, seen, strict=True):
+                found.update(half[0].tolist())
+    assert not seen[0] & seen[1]
+    assert seen[0] | seen[1] == set(range(20, 60))
+
+
+def test_a_last_half_of_one_sample_is_left_out():
+    sizes = [size_of(batch) for batch in pairs(loader(34, 16), seed=0)]
+    assert sizes == [16, 16]
+    assert [size_of(batch) for batch in pairs(loader(36, 16), seed=0)] == [16, 16, 4]
+    mpq = HubMPQ.from_module(nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)), nn.BatchNorm1d(4)), torch.zeros(2, 4))
+    data = TensorDataset(torch.randn(34, 4), torch.arange(34) % 4)
+    mpq.train_scores(DataLoader(data, batch_size=16), strategy="ebs", epochs=1)
+
+
+@pytest.mark.parametrize("label", ["cat", torch.tensor([0, 1]), 1.5, None])
+def test_labels_that_are_no_class_are_refused(label):
+    for data in ([(torch.zeros(2), label)] * 8, [{"x": torch.zeros(2), "labels": label}] * 8):
+        with pytest.raises(InvalidArgument, match=r"label"):
+            class_loader(DataLoader(data, batch_size=4), 0.5, None, 4, 0)
+    with pytest.raises(InvalidArgument, match="no labels"):
+        class_loader(DataLoader(torch.zeros(8, 3, 4, 4), batch_size=4), 0.5, None, 4, 0)
