@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..train.batch import forward, labels_of, logits_of, task_loss
-from .posttraining import PostTraining, noise
+from .posttraining import PostTraining, count, noise, read
 from .strategy import register_strategy
 
 
@@ -20,11 +20,12 @@ class Hessian(PostTraining):
 
     trace(H) ≈ mean of vᵀHv over `probes` draws of v in {−1, +1}, one double backward each. A negative estimate
     counts as 0. Without labels the loss is ½·‖y − y₀‖²/rms(y₀)², y₀ the output itself, with JᵀJ for Hessian [ours].
+    Raises InvalidArgument when batches or probes is no whole number from 1 on.
     """
 
     def __init__(self, *, batches: int = 1, probes: int = 8) -> None:
         super().__init__(batches=batches)
-        self.probes = probes
+        self.probes = count("probes", probes)
         self.traces: dict[str, tuple[float, float]] = {}
 
     def measure(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
@@ -34,9 +35,8 @@ class Hessian(PostTraining):
                 if row is self.weight:
                     x, trace = module.weight, weight[name] / module.weight.numel()
                     row[name] = {b: trace * float(e.square().sum()) for b, e in noise(quantizer, x).items()}
-                elif name in inputs:
-                    x = inputs[name].to(module.weight.device)[None]
-                    trace = activation[name]
+                else:
+                    x, trace = read(inputs, name).to(module.weight.device)[None], activation[name]
                     row[name] = {b: trace * float(e.square().mean()) for b, e in noise(quantizer, x).items()}
         self.traces = {n: (weight[n], activation.get(n, 0.0)) for n in self.layers}
 

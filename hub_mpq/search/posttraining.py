@@ -8,28 +8,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import InvalidArgument
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
 from ..nn.layers import CHANNEL_AXIS
 from ..quantizers import LSQ
 from ..spec import Candidates, LayerGraph
-from ..train.batch import distillation_loss, forward, labels_of
+from ..train.batch import distillation_loss, forward, holds_classes, labels_of
 from .growth import Rows, at, loss_growth, probe_loss
 from .install import install
 from .scores import Scores
 from .strategy import SearchStrategy, additive, register_strategy
 
 
+def count(option: str, value: object) -> int:
+    """`value` when it is a whole number from 1 on, else InvalidArgument."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidArgument(f"{option} is a whole number from 1 on, not {value!r}")
+    return value
+
+
+def read(inputs: Mapping[str, Tensor], name: str) -> Tensor:
+    """What a layer reads; a one where no batch reached it, so that it has scores like the others."""
+    return inputs.get(name, torch.ones(1))
+
+
 class PostTraining(SearchStrategy):
     """Base of the scorers: LSQ quantizers at every candidate width, scales of least squared error, no training.
 
     A scorer fills `weight` and `activation` ({layer: {bits: score}}) in `measure`; scores add up.
-    batches: how many are looked at.
+    batches: how many are looked at. Raises InvalidArgument when that is no whole number from 1 on.
     """
 
     trains = False
 
     def __init__(self, *, batches: int = 2) -> None:
-        self.batches = batches
+        self.batches = count("batches", batches)
         self.weight: Rows = {}
         self.activation: Rows = {}
 
@@ -83,7 +96,7 @@ class MSE(PostTraining):
     @torch.no_grad()
     def measure(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
         for name, row, quantizer, module in self.quantizers():
-            x = module.weight if row is self.weight else inputs.get(name, torch.ones(1)).to(module.weight.device)
+            x = module.weight if row is self.weight else read(inputs, name).to(module.weight.device)
             power = float(x.double().square().sum()) or 1.0
             found = noise(quantizer, x if row is self.weight else x[None])
             row[name] = {b: float(e.double().square().sum()) / power for b, e in found.items()}
@@ -105,14 +118,9 @@ class KL(PostTraining):
             for bits in quantizer.widths:
                 with at(quantizer, bits):
                     row[name][bits] = sum(
-                        float(distillation_loss(forward(model, b), t, classes=_has_classes(b, t)))
+                        float(distillation_loss(forward(model, b), t, classes=holds_classes(t, labels_of(b))))
                         for b, t in zip(batches, targets, strict=True)
                     ) / len(batches)
-
-
-def _has_classes(batch: Any, output: Any) -> bool:
-    labels = labels_of(batch)
-    return getattr(output, "logits", None) is not None or (labels is not None and not labels.is_floating_point())
 
 
 @register_strategy("gradient")

@@ -75,6 +75,14 @@ def task_loss(model: nn.Module, batch: Any, smoothing: float = 0.0) -> tuple[Ten
     return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing), output
 
 
+def holds_classes(output: Any, labels: Tensor | None) -> bool:
+    """Whether an output is known to hold logits of two classes or more: a Hugging Face head says so, or labels of whole
+    numbers. A bare tensor may hold anything, and a single number has no classes."""
+    logits = logits_of(output)
+    known = getattr(output, "logits", None) is not None or (labels is not None and not labels.is_floating_point())
+    return known and logits.dim() > 1 and logits.shape[-1] > 1
+
+
 def distillation_loss(student: Any, teacher: Any, *, classes: bool) -> Tensor:
     """How far an output is from the float model's: KL divergence when it is known to hold class logits, else the
     squared error relative to the teacher's power."""

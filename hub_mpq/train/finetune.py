@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantizers import LSQ
-from .batch import distillation_loss, forward, labels_of, task_loss
+from .batch import distillation_loss, forward, holds_classes, labels_of, task_loss
 from .cpt import CyclicPrecision
 from .gradient_quantizers import GradientQuantization
 from .hooks import Hooks
@@ -83,13 +83,8 @@ class Finetune(Hooks):
             target = forward(self.teacher, batch)
         labels = labels_of(batch)
         share = self.distill if labels is not None else 1.0
-        # a bare tensor may hold logits or anything else; labels of whole numbers, or a HF head, say which
-        logits = getattr(output, "logits", None)
-        classes = (logits is not None and logits.shape[-1] > 1) or (
-            labels is not None and not labels.is_floating_point()
-        )
         return (1 - share) * loss.to(next(iter(model.parameters())).device) + share * distillation_loss(
-            output, target, classes=classes
+            output, target, classes=holds_classes(output, labels)
         )
 
     def stateful(self) -> list[Any]:

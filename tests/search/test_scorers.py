@@ -1,0 +1,167 @@
+"""Post-training scorers: each formula against the plain one, regression heads, layers that nothing reaches, options."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hub_mpq import HubMPQ
+from hub_mpq.errors import InvalidArgument
+from hub_mpq.nn.calibrate import widths_off
+from hub_mpq.search.candidates import resolve_candidates
+from hub_mpq.search.growth import at
+from hub_mpq.search.hessian import Hessian
+from hub_mpq.search.install import layer_inputs
+from hub_mpq.search.posttraining import KL, MSE
+
+SCORERS = ("gradient", "hessian", "mse", "kl")
+ROWS = 8
+
+
+def mlp():
+    """Linear layers of 6, 5, 4 and 3 features; only the middle one, "2", is searched."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).eval()
+        return net, (torch.randn(ROWS, 6), torch.arange(ROWS) % 3)
+
+
+def measured(strategy, net, batch):
+    """The scorer after it has measured one batch, and the sample of what layer "2" reads."""
+    mpq = HubMPQ.from_module(net, batch[0][:1])
+    assert [x.name for x in mpq.graph.searched] == ["2"]
+    inputs = layer_inputs(net, mpq.graph, [batch])
+    strategy.attach(net, mpq.graph, resolve_candidates(mpq.graph, [2, 4]), {})
+    strategy.calibrate(net, [batch], inputs)
+    return strategy, inputs["2"]
+
+
+def errors(strategy, x):
+    """(‖Q(W) − W‖² of layer "2", ‖Q(x) − x‖² of what it reads), {bits: …} each."""
+    layer, out = strategy.layers["2"], []
+    with torch.no_grad():
+        for quantizer, tensor in ((layer.weight_quantizer, layer.weight), (layer.input_quantizer, x[None])):
+            row = {}
+            for bits in (2, 4):
+                with at(quantizer, bits):
+                    row[bits] = float((quantizer(tensor) - tensor).double().square().sum())
+            out.append(row)
+    return out
+
+
+def test_mse_is_the_squared_error_over_the_power():
+    net, batch = mlp()
+    mse, x = measured(MSE(), net, batch)
+    weight, activation = errors(mse, x)
+    powers = float(net[2].weight.detach().double().square().sum()), float(x.double().square().sum())
+    for bits in (2, 4):
+        assert mse.weight["2"][bits] == pytest.approx(weight[bits] / powers[0], rel=1e-5)
+        assert mse.activation["2"][bits] == pytest.approx(activation[bits] / powers[1], rel=1e-5)
+
+
+def test_hessian_is_the_mean_trace_times_the_squared_error():
+    net, (x, labels) = mlp()
+    with torch.no_grad():
+        net[4].weight.mul_(4)  # a trace that stands out of the estimate's noise
+    weight, bias = net[2].weight.detach().clone(), net[2].bias.detach()
+    hidden = torch.tanh(net[0](x)).detach()
+    w, a = weight.numel(), hidden.numel()
+
+    def loss(flat):
+        read = hidden + flat[w:].view_as(hidden)
+        out = F.linear(read, weight + flat[:w].view_as(weight), bias)
+        return F.cross_entropy(net[4](torch.tanh(out)), labels)
+
+    hessian = torch.autograd.functional.hessian(loss, torch.zeros(w + a)).double()
+    probes = 1000
+    found, read = measured(Hessian(probes=probes), net, (x, labels))
+    # the mean of vᵀHv misses the trace by the entries beside the diagonal, the other operand's among them:
+    # its variance is 2·Σ of their squares in the own block, 1·Σ in the other
+    beside = (hessian - hessian.diag().diag()).square()
+    for i, part in enumerate((slice(0, w), slice(w, None))):
+        exact, block = float(hessian.diag()[part].sum()), float(beside[part, part].sum())
+        deviation = math.sqrt((block + float(beside[part].sum())) / probes)
+        assert found.traces["2"][i] == pytest.approx(exact, abs=4 * deviation)
+        assert 8 * deviation < exact  # the bound could tell 1 or a half from the trace
+    noise, moved = errors(found, read)
+    for bits in (2, 4):
+        assert found.weight["2"][bits] == pytest.approx(found.traces["2"][0] / w * noise[bits], rel=1e-5)
+        # one sample reads 5 numbers of the 40; its trace is the batch's, the loss being a mean
+        assert found.activation["2"][bits] == pytest.approx(found.traces["2"][1] / 5 * moved[bits] / ROWS, rel=1e-5)
+
+
+def test_kl_is_the_divergence_of_the_classes():
+    net, batch = mlp()
+    plain = F.log_softmax(net(batch[0]).detach(), -1)
+    kl, _ = measured(KL(), net, batch)
+    layer = kl.layers["2"]
+    for row, quantizer in ((kl.weight, layer.weight_quantizer), (kl.activation, layer.input_quantizer)):
+        for bits in (2, 4):
+            with widths_off(net), at(quantizer, bits):
+                moved = F.log_softmax(net(batch[0]).detach(), -1)
+            assert row["2"][bits] == pytest.approx(float((plain.exp() * (plain - moved)).sum(1).mean()), rel=1e-4)
+
+
+def regression():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, num_labels=1,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return BertForSequenceClassification(config).eval(), torch.randint(30, (16, 8)), torch.randn(16)
+
+
+@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("labels", ["float", "whole", "none"])
+def test_a_regression_head_has_scores(name, labels):
+    """One output has no classes: a softmax over it is 1 whatever the widths are."""
+    model, ids, target = regression()
+    mpq = HubMPQ.from_module(model, {"input_ids": ids[:1]})
+    given = {"float": {"labels": target}, "whole": {"labels": target.round().long()}, "none": {}}[labels]
+    if name in ("gradient", "hessian") and labels == "whole":
+        pytest.skip("the model's own loss takes no whole numbers")
+    found = mpq.train_scores([{"input_ids": ids, **given}], strategy=name, candidates=[2, 6])
+    narrow, wide = (sum(row[f(row)] for row in found.scores.values()) for f in (min, max))  # W2A2, W6A6
+    assert narrow > 2 * wide > 0
+
+
+class Branch(nn.Module):
+    """Layer "b" runs on single samples only: never on a calibration batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.e, self.a, self.b, self.h = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.a(self.e(x))
+        return self.h(self.b(x) if x.shape[0] == 1 else x)
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_a_layer_that_nothing_reaches_keeps_all_its_choices(name):
+    x = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    mpq = HubMPQ.from_module(Branch().eval(), x[:1])
+    found = mpq.train_scores([(x, torch.arange(32) % 5)], strategy=name, candidates=[2, 3, 4])
+    assert {(b.weight, b.activation) for b in found.scores["b"]} == {(w, a) for w in (2, 3, 4) for a in (2, 3, 4)}
+
+
+@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("batches", [0, -1, 2.5, "2", True])
+def test_a_number_of_batches_is_a_whole_number(name, batches, net, train):
+    with pytest.raises(InvalidArgument, match=f"batches is a whole number from 1 on, not {batches!r}"):
+        HubMPQ.from_module(net, torch.zeros(1, 1, 8, 8)).train_scores(
+            train, strategy=name, strategy_options={"batches": batches}
+        )
+
+
+@pytest.mark.parametrize("probes", [0, -1, 2.5, "8"])
+def test_a_number_of_probes_is_a_whole_number(probes, net, train):
+    with pytest.raises(InvalidArgument, match=f"probes is a whole number from 1 on, not {probes!r}"):
+        HubMPQ.from_module(net, torch.zeros(1, 1, 8, 8)).train_scores(
+            train, strategy="hessian", strategy_options={"probes": probes}
+        )
