@@ -11,9 +11,16 @@ from ..quantizers import LSQ
 
 
 def cyclic_bits(step: int, period: float, low: int, high: int) -> int:
-    """rint(low + ½(high − low)(1 + cos(π·(t mod T)/T + π))): `low` as a period begins, `high` as it ends [sure]."""
+    """rint(low + ½(high − low)(1 + cos(π·(t mod T)/T + π))): `low` as a period begins, `high` as it ends."""
     phase = (step % period) / period
     return round(low + 0.5 * (high - low) * (1 + math.cos(math.pi * phase + math.pi)))
+
+
+def check_cycles(cycles: object) -> int:
+    """`cycles` when it is a whole number from 1 on, else InvalidArgument."""
+    if isinstance(cycles, bool) or not isinstance(cycles, int) or cycles < 1:
+        raise InvalidArgument(f"cycles is a whole number from 1 on, not {cycles!r}")
+    return cycles
 
 
 class CyclicPrecision:
@@ -24,11 +31,9 @@ class CyclicPrecision:
     """
 
     def __init__(self, model: nn.Module, low: int, cycles: int = 8) -> None:
-        if not 2 <= low <= 8:
-            raise InvalidArgument(f"cyclic precision starts at 2 to 8 bits, not {low}")
-        if cycles < 1:
-            raise InvalidArgument(f"cyclic precision needs at least one cycle, not {cycles}")
-        self.low, self.cycles = low, cycles
+        if not isinstance(low, int) or not 2 <= low <= 8:
+            raise InvalidArgument(f"cyclic precision starts at 2 to 8 bits, not {low!r}")
+        self.low, self.cycles = low, check_cycles(cycles)
         self.quantizers = [m for m in model.modules() if isinstance(m, LSQ)]
 
     def set(self, step: int, total: int) -> None:

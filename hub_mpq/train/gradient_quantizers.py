@@ -110,14 +110,19 @@ class _Backward(torch.autograd.Function):
         return quantize_gradient(grads[0], ctx.owner.bits, ctx.owner.kind, ctx.owner.generator), None
 
 
+def check_kind(kind: object) -> str:
+    """`kind` when it names a gradient quantizer, else InvalidArgument."""
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise InvalidArgument(f"a gradient quantizer is one of {', '.join(KINDS)}, not {kind!r}")
+    return kind
+
+
 class GradientQuantization:
     """While attached, the gradient that enters every quantized layer from above is quantized to `bits`: both of its
     products, for the weight and for the input, then run on quantized operands. `seed` and the step make the draws."""
 
     def __init__(self, model: nn.Module, bits: int, kind: str = "sample", seed: int = 0) -> None:
-        if kind not in KINDS:
-            raise InvalidArgument(f"a gradient quantizer is one of {', '.join(KINDS)}, not {kind!r}")
-        self.bits, self.kind, self.seed = check_width(bits), kind, seed
+        self.bits, self.kind, self.seed = check_width(bits), check_kind(kind), seed
         self.generator = torch.Generator().manual_seed(seed)
         self.handles = [
             layer.register_forward_hook(lambda _m, _a, out: _Backward.apply(out, self))

@@ -11,10 +11,10 @@ from torch import nn
 
 from ..errors import InvalidArgument
 from .batch import labels_of
-from .cpt import CyclicPrecision
+from .cpt import CyclicPrecision, check_cycles
 from .engine import Engine
 from .finetune import Finetune
-from .gradient_quantizers import GradientQuantization
+from .gradient_quantizers import GradientQuantization, check_kind
 from .loop import TrainLog, fit
 from .norms import reestimate_batch_norm
 from .processes import own_share
@@ -54,6 +54,9 @@ def finetune(
     on gradients of so many bits, by the "tensor", "sample" or "householder" quantizer (fully quantized training).
     engine: precision, memory, compiler, trackers.
     """
+    # wrong values of options that nothing uses yet are mistakes too
+    check_cycles(cycles)
+    check_kind(gradient_quantizer)
     first = next(iter(train), None)
     if first is None:
         raise InvalidArgument("the data loader is empty")

@@ -63,5 +63,24 @@ def test_it_is_let_go_when_training_fails(net, train):
 def test_bad_settings(net):
     with pytest.raises(InvalidArgument, match="2 to 8"):
         CyclicPrecision(copy.deepcopy(net), 1)
-    with pytest.raises(InvalidArgument, match="cycle"):
-        CyclicPrecision(copy.deepcopy(net), 3, 0)
+    with pytest.raises(InvalidArgument, match=r"2 to 8 bits, not 2\.5"):
+        CyclicPrecision(copy.deepcopy(net), 2.5)
+    for cycles in (0, -1, 1.5, True):
+        with pytest.raises(InvalidArgument, match=f"cycles is a whole number from 1 on, not {cycles}"):
+            CyclicPrecision(copy.deepcopy(net), 3, cycles)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"cycles": 0}, "cycles is a whole number from 1 on, not 0"),
+        ({"cyclic_bits": 2.5}, r"2 to 8 bits, not 2\.5"),
+        ({"gradient_quantizer": "nonsense"}, "a gradient quantizer is one of .*, not 'nonsense'"),
+    ],
+)
+def test_fine_tuning_refuses_them_alone(options, match, net, train):
+    mpq = HubMPQ.from_module(net, torch.zeros(1, 1, 8, 8)).apply_policy("W6A6", train)
+    before = {k: v.clone() for k, v in mpq.model.state_dict().items()}
+    with pytest.raises(InvalidArgument, match=match):
+        mpq.finetune(train, steps=1, **options)
+    assert all(torch.equal(before[k], v) for k, v in mpq.model.state_dict().items())
