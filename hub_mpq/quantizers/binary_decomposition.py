@@ -37,8 +37,11 @@ class Codes:
         return cls(1, -1, 2) if bits == 1 else cls(bits, -(2 ** (bits - 1)))
 
     def encode(self, integers: Tensor) -> Tensor:
-        """Codes, int64; InvalidArgument for an integer that the grid does not have."""
-        shifted = integers.long() - self.low
+        """Codes, int64, of integers of any dtype; InvalidArgument for one that the grid lacks, or for a fraction."""
+        whole = integers.long()
+        if bool((whole != integers).any()):
+            raise InvalidArgument("codes are made from whole numbers; a value has a fraction or is not finite")
+        shifted = whole - self.low
         code = torch.div(shifted, self.factor, rounding_mode="floor")
         if bool((code * self.factor != shifted).any()) or bool(((code < 0) | (code >= 2**self.bits)).any()):
             raise InvalidArgument(f"an integer lies outside the {self.bits}-bit grid that starts at {self.low}")
@@ -87,20 +90,33 @@ def binary_conv2d(
     """Integers x [N, C, H, W], weight [O, C/groups, kh, kw] → int64 [N, O, H', W'], exactly their convolution.
 
     Padding adds the integer 0, which the grid of x must then have. `padding`: pixels on each side.
+    Raises InvalidArgument for other shapes (a single image needs its axis N) and for padding in words.
     """
-    kernel, (ph, pw) = weight.shape[2:], (padding, padding) if isinstance(padding, int) else padding
-    padded = F.pad(x.long(), (pw, pw, ph, ph))
+    shaped = groups > 0 and x.dim() == weight.dim() == 4
+    if not shaped or x.shape[1] != groups * weight.shape[1] or len(weight) % groups:
+        raise InvalidArgument(
+            f"a convolution of {groups} groups takes x [N, C, H, W] and weight [O, C/groups, kh, kw], "
+            f"not {list(x.shape)} and {list(weight.shape)}"
+        )
+    strides, dilations = _pair("stride", stride), _pair("dilation", dilation)
+    kernel, (ph, pw) = weight.shape[2:], _pair("padding", padding)
     # float64 holds these integers exactly, and unfold takes no int64
-    patches = F.unfold(padded.double(), kernel, dilation=dilation, stride=stride).long()
+    padded = F.pad(x.double(), (pw, pw, ph, ph))
+    patches = F.unfold(padded, kernel, dilation=dilations, stride=strides)
     batch, _, area = patches.shape
     parts = patches.view(batch, groups, -1, area).permute(1, 0, 3, 2)
     rows = weight.reshape(groups, len(weight) // groups, -1)
     outs = [binary_linear(part, row, x_codes, weight_codes) for part, row in zip(parts, rows, strict=True)]
     out = torch.cat(outs, -1).transpose(1, 2)
 
-    def side(size: int, axis: int) -> int:
-        step = stride if isinstance(stride, int) else stride[axis]
-        wide = dilation if isinstance(dilation, int) else dilation[axis]
-        return (size - wide * (kernel[axis] - 1) - 1) // step + 1
+    sides = [(padded.shape[2 + i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in (0, 1)]
+    return out.reshape(batch, len(weight), *sides)
 
-    return out.reshape(batch, len(weight), side(padded.shape[2], 0), side(padded.shape[3], 1))
+
+def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of an option of the convolution."""
+    if isinstance(value, int):
+        return value, value
+    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(isinstance(v, int) for v in value):
+        raise InvalidArgument(f"{name} is one or two whole numbers of pixels, not {value!r}")
+    return value[0], value[1]
