@@ -14,6 +14,7 @@ from .ste import straight
 PARAMETRIZATIONS = ("step-range", "bits-step", "bits-range")
 GRIDS = ("uniform", "power-of-two")
 _SLACK = 1e-4  # a range of exactly 2^b − 1 steps must not round up to b + 1 bits
+OCTAVES = 63  # of qmax over qmin: all of a signed width of 7 bits; codes further down are zero beside the others
 
 
 class _Uniform(torch.autograd.Function):
@@ -64,15 +65,24 @@ class _PowerOfTwo(torch.autograd.Function):
 
 
 def span(bits: Tensor | float, signed: bool, grid: str) -> Any:
-    """qmax over the step (uniform) or over qmin (power-of-two) at a width, which may be real."""
+    """qmax over the step (uniform) or over qmin (power-of-two) at a width, which may be real.
+
+    An unsigned power-of-two grid spends one of its 2^b codes on zero, which the uniform grid has among its steps; a
+    signed one has no zero. Its octaves end at OCTAVES: 2^254 (8 bits, unsigned) is no float32 [ours].
+    """
     codes = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
-    return codes if grid == "uniform" else 2**codes
+    if grid == "uniform":
+        return codes
+    octaves = codes if signed else codes - 1
+    return 2 ** (octaves.clamp_max(OCTAVES) if isinstance(octaves, Tensor) else min(octaves, OCTAVES))
 
 
-def real_width(ratio: Tensor, signed: bool, grid: str) -> Tensor:
-    """Width in bits, before it is rounded up, from qmax over the step (or over qmin)."""
-    codes = ratio if grid == "uniform" else torch.log2(ratio.clamp_min(1.0))
-    return torch.log2(codes + 1) + signed
+def real_width(low: Tensor, top: Tensor, signed: bool, grid: str) -> Tensor:
+    """Width in bits, before it is rounded up, from the step (or qmin) and qmax."""
+    if grid == "uniform":
+        return torch.log2(top / low + 1) + signed
+    octaves = (torch.log2(top) - torch.log2(low)).clamp_min(0.0)  # the ratio's gradient, qmax/qmin², may overflow
+    return torch.log2(octaves + (1 if signed else 2)) + signed
 
 
 class DQ(nn.Module):
@@ -104,6 +114,7 @@ class DQ(nn.Module):
         # one sign bit and no code but the sign's is no uniform grid: the least signed width is 2
         self.signed, self.bounds = signed, (max(bounds[0], 1 + signed), max(bounds[1], 1 + signed))
         self.parametrization, self.grid, self.power_of_two_step = parametrization, grid, power_of_two_step
+        self.least = 1e-12 if grid == "uniform" else 2.0**-100  # of a parameter; OCTAVES below any range
         for name in parametrization.split("-"):
             self.register_parameter(name, nn.Parameter(torch.ones(())))
 
@@ -116,7 +127,7 @@ class DQ(nn.Module):
             "step": float(top) / span(float(bits), self.signed, self.grid),
         }
         for name in self.parametrization.split("-"):
-            getattr(self, name).fill_(max(values[name], 1e-12))
+            getattr(self, name).fill_(max(values[name], self.least))
 
     def _operands(self) -> tuple[Tensor, Tensor]:
         """(step or qmin, qmax) in force, differentiable in the two parameters."""
@@ -136,12 +147,16 @@ class DQ(nn.Module):
         if self.parametrization != "step-range":
             return self.bits
         low, top = self._operands()
-        return real_width(top / low, self.signed, self.grid)
+        return real_width(low, top, self.signed, self.grid)
 
     def width(self) -> Tensor:
-        """The width in bits: b = ceil(log2(qmax/d + 1) + 1), unsigned without the + 1; straight-through gradient."""
+        """The width in bits: b = ceil(log2(qmax/d + 1) + 1), unsigned without the + 1; straight-through gradient.
+
+        Power-of-two: ceil(log2(K + 1) + 1), unsigned ceil(log2(K + 2)), with K = log2(qmax/qmin).
+        """
         real = self.real_width()
-        return straight(real, real.round() if self.parametrization != "step-range" else (real - _SLACK).ceil())
+        whole = real.round() if self.parametrization != "step-range" else (real - _SLACK).ceil()
+        return straight(real, whole.clamp_min(self.bounds[0]))  # where OCTAVES end before the bound
 
     def forward(self, x: Tensor) -> Tensor:
         low, top = self._operands()
@@ -170,7 +185,7 @@ class DQ(nn.Module):
             self.bits.clamp_(*self.bounds)
         for name in ("step", "range"):
             if name in self._parameters:
-                self._parameters[name].clamp_(min=1e-12)  # type: ignore[union-attr]
+                self._parameters[name].clamp_(min=self.least)  # type: ignore[union-attr]
         if self.parametrization == "step-range":
             low = self.step if not self.power_of_two_step else _nearest_power(self.step)
             self.range.clamp_(low * max(least, 1.0), low * min(most, 1e30))

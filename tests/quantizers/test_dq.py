@@ -67,6 +67,45 @@ def test_every_parametrization_starts_at_the_same_grid(parametrization, bits, si
 
 
 @pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
+def test_the_power_of_two_grid_has_as_many_codes_as_its_width(parametrization, bits, signed):
+    """±2^k, 2^(b−1) of each sign; unsigned: zero and 2^b − 1 powers."""
+    if signed and bits == 1:
+        return
+    q = DQ(signed=signed, bounds=(1, 8), parametrization=parametrization, grid="power-of-two")
+    q.init(bits, 4.0)
+    q.project()
+    assert float(q.width().detach()) == bits
+    x = 4.0 * torch.exp2(-torch.arange(0, 40.0))
+    codes = q(torch.cat([x, -x, *([] if signed else [torch.zeros(1)])])).detach().unique()
+    assert len(codes) == 2**bits
+    assert float(codes.max()) == 4.0
+    assert bool((codes == 0).any()) is not signed
+    if parametrization == "step-range":  # one octave more is one code more, and that needs one bit more
+        with torch.no_grad():
+            q.range.mul_(2)
+        assert float(q.width().detach()) == bits + 1
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
+def test_wide_power_of_two_grids_stay_within_float32(parametrization, signed):
+    for bits in (7, 8):
+        for top in (1e-6, 1.0, 1e4):
+            q = DQ(signed=signed, bounds=(bits, 8), parametrization=parametrization, grid="power-of-two")
+            q.init(bits, top)
+            q.project()
+            x = data()[0] * top
+            out = q(x)
+            (out.sum() + q.width() * 0.0).backward()  # a penalty that is met: its zero gradient must stay one
+            assert torch.isfinite(out).all()
+            assert float(out.detach().max()) == pytest.approx(top, rel=0.42)  # 2^½: the range is rounded to a power
+            assert all(torch.isfinite(p.grad) for p in q.parameters())
+            assert float(q.width().detach()) >= bits
+
+
+@pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("grid", ["uniform", "power-of-two"])
 def test_gradients_are_those_of_the_plain_formula(grid, signed):
     x, g = data()
