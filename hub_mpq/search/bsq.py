@@ -9,26 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidArgument
 from ..quantizers import LSQ, activation_scale
 from ..quantizers.bit_planes import BitPlanes
-from ..spec import FLOAT_BITS, Candidates, LayerBits, LayerGraph
+from ..spec import Candidates, LayerBits, LayerGraph
 from ..train.hooks import Groups
 from .install import install
+from .options import number, whole
 from .scores import Scores
 from .soft import SoftCosts
-from .strategy import SearchStrategy, register_strategy
+from .strategy import SearchStrategy, additive, register_strategy
+from .ties import shared_widths, widest_of_ties
 
 
 @register_strategy("bsq")
 class BSQ(SearchStrategy):
     """Loss: task + strength · Σ_l (#Para_l·#Bit_l/#Para)·Σ_i sqrt(‖[p_i; n_i]‖² + 1e-8) [sure]. Weights only;
-    activations keep `activation_bits` (None: the widest candidate that the budget affords to weights and inputs alike).
+    activations are trained at one width, `activation_bits` (None: the widest candidate that the budget affords to
+    weights and inputs alike; a cost of the user's own is not looked at) or the candidate next to it.
 
     planes: 7 and a sign are 8 bits. every: re-quantize each so many steps as well as after every epoch.
     Scores [ours]: the share of a layer's weight energy in the planes that a narrower width would cut at the bottom:
-    Σ_i 4^i·‖[p_i; n_i]‖² over cut planes i, over the same sum over all planes. Without a budget the alive planes and
-    the sign are the width.
+    Σ_i 4^i·‖[p_i; n_i]‖² over cut planes i, over the same sum over all planes. The paper has no other activation width
+    than the one trained at; here every candidate is scored, so that a budget that can be met is met, and each bit away
+    from the trained width counts more than all weights together: it is left only where the budget forces it [ours].
+    Without a budget the alive planes and the sign are the width, the widest of them where layers share theirs.
     """
 
     many_processes = False  # parameters are rebuilt
@@ -42,20 +46,21 @@ class BSQ(SearchStrategy):
         activation_bits: int | None = None,
         plane_lr: float = 1e-2,
     ) -> None:
-        if not 1 <= planes <= 7:
-            raise InvalidArgument(f"planes are 1 to 7 (the sign is the eighth bit), not {planes}")
-        self.strength, self.planes, self.every = strength, planes, every
-        self.activation_bits, self.plane_lr = activation_bits, plane_lr
+        self.strength, self.plane_lr = number("strength", strength), number("plane_lr", plane_lr)
+        self.planes = whole("planes (the sign is one bit more)", planes, 1, 7)
+        self.every = None if every is None else whole("every", every, 1)
+        self.activation_bits = None if activation_bits is None else whole("activation_bits", activation_bits, 1, 8)
 
     def attach(
         self, model: nn.Module, graph: LayerGraph, candidates: Mapping[str, Candidates], norms: Mapping[str, str]
     ) -> None:
         self.graph, self.candidates = graph, candidates
-        widths = {b for c in candidates.values() for b in c.activation}
-        wanted = (
-            SoftCosts(graph, self.limits).affordable(widths) if self.activation_bits is None else self.activation_bits
+        wanted = self.activation_bits or SoftCosts(graph, self.limits).affordable(
+            {b for c in candidates.values() for b in c.activation}, candidates
         )
-        self.activation = {n: min(c.activation, key=lambda b: (abs(b - wanted), b)) for n, c in candidates.items()}
+        self.activation: dict[str, int] = {}
+        for names, widths in shared_widths(graph, candidates, inputs=True):
+            self.activation |= dict.fromkeys(names, min(widths, key=lambda b: (abs(b - wanted), b)))
 
         def make(layer: Any, module: nn.Module) -> tuple[nn.Module, nn.Module]:
             weight = BitPlanes(module.weight, self.planes)  # type: ignore[arg-type]
@@ -106,28 +111,25 @@ class BSQ(SearchStrategy):
         return out
 
     def inferred(self, model: nn.Module) -> dict[str, LayerBits]:
-        out = {}
-        for layer in self.graph.searched:
-            widths, bits = self.candidates[layer.name].weight, self._owner(layer.name).bits
-            width = next((b for b in widths if b >= bits), widths[-1])
-            out[layer.name] = LayerBits(width, FLOAT_BITS if layer.weight_only else self.activation[layer.name])
-        return out
+        """Every layer's alive planes and the sign as the least candidate that holds them."""
+        # a carry's plane beside all others and the sign are nine
+        found = {n: LayerBits(min(self._owner(n).bits, 8), self.activation[n]) for n in self.layers}
+        return widest_of_ties(self.graph, found, self.candidates)
 
     @torch.no_grad()
     def scores(self, model: nn.Module) -> Scores:
         self.requantize()
-        out: dict[str, dict[LayerBits, float]] = {}
-        for layer in self.graph.searched:
-            tensor = self._owner(layer.name)
-            activation = FLOAT_BITS if layer.weight_only else self.activation[layer.name]
+        departure = 1.0 + len(self.layers)  # a layer's weight scores at most 1
+        weight: dict[str, dict[int, float]] = {}
+        activation: dict[str, dict[int, float]] = {}
+        for name in self.layers:
+            tensor, c = self._owner(name), self.candidates[name]
             energy = (4.0 ** torch.arange(tensor.planes.shape[1])).double() * tensor.norms().cpu().double().square()
-            high, whole = tensor.span[1], float(energy.sum()) or 1.0
-            out[layer.name] = {
-                # width w keeps the sign and the w − 1 uppermost alive planes
-                LayerBits(w, activation): float(energy[: max(high - max(w - 1, 0), 0)].sum()) / whole
-                for w in self.candidates[layer.name].weight
-            }
-        return out
+            high, total = tensor.span[1], float(energy.sum()) or 1.0
+            # width w keeps the sign and the w − 1 uppermost alive planes
+            weight[name] = {w: float(energy[: max(high - max(w - 1, 0), 0)].sum()) / total for w in c.weight}
+            activation[name] = {a: departure * abs(a - self.activation[name]) for a in c.activation}
+        return additive(self.graph, weight, activation)
 
     def details(self, model: nn.Module) -> dict[str, Any]:
         return {"alive_bits": {name: tensor.bits for name, tensor in self.tensors.items()}, "penalty": self.strength}

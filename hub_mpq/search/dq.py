@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,9 +16,11 @@ from ..quantizers.dq import DQ
 from ..spec import FLOAT_BITS, Candidates, LayerBits, LayerGraph, parse_bytes
 from ..train.hooks import Groups
 from .install import install, signed_inputs
+from .options import number, whole
 from .scores import Scores
 from .soft import SoftCosts
 from .strategy import SearchStrategy, additive, register_strategy
+from .ties import shared_widths, widest_of_ties
 
 
 @register_strategy("dq")
@@ -27,9 +30,11 @@ class DQSearch(SearchStrategy):
 
     parametrization: "step-range" (the paper's), "bits-step", "bits-range". grid: "uniform" or "power-of-two".
     weight_bytes, activation_bytes: constraints on the searched layers, bytes or "70KB"; activation: "max" (the
-    largest layer) or "sum". Without them, the budget searched for is the constraint. Search needs no budget: the
-    inferred widths are a policy. start: width to start from; None: the widest level within the constraint, so that a
-    short run spends its steps on the trade between layers and not on the way there [ours].
+    largest layer) or "sum". Without them, the budget searched for is the constraint. They are soft: they steer the
+    training, the solver holds the budget alone, and widths inferred beyond them come with a warning. Search needs no
+    budget: the inferred widths are a policy. start: width to start from; None: the widest level within the constraint,
+    so that a short run spends its steps on the trade between layers and not on the way there; on the power-of-two grid
+    at most 4 bits, whose least codes are next to nothing already [ours].
     Scores [ours]: noise falls as 4^−b, and the noise that a layer has at its learned (real) width β is taken to hurt as
     much as any other layer's at its own: 4^(β−b) at width b.
     """
@@ -52,8 +57,11 @@ class DQSearch(SearchStrategy):
         DQ(signed=True, bounds=(2, 8), parametrization=parametrization, grid=grid)  # refuse bad words at once
         if activation not in ("max", "sum"):
             raise InvalidArgument(f"activation is max or sum, not {activation!r}")
+        if not isinstance(power_of_two_step, bool):
+            raise InvalidArgument(f"power_of_two_step is true or false, not {power_of_two_step!r}")
         self.kind = {"parametrization": parametrization, "grid": grid, "power_of_two_step": power_of_two_step}
-        self.strength, self.start = strength, start
+        self.strength = number("strength", strength)
+        self.start = None if start is None else whole("start", start, 1, 8)
         self.constraints: dict[str, float] = {}
         if weight_bytes is not None:
             self.constraints["weight_bits"] = 8 * parse_bytes(weight_bytes, "weight_bytes")
@@ -65,6 +73,14 @@ class DQSearch(SearchStrategy):
         self, model: nn.Module, graph: LayerGraph, candidates: Mapping[str, Candidates], norms: Mapping[str, str]
     ) -> None:
         self.graph, self.candidates = graph, candidates
+        for inputs in (False, True):  # before the training, not after it
+            list(shared_widths(graph, candidates, inputs=inputs))
+        if self.constraints and self.limits:
+            warnings.warn(
+                "weight_bytes and activation_bytes only steer DQ's training, the policy is held to the budget alone: "
+                "put size=, activation_memory= or activation_peak= beside it for limits that hold",
+                stacklevel=2,
+            )
 
         def make(layer: Any, module: nn.Module) -> tuple[nn.Module, nn.Module]:
             c = candidates[layer.name]
@@ -76,6 +92,7 @@ class DQSearch(SearchStrategy):
         self.layers = install(model, graph, make)
         self.quantizers = list({id(m): m for m in model.modules() if isinstance(m, DQ)}.values())
         self.costs = SoftCosts(graph, self.constraints or self.limits)
+        self.affordable = self.costs.affordable(range(1, 9), candidates)
 
     @torch.no_grad()
     def calibrate(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
@@ -99,9 +116,9 @@ class DQSearch(SearchStrategy):
 
     def _start(self, q: DQ) -> int:
         low, high = q.bounds
-        wanted = self.start or self.costs.affordable(range(1, high + 1))
-        if q.grid == "power-of-two":  # many bits reach down to nothing: 4 bits are 8 octaves
-            wanted = min(wanted, 4)
+        if self.start is not None:
+            return min(max(self.start, low), high)
+        wanted = self.affordable if q.grid == "uniform" else min(self.affordable, 4)
         return min(max(wanted, low), high)
 
     def own_groups(self) -> list[dict[str, Any]]:
@@ -132,27 +149,33 @@ class DQSearch(SearchStrategy):
             q.project()
 
     def inferred(self, model: nn.Module) -> dict[str, LayerBits]:
-        """Every layer's learned width; of layers that share widths (ties), the widest."""
-        found: dict[str, LayerBits] = {}
-        with torch.no_grad():
-            learned = self.widths()
-        for name, (w, a) in learned.items():
-            c = self.candidates[name]
-            activation = FLOAT_BITS if a is None else _within(round(float(a)), c.activation)
-            found[name] = LayerBits(_within(round(float(w)), c.weight), activation)
+        """Every layer's learned width; of layers that share widths (ties), the widest. Warns of a constraint that the
+        widths are over, where no budget is going to decide."""
+        found = self._found()
+        if self.limits:
+            return found
+        widths = {}
         for layer in self.graph.searched:
-            both = [found[x.name] for x in self.graph.searched if layer.tie is not None and x.tie == layer.tie]
-            inputs = [
-                found[x.name].activation
-                for x in self.graph.searched
-                if layer.activation_tie is not None and x.activation_tie == layer.activation_tie
-            ]
-            mine = found[layer.name]
-            found[layer.name] = LayerBits(
-                max([mine.weight, *(b.weight for b in both)]),
-                max([mine.activation, *(b.activation for b in both), *inputs]),
-            )
+            weight, inputs = (torch.tensor(float(b)) for b in (found[layer.name].weight, found[layer.name].activation))
+            widths[layer.name] = (weight, None if layer.weight_only else inputs)
+        for name, ratio in self.costs.ratios(widths).items():
+            if ratio > 1 + 1e-6:
+                asked, unit = ("weight_bytes", 8) if name == "weight_bits" else ("activation_bytes", 1)
+                cap = self.constraints[name] / unit
+                warnings.warn(
+                    f"the widths that DQ settled on take {float(ratio) * cap:.0f} bytes of {asked}={cap:g}, which is a "
+                    "soft constraint: search longer or with more strength, or name a budget, which is met exactly",
+                    stacklevel=2,
+                )
         return found
+
+    def _found(self) -> dict[str, LayerBits]:
+        with torch.no_grad():
+            found = {
+                n: LayerBits(round(float(w)), FLOAT_BITS if a is None else round(float(a)))
+                for n, (w, a) in self.widths().items()
+            }
+        return widest_of_ties(self.graph, found, self.candidates)
 
     @torch.no_grad()
     def scores(self, model: nn.Module) -> Scores:
@@ -168,9 +191,4 @@ class DQSearch(SearchStrategy):
     def details(self, model: nn.Module) -> dict[str, Any]:
         with torch.no_grad():
             reached = {name: float(x) for name, x in self.costs.ratios(self.widths()).items()}
-        return {**self.kind, "reached": reached, "inferred": {n: str(b) for n, b in self.inferred(model).items()}}
-
-
-def _within(bits: int, widths: Sequence[int]) -> int:
-    """The least candidate of at least `bits`; the greatest when there is none."""
-    return next((b for b in widths if b >= bits), widths[-1])
+        return {**self.kind, "reached": reached, "inferred": {n: str(b) for n, b in self._found().items()}}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..cost.size import layer_nbytes
-from ..spec import LayerBits, LayerGraph
+from ..spec import Candidates, LayerBits, LayerGraph
 
 Widths = Mapping[str, tuple[Tensor, "Tensor | None"]]
 """{searched layer: (weight bits, activation bits)}: real numbers that may carry gradients."""
@@ -23,41 +23,55 @@ class SoftCosts:
 
     def __init__(self, graph: LayerGraph, limits: Mapping[str, float]) -> None:
         self.layers = {layer.name: layer for layer in graph.searched}
-        self.limits = {name: cap for name, cap in limits.items() if hasattr(self, f"_{name}") and cap > 0}
+        self.amounts = {
+            "bitops": self._bitops,
+            "size": self._size,
+            "weight_bits": self._weight_bits,
+            "compression": self._weight_bits,
+            "activation_memory": self._activation_memory,
+            "activation_peak": self._activation_peak,
+        }
+        self.limits = {name: cap for name, cap in limits.items() if name in self.amounts and cap > 0}
         self.counts = {n: 0 if x.weight_owner else x.weight_count for n, x in self.layers.items()}
         # scales and shapes beside the bits
         self.beside = sum(layer_nbytes(x, LayerBits(8, 8)) - self.counts[n] for n, x in self.layers.items())
 
     def ratios(self, widths: Widths) -> dict[str, Tensor]:
         """{limit: amount / cap}."""
-        return {name: getattr(self, f"_{name}")(widths) / cap for name, cap in self.limits.items()}
+        return {name: self.amounts[name](widths) / cap for name, cap in self.limits.items()}
 
     def over(self, widths: Widths, power: int = 1) -> Tensor:
         """Σ over limits of relu(amount/cap − 1)^power;0 without limits. Relative: one strength fits all [ours]."""
         terms = [torch.relu(ratio - 1) ** power for ratio in self.ratios(widths).values()]
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
-    def affordable(self, widths: Iterable[int]) -> int:
-        """The widest of `widths` that all layers may take together within the limits; the narrowest when none fits."""
+    def affordable(self, widths: Iterable[int], candidates: Mapping[str, Candidates]) -> int:
+        """The widest of `widths` that all layers may take together within the limits, each between its own least and
+        greatest candidate; the narrowest of `widths` when none fits."""
+
+        def level(bits: int, of: Sequence[int]) -> Tensor:
+            return torch.tensor(float(min(max(bits, of[0]), of[-1])))
 
         def fits(bits: int) -> bool:
-            level = torch.tensor(float(bits))
-            return all(float(r) <= 1 + 1e-6 for r in self.ratios(dict.fromkeys(self.layers, (level, level))).values())
+            taken = {
+                n: (level(bits, candidates[n].weight), None if x.weight_only else level(bits, candidates[n].activation))
+                for n, x in self.layers.items()
+            }
+            return all(float(ratio) <= 1 + 1e-6 for ratio in self.ratios(taken).values())
 
-        return max((b for b in widths if fits(b)), default=min(widths))
+        tried = set(widths)
+        return max((b for b in tried if fits(b)), default=min(tried))
 
     def amount(self, limit: str, widths: Widths) -> Tensor:
         """What the searched layers take of a limit."""
-        out: Tensor = getattr(self, f"_{limit}")(widths)
-        return out
+        return self.amounts[limit](widths)
 
     def _bitops(self, widths: Widths) -> Tensor:
-        return torch.stack([self.layers[n].macs * w * a for n, (w, a) in widths.items() if a is not None]).sum()
+        rows = [self.layers[n].macs * w * a for n, (w, a) in widths.items() if a is not None]
+        return torch.stack(rows).sum() if rows else torch.zeros(())
 
     def _weight_bits(self, widths: Widths) -> Tensor:
         return torch.stack([self.counts[n] * w for n, (w, _) in widths.items()]).sum()
-
-    _compression = _weight_bits
 
     def _size(self, widths: Widths) -> Tensor:
         return self._weight_bits(widths) / 8 + self.beside

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..spec import LayerBits, LayerGraph
+from ..errors import InvalidArgument
+from ..spec import FLOAT_BITS, Candidates, LayerBits, LayerGraph
 
 Row = Mapping[LayerBits, tuple[float, dict[str, float]]]
 Combo = tuple[dict[str, LayerBits], float, dict[str, float]]
@@ -28,6 +29,8 @@ def merge_inputs(
     meaning: dict[str, dict[str, dict[str, LayerBits]]] = {}
     for names in groups.values():
         combos = _product(names, rows, sense, {name: graph[name].tie for name in names})
+        if not combos:
+            raise InvalidArgument(f"layers {', '.join(names)} share widths and have no candidate in common")
         row = names[0] if len(names) == 1 else "+".join(names)
         labels = [_label(bits) for bits, _, _ in combos]
         table[row] = {
@@ -35,6 +38,54 @@ def merge_inputs(
         }
         meaning[row] = {label: bits for label, (bits, _, _) in zip(labels, combos, strict=True)}
     return table, meaning
+
+
+def shared_widths(
+    graph: LayerGraph, candidates: Mapping[str, Candidates], *, inputs: bool
+) -> Iterator[tuple[list[str], tuple[int, ...]]]:
+    """Searched layers that take one width together, and the candidates that all of them have.
+
+    inputs: False: weight widths, one for the layers of a tie. True: activation widths, one for the layers of a tie or
+    of one input, and for those that a layer of both joins. Raises InvalidArgument where there is no common candidate.
+    """
+    groups: list[tuple[set[tuple[str, str]], list[str]]] = []
+    for layer in graph.searched:
+        keys = {("layer", layer.name)}
+        if layer.tie is not None and not (inputs and layer.weight_only):
+            keys.add(("tie", layer.tie))
+        if inputs and layer.activation_tie is not None:
+            keys.add(("input", layer.activation_tie))
+        joined = [group for group in groups if group[0] & keys]
+        names = [name for _, members in joined for name in members] + [layer.name]
+        groups = [group for group in groups if group not in joined]
+        groups.append((keys.union(*(k for k, _ in joined)), names))
+    for _, names in groups:
+        sets = [candidates[name].activation if inputs else candidates[name].weight for name in names]
+        common = set(sets[0]).intersection(*sets)
+        if not common:
+            what = "activation" if inputs else "weight"
+            raise InvalidArgument(f"layers {', '.join(names)} take one {what} width and have no candidate in common")
+        yield names, tuple(sorted(common))
+
+
+def widest_of_ties(
+    graph: LayerGraph, bits: Mapping[str, LayerBits], candidates: Mapping[str, Candidates]
+) -> dict[str, LayerBits]:
+    """Widths that are candidates and break no tie: layers that share a width take the widest of theirs."""
+    weight: dict[str, int] = {}
+    activation: dict[str, int] = {}
+    for names, widths in shared_widths(graph, candidates, inputs=False):
+        weight |= dict.fromkeys(names, _at_least(max(bits[name].weight for name in names), widths))
+    for names, widths in shared_widths(graph, candidates, inputs=True):
+        activation |= dict.fromkeys(names, _at_least(max(bits[name].activation for name in names), widths))
+    return {
+        x.name: LayerBits(weight[x.name], FLOAT_BITS if x.weight_only else activation[x.name]) for x in graph.searched
+    }
+
+
+def _at_least(bits: int, widths: Sequence[int]) -> int:
+    """The least of the widths that is no narrower than `bits`; the greatest when there is none."""
+    return next((b for b in widths if b >= bits), widths[-1])
 
 
 def _label(bits: Mapping[str, LayerBits]) -> str:
