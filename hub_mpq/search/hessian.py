@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..train.batch import forward, labels_of, logits_of, task_loss
-from .posttraining import PostTraining, count, noise, read
+from .options import whole
+from .posttraining import PostTraining, noise, read
 from .strategy import register_strategy
 
 
@@ -20,12 +21,12 @@ class Hessian(PostTraining):
 
     trace(H) ≈ mean of vᵀHv over `probes` draws of v in {−1, +1}, one double backward each. A negative estimate
     counts as 0. Without labels the loss is ½·‖y − y₀‖²/rms(y₀)², y₀ the output itself, with JᵀJ for Hessian [ours].
-    Raises InvalidArgument when batches or probes is no whole number from 1 on.
+    Raises InvalidArgument unless batches and probes are whole numbers of at least 1.
     """
 
     def __init__(self, *, batches: int = 1, probes: int = 8) -> None:
         super().__init__(batches=batches)
-        self.probes = count("probes", probes)
+        self.probes = whole("probes", probes, 1)
         self.traces: dict[str, tuple[float, float]] = {}
 
     def measure(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:

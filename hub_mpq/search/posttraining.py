@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidArgument
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
 from ..nn.layers import CHANNEL_AXIS
 from ..quantizers import LSQ
@@ -16,15 +15,9 @@ from ..spec import Candidates, LayerGraph
 from ..train.batch import distillation_loss, forward, holds_classes, labels_of
 from .growth import Rows, at, loss_growth, probe_loss
 from .install import install
+from .options import whole
 from .scores import Scores
 from .strategy import SearchStrategy, additive, register_strategy
-
-
-def count(option: str, value: object) -> int:
-    """`value` when it is a whole number from 1 on, else InvalidArgument."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InvalidArgument(f"{option} is a whole number from 1 on, not {value!r}")
-    return value
 
 
 def read(inputs: Mapping[str, Tensor], name: str) -> Tensor:
@@ -36,13 +29,13 @@ class PostTraining(SearchStrategy):
     """Base of the scorers: LSQ quantizers at every candidate width, scales of least squared error, no training.
 
     A scorer fills `weight` and `activation` ({layer: {bits: score}}) in `measure`; scores add up.
-    batches: how many are looked at. Raises InvalidArgument when that is no whole number from 1 on.
+    batches: how many are looked at. Raises InvalidArgument unless that is a whole number of at least 1.
     """
 
     trains = False
 
     def __init__(self, *, batches: int = 2) -> None:
-        self.batches = count("batches", batches)
+        self.batches = whole("batches", batches, 1)
         self.weight: Rows = {}
         self.activation: Rows = {}
 

@@ -17,9 +17,9 @@ def cyclic_bits(step: int, period: float, low: int, high: int) -> int:
 
 
 def check_cycles(cycles: object) -> int:
-    """`cycles` when it is a whole number from 1 on, else InvalidArgument."""
+    """`cycles` when it is a whole number of at least 1, else InvalidArgument."""
     if isinstance(cycles, bool) or not isinstance(cycles, int) or cycles < 1:
-        raise InvalidArgument(f"cycles is a whole number from 1 on, not {cycles!r}")
+        raise InvalidArgument(f"cycles is a whole number of at least 1, not {cycles!r}")
     return cycles
 
 

@@ -66,14 +66,14 @@ def test_bad_settings(net):
     with pytest.raises(InvalidArgument, match=r"2 to 8 bits, not 2\.5"):
         CyclicPrecision(copy.deepcopy(net), 2.5)
     for cycles in (0, -1, 1.5, True):
-        with pytest.raises(InvalidArgument, match=f"cycles is a whole number from 1 on, not {cycles}"):
+        with pytest.raises(InvalidArgument, match=f"cycles is a whole number of at least 1, not {cycles}"):
             CyclicPrecision(copy.deepcopy(net), 3, cycles)
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"cycles": 0}, "cycles is a whole number from 1 on, not 0"),
+        ({"cycles": 0}, "cycles is a whole number of at least 1, not 0"),
         ({"cyclic_bits": 2.5}, r"2 to 8 bits, not 2\.5"),
         ({"gradient_quantizer": "nonsense"}, "a gradient quantizer is one of .*, not 'nonsense'"),
     ],
