@@ -15,6 +15,7 @@ from ..quantizers.mixture import Mixture
 from ..spec import Candidates, LayerGraph
 from ..train.hooks import Groups
 from .install import install
+from .options import number
 from .pairs import pairs
 from .scores import Scores
 from .soft import SoftCosts
@@ -68,8 +69,11 @@ class EBS(SearchStrategy):
     ) -> None:
         if update not in ("bilevel", "mixed", "single"):
             raise InvalidArgument(f"update is bilevel, mixed or single, not {update!r}")
-        self.update, self.gumbel, self.strength, self.balance = update, gumbel, strength, balance
-        self.temperature, self.strength_lr = temperature, strength_lr
+        if number("temperature", temperature) == 0:
+            raise InvalidArgument("temperature is above 0; the closer to it, the sharper the mixtures")
+        self.update, self.gumbel, self.temperature = update, gumbel, float(temperature)
+        self.strength, self.balance = number("strength", strength), number("balance", balance)
+        self.strength_lr = number("strength_lr", strength_lr)
         self.passes = 2 if update == "single" else 3
 
     def loader(self, train: Iterable[Any]) -> Iterable[Any]:

@@ -15,6 +15,7 @@ from ..spec import Candidates, LayerGraph
 from ..train.batch import forward, labels_of, logits_of, to_device
 from ..train.hooks import Groups
 from .ebs import EBS, NETWORK
+from .options import number, whole
 from .proxy import class_loader, labels_in
 from .strategy import register_strategy
 
@@ -41,7 +42,8 @@ class SEAM(EBS):
     on the features the head reads [abstract sure, loss ours].
 
     proxy: a share of the target's training data (0.04: 4 % of each class), or a loader of labelled batches of another
-    data set, whose classes may be others: then a fresh head is trained for `warmup` steps first, the rest frozen.
+    data set, whose classes may be others: then a fresh head is trained for `warmup` steps first, the rest frozen. The
+    classifier has to be a layer of the graph (not excluded), and must not itself be searched with a loader.
     classes, per_class: a batch of a share holds that many classes and images of each (K ≥ 4); classes None: as many as
     fill the user's batch size.
     """
@@ -60,20 +62,26 @@ class SEAM(EBS):
         super().__init__(**{"update": "single", **options})
         if self.update != "single":
             raise InvalidArgument("seam learns weights and strengths on one proxy batch: update is single")
-        if isinstance(proxy, (int, float)) and not 0 < proxy <= 1:
-            raise InvalidArgument(f"proxy is a share above 0 and at most 1, or a loader; not {proxy}")
-        if per_class < 4:
+        self.share = float(proxy) if isinstance(proxy, (int, float)) and not isinstance(proxy, bool) else None
+        loads = isinstance(proxy, Iterable) and not isinstance(proxy, (str, bytes))
+        if not (loads if self.share is None else 0 < self.share <= 1):
+            raise InvalidArgument(f"proxy is a share above 0 and at most 1, or a loader of batches; not {proxy!r}")
+        if isinstance(proxy, Iterator):
+            raise InvalidArgument("a proxy is read more than once: give a loader or a list of batches, not an iterator")
+        if whole("per_class", per_class, 1) < 4:
             raise InvalidArgument(f"compactness needs at least 4 images of a class in a batch, not {per_class}")
-        self.proxy, self.discriminability, self.margin = proxy, discriminability, margin
-        self.classes, self.per_class, self.warmup = classes, per_class, warmup
-        self.fresh_head = False
+        if not isinstance(margin, (int, float)) or not -1 <= margin <= 1:
+            raise InvalidArgument(f"margin is a cosine, from -1 to 1, not {margin!r}")
+        self.proxy, self.discriminability, self.margin = proxy, number("discriminability", discriminability), margin
+        self.classes = None if classes is None else whole("classes", classes, 1)
+        self.per_class, self.warmup = per_class, whole("warmup", warmup, 0)
         self._features: list[Tensor] = []
 
     def loader(self, train: Iterable[Any]) -> Iterable[Any]:
-        if not isinstance(self.proxy, (int, float)):
-            self.source: Iterable[Any] = self.proxy
+        if self.share is None:
+            self.source: Iterable[Any] = self.proxy  # type: ignore[assignment]
         else:
-            self.source = class_loader(train, float(self.proxy), self.classes, self.per_class, self.seed)
+            self.source = class_loader(train, self.share, self.classes, self.per_class, self.seed)
         return self.source
 
     def attach(
@@ -81,15 +89,46 @@ class SEAM(EBS):
     ) -> None:
         super().attach(model, graph, candidates, norms)
         self.head = graph.layers[-1].name
+        if self.share is None and self.head in self.layers:
+            raise InvalidArgument(
+                f"a loader as proxy gets a head of its own, so {self.head!r} cannot be searched; leave its widths fixed"
+            )
 
     def calibrate(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
         super().calibrate(model, batches, inputs)
         labels = labels_of(batches[0])
         if labels is None or labels.is_floating_point() or labels.dim() != 1:
             raise InvalidArgument("seam needs one class label a sample in its proxy data")
-        if not isinstance(self.proxy, (int, float)):
+        if self.loss.distill:
+            raise InvalidArgument("seam learns from labels alone; leave distill out")
+        self.check_head(model, batches[0])
+        if self.share is None:
             self.renew_head(model, max(labels_in(self.source) + 1, 2))
         model.get_submodule(self.head).register_forward_pre_hook(self._keep)
+
+    @torch.no_grad()
+    def check_head(self, model: nn.Module, batch: Any) -> None:
+        """Raise InvalidArgument unless the graph's last layer is the classifier: runs last, as wide as the logits.
+
+        An excluded classifier is in no graph, and the last layer there is another one, with other features.
+        """
+        ran: list[nn.Module] = []
+        weighted = [m for m in model.modules() if isinstance(w := getattr(m, "weight", None), Tensor) and w.dim() > 1]
+        handles = [m.register_forward_pre_hook(lambda module, _args: ran.append(module)) for m in weighted]
+        training = model.training
+        model.eval()
+        try:
+            classes = logits_of(forward(model, batch)).shape[-1]
+        finally:
+            model.train(training)
+            for handle in handles:
+                handle.remove()
+        head: Any = model.get_submodule(self.head)
+        if ran[-1:] != [head] or head.weight.shape[0] != classes:
+            raise InvalidArgument(
+                f"seam needs the classifier among the layers, and the last of them, {self.head!r}, does not give the "
+                "logits; do not exclude the classifier"
+            )
 
     def renew_head(self, model: nn.Module, classes: int) -> None:
         """A head of its own for a proxy of other classes, trained on frozen features; the copy only."""
@@ -106,7 +145,6 @@ class SEAM(EBS):
             head.bias.zero_()
         parent, _, leaf = self.head.rpartition(".")
         setattr(model.get_submodule(parent), leaf, head.to(old.weight))
-        self.fresh_head = True
         self._warm_up(model, head)
 
     def _warm_up(self, model: nn.Module, head: nn.Linear) -> None:
@@ -119,6 +157,7 @@ class SEAM(EBS):
         steps = 0
         try:
             while steps < self.warmup:
+                before = steps
                 for batch in self.source:
                     batch = to_device(batch, device)
                     with torch.no_grad():
@@ -132,9 +171,12 @@ class SEAM(EBS):
                     steps += 1
                     if steps >= self.warmup:
                         break
+                if steps == before:
+                    raise InvalidArgument("the proxy gave its batches once only; give a loader that can be read again")
         finally:
             handle.remove()
             model.train(training)
+            optimizer.zero_grad(set_to_none=True)  # else the search's first step had it in its gradient
 
     def _keep(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         self._features = [args[0]]
@@ -150,5 +192,4 @@ class SEAM(EBS):
         yield self.penalty(), "prices"
 
     def details(self, model: nn.Module) -> dict[str, Any]:
-        share = self.proxy if isinstance(self.proxy, (int, float)) else None
-        return {**super().details(model), "proxy_share": share, "fresh_head": self.fresh_head}
+        return {**super().details(model), "proxy_share": self.share, "fresh_head": self.share is None}
