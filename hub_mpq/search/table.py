@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..cost.bitops import float_bitops, layer_bitops
@@ -90,7 +90,7 @@ def _limits(graph: LayerGraph, budget: Budget, base_bytes: int) -> tuple[dict[st
             counts[layer.name] for layer in searched
         )
     for name, (limit, table) in budget.costs.items():
-        if name in limits:
+        if name in {f.name for f in fields(budget)}:  # given or not: reports and penalties go by the name
             raise InvalidArgument(f"cost {name!r} has the name of a built-in limit")
         _check_cost(graph, name, table)
         constant[name] = sum(table[layer.name][str(bits)] for layer, bits in fixed if layer.name in table)

@@ -179,6 +179,19 @@ def test_a_carry_beyond_eight_bits_is_the_widest_candidate(net):
     assert {b.weight for b in bsq.inferred(net).values()} == {6}
 
 
+def test_planes_are_clipped_every_step_and_requantized_every_so_many(net):
+    _, bsq = attached(net, every=2)
+    planes = [tensor.planes for tensor in bsq.tensors.values()]
+    with torch.no_grad():
+        for p in planes:
+            p[:, :3] += 0.4
+            p[0, 0] -= 9.0
+    bsq.after_step(net, 0)
+    assert all(p.min() >= 0 and 1 < p.max() <= 2 for p in planes)
+    bsq.after_step(net, 1)
+    assert all(set(p.unique().tolist()) == {0.0, 1.0} for p in planes)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

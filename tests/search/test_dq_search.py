@@ -73,7 +73,7 @@ def test_a_start_on_the_power_of_two_grid_is_the_one_asked_for(net, start, bits)
     dq = DQSearch(grid="power-of-two", start=start)
     dq.attach(copy.deepcopy(net), mpq.graph, resolve_candidates(mpq.graph, None), {})
     dq.calibrate(net, [], {})
-    assert {int(q.width()) for q in dq.quantizers} == {bits}
+    assert {int(q.width().detach()) for q in dq.quantizers} == {bits}
 
 
 @pytest.mark.parametrize("parametrization", ["step-range", "bits-step", "bits-range"])
@@ -92,6 +92,29 @@ def test_a_cost_of_the_users_may_have_any_name(net, train):
             budget = {"bitops": "W4A4", "costs": {name: (9.0, table)}}
             found = mpq.train_scores(train, strategy=strategy, steps=1, budget=budget)
             assert set(found.provenance.get("reached", {"bitops"})) == {"bitops"}
+
+
+@pytest.mark.parametrize("name", ["size", "activation_peak", "bitops"])
+def test_a_cost_of_the_users_may_not_have_the_name_of_a_limit(net, train, name):
+    """Also where that limit is not given: a penalty would read it as bytes of the file."""
+    mpq = HubMPQ.from_module(net, X)
+    row = {f"W{w}A{a}": 1.0 for w in range(2, 7) for a in range(2, 7)}
+    table = {x.name: row for x in mpq.graph.searched}
+    with pytest.raises(InvalidArgument, match="name of a built-in limit"):
+        mpq.train_scores(train, strategy="dq", steps=1, budget={"weight_bits": 4, "costs": {name: (9.0, table)}})
+
+
+def test_every_step_ends_within_the_candidates(net):
+    mpq = HubMPQ.from_module(net, X)
+    dq = DQSearch()
+    dq.attach(copy.deepcopy(net), mpq.graph, resolve_candidates(mpq.graph, [3, 4]), {})
+    dq.calibrate(net, [], {})
+    for factor, bits in ((100.0, 4), (1e-4, 3)):
+        with torch.no_grad():
+            for q in dq.quantizers:
+                q.range.mul_(factor)
+        dq.after_step(net, 0)
+        assert {int(q.width().detach()) for q in dq.quantizers} == {bits}
 
 
 @pytest.mark.parametrize(
