@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cli_toys import LOADING, MODEL
 
-STEPS = "40"
+STEPS = "120"  # long enough that a busy machine does not finish before the signal comes
 
 
 def command(folder, out):
@@ -33,7 +33,11 @@ def interrupt(args, when: Path) -> subprocess.CompletedProcess:
     while not when.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
+    try:
+        stdout, stderr = process.communicate(timeout=20)
+    except subprocess.TimeoutExpired:  # Python drops an interrupt that meets a finalizer: press again
+        os.killpg(process.pid, signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
     return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
 
 
