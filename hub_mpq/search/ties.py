@@ -17,14 +17,19 @@ def merge_inputs(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, dict[str, LayerBits]]]]:
     """(table rows, their meaning): one row per group of layers that read one input, one per other layer.
 
-    A group's choices are the products of its layers' weight widths at one activation width. Products that another
-    beats in score and in every cost are left out while the group is built: exact, and it keeps q, k, v at some
-    dozens of choices instead of hundreds.
+    A group's choices are the products of its layers' weight widths at one activation width. An embedding that shares
+    its weight with a layer of such a group (a tied head) joins it, as its own choices say nothing of inputs. Products
+    that another beats in score and in every cost are left out while the group is built: exact, and it keeps q, k, v at
+    some dozens of choices instead of hundreds.
     """
     groups: dict[str, list[str]] = {}
-    for layer in graph.searched:
-        key = layer.activation_tie if layer.activation_tie is not None else layer.name
-        groups.setdefault(f"input:{key}" if layer.activation_tie is not None else key, []).append(layer.name)
+    tied: dict[str, str] = {}
+    for layer in sorted(graph.searched, key=lambda x: x.weight_only):
+        key = layer.name if layer.activation_tie is None else f"input:{layer.activation_tie}"
+        if layer.tie is not None:
+            key = tied.setdefault(layer.tie, key) if layer.weight_only else key
+            tied.setdefault(layer.tie, key)
+        groups.setdefault(key, []).append(layer.name)
     table: dict[str, dict[str, Any]] = {}
     meaning: dict[str, dict[str, dict[str, LayerBits]]] = {}
     for names in groups.values():
@@ -92,27 +97,32 @@ def _label(bits: Mapping[str, LayerBits]) -> str:
     widths = list(bits.values())
     if len(widths) == 1:
         return str(widths[0])
-    return "".join(f"W{b.weight}" for b in widths) + f"A{widths[0].activation}"
+    return "".join(f"W{b.weight}" for b in widths) + f"A{min(b.activation for b in widths)}"
 
 
 def _product(names: list[str], rows: Mapping[str, Row], sense: str, ties: Mapping[str, str | None]) -> list[Combo]:
     if len(names) == 1:
         return [({names[0]: bits}, score, cost) for bits, (score, cost) in rows[names[0]].items()]
-    shared = set.intersection(*({bits.activation for bits in rows[name]} for name in names))
+    sets = [{bits.activation for bits in rows[name]} for name in names]
+    shared = set.intersection(*([s for s in sets if s != {FLOAT_BITS}] or sets))
     out: list[Combo] = []
     for activation in sorted(shared):
         combos: list[Combo] = [({}, 0.0, {})]
-        for name in names:
-            options = [(b, *rows[name][b]) for b in rows[name] if b.activation == activation]
-            combos = _undominated(
-                [
-                    ({**bits, name: b}, score + s, {k: cost.get(k, 0) + c[k] for k in c})
-                    for bits, score, cost in combos
-                    for b, s, c in options
-                    if all(bits[n] == b for n in bits if ties[name] is not None and ties[n] == ties[name])
-                ],
-                sense,
-            )
+        for i, name in enumerate(names):
+            options = [(b, *rows[name][b]) for b in rows[name] if b.activation in (activation, FLOAT_BITS)]
+            combos = [
+                ({**bits, name: b}, score + s, {k: cost.get(k, 0) + c[k] for k in c})
+                for bits, score, cost in combos
+                for b, s, c in options
+                if all(bits[n].weight == b.weight for n in bits if ties[name] and ties[n] == ties[name])
+            ]
+            # a width that a layer to come must share is no choice to drop yet
+            later = {ties[n] for n in names[i + 1 :]} - {None}
+            alike: dict[tuple[int, ...], list[Combo]] = {}
+            for combo in combos:
+                shares = tuple(b.weight for n, b in combo[0].items() if ties[n] in later)
+                alike.setdefault(shares, []).append(combo)
+            combos = [combo for group in alike.values() for combo in _undominated(group, sense)]
         out += combos
     return out
 

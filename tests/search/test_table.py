@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,33 @@ def test_tied_layers_share_everything_within_one_input_and_across():
     for graph in (toy(ties=("t", None, "t"), inputs=("q", "q", "q")), toy(ties=("t", None, "t"))):
         result = search_policy(graph, scores_of(graph), Budget(bitops="W3A3"), base_bytes=0)
         assert result.policy.bits["body.0"] == result.policy.bits["body.2"]
+
+
+def test_a_searched_embedding_and_its_tied_head_share_the_weight_width_only():
+    word = LayerSpec("word", "embedding", (80, 5), 0, 400, 8, tie="t")
+    body = LayerSpec("body.1", "linear", (180, 5), 9000, 900, 50)
+    head = LayerSpec("head", "linear", (80, 5), 2000, 400, 50, tie="t", weight_owner="word")
+    for inputs in (None, "q"):
+        layers = (LayerSpec("stem", "conv2d", (4, 3, 3, 3), 1000, 108, 64, fixed=F8), word, body, head)
+        layers = tuple(replace(x, activation_tie=inputs if x.kind == "linear" else None) for x in layers)
+        graph = LayerGraph("toy", None, "module", (3, 8, 8), layers, ())
+        scores = scores_of(graph)
+        size = usage_of(graph, Policy.uniform(graph, "W3A3"), None, 0)["size"]
+        # the head's weights cost no bytes: its widest must not be taken for the best before the embedding is asked
+        for budget in (Budget(size=size), Budget(size=size, bitops="W3A3")):
+            result = search_policy(graph, scores, budget, base_bytes=0)
+            bits = result.policy.bits
+            assert bits["word"].weight == bits["head"].weight
+            assert (bits["word"].activation, bits["head"].activation < 32) == (32, True)
+            cap = graph_bitops(graph, Policy.uniform(graph, "W3A3")) if budget.bitops else float("inf")
+
+            def allowed(policy, graph=graph, cap=cap, inputs=inputs, size=size):
+                bits = policy.bits
+                one_input = inputs is None or bits["head"].activation == bits["body.1"].activation
+                fits = usage_of(graph, policy, None, 0)["size"] <= size and graph_bitops(graph, policy) <= cap
+                return fits and one_input and bits["word"].weight == bits["head"].weight
+
+            assert result.objective == pytest.approx(brute(graph, scores, allowed), abs=1e-12)
 
 
 def test_named_costs():
