@@ -123,9 +123,9 @@ def test_tied_layers_share_everything_within_one_input_and_across():
 
 
 def test_a_searched_embedding_and_its_tied_head_share_the_weight_width_only():
-    word = LayerSpec("word", "embedding", (80, 5), 0, 400, 8, tie="t")
-    body = LayerSpec("body.1", "linear", (180, 5), 9000, 900, 50)
-    head = LayerSpec("head", "linear", (80, 5), 2000, 400, 50, tie="t", weight_owner="word")
+    word = LayerSpec("word", "embedding", (16, 64), 0, 1024, 8, tie="t")
+    body = LayerSpec("body.1", "linear", (24, 64), 9000, 1536, 50)
+    head = LayerSpec("head", "linear", (16, 64), 2000, 1024, 50, tie="t", weight_owner="word")
     for inputs in (None, "q"):
         layers = (LayerSpec("stem", "conv2d", (4, 3, 3, 3), 1000, 108, 64, fixed=F8), word, body, head)
         layers = tuple(replace(x, activation_tie=inputs if x.kind == "linear" else None) for x in layers)
