@@ -44,7 +44,7 @@ def draw(task: str, rows: list[dict[str, Any]], path: Path) -> None:
         panel.set_xlabel(unit)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(TASKS[task].unit)
-    panels[0].legend(frameon=False, fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     figure.suptitle(task)
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
