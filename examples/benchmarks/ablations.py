@@ -77,7 +77,7 @@ def report() -> None:
         print(f"\n### {name} at {level}\n\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
         for variant, seeds in found.items():
             both = sorted(set(seeds) & set(default))
-            ours, theirs = ([rows[s]["items"] for s in both] for rows in (seeds, default))
+            ours, theirs = ([of[s]["items"] for s in both] for of in (seeds, default))
             scores = [row["score"] for row in seeds.values()]
             cells = [
                 variant,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,10 +80,14 @@ Plot = Annotated[File, typer.Option(help="Picture to write (.png, .svg or .pdf).
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
 
 
-def budget_of(**limits: Any) -> dict[str, Any]:
-    """The limits that were given, checked for units; InvalidArgument when there is none."""
-    given = {name: value for name, value in limits.items() if value is not None}
-    Budget(**given)
+_LIMITS = ("bitops", "size", "compression", "weight_bits", "activation_memory", "activation_peak")
+
+
+def budget_of(values: Mapping[str, Any], *, needed: bool = True) -> dict[str, Any]:
+    """The limits among a command's values, checked for units; InvalidArgument when one is needed and there is none."""
+    given = {name: values[name] for name in _LIMITS if values[name] is not None}
+    if given or needed:
+        Budget(**given)
     for name, value in given.items():
         _check(name, value)
     return given

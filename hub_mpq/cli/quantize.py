@@ -67,16 +67,7 @@ def quantize(
     """Indicators, search, quantizers, fine-tuning and a packed folder, in one command."""
     settings = given.settings_of(locals())
     search = given.search_of(strategy, strategy_option, indicator_epochs, indicator_steps)
-    limits = {
-        "bitops": bitops,
-        "size": size,
-        "compression": compression,
-        "weight_bits": weight_bits,
-        "activation_memory": activation_memory,
-        "activation_peak": activation_peak,
-    }
-    free = not given.needs_budget(strategy) and all(value is None for value in limits.values())
-    budget = {} if free else o.budget_of(**limits)
+    budget = o.budget_of(locals(), needed=given.needs_budget(strategy))
     check_folder(output, overwrite, resume)
     given.check_plot(plot)
     widths = o.candidates_of(candidates)

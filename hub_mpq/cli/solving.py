@@ -36,14 +36,7 @@ def search(
     as_json: o.Json = False,
 ) -> None:
     """The best policy within a budget, from indicators trained before."""
-    budget = o.budget_of(
-        bitops=bitops,
-        size=size,
-        compression=compression,
-        weight_bits=weight_bits,
-        activation_memory=activation_memory,
-        activation_peak=activation_peak,
-    )
+    budget = o.budget_of(locals())
     widths = o.candidates_of(candidates)
     mpq = models.load(model, meta=True, **given.model_options(locals()))
     models.indicators_for(mpq, indicators)
@@ -97,15 +90,7 @@ def pareto(
     as_json: o.Json = False,
 ) -> None:
     """The best policies along one limit; other limits, where given, hold at each point."""
-    others = {
-        "bitops": bitops,
-        "size": size,
-        "compression": compression,
-        "weight_bits": weight_bits,
-        "activation_memory": activation_memory,
-        "activation_peak": activation_peak,
-    }
-    budget = o.budget_of(**others) if any(value is not None for value in others.values()) else {}
+    budget = o.budget_of(locals(), needed=False)
     widths = o.candidates_of(candidates)
     mpq = models.load(model, meta=True, **given.model_options(locals()))
     models.indicators_for(mpq, indicators)

@@ -75,6 +75,13 @@ def test_what_would_do_nothing_is_refused(net, train, asked, words):
         HubMPQ.from_module(net, X).quantize(train=train, **QUICK, **asked)
 
 
+@pytest.mark.parametrize("strategy", ["dq", "ebs", "bsq", "hessian", "mse"])
+def test_a_model_of_fixed_layers_is_refused_in_words(net, train, strategy):
+    mpq = HubMPQ.from_module(net, X, fixed={"*": "W4A4"})
+    with pytest.raises(InvalidArgument, match="nothing to search"):
+        mpq.train_scores(train, strategy=strategy, steps=1)
+
+
 def test_no_budget_is_refused_before_the_search(net):
     class Untouched:
         def __iter__(self):
