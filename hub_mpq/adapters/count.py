@@ -8,6 +8,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+_GROUPED = ("_grouped_mm", "grouped_mm_fallback")
+"""torch's product with stacked matrices, and what transformers runs where torch has no kernel for it."""
+
 
 def operands_and_macs(name: str, args: tuple[Any, ...], out: Any) -> tuple[tuple[Tensor, ...], int]:
     """The multiplied tensors and the MACs of one aten operator; ((), 0) for one that multiplies no matrices.
@@ -15,10 +18,12 @@ def operands_and_macs(name: str, args: tuple[Any, ...], out: Any) -> tuple[tuple
     A convolution counts its real output area (floored), kernel and input channels per group; a transposed one its
     input area. Attention counts both products, masked or not. Additions and element-wise work count nothing.
     """
-    if name in ("mm", "bmm", "mv", "dot", "_grouped_mm", "addmm", "baddbmm", "addbmm", "addmv", "_addmm_activation"):
+    if name in _GROUPED:  # each row meets one of the stacked matrices
+        a, b = args[:2]
+        rows = a.shape[-2:].numel() if (a.ndim, b.ndim) == (3, 2) else a.numel()
+        return (a, b), rows * b.shape[-1]
+    if name in ("mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addbmm", "addmv", "_addmm_activation"):
         a, b = args[1:3] if "add" in name else args[:2]
-        if name == "_grouped_mm":  # each row meets one of the stacked matrices
-            return (a, b), a.numel() * b.shape[-1]
         return (a, b), a.numel() * (b.shape[-1] if b.ndim >= 2 else 1)
     if name in ("convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution"):
         x, w = args[:2]
@@ -38,21 +43,34 @@ def storage_key(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def _grouped_product(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """Zeros of the shape that `_grouped_mm` answers with.
+
+    An axis that only one operand has is the one that `offsets` cuts into groups: rows of `a`, columns of `b`, or,
+    where both are matrices, the axis that is summed.
+    """
+    groups = [] if a.ndim != b.ndim else [b.shape[0] if b.ndim == 3 else offsets.shape[0]]  # type: ignore[union-attr]
+    return a.new_zeros([*groups, a.shape[-2], b.shape[-1]])
+
+
 class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts products while it is entered.
 
     `where`: a list whose last entry names the running module. `known`: {storage key: name} of Parameters and buffers.
+    `stand_ins`: the tensors have shapes but no values of their own (meta, or zeros that take no memory). Kernels of
+    grouped products refuse such tensors for their dtype or their strides, so those are not run then.
     `macs`: {(module name, name of the Parameter or buffer that takes part or "", fused attention): MACs}.
     """
 
-    def __init__(self, where: list[str], known: dict[int, str]) -> None:
+    def __init__(self, where: list[str], known: dict[int, str], *, stand_ins: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.where, self.known = where, known
+        self.where, self.known, self.stand_ins = where, known, stand_ins
         self.macs: Counter[tuple[str, str, bool]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")[2]
+        run = _grouped_product if self.stand_ins and name in _GROUPED else func
+        out = run(*args, **(kwargs or {}))
         tensors, macs = operands_and_macs(name, args, out)
         if macs:
             part = next((self.known[key] for t in tensors if (key := storage_key(t)) in self.known), "")

@@ -110,14 +110,16 @@ def _instead(model: nn.Module, example: Example, stand_in: Callable[[Tensor], Te
     swapped = {name: stand_in(tensor) for name, tensor in named.items()}
     example = tree_map(lambda x: _moved(x, device) if isinstance(x, Tensor) else x, example)
     args, kwargs = _arguments(example)
-    return _hooked(model, swapped, lambda: torch.func.functional_call(model, swapped, args, kwargs))
+    return _hooked(model, swapped, lambda: torch.func.functional_call(model, swapped, args, kwargs), stand_ins=True)
 
 
 def _moved(x: Tensor, device: str) -> Tensor:
     return torch.zeros_like(x, device=device) if x.is_meta and device != "meta" else x.to(device)
 
 
-def _hooked(model: nn.Module, named: Mapping[str, Tensor], forward: Callable[[], Any]) -> Run:
+def _hooked(
+    model: nn.Module, named: Mapping[str, Tensor], forward: Callable[[], Any], *, stand_ins: bool = False
+) -> Run:
     run, where = Run(), [""]
     names = {module: name for name, module in model.named_modules()}
     tokens: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -151,7 +153,8 @@ def _hooked(model: nn.Module, named: Mapping[str, Tensor], forward: Callable[[],
             for module in names:
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
                 handles.append(module.register_forward_hook(after))
-            with MacCounter(where, {storage_key(tensor): name for name, tensor in named.items()}) as counter:
+            known = {storage_key(tensor): name for name, tensor in named.items()}
+            with MacCounter(where, known, stand_ins=stand_ins) as counter:
                 forward()
         finally:
             for handle in handles:

@@ -140,7 +140,7 @@ def _config(model: nn.Module, model_kwargs: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
         try:
-            _hub.save_config_for_hf(model, str(file), model_args=dict(model_kwargs))
+            _hub.save_config_for_hf(model, file, model_args=dict(model_kwargs))
         except (TypeError, ValueError, AttributeError) as error:
             raise HubMPQError(f"timm writes no config.json for a model built like this: {error}") from error
         config: dict[str, Any] = json.loads(file.read_text())

@@ -23,13 +23,25 @@ def command(folder, out):
     return [str(a) for a in (*args, "--candidates", "2,4", "--batch-size", "4", "--workers", "0", "--resume")]
 
 
-def run(args, log):
-    """The command, in a process of its own that has its imports already."""
+def run(args, log, flushes=None):
+    """The command, in a process of its own that has its imports already.
+
+    `flushes`: SIGKILL after so many files of states have been flushed, which is while a state is being written.
+    """
     import sys
 
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
+    if flushes is not None:
+        flush, left = os.fsync, iter(range(flushes - 1))
+
+        def fsync(handle):
+            flush(handle)
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.fsync = fsync
     sys.argv = ["hub-mpq", *args]
     from hub_mpq.cli import main
 
@@ -44,29 +56,32 @@ def start():
         ["torch", "accelerate", "timm", "hub_mpq.cli", "hub_mpq.search.joint", "torch._dynamo"]
     )
 
-    def begin(args, log):
-        process = context.Process(target=run, args=(args, str(log)))
+    def begin(args, log, flushes=None):
+        process = context.Process(target=run, args=(args, str(log), flushes))
         process.start()
         return process
 
     return begin
 
 
-def kill(process, states, rng):
-    """SIGKILL at a random moment: before, in or after the training, or while a state is being written."""
+def kill(begin, args, log, states, rng):
+    """SIGKILL at a random moment: before, in or after the training, or while a state is being written.
+
+    The latter by the run itself, since a busy machine can write a whole state between two looks from outside.
+    """
 
     def at_step():
         return max((int(p.name[-8:]) for p in states.glob("*/step-*")), default=0)
 
-    wait, begun = rng.choice([0, 1, 2, 3, 4]), at_step()
-    writing = rng.random() < 0.5
-    deadline = time.monotonic() + 60
-    while process.is_alive() and time.monotonic() < deadline:
-        if at_step() - begun >= wait and (not writing or any(states.glob("*/partial-*"))):
-            break
-        time.sleep(0.0005 if writing else 0.001)
-    time.sleep(rng.uniform(0, 0.001 if writing else 0.03))  # a quick machine writes a state in a few ms
-    process.kill()
+    if rng.random() < 0.5:
+        process = begin(args, log, flushes=rng.randrange(1, 40))
+    else:
+        wait, begun = rng.choice([0, 1, 2, 3, 4]), at_step()
+        process = begin(args, log)
+        while process.is_alive() and at_step() - begun < wait:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.03))
+        process.kill()
     process.join()
     return process.exitcode == -signal.SIGKILL
 
@@ -78,7 +93,7 @@ def test_killed_20_times_and_resumed_the_indicators_are_equal_to_the_bit(start, 
     ends, kills, torn, steps = [], 0, 0, set()
     while kills < KILLS:
         assert len(ends) < KILLS, "the runs are over before they can be killed"
-        killed = kill(start(command(folder, out), log), states, rng)
+        killed = kill(start, command(folder, out), log, states, rng)
         kills += killed
         torn += any(states.glob("*/partial-*"))
         steps |= {p.name for p in states.glob("*/step-*")}
@@ -88,7 +103,7 @@ def test_killed_20_times_and_resumed_the_indicators_are_equal_to_the_bit(start, 
             out.unlink()
     last = start(command(folder, out), log)
     for process in (last, whole):
-        process.join(120)
+        process.join()
         assert process.exitcode == 0, log.read_text()[-3000:]
     ends.append(read_indicators(out))
     assert torn >= 3, "no state was being written when the runs were killed"
@@ -123,7 +138,7 @@ def small_disk(tmp_path):
 
 def refused_for_space(process, log, folder):
     """It ends with one sentence, and the last good state stays alone."""
-    process.join(120)
+    process.join()
     told = log.read_text().splitlines()
     assert process.exitcode == 2, told
     assert "could not be written" in told[-1], told

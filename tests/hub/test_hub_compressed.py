@@ -55,7 +55,6 @@ def plain(hub, environment, tmp_path, want):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]

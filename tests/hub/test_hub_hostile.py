@@ -183,10 +183,10 @@ def test_a_config_that_would_take_all_memory_is_refused(hub, bert, change):
     files = bert[1]
     config = json.dumps({**json.loads(files[CONFIG]), **change})
     hub.store.make(NAME, files={**files, CONFIG: config.encode()})
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(PackedFormat, match="builds a model of"):
         HubMPQ.from_pretrained(NAME)
-    assert time.perf_counter() - began < 30
+    assert time.process_time() - began < 30  # seconds of work, whatever else the machine does
 
 
 def test_remote_code_is_not_run(hub, bert, tmp_path):

@@ -24,7 +24,7 @@ def images(root):
 def launch(folder, *args):
     command = [sys.executable, "-m", "hub_mpq", "launch", "--processes", "2", "--cpu", *map(str, args)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "0"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=folder, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
 
 
 MODEL = ["test_resnet", "--input-size", "32", "--model-arg", "num_classes=3", "--no-pretrained"]

@@ -22,7 +22,7 @@ LAUNCH += ["--dynamo_backend", "no", "--main_process_port", "0"]
 def launch(*args, **env):
     command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH, *map(str, args)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **env}
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture(scope="module")

@@ -176,7 +176,7 @@ print(int(x.grad.sum()) > 0, float(q.shift.grad) != 0)
 def test_a_machine_without_a_compiler(tmp_path):
     """In a fresh process: what a user without g++ sees."""
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CXX": "/nonexistent/c++", "PATH": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", _PROGRAM], env=env, capture_output=True, text=True, timeout=240)
+    run = subprocess.run([sys.executable, "-c", _PROGRAM], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["works", "False", "True", "True"]
 
