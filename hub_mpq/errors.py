@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+_HUB_CLIENTS = ("huggingface_hub", "httpx", "httpx2", "requests", "urllib3")
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether an error comes from the Hub's client, the libraries it talks through, or the operating system."""
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _HUB_CLIENTS
+
 
 class HubMPQError(Exception):
     """Base class: one clear sentence for the person who made the call."""

@@ -132,7 +132,6 @@ def test_the_command_line_says_how_many_were_skipped(folder, tmp_path):
 
 
 def test_a_data_set_of_the_hub_library(folder):
-    pytest.importorskip("datasets")
     loader = image_loader(f"hfds/{folder}:train", CONFIG, train=False, classes=3)
     x, y = everything(loader)
     assert len(x) == 24
@@ -167,7 +166,6 @@ def shards(folder, root):
 
 
 def test_shards_train_as_a_stream(folder, tmp_path):
-    pytest.importorskip("webdataset")
     loader = image_loader(f"wds/{shards(folder, tmp_path / 'shards')}:train", CONFIG, train=True, batch_size=4)
     assert len(loader) == 6
     net = nn.Sequential(nn.Flatten(), nn.Linear(768, 3))
@@ -178,7 +176,7 @@ def test_shards_train_as_a_stream(folder, tmp_path):
 
 def test_a_stream_of_datasets_trains():
     """As text for transformers comes: tokens made on the way, no length."""
-    datasets = pytest.importorskip("datasets")
+    import datasets
 
     def rows():
         for i in range(40):

@@ -6,6 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "hub_mpq"
 FLOOR = {
     "errors": -1,
+    "versions": -1,
     "spec": 0,
     **dict.fromkeys(["cost", "kernels"], 1),
     **dict.fromkeys(["quantizers", "solve", "pack"], 2),

@@ -22,7 +22,7 @@ def blocks(language):
 
 def test_the_two_commands_stand_alone_in_the_first_screen():
     first = TEXT.splitlines()[:40]
-    for extra, then in (("demo", "hub-mpq demo"), ("test", "pytest")):
+    for extra, then in (("demo", "hub-mpq demo"), ("test", "pytest -n auto")):
         line = f'pip install -e ".[{extra}]" && {then}'
         where = first.index(line)
         assert first[where - 1] == "```bash"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..errors import HubMPQError
+from ..errors import HubMPQError, is_connection_error
 from ..spec import LayerGraph
 from .forward import Example
 
@@ -47,12 +48,17 @@ def placed(example: Example, model: nn.Module) -> Any:
     return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, example)
 
 
+def commit_of(file: object) -> str | None:
+    """Commit of the Hub repository that a file of the Hub client's cache was taken from; None for any other file."""
+    found = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", str(file))
+    return found and found[1]
+
+
 def cannot_build(model_id: str, error: Exception, *, pretrained: bool) -> HubMPQError:
     """One sentence on why a model could not be built, from whatever its library raised."""
     first = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
     said = f"[{type(error).__name__}: {first}]"
-    origin = type(error).__module__.partition(".")[0]
-    if not (isinstance(error, OSError) or origin in ("huggingface_hub", "httpx", "requests", "urllib3")):
+    if not is_connection_error(error):
         return HubMPQError(f"{model_id!r} can't be built {said}")
     way = "pretrained=False builds it without weights, checkpoint_path= takes a file that is here"
     if Path(model_id).is_dir():

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import HubMPQError
+from ..versions import warn_if_untested
 from .count import MacCounter, storage_key
 from .untouched import untouched
 
@@ -75,6 +76,7 @@ def watched_forward(model: nn.Module, example: Example) -> Run:
     take no memory, and then on as many samples as the example has, where one alone does not do.
     Raises HubMPQError when no way of running it works, with the model's own message.
     """
+    warn_if_untested("torch")
     batch = batch_size(example)
     first = tree_map(lambda x: x[:1] if isinstance(x, Tensor) and x.ndim and x.shape[0] == batch else x, example)
     on_meta = any(p.is_meta for p in model.parameters())

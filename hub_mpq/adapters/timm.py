@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ..errors import HubMPQError, InvalidArgument
-from .base import Source, cannot_build, noise, placed
+from ..versions import warn_if_untested
+from .base import Source, cannot_build, commit_of, noise, placed
 from .trace import build_graph
 
 
@@ -52,6 +53,7 @@ def load_timm(
     import timm
     from timm.data.config import resolve_model_data_config
 
+    warn_if_untested("timm")
     if checkpoint_path is not None and not Path(checkpoint_path).is_file():
         raise InvalidArgument(f"checkpoint_path: no file {str(checkpoint_path)!r}")
     name = _timm_uri(model_id)
@@ -89,7 +91,9 @@ def load_timm(
         head=_head(model),
         exclude=exclude,
     )
-    return Source(model, model_id, commit, "timm", on_device, graph, data, _config(model, model_kwargs))
+    return Source(
+        model, model_id, commit, "timm", on_device, graph, data, _config(model, model_kwargs, data["input_size"])
+    )
 
 
 def _timm_uri(model_id: str) -> str:
@@ -126,15 +130,14 @@ def _revision(model: nn.Module) -> str | None:
         return None
     repo, _, revision = repo.partition("@")
     for file in ("model.safetensors", "config.json"):
-        found = try_to_load_from_cache(repo, file, revision=revision or None)
-        if isinstance(found, str) and "snapshots" in Path(found).parts:
-            parts = Path(found).parts
-            return parts[parts.index("snapshots") + 1]
+        if found := commit_of(try_to_load_from_cache(repo, file, revision=revision or None)):
+            return found
     return None
 
 
-def _config(model: nn.Module, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """config.json as timm writes it. num_classes stays out of model_args: transformers' TimmWrapper trips over it."""
+def _config(model: nn.Module, model_kwargs: dict[str, Any], input_size: Sequence[int]) -> dict[str, Any]:
+    """config.json as timm writes it, with the number of channels that the model was built for, which timm writes from
+    1.0.31 on. num_classes stays out of model_args: transformers' TimmWrapper trips over it."""
     from timm.models import _hub
 
     with tempfile.TemporaryDirectory() as folder:
@@ -144,6 +147,8 @@ def _config(model: nn.Module, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         except (TypeError, ValueError, AttributeError) as error:
             raise HubMPQError(f"timm writes no config.json for a model built like this: {error}") from error
         config: dict[str, Any] = json.loads(file.read_text())
+    own = config["pretrained_cfg"]["input_size"]
+    config["pretrained_cfg"]["input_size"] = [input_size[0], *own[1:]]
     config.get("model_args", {}).pop("num_classes", None)
     if not config.get("model_args", True):
         del config["model_args"]

@@ -13,7 +13,8 @@ from torch import nn
 
 from ..errors import HubMPQError, InvalidArgument
 from ..nn.types import layer_kind
-from .base import Source, cannot_build, noise, placed
+from ..versions import warn_if_untested
+from .base import Source, cannot_build, commit_of, noise, placed
 from .trace import build_graph
 
 
@@ -37,6 +38,7 @@ def load_transformers(
     """
     import transformers
 
+    warn_if_untested("transformers")
     if checkpoint_path is not None and not Path(checkpoint_path).is_file():
         raise InvalidArgument(f"checkpoint_path: no file {str(checkpoint_path)!r}")
     pretrained = pretrained and checkpoint_path is None and not meta
@@ -65,7 +67,7 @@ def load_transformers(
         raise cannot_build(model_id, error, pretrained=pretrained) from error
     example = example_for(model, sequence_length)
     on_device = placed(example, model)
-    revision = getattr(config, "_commit_hash", None) or _commit(model_id, kwargs.get("revision"))
+    revision = _commit(model_id, kwargs.get("revision"))
     graph = build_graph(
         model,
         example if meta else on_device,
@@ -83,13 +85,12 @@ def load_transformers(
 
 
 def _commit(model_id: str, revision: str | None) -> str | None:
-    """Commit of the Hub repository the config was taken from; transformers 5 no longer keeps it in the config."""
+    """Commit of the Hub repository the config was taken from; newer versions of transformers keep it nowhere."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(model_id).is_dir():
         return None
-    found = try_to_load_from_cache(model_id, "config.json", revision=revision)
-    return Path(found).parent.name if isinstance(found, str) else None
+    return commit_of(try_to_load_from_cache(model_id, "config.json", revision=revision))
 
 
 def _model_class(config: Any, auto_class: str | None) -> Any:

@@ -36,8 +36,6 @@ def float_copy_state(model: nn.Module) -> dict[str, Tensor]:
 
 def published_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names on disk of a transformers model; since v5 they can differ from those of its modules (ViT, Mixtral)."""
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # transformers 4 has one set of names
-        return state
+    from transformers.core_model_loading import revert_weight_conversion
+
     return dict(revert_weight_conversion(model, state))

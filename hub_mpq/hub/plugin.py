@@ -10,10 +10,12 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..adapters.base import commit_of
 from ..errors import HubMPQError, InvalidArgument, PackedFormat
 from ..nn.packed import packed_layers
 from ..pack.header import FORMAT_VERSION
 from ..spec import Budget, LayerBits, Policy
+from ..versions import warn_if_untested
 from .folder import PACKED
 from .plugin_load import become_packed, to_float
 from .plugin_save import attach, detach, forget_packed_file
@@ -86,15 +88,18 @@ def _policy(value: Policy | Mapping[str, Any] | str | None) -> Policy | LayerBit
 class MPQHfQuantizer(HfQuantizer):  # type: ignore[misc]
     """Loads packed weights into packed layers; or quantizes a float model behind its loading.
 
-    `manifest`: what the packed file of the model says, once it is loaded.
+    `manifest`: what the packed file of the model says, once it is loaded. `commit`: of the Hub repository that the
+    weights were taken from, if any.
     """
 
     requires_calibration = False
     quantization_config: Any
     manifest: Manifest | None = None
+    commit: str | None = None
     trainable = False
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        warn_if_untested("transformers")
         if isinstance(device_map, Mapping) and "disk" in device_map.values():
             raise HubMPQError("packed weights can't be offloaded to disk; leave 'disk' out of the device_map")
         version = self.quantization_config.format_version
@@ -111,6 +116,7 @@ class MPQHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        self.commit = commit_of(checkpoint_files[0]) if checkpoint_files else None
         if self.pre_quantized:
             if not checkpoint_files:
                 raise HubMPQError("packed weights are read from a file, not from a state dict")
@@ -122,7 +128,7 @@ class MPQHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized:
             from .plugin_quantize import quantize_in_place
 
-            self.manifest = quantize_in_place(model, self.quantization_config)
+            self.manifest = quantize_in_place(model, self.quantization_config, self.commit)
             self.trainable = True
         if self.manifest is None:
             raise HubMPQError("nothing was loaded")

@@ -31,9 +31,10 @@ from .plugin_load import network_of
 _BATCHES = 4
 
 
-def quantize_in_place(model: Any, config: Any) -> Manifest:
+def quantize_in_place(model: Any, config: Any, revision: str | None = None) -> Manifest:
     """Put quantizers into a loaded float model as an MPQConfig asks; returns the manifest of the result.
 
+    revision: commit of the Hub repository that the float weights were taken from, if any.
     Scales of least squared error from up to 4 calibration batches, or from synthetic inputs with one warning.
     Raises what HubMPQ.search raises.
     """
@@ -41,7 +42,7 @@ def quantize_in_place(model: Any, config: Any) -> Manifest:
         raise InvalidArgument("a model that is offloaded can't be quantized; load it whole, without device_map='auto'")
     model.eval()
     net = network_of(model)
-    example, graph = _graph(model, net, config.exclude)
+    example, graph = _graph(model, net, config.exclude, revision)
     batch = synthetic_batch(net, example)
     library = graph.library
     manifest = Manifest(graph.model_id, graph.revision, library, graph, Policy.uniform(graph, "W2A2"))
@@ -75,8 +76,7 @@ def _provenance() -> dict[str, Any]:
     return {"hub_mpq": __version__}
 
 
-def _graph(model: Any, net: nn.Module, exclude: Any) -> tuple[Any, LayerGraph]:
-    revision = getattr(model.config, "_commit_hash", None)
+def _graph(model: Any, net: nn.Module, exclude: Any, revision: str | None) -> tuple[Any, LayerGraph]:
     common: dict[str, Any] = {"model_id": model.name_or_path, "revision": revision, "exclude": exclude}
     if net is not model:
         size = (model.config.pretrained_cfg or {}).get("input_size", (3, 224, 224))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..errors import is_connection_error
 from .remote import hub_api, repo_of
 
 PREPROCESS = (
@@ -53,9 +54,7 @@ def preprocess_files(
             name: Path(api.hf_hub_download(found[0], name, revision=revision)) for name in PREPROCESS if name in names
         }
     except Exception as error:
-        if type(error).__module__.split(".")[0] in ("huggingface_hub", "httpx", "httpx2", "requests") or isinstance(
-            error, OSError
-        ):
+        if is_connection_error(error):
             return _cached(found[0], revision)
         raise
 

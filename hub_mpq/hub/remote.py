@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from ..errors import HubMPQError, InvalidArgument
+from ..errors import HubMPQError, InvalidArgument, is_connection_error
+from ..versions import warn_if_untested
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
-_CLIENTS = ("huggingface_hub", "httpx", "httpx2", "requests", "urllib3")
 
 
 def hub_api(token: str | bool | None = None) -> HfApi:
     """The Hub client, under this package's own name."""
     from huggingface_hub import HfApi
 
+    warn_if_untested("huggingface_hub")
     return HfApi(token=token, library_name="hub-mpq", library_version=__version__)
 
 
@@ -81,6 +82,6 @@ def _reason(error: BaseException) -> str | None:
         said = (error.server_message or "").strip() or str(error).strip().partition("\n")[0]
         hint = "; does your token allow it?" if status in (401, 403) else ""
         return f"the Hub answered {status} ({said}){hint}"
-    if isinstance(error, (OSError, errors.HFValidationError)) or type(error).__module__.split(".")[0] in _CLIENTS:
+    if isinstance(error, errors.HFValidationError) or is_connection_error(error):
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return None

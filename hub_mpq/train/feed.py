@@ -111,6 +111,8 @@ def _batches(loader: Any, per_epoch: int, start: int, device: torch.device) -> I
         set_epoch(loader, epoch)
         skips = isinstance(loader, torch.utils.data.DataLoader) and skip > 0 and not stream
         source = skip_first_batches(loader, skip) if skips else loader
+        if skips:
+            set_epoch(source, epoch)  # what is left of a loader begins at epoch 0 before Accelerate 1.15
         seen = 0
         for index, batch in enumerate(source, start=skip if skips else 0):
             seen = index + 1

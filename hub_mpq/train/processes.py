@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HubMPQError
+from ..versions import warn_if_untested
 
 T = TypeVar("T")
 Rows = dict[str, dict[Any, float]]
@@ -37,6 +38,7 @@ def make_accelerator(*, seed: int = 0, cpu: bool | None = None, log_with: Any = 
     """
     from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 
+    warn_if_untested("accelerate")
     asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower()
     if asked in ("1", "true", "yes"):
         raise HubMPQError(

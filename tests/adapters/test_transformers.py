@@ -62,7 +62,9 @@ def test_seven_billion_parameters_take_no_memory(folder):
     assert all(p.is_meta for p in source.model.parameters())
     assert sum(layer.weight_count for layer in graph) > 6.7e9
     block = length * (4 * width * width + 3 * width * 11008)
-    assert macs(graph) == (32 * block + length * width * 32000, 32 * 2 * length * length * width)
+    assert macs(graph)[0] == 32 * block + length * width * 32000
+    attention = sum(op.macs for op in graph.floats if op.kind == "attention")
+    assert attention == 32 * 2 * length * length * width
     mlp = [graph[f"model.layers.5.mlp.{n}_proj"].activation_tie for n in ("gate", "up", "down")]
     assert mlp[0] == mlp[1] is not None
     assert mlp[2] is None

@@ -61,9 +61,7 @@ print(json.dumps(same))
 
 
 def run(code, environment, *args):
-    done = subprocess.run(
-        [sys.executable, "-c", code, *args], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, *args], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.strip().splitlines()[-1])
 

@@ -18,7 +18,6 @@ from hub_mpq.hub.publish import FLOAT_COPY, MANIFEST, publish
 from hub_mpq.hub.pull import remote_manifest
 from hub_mpq.pack import Manifest
 
-pytest.importorskip("compressed_tensors", reason="the extra compressed-tensors is not installed")
 pytestmark = pytest.mark.hub
 NAME = "me/bert-ct"
 PLAIN = """

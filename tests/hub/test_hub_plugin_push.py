@@ -4,8 +4,9 @@ import pytest
 import torch
 import transformers
 from hub_toys import IDS, float_bert
+from huggingface_hub import HfApi
 
-from hub_mpq import HubMPQ
+from hub_mpq import HubMPQ, MPQConfig
 from hub_mpq.hub.folder import PACKED
 from hub_mpq.hub.publish import FLOAT_COPY
 
@@ -49,3 +50,15 @@ def test_indicators_are_there_also_when_automodel_fetched_the_commit_first(hub, 
         hub.seen.clear()
         HubMPQ.from_pretrained(name, revision=commit)
         assert not hub.seen, "pinned and in the cache: no request"
+
+
+def test_a_float_repo_that_is_quantized_while_it_is_loaded_keeps_its_commit(hub, tmp_path):
+    float_bert(tmp_path / "float")
+    hub.store.make("me/float", files={p.name: p.read_bytes() for p in (tmp_path / "float").iterdir()})
+    calibration = [{"input_ids": IDS}]
+    model = transformers.AutoModel.from_pretrained(
+        "me/float", quantization_config=MPQConfig("W4A8", calibration=calibration)
+    )
+    commit = HfApi().model_info("me/float").sha
+    assert model.hf_quantizer.manifest.revision == commit
+    assert HubMPQ.from_pretrained("me/float").graph.revision == commit

@@ -81,8 +81,6 @@ def pack(root: Path, kind: str, level: str = "W3A6", **changes: Any) -> Packed:
 def python(script: str, *args: object) -> str:
     """Run a script in a fresh process; its standard output. Fails with its standard error."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, args)], capture_output=True, text=True, env=env
-    )
+    done = subprocess.run([sys.executable, "-c", script, *map(str, args)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

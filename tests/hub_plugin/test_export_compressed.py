@@ -12,8 +12,6 @@ from safetensors.torch import load_file, save_file
 from hub_mpq import HubMPQ, LayerBits, Policy
 from hub_mpq.errors import HubMPQError, InvalidArgument
 
-pytest.importorskip("compressed_tensors", reason="the extra compressed-tensors is not installed")
-
 PLAIN = """
 import json, sys
 import torch, transformers

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import sys
 
+import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from plugin_toys import pack
 
 from hub_mpq import HubMPQ
 from hub_mpq.errors import HubMPQError
-
-onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
-ort = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
-pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
 
 X = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 

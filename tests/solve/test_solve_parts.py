@@ -45,7 +45,8 @@ def test_the_dual_bound_is_below_every_policy_and_reduced_costs_are_exact():
 
 def test_the_dual_bound_is_the_bound_of_linear_programming():
     """Against HiGHS' relaxation where scipy is there: prices are good, not only valid."""
-    linprog = pytest.importorskip("scipy.optimize").linprog
+    from scipy.optimize import linprog
+
     rng = random.Random(1)
     for seed in range(5):
         rows = {

@@ -78,7 +78,8 @@ def test_bf16_computes_in_bf16_and_keeps_scales_and_gradients_in_float32(net, tr
 
 
 def decoder():
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = transformers.LlamaConfig(vocab_size=32, num_hidden_layers=2, max_position_embeddings=16, **sizes)
     with torch.random.fork_rng():
