@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -92,10 +93,16 @@ class Run:
     def _beside(self, ending: str) -> Path:
         return self.folder.with_name(f"{self.folder.name}.{ending}")
 
+    def _holds_state(self) -> bool:
+        """Whether there is something to go on from; False too while the main process removes the folder."""
+        with contextlib.suppress(FileNotFoundError):
+            return any(self.folder.glob("*/step-*")) or any(self.folder.glob("*.safetensors"))
+        return False
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        kept = any(self.folder.glob("*/step-*")) or any(self.folder.glob("*.safetensors"))
+        kept = self._holds_state()
         if is_main() and self.folder.is_dir() and (error is None or not kept):
             # under another name first: a state that is half removed must not be gone on from
             self.folder.rename(self._beside("finished"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,3 +137,21 @@ def test_nan_stops_with_the_step(run, folder, tmp_path, monkeypatch):
     assert "step 0" in result.stderr
     assert "loss" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_process_that_ends_while_the_main_one_removes_the_states(tmp_path, monkeypatch):
+    """Of several processes only the main one removes the folder, at a moment that the others do not know."""
+    from hub_mpq.cli import resume
+
+    run = resume.Run(tmp_path / "out", {"seed": 0}, resume=False)
+    listed = Path.glob
+
+    def removed_before_it_is_listed(folder, pattern):
+        shutil.rmtree(folder)
+        os.scandir(folder)  # as a later listing does
+        return listed(folder, pattern)
+
+    with run:
+        monkeypatch.setattr(resume, "is_main", lambda: False)
+        monkeypatch.setattr(Path, "glob", removed_before_it_is_listed)
+    assert not run.folder.exists()
