@@ -99,7 +99,8 @@ def stream(
 ) -> DataLoader[Any]:
     """timm's own data set and loader of shards, which gives each process and worker its own part.
 
-    The order is timm's; a resumed run reads again what it has seen. Unreadable images are skipped by the reader.
+    The order is timm's; a resumed run reads again what it has seen. Unreadable images are skipped by the reader. At
+    least one worker reads, since timm before 1.0.31 takes a stream without workers for empty.
     """
     from timm.data import create_dataset, create_loader
 
@@ -121,6 +122,8 @@ def stream(
     except Exception as error:
         raise InvalidArgument(f"{text} cannot be read ({type(error).__name__}: {error})") from error
     plain: dict[str, Any] = {"use_prefetcher": False, "color_jitter": 0.0}  # as Images augments
-    loader = create_loader(data, batch_size=batch_size, is_training=train, num_workers=workers, **plain, **config)
+    loader = create_loader(
+        data, batch_size=batch_size, is_training=train, num_workers=max(workers, 1), **plain, **config
+    )
     loader.sharded = True  # by processes and workers
     return loader  # type: ignore[no-any-return]

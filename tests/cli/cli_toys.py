@@ -9,6 +9,8 @@ from PIL import Image
 
 SKELETON = ["test_resnet", "--input-size", "32", "--model-arg", "num_classes=3"]
 MODEL = [*SKELETON, "--no-pretrained"]
+UNTESTED = "warning: hub_mpq uses private interfaces of"
+"""Begins the line that a release of another library newer than any tested brings."""
 LOADING = ["--batch-size", "8", "--workers", "0"]
 
 
