@@ -18,11 +18,16 @@ STEPS = "120"  # long enough that a busy machine does not finish before the sign
 
 def command(folder, out):
     args = ["quantize", *MODEL, "--data", folder, "--bitops", "W4A4", "--output", out]
-    return [*map(str, args), "--indicator-steps", "2", "--steps", STEPS, "--batch-size", "8", "--workers", "1"]
+    args += ["--indicator-steps", "2", "--steps", STEPS, "--checkpoint-every", "10"]
+    return [*map(str, args), "--batch-size", "8", "--workers", "1"]
 
 
-def interrupt(args, when: Path) -> subprocess.CompletedProcess:
-    """Run, and send Ctrl-C to the process group, workers included, once `when` is there."""
+def interrupt(args, states: Path) -> subprocess.CompletedProcess:
+    """Run, and send Ctrl-C to the process group, workers included, once a state of the fine-tuning is there.
+
+    Not before: outside of the training loop an interrupt raises wherever it comes, and Python drops one that comes in
+    a finalizer.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", "hub_mpq", *args],
         stdout=subprocess.PIPE,
@@ -30,21 +35,18 @@ def interrupt(args, when: Path) -> subprocess.CompletedProcess:
         text=True,
         start_new_session=True,
     )
-    while not when.exists() and process.poll() is None:
+    while not any(states.glob("finetune*/step-*")) and process.poll() is None:
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
-    try:
-        stdout, stderr = process.communicate(timeout=120)
-    except subprocess.TimeoutExpired:  # Python drops an interrupt that meets a finalizer: press again
+    if process.poll() is None:
         os.killpg(process.pid, signal.SIGINT)
-        stdout, stderr = process.communicate()
+    stdout, stderr = process.communicate()
     return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
 
 
 def test_ctrl_c_and_resume(run, folder, tmp_path):
     out, states = tmp_path / "out", tmp_path / "out.checkpoints"
     args = command(folder, out)
-    stopped = interrupt([*args, "--json"], when=states / "indicators.safetensors")
+    stopped = interrupt([*args, "--json"], states)
     assert stopped.returncode == 130
     assert stopped.stdout == ""
     first, told = (line for line in stopped.stderr.splitlines() if not line.startswith(UNTESTED))
