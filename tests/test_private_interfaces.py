@@ -417,6 +417,20 @@ def test_the_folder_of_a_cached_file_is_named_by_its_commit(monkeypatch, tmp_pat
     assert timm._revision(net) == transformers._commit("me/net", None) == commit
 
 
+def test_accelerates_launcher_tells_its_processes_by_these_variables():
+    """hub_mpq reads what the launcher was asked for from the environment of the processes that it starts."""
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+
+    options = ["--cpu", "--use_fsdp", "--num_machines", "1", "--num_processes", "2", "--dynamo_backend", "no"]
+    given = launch_command_parser().parse_args([*options, "--mixed_precision", "bf16", "script.py"])
+    alone = prepare_simple_launcher_cmd_env(given)[1]
+    assert alone["ACCELERATE_USE_CPU"].lower() == "true"
+    several = prepare_multi_gpu_env(given)
+    assert several["ACCELERATE_USE_FSDP"].lower() == "true"
+    assert alone["ACCELERATE_MIXED_PRECISION"] == several["ACCELERATE_MIXED_PRECISION"] == "bf16"
+
+
 def test_errors_of_the_hubs_client_are_told_by_their_module():
     """They are recognised by the package that the client comes from, which has changed more than once."""
     from huggingface_hub.utils import get_session

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,14 +44,16 @@ def storage_key(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _grouped_product(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-    """Zeros of the shape that `_grouped_mm` answers with.
+def _grouped_product(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Zeros of the shape and dtype that `_grouped_mm` answers with.
 
-    An axis that only one operand has is the one that `offsets` cuts into groups: rows of `a`, columns of `b`, or,
-    where both are matrices, the axis that is summed.
+    An axis that only one operand has is the one that `offs` cuts into groups: rows of `a`, columns of `b`, or, where
+    both are matrices, the axis that is summed.
     """
-    groups = [] if a.ndim != b.ndim else [b.shape[0] if b.ndim == 3 else offsets.shape[0]]  # type: ignore[union-attr]
-    return a.new_zeros([*groups, a.shape[-2], b.shape[-1]])
+    groups = [] if a.ndim != b.ndim else [b.shape[0] if b.ndim == 3 else offs.shape[0]]  # type: ignore[union-attr]
+    return a.new_zeros([*groups, a.shape[-2], b.shape[-1]], dtype=out_dtype)
 
 
 class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import default_collate
 
 from ..errors import HubMPQError, InvalidArgument
+from ..versions import warn_if_untested
 from .folders import read_class_map
 from .images import Images
 from .order import ShuffledEpochs
@@ -48,8 +49,10 @@ def image_loader(
     Hub or a local folder), or shards, read as a stream: "wds/FOLDER[:SPLIT]", "hfids/NAME[:SPLIT]" (timm's readers).
     config: as `data_config` gives it. train: shuffled, random crops and flips; else in order, one centre crop.
     classes: how many the model has; without a class map the folder must have exactly as many.
+    workers: processes that read the images, 0 for none; a stream is read by one at least.
     max_corrupt: the part of the images that is skipped when it cannot be read; a stream skips all such.
     """
+    warn_if_untested("timm")
     mapping = read_class_map(class_map) if class_map else None
     if is_stream(data):
         return stream(

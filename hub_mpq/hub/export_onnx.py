@@ -68,8 +68,6 @@ def export_onnx(folder: str | os.PathLike[str], model: nn.Module, example: Any) 
     example: one sample, a tuple of positional arguments or a mapping of keyword arguments. Needs the extra "onnx".
     Raises HubMPQError when it is not installed, or when the model can't be traced.
     """
-    if not hasattr(getattr(torch.onnx, "ops", None), "symbolic"):
-        raise HubMPQError(f"ONNX needs torch 2.8 or newer (torch.onnx.ops), this is {torch.__version__}")
     try:
         import onnx
         import onnxscript  # noqa: F401

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..nn.packed import packed_layers
 from ..nn.swap import quantized_layers
 from ..pack.layout import INPUT_PARTS, WEIGHT_PARTS, key
+from ..versions import warn_if_untested
 from .folder import QUANTIZER_KEYS
 
 
@@ -38,4 +39,5 @@ def published_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Ten
     """Names on disk of a transformers model; since v5 they can differ from those of its modules (ViT, Mixtral)."""
     from transformers.core_model_loading import revert_weight_conversion
 
+    warn_if_untested("transformers")
     return dict(revert_weight_conversion(model, state))

@@ -92,7 +92,6 @@ class MPQHfQuantizer(HfQuantizer):  # type: ignore[misc]
     weights were taken from, if any.
     """
 
-    requires_calibration = False
     quantization_config: Any
     manifest: Manifest | None = None
     commit: str | None = None

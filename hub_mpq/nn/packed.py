@@ -16,6 +16,7 @@ from ..errors import UnsupportedLayer
 from ..pack import PackedTensor
 from ..quantizers.ste import fake_quantize
 from ..spec import FLOAT_BITS, LayerBits, LayerSpec
+from ..versions import warn_if_untested
 from .layers import QuantConv1D, QuantConv2d, QuantLinear
 from .types import layer_kind
 
@@ -137,6 +138,7 @@ def packed_layer(
     the model computes in; `.to(…)` changes it. owner: the layer whose weight this one reads. Raises UnsupportedLayer
     unless the module's exact type has a packed form.
     """
+    warn_if_untested("torch")
     kind = layer_kind(module)
     if kind is None or kind != layer.kind:
         raise UnsupportedLayer(layer.name, type(module).__qualname__)

@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import PolicyMismatch, UnsupportedLayer
 from ..quantizers import LSQ
 from ..spec import FLOAT_BITS, LayerGraph, Policy
+from ..versions import warn_if_untested
 from .layers import CHANNEL_AXIS, QUANTIZED
 from .types import layer_kind
 
@@ -47,6 +48,7 @@ def swap(
     (`weight_owner`) shares its weight quantizer too. `per_channel`: one weight scale per output channel.
     Raises PolicyMismatch for names the graph does not have.
     """
+    warn_if_untested("torch")
     if extra := set(widths) - set(graph.names):
         raise PolicyMismatch((), extra)
     made: dict[str, LSQ] = {}

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import HubMPQError, InvalidArgument, TrainingDiverged
+from ..versions import warn_if_untested
 from .checkpoint import Checkpoints, StopOnSignal
 from .engine import Engine
 from .feed import Fed, batches_per_epoch, feed, has_length, prepared, set_epoch
@@ -97,6 +98,7 @@ def fit(
     """
     from huggingface_hub.utils import tqdm
 
+    warn_if_untested("accelerate")
     engine = engine or Engine()
     accelerator = accelerator or engine.accelerator(label, seed=seed)
     engine.check(accelerator)

@@ -38,7 +38,6 @@ def make_accelerator(*, seed: int = 0, cpu: bool | None = None, log_with: Any = 
     """
     from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 
-    warn_if_untested("accelerate")
     asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower()
     if asked in ("1", "true", "yes"):
         raise HubMPQError(
@@ -94,6 +93,7 @@ def _ordered(loader: Iterable[Any], seed: int, rank: int, processes: int) -> Ite
         return _EveryNth(loader, rank, processes)
     from accelerate.data_loader import prepare_data_loader
 
+    warn_if_untested("accelerate")
     return prepare_data_loader(  # type: ignore[no-any-return]
         own,
         num_processes=processes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,16 @@ from PIL import Image
 
 SKELETON = ["test_resnet", "--input-size", "32", "--model-arg", "num_classes=3"]
 MODEL = [*SKELETON, "--no-pretrained"]
-UNTESTED = "warning: hub_mpq uses private interfaces of"
+UNTESTED = "hub_mpq uses private interfaces of"
 """Begins the line that a release of another library newer than any tested brings."""
 LOADING = ["--batch-size", "8", "--workers", "0"]
+
+
+def steps(states: Path) -> set[str]:
+    """Names of the complete states in a run's folder, which the run may be removing."""
+    with contextlib.suppress(FileNotFoundError):
+        return {path.name for path in states.glob("*/step-*")}
+    return set()
 
 
 def images(root: Path, classes: int = 3, count: int = 8, side: int = 40) -> Path:

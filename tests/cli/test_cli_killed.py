@@ -11,7 +11,7 @@ import subprocess
 import time
 
 import pytest
-from cli_toys import MODEL
+from cli_toys import MODEL, steps
 
 from hub_mpq.pack import read_indicators
 
@@ -23,25 +23,34 @@ def command(folder, out):
     return [str(a) for a in (*args, "--candidates", "2,4", "--batch-size", "4", "--workers", "0", "--resume")]
 
 
-def run(args, log, flushes=None):
+def run(args, log, flushes=None, saves=None):
     """The command, in a process of its own that has its imports already.
 
     `flushes`: SIGKILL after so many files of states have been flushed, which is while a state is being written.
+    `saves`: SIGKILL after so many states have been written.
     """
     import sys
 
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    if flushes is not None:
-        flush, left = os.fsync, iter(range(flushes - 1))
 
-        def fsync(handle):
-            flush(handle)
+    def killing(plain, times):
+        left = iter(range(times - 1))
+
+        def last(*args):
+            plain(*args)
             if next(left, None) is None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        os.fsync = fsync
+        return last
+
+    if flushes is not None:
+        os.fsync = killing(os.fsync, flushes)
+    if saves is not None:
+        from hub_mpq.train.checkpoint import Checkpoints
+
+        Checkpoints.save = killing(Checkpoints.save, saves)
     sys.argv = ["hub-mpq", *args]
     from hub_mpq.cli import main
 
@@ -56,8 +65,8 @@ def start():
         ["torch", "accelerate", "timm", "hub_mpq.cli", "hub_mpq.search.joint", "torch._dynamo"]
     )
 
-    def begin(args, log, flushes=None):
-        process = context.Process(target=run, args=(args, str(log), flushes))
+    def begin(args, log, **when):
+        process = context.Process(target=run, args=(args, str(log)), kwargs=when)
         process.start()
         return process
 
@@ -71,7 +80,7 @@ def kill(begin, args, log, states, rng):
     """
 
     def at_step():
-        return max((int(p.name[-8:]) for p in states.glob("*/step-*")), default=0)
+        return max((int(name[-8:]) for name in steps(states)), default=0)
 
     if rng.random() < 0.5:
         process = begin(args, log, flushes=rng.randrange(1, 40))
@@ -90,13 +99,13 @@ def test_killed_20_times_and_resumed_the_indicators_are_equal_to_the_bit(start, 
     log, out, straight = tmp_path / "log", tmp_path / "out.safetensors", tmp_path / "straight.safetensors"
     states, rng = tmp_path / "out.safetensors.checkpoints", random.Random(0)
     whole = start(command(folder, straight), log)
-    ends, kills, torn, steps = [], 0, 0, set()
+    ends, kills, torn, met = [], 0, 0, set()
     while kills < KILLS:
         assert len(ends) < KILLS, "the runs are over before they can be killed"
         killed = kill(start, command(folder, out), log, states, rng)
         kills += killed
         torn += any(states.glob("*/partial-*"))
-        steps |= {p.name for p in states.glob("*/step-*")}
+        met |= steps(states)
         if not killed:  # it was faster, and the next chain begins
             assert out.is_file(), log.read_text()[-3000:]
             ends.append(read_indicators(out))
@@ -107,7 +116,7 @@ def test_killed_20_times_and_resumed_the_indicators_are_equal_to_the_bit(start, 
         assert process.exitcode == 0, log.read_text()[-3000:]
     ends.append(read_indicators(out))
     assert torn >= 3, "no state was being written when the runs were killed"
-    assert len(steps) >= 5, "the runs were killed at one place only"
+    assert len(met) >= 5, "the runs were killed at one place only"
     expected = read_indicators(straight)
     for found in ends:
         assert found.weight == expected.weight
@@ -115,7 +124,7 @@ def test_killed_20_times_and_resumed_the_indicators_are_equal_to_the_bit(start, 
         for told in ("steps", "samples", "epoch_loss"):
             assert found.provenance[told] == expected.provenance[told]
     assert not states.exists()
-    print(f"{kills} kills, {torn} of them while a state was written, at {len(steps)} steps, {len(ends)} ends")
+    print(f"{kills} kills, {torn} of them while a state was written, at {len(met)} steps, {len(ends)} ends")
 
 
 def limited(args, log):
@@ -150,11 +159,8 @@ def refused_for_space(process, log, folder):
 
 def test_files_that_cannot_grow_keep_the_last_good_state(start, folder, tmp_path):
     log, out = tmp_path / "log", tmp_path / "out.safetensors"
-    states, first = tmp_path / "out.safetensors.checkpoints", start(command(folder, out), log)
-    while first.is_alive() and not any(states.glob("*/step-*")):
-        time.sleep(0.001)
-    first.kill()
-    first.join()
+    states = tmp_path / "out.safetensors.checkpoints"
+    start(command(folder, out), log, saves=1).join()
     process = multiprocessing.get_context("forkserver").Process(target=limited, args=(command(folder, out), str(log)))
     process.start()
     refused_for_space(process, log, states)

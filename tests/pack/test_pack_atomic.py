@@ -111,7 +111,7 @@ def test_the_mode_follows_the_umask(tmp_path):
 
 
 CHILD = """
-import os, sys, time
+import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from packed_toys import toy
 from hub_mpq.pack import write_packed
@@ -120,7 +120,7 @@ real = os.fsync
 def stall(handle):
     real(handle)
     print('written', flush=True)
-    time.sleep(60)
+    signal.pause()
 if not times:
     os.fsync = stall
     write_packed(path, *toy(seed=seed))

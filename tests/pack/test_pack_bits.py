@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hub_mpq.errors import InvalidArgument
@@ -16,7 +16,7 @@ def reference(codes, bits):
     return [w - (1 << 32) if w >> 31 else w for w in words]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_ragged_streams_match_the_reference(data):
     bits = data.draw(st.integers(1, 8))

@@ -59,7 +59,7 @@ def test_the_whole_route_on_two_processes(folder, quantized):
 
 
 def test_the_first_line_says_how_many_and_on_what(quantized):
-    untested = "warning: hub_mpq uses private interfaces of"  # a newer release of another library was installed
+    untested = "hub_mpq uses private interfaces of"  # a newer release of another library was installed
     lines = [line for line in quantized.stderr.splitlines() if not line.startswith(untested)]
     assert lines[0] == "hub-mpq: 2 processes, device cpu, gloo"
     assert "Traceback" not in quantized.stderr
