@@ -11,12 +11,15 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
 
 from hub_mpq import HubMPQ, MPQConfig, versions
 from hub_mpq.adapters import load
 from hub_mpq.data import image_loader
+from hub_mpq.hub.float_copy import float_copy_state
 from hub_mpq.hub.remote import hub_api
 from hub_mpq.train import Finetune, fit
+from hub_mpq.train.processes import seeded
 from hub_mpq.versions import NEWEST_TESTED, warn_if_untested
 
 PROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text()
@@ -103,6 +106,10 @@ def packed_bert(net, path):
     return path / "packed"
 
 
+def model_of_transformers(net, path):
+    return load(bert(net, path)).model
+
+
 def images(net, path):
     (path / "cat").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(path / "cat" / "0.png")
@@ -130,6 +137,12 @@ ROUTES = {  # {route: (library whose interfaces it uses, what was there before, 
         "torch",
         packed_bert,
         lambda _, path: transformers.AutoModel.from_pretrained(path),
+    ),
+    "write a float copy": ("transformers", model_of_transformers, lambda _, model: float_copy_state(model)),
+    "shuffle by a seed": (
+        "accelerate",
+        nothing,
+        lambda *_: seeded(DataLoader(TensorDataset(torch.zeros(4)), shuffle=True)),
     ),
     "talk to the Hub": ("huggingface_hub", nothing, lambda *_: hub_api()),
     "train": ("accelerate", nothing, train),

@@ -217,6 +217,30 @@ def test_fused_operators_count_as_their_parts():
         assert sum(counter.macs.values()) == 8 + 16 + 7 * 16 + 7 * 16
 
 
+GROUPED = {  # {operands: (first, second, offsets, MACs)}; offsets cut the axis that only one of the two has
+    "rows": ((16, 32), (4, 32, 24), [2, 6, 7, 16], 16 * 32 * 24),
+    "columns": ((4, 16, 32), (32, 24), [8, 8, 16, 24], 16 * 32 * 24),
+    "sums": ((16, 32), (32, 24), [8, 16, 24, 32], 16 * 32 * 24),
+    "batch": ((4, 16, 32), (4, 32, 24), None, 4 * 16 * 32 * 24),
+}
+
+
+@pytest.mark.parametrize("operands", GROUPED)
+def test_a_grouped_product_that_is_not_run_has_the_shape_of_one_that_is(operands):
+    first, second, ends, macs = GROUPED[operands]
+    a, b = (torch.zeros(shape, dtype=torch.bfloat16, device="meta") for shape in (first, second))
+    b = b.transpose(-2, -1).contiguous().transpose(-2, -1)  # column-major, as the kernel wants it
+    offsets = None if ends is None else torch.tensor(ends, dtype=torch.int32, device="meta")
+    found = []
+    for stand_ins in (False, True):
+        with MacCounter([""], {}, stand_ins=stand_ins) as counter:
+            found.append(torch._grouped_mm(a, b, offsets))
+        assert sum(counter.macs.values()) == macs
+    assert found[0].shape == found[1].shape
+    assert found[0].dtype == found[1].dtype
+    assert found[1].device.type == "meta"
+
+
 def test_excluded_layers_are_listed_with_their_work():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 5))
     everything = layers_of(net, 1, 3, 8, 8)
