@@ -5,20 +5,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__
 from .hub.register import install
-
-__version__ = "0.1.0"
 
 # name -> module it is imported from on first use: `import hub_mpq` itself stays light
 _LAZY = {
     "HubMPQ": "model",
-    "Budget": "spec",
-    "Candidates": "spec",
-    "Indicators": "spec",
-    "LayerBits": "spec",
-    "LayerGraph": "spec",
-    "Policy": "spec",
-    "SearchResult": "spec",
+    "Budget": "core",
+    "Candidates": "core",
+    "Indicators": "core",
+    "LayerBits": "core",
+    "LayerGraph": "core",
+    "Policy": "core",
+    "SearchResult": "core",
     "solve_table": "solve",
     "HubMPQError": "errors",
     "MPQConfig": "hub.plugin",
@@ -27,17 +26,17 @@ _LAZY = {
 __all__ = ["__version__", *sorted(_LAZY)]  # noqa: PLE0604
 
 if TYPE_CHECKING:
+    from .core import Budget as Budget
+    from .core import Candidates as Candidates
+    from .core import Indicators as Indicators
+    from .core import LayerBits as LayerBits
+    from .core import LayerGraph as LayerGraph
+    from .core import Policy as Policy
+    from .core import SearchResult as SearchResult
     from .errors import HubMPQError as HubMPQError
     from .hub.plugin import MPQConfig as MPQConfig
     from .model import HubMPQ as HubMPQ
     from .solve import solve_table as solve_table
-    from .spec import Budget as Budget
-    from .spec import Candidates as Candidates
-    from .spec import Indicators as Indicators
-    from .spec import LayerBits as LayerBits
-    from .spec import LayerGraph as LayerGraph
-    from .spec import Policy as Policy
-    from .spec import SearchResult as SearchResult
 
 
 def __getattr__(name: str) -> Any:

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from .core import FLOAT_BITS
 from .data import Shuffled
 from .errors import HubMPQError
 from .model import HubMPQ
 from .plot import check_plot, plot_policy
 from .report import human, table
-from .spec import FLOAT_BITS
 from .train.tune import finetune
 
 MODEL = "resnet10t"

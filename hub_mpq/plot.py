@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .core import FLOAT_BITS, Indicators, LayerGraph, Policy, SearchResult
 from .errors import HubMPQError, InvalidArgument
-from .spec import FLOAT_BITS, Indicators, LayerGraph, Policy, SearchResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from .core import LayerGraph, Policy, Usage
 from .cost.bitops import float_bitops, layer_bitops
 from .cost.size import layer_nbytes
-from .spec import LayerGraph, Policy, Usage
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

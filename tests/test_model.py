@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from hub_mpq import Budget, HubMPQ, Policy
+from hub_mpq.core.files import PACKED
 from hub_mpq.errors import HubMPQError, InfeasibleBudget, InvalidArgument, PackedFormat, PolicyMismatch
-from hub_mpq.hub.folder import PACKED
 from hub_mpq.pack import read_manifest
 
 X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))

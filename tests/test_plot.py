@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hub_mpq import plot
+from hub_mpq.core import Indicators, LayerBits, LayerGraph, LayerSpec, Policy, SearchResult, Usage
 from hub_mpq.errors import HubMPQError, InvalidArgument, PolicyMismatch
-from hub_mpq.spec import Indicators, LayerBits, LayerGraph, LayerSpec, Policy, SearchResult, Usage
 
 
 def graph_of(count):

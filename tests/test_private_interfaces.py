@@ -219,7 +219,7 @@ def test_loading_reports_no_tensor_that_was_not_expected(bert):
 
 def test_a_tied_head_stands_once_in_the_float_copy(bert):
     """By all_tied_weights_keys, {name of the head's weight: name of the embedding's}."""
-    from hub_mpq.hub.float_copy import float_copy_state
+    from hub_mpq.export.float_copy import float_copy_state
 
     state = float_copy_state(bert[2].model)
     assert [name for name in state if "word_embeddings" in name] == ["bert.embeddings.word_embeddings.weight"]
@@ -231,7 +231,7 @@ def test_a_head_that_is_tied_is_not_missing_from_a_checkpoint(bert, tmp_path):
     from safetensors.torch import save_file
 
     from hub_mpq.adapters import load
-    from hub_mpq.hub.float_copy import float_copy_state
+    from hub_mpq.export.float_copy import float_copy_state
 
     folder, _, mpq = bert
     save_file(float_copy_state(mpq.model), tmp_path / "weights.safetensors")
@@ -244,7 +244,7 @@ def test_a_float_copy_has_the_names_that_transformers_writes(tmp_path):
     import transformers
     from safetensors import safe_open
 
-    from hub_mpq.hub.float_copy import float_copy_state
+    from hub_mpq.export.float_copy import float_copy_state
 
     net = transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL, image_size=16, patch_size=8))
     net.save_pretrained(tmp_path / "float")

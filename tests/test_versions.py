@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from hub_mpq import HubMPQ, MPQConfig, versions
 from hub_mpq.adapters import load
 from hub_mpq.data import image_loader
-from hub_mpq.hub.float_copy import float_copy_state
+from hub_mpq.export.float_copy import float_copy_state
 from hub_mpq.hub.remote import hub_api
 from hub_mpq.train import Finetune, fit
 from hub_mpq.train.processes import seeded

@@ -74,7 +74,7 @@ def made(name: str, recipe: Recipe, folder: Path) -> tuple[Any, Any]:
     from study import indicators_of
     from tasks import TASKS
 
-    from hub_mpq.hub.float_copy import float_copy_state
+    from hub_mpq.export.float_copy import float_copy_state
 
     task = TASKS[name]
     mpq, train = task.build(), task.train(0)

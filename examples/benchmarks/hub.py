@@ -105,7 +105,7 @@ def publish_and_pull(
     from huggingface_hub import HfApi
     from safetensors.torch import save_file
 
-    from hub_mpq.hub.float_copy import float_copy_state
+    from hub_mpq.export.float_copy import float_copy_state
 
     rows: list[Row] = []
     library = mpq.graph.library

@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hub_mpq.core import LayerBits, LayerGraph, LayerSpec, Policy
 from hub_mpq.pack import Manifest, PackedTensor, pack_weight, read_packed, write_packed
-from hub_mpq.spec import LayerBits, LayerGraph, LayerSpec, Policy
 
 AIM = 5.0
 WIDTHS = (2, 3, 4, 5, 6, 8)

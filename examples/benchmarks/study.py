@@ -26,10 +26,10 @@ from policies import random_policy, reversed_scores
 from tasks import TASKS, Task
 
 from hub_mpq import HubMPQ, Policy
+from hub_mpq.core import Budget
 from hub_mpq.pack import read_indicators, write_indicators
 from hub_mpq.search.movement import movement
 from hub_mpq.search.policy_search import search_policy
-from hub_mpq.spec import Budget
 
 METHODS = ("float", "uniform", "mixed", "untrained", "random", "reversed")
 

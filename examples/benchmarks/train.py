@@ -45,10 +45,10 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from hub_mpq import HubMPQ
 from hub_mpq.adapters.trace import norm_of
+from hub_mpq.core import Candidates
 from hub_mpq.nn.calibrate import sample_inputs
 from hub_mpq.quantizers import LSQ, compile_quantizers
 from hub_mpq.search.limpq import LIMPQ
-from hub_mpq.spec import Candidates
 from hub_mpq.train import Finetune, fit, forward
 
 CONTESTANTS = ("float", "formula", "torch", "hub_mpq", "compiled")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..core import LayerGraph
 from ..errors import HubMPQError, is_connection_error
-from ..spec import LayerGraph
 from .forward import Example
 
 

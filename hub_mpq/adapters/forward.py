@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..errors import HubMPQError
 from ..versions import warn_if_untested
 from .count import MacCounter, storage_key
-from .untouched import untouched
+from .restore_state import state_restored
 
 Example = Mapping[str, Any] | Sequence[Any] | Tensor
 """One batch for a model: keyword arguments, positional arguments, or a single tensor."""
@@ -40,7 +40,7 @@ class Call:
 
 
 @dataclass
-class Run:
+class ForwardRecord:
     """`calls` in order; `macs` as in MacCounter; `batch`: samples the forward ran on."""
 
     calls: list[Call] = field(default_factory=list)
@@ -69,8 +69,8 @@ def tensors_of(example: Example) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
 
 
-def watched_forward(model: nn.Module, example: Example) -> Run:
-    """Run the model once on one sample, on meta tensors where that works, and leave it as it was.
+def watched_forward(model: nn.Module, example: Example) -> ForwardRecord:
+    """ForwardRecord the model once on one sample, on meta tensors where that works, and leave it as it was.
 
     A model whose forward looks at values runs on its own Parameters; one that is on meta itself runs on zeros that
     take no memory, and then on as many samples as the example has, where one alone does not do.
@@ -93,21 +93,21 @@ def watched_forward(model: nn.Module, example: Example) -> Run:
     raise HubMPQError(f"{type(model).__name__} does not run on the example input [{said}]") from errors[-1]
 
 
-def _as_is(model: nn.Module, example: Example) -> Run:
+def _as_is(model: nn.Module, example: Example) -> ForwardRecord:
     named = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     return _hooked(model, named, lambda: call(model, example))
 
 
-def _on_meta(model: nn.Module, example: Example) -> Run:
+def _on_meta(model: nn.Module, example: Example) -> ForwardRecord:
     return _instead(model, example, lambda t: torch.empty_like(t, device="meta"), "meta")
 
 
-def _on_zeros(model: nn.Module, example: Example) -> Run:
+def _on_zeros(model: nn.Module, example: Example) -> ForwardRecord:
     return _instead(model, example, lambda t: torch.zeros((), dtype=t.dtype).expand(t.shape), "cpu")
 
 
-def _instead(model: nn.Module, example: Example, stand_in: Callable[[Tensor], Tensor], device: str) -> Run:
-    """Run with other tensors in the place of Parameters and buffers."""
+def _instead(model: nn.Module, example: Example, stand_in: Callable[[Tensor], Tensor], device: str) -> ForwardRecord:
+    """ForwardRecord with other tensors in the place of Parameters and buffers."""
     named = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     swapped = {name: stand_in(tensor) for name, tensor in named.items()}
     example = tree_map(lambda x: _moved(x, device) if isinstance(x, Tensor) else x, example)
@@ -121,8 +121,8 @@ def _moved(x: Tensor, device: str) -> Tensor:
 
 def _hooked(
     model: nn.Module, named: Mapping[str, Tensor], forward: Callable[[], Any], *, stand_ins: bool = False
-) -> Run:
-    run, where = Run(), [""]
+) -> ForwardRecord:
+    run, where = ForwardRecord(), [""]
     names = {module: name for name, module in model.named_modules()}
     tokens: WeakIdKeyDictionary = WeakIdKeyDictionary()
     fresh = itertools.count()
@@ -150,7 +150,7 @@ def _hooked(
             )
 
     handles: list[Any] = []
-    with untouched(model):
+    with state_restored(model):
         try:
             for module in names:
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True))

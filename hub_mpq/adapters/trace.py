@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..core import FloatOp, LayerBits, LayerGraph, LayerSpec
 from ..errors import InvalidArgument
 from ..nn.types import layer_kind
-from ..spec import FloatOp, LayerBits, LayerGraph, LayerSpec
-from .floats import float_ops, replaced_parameters, weighty
-from .forward import Example, Run, call, tensors_of, watched_forward
-from .untouched import untouched
+from .float_ops import float_ops, replaced_parameters, weighty
+from .forward import Example, ForwardRecord, call, tensors_of, watched_forward
+from .restore_state import state_restored
 
 EDGE = LayerBits(8, 8)
 """Stem and head keep 8 bits (LIMPQ §4.1)."""
@@ -129,7 +129,7 @@ def observe_signed(model: nn.Module, names: Iterable[str], batch: Example) -> di
 
         return model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
 
-    with untouched(model):
+    with state_restored(model):
         handles = [watch(name) for name in names]
         try:
             call(model, batch)
@@ -159,7 +159,7 @@ def _owners(modules: dict[str, nn.Module], names: Iterable[str]) -> dict[str, st
     return {name: owner for name, owner in found.items() if owner != name}
 
 
-def _input_ties(run: Run, names: set[str]) -> dict[str, str]:
+def _input_ties(run: ForwardRecord, names: set[str]) -> dict[str, str]:
     reads: dict[str, list[object]] = defaultdict(list)
     for c in run.calls:
         if c.name in names:

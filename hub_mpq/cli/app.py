@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from .. import __version__
+from .._version import __version__
 from ..errors import HubMPQError
 from . import evaluate, hub, indicators, inspect, launch, quantize, solving
 

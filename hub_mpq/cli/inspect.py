@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..core.files import PACKED
 from . import models, show
 from . import options as o
 
@@ -47,7 +48,7 @@ def _header(model: str, revision: str | None) -> tuple[Manifest, int] | None:
     if models.is_packed(model):
         from ..pack import read_manifest
 
-        path = Path(model) / models.PACKED
+        path = Path(model) / PACKED
         return read_manifest(path), path.stat().st_size
     if Path(model).exists() or ("/" not in model):
         return None  # and the Hub's client is not even imported

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..core.files import PACKED
 from ..errors import HubMPQError, InvalidArgument, PackedFormat
 from .launch import is_main
 from .options import input_size_of, model_args_of, pins_of
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from ..model import HubMPQ
-
-PACKED = "model.mpq.safetensors"
 
 
 def load(
@@ -158,7 +157,7 @@ def indicators_for(mpq: HubMPQ, path: Path | None) -> None:
 
 def read_policy(text: str, mpq: HubMPQ) -> Any:
     """A policy from a file (a policy, or what `search --json` printed), or a level such as W4A4."""
-    from ..spec import LayerBits, Policy
+    from ..core import LayerBits, Policy
     from .options import read_json
 
     if not Path(text).is_file():

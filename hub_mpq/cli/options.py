@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..core import Budget, Candidates, LayerBits
 from ..errors import HubMPQError, InvalidArgument
-from ..spec import Budget, Candidates, LayerBits
 
 Text = str | None
 Number = float | None
@@ -95,7 +95,7 @@ def budget_of(values: Mapping[str, Any], *, needed: bool = True) -> dict[str, An
 
 def _check(name: str, value: Any) -> None:
     """Refuse nonsense before a model is loaded; what depends on the model is checked by the search."""
-    from ..spec import parse_bytes, parse_count
+    from ..core import parse_bytes, parse_count
 
     if name in ("bitops", "size", "activation_memory", "activation_peak") and Budget.level(value) is None:
         (parse_count if name == "bitops" else parse_bytes)(value, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..spec import FLOAT_BITS, FloatOp, LayerBits, LayerGraph, LayerSpec, Policy
+from ..core import FLOAT_BITS, FloatOp, LayerBits, LayerGraph, LayerSpec, Policy
 
 
 def layer_bitops(layer: LayerSpec, bits: LayerBits) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..core import LayerBits, LayerGraph, LayerSpec, Policy
 from ..errors import InvalidArgument
-from ..spec import LayerBits, LayerGraph, LayerSpec, Policy
 
 
 def weight_bits(layer: LayerSpec, bits: LayerBits) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ..core import FLOAT_BITS, LayerBits, LayerSpec, check_width
 from ..errors import InvalidArgument
-from ..spec import FLOAT_BITS, LayerBits, LayerSpec, check_width
 
 ROW_AXES = {"linear": (0, 1), "embedding": (0, 1), "conv1d": (1, 0)}
 """(row axis, column axis) of the kinds packed row by row; GPT-2's conv1d weight is [in, out], its rows are outputs."""

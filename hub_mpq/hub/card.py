@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core import FLOAT_BITS, LayerBits, Policy
+from ..core.files import PACKED
 from ..cost.size import layer_nbytes
+from ..export.compressed_tensors import FORMAT
 from ..pack import Manifest
 from ..report import human
 from ..search.policy_search import usage_of
-from ..spec import FLOAT_BITS, LayerBits, Policy
 from .card_text import code, loading, making, own_name
-from .export_compressed import METHOD
-from .folder import PACKED
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -122,7 +122,7 @@ def _front_matter(repo_id: str, manifest: Manifest, facts: CardFacts) -> ModelCa
         "model_name": repo_id.rpartition("/")[2] if results else None,
     }
     compressed = PACKED not in facts.nbytes
-    tags = ["mixed-precision", "quantization", *([METHOD] if compressed else [])]
+    tags = ["mixed-precision", "quantization", *([FORMAT] if compressed else [])]
     return ModelCardData(
         library_name="transformers" if compressed else "hub-mpq",  # whose code loads it
         tags=[*tags, *([manifest.library] if manifest.library != "module" else [])],

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..core import FLOAT_BITS
+from ..core.files import INDICATORS, PACKED
+from ..export.compressed_tensors import FORMAT, exportable, unequal_inputs
 from ..pack import Manifest
 from ..report import human
-from ..spec import FLOAT_BITS
-from .export_compressed import METHOD, exportable, unequal_inputs
-from .folder import INDICATORS, PACKED
 
 _TIMM = "AutoModelForImageClassification"
 
@@ -82,7 +82,7 @@ def loading(
     if exportable(manifest):
         parts.append(
             "Weights alone are quantized, in Linear and Embedding layers: "
-            f'`push_to_hub(…, format="{METHOD}")` publishes this policy so that transformers loads it without hub-mpq.'
+            f'`push_to_hub(…, format="{FORMAT}")` publishes this policy so that transformers loads it without hub-mpq.'
         )
     return "\n\n".join(parts)
 

@@ -10,89 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..core import Indicators
+from ..core.files import CONFIG, INDICATORS, PACKED
 from ..errors import HubMPQError
-from ..nn.packed import packed_layers
-from ..nn.swap import quantized_layers
-from ..pack import (
-    Manifest,
-    PackedTensor,
-    empty_packed,
-    file_nbytes,
-    layout,
-    pack_weight,
-    read_indicators,
-    write_indicators,
-    write_packed,
-)
-from ..pack.layout import key as part_key
-from ..spec import FLOAT_BITS, Indicators
-
-PACKED = "model.mpq.safetensors"
-INDICATORS = "indicators.safetensors"
-CONFIG = "config.json"
-FLOAT_COPY = "model.safetensors"
-MANIFEST = "mpq_manifest.json"
-"""Policy, graph and provenance in words, where no packed file holds them; and the mark of such a repo as ours."""
-QUANTIZER_KEYS = (".weight_quantizer.", ".input_quantizer.")
-"""Parts of state-dict keys that belong to quantizers: a file holds them in its own words."""
-
-
-@torch.no_grad()
-def packed_tensors(model: nn.Module, manifest: Manifest) -> dict[str, PackedTensor | Tensor]:
-    """What a packed file holds: integers of the quantized weights, scales, and every other tensor as it is."""
-    graph = manifest.graph
-    out: dict[str, PackedTensor | Tensor] = {}
-    skip: set[str] = set()
-    for name, module in quantized_layers(model):
-        skip.add(f"{name}.weight")
-        q = module.weight_quantizer
-        if graph[name].weight_owner is None:
-            integers = q.to_int(module.weight).cpu()
-            out[name] = pack_weight(integers, q.scale.detach().cpu(), graph[name].kind, q.spec.num_bits)
-        if module.input_quantizer is not None:
-            out[f"{name}.input_scale"] = module.input_quantizer.scale.detach().cpu()
-            zero = torch.tensor([module.input_quantizer.zero_point], dtype=torch.int32)
-            out[f"{name}.input_zero_point"] = zero
-    for name, module in packed_layers(model):
-        if not module.owner:
-            out[name] = module.packed
-            skip |= {part_key(name, part) for part in module.packed.parts()}
-    for key, tensor in model.state_dict().items():
-        if key not in skip and not any(part in f".{key}" for part in QUANTIZER_KEYS):
-            out[key] = tensor.detach().cpu()
-    return out | _guard(manifest, "cpu")
-
-
-def _guard(manifest: Manifest, device: str) -> dict[str, PackedTensor | Tensor]:
-    """A float weight without elements beside the first packed one of a hub's model: who loads the packed file as if it
-    were float weights (renamed, say) meets a wrong shape; plain transformers would draw new weights."""
-    if manifest.library == "module":
-        return {}
-    names = list(layout.packed_layers(manifest))[:1]
-    return {part_key(name, "weight"): torch.empty(0, device=device) for name in names}
-
-
-def predicted_nbytes(model: nn.Module, manifest: Manifest) -> int:
-    """Bytes of the packed file of a float `model` at the manifest's policy, to the byte, before anything is packed."""
-    graph, bits = manifest.graph, manifest.policy.bits
-    out: dict[str, PackedTensor | Tensor] = {}
-    skip = set()
-    for layer in graph:
-        level = bits[layer.name]
-        if level.weight != FLOAT_BITS:
-            skip.add(f"{layer.name}.weight")
-            if layer.weight_owner is None:
-                out[layer.name] = empty_packed(layer.kind, layer.weight_shape, level.weight)
-        if level.activation != FLOAT_BITS:
-            out[f"{layer.name}.input_scale"] = torch.empty(1, device="meta")
-            out[f"{layer.name}.input_zero_point"] = torch.empty(1, dtype=torch.int32, device="meta")
-    for key, tensor in model.state_dict().items():
-        if key not in skip and not any(part in f".{key}" for part in QUANTIZER_KEYS):
-            out[key] = torch.empty_like(tensor, device="meta")
-    return file_nbytes(out | _guard(manifest, "meta"), manifest)
+from ..nn.packing import packed_tensors
+from ..pack import Manifest, read_indicators, write_indicators, write_packed
 
 
 def save_folder(

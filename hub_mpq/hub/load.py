@@ -9,16 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import adapters
 from ..adapters.base import Source
+from ..core.files import CONFIG, PACKED
 from ..errors import HubMPQError, InvalidArgument, PackedFormat, PolicyMismatch
-from ..nn.swap import quantized_layers, swap_policy
-from ..pack import Manifest, PackedTensor, read_manifest, read_packed
-from ..quantizers import LSQ
-from .folder import CONFIG, PACKED, QUANTIZER_KEYS
+from ..nn.packing import load_quantized
+from ..nn.swap import swap_policy
+from ..pack import Manifest, read_manifest, read_packed
 
 
 def load_folder(folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any]) -> tuple[Source, Manifest]:
@@ -73,36 +72,3 @@ def load_packed(path: str | os.PathLike[str], skeleton: nn.Module) -> Manifest:
     swap_policy(skeleton, manifest.graph, manifest.policy)
     load_quantized(path, skeleton, tensors)
     return manifest
-
-
-@torch.no_grad()
-def load_quantized(path: object, model: nn.Module, tensors: Mapping[str, PackedTensor | Tensor]) -> None:
-    """Fill a swapped model with packed tensors: weights on their grids, scales, everything else."""
-    rest = dict(tensors)
-    for name, module in quantized_layers(model):
-        packed = rest.pop(name, None)
-        if isinstance(packed, PackedTensor):
-            module.weight.copy_(packed.dequantize())
-            q = module.weight_quantizer
-            if packed.weight_scale.numel() != q.base.shape[1]:  # saved with one scale per tensor
-                fresh = LSQ(q.widths, signed=True, channels=packed.weight_scale.numel(), axis=q.axis)
-                for _, other in quantized_layers(model):  # a tied head reads by its owner's quantizer
-                    if other.weight_quantizer is q:
-                        other.weight_quantizer = fresh
-                q = fresh
-            q.init(packed.num_bits, packed.weight_scale)
-        rest[f"{name}.weight"] = module.weight
-        if module.input_quantizer is not None:
-            scale = rest.pop(f"{name}.input_scale")
-            zero = rest.pop(f"{name}.input_zero_point", torch.zeros(1))
-            module.input_quantizer.init(module.input_quantizer.widths[0], scale.reshape(1), int(zero))
-    own = model.state_dict()
-    expected = {k for k in own if not any(part in f".{k}" for part in QUANTIZER_KEYS)}
-    missing, extra = expected - set(rest), set(rest) - expected
-    if missing or extra:
-        raise PackedFormat(path, f"tensors missing {sorted(missing)[:4]}, unknown {sorted(extra)[:4]}")
-    for key in expected:
-        if tuple(own[key].shape) != tuple(rest[key].shape):
-            shape = tuple(own[key].shape)
-            raise PackedFormat(path, f"tensor {key!r}: shape {tuple(rest[key].shape)}, expected {shape}")
-    model.load_state_dict(rest, strict=False)

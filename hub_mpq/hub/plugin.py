@@ -11,12 +11,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..adapters.base import commit_of
+from ..core import Budget, LayerBits, Policy
+from ..core.files import PACKED
 from ..errors import HubMPQError, InvalidArgument, PackedFormat
 from ..nn.packed import packed_layers
 from ..pack.header import FORMAT_VERSION
-from ..spec import Budget, LayerBits, Policy
 from ..versions import warn_if_untested
-from .folder import PACKED
 from .plugin_load import become_packed, to_float
 from .plugin_save import attach, detach, forget_packed_file
 

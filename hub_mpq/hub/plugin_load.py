@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import FLOAT_BITS, LayerBits, LayerGraph, Policy
 from ..errors import PackedFormat, PolicyMismatch
 from ..nn.packed import PackedLayer, float_layer, packed_layer, packed_layers
 from ..pack import Manifest, read_packed
 from ..pack.layout import INPUT_PARTS, WEIGHT_PARTS, flatten, key
 from ..pack.layout import packed_layers as packed_names
-from ..spec import FLOAT_BITS, LayerBits, LayerGraph, Policy
 
 
 def network_of(model: Any) -> nn.Module:

@@ -13,19 +13,20 @@ from torch import nn
 from ..adapters import build_graph, norm_of
 from ..adapters.base import noise, placed
 from ..adapters.transformers import example_for, head_of
+from ..core import Budget, Candidates, LayerBits, LayerGraph, Policy
 from ..cost.size import layer_nbytes
 from ..errors import InvalidArgument
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs
+from ..nn.packing import predicted_nbytes
 from ..nn.swap import swap_policy
 from ..pack import Manifest
 from ..search.candidates import resolve_candidates
-from ..search.datafree import synthetic_batch
 from ..search.joint import train_indicators
 from ..search.policy_search import search_policy
 from ..search.scores import default_alpha, limpq_scores
-from ..spec import Budget, Candidates, LayerBits, LayerGraph, Policy
+from ..search.synthetic_data import synthetic_batch
 from ..train.batch import forward, to_device
-from .folder import predicted_nbytes, read_folder_indicators
+from .folder import read_folder_indicators
 from .plugin_load import network_of
 
 _BATCHES = 4
@@ -71,7 +72,7 @@ def quantize_in_place(model: Any, config: Any, revision: str | None = None) -> M
 
 
 def _provenance() -> dict[str, Any]:
-    from .. import __version__
+    from .._version import __version__
 
     return {"hub_mpq": __version__}
 

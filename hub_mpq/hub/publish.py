@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..core.files import CONFIG, FLOAT_COPY, INDICATORS, MANIFEST, PACKED
 from ..errors import HubMPQError, InvalidArgument
+from ..export.compressed_tensors import FORMAT, check_exportable, export_compressed
+from ..export.float_copy import float_copy_state
 from ..pack import Manifest, read_packed
 from .card import CardFacts, eval_results, render_card
-from .export_compressed import METHOD, check_exportable, export_compressed
-from .float_copy import float_copy_state
-from .folder import CONFIG, FLOAT_COPY, INDICATORS, MANIFEST, PACKED, read_folder_indicators
+from .folder import read_folder_indicators
 from .load import load_folder
 from .origin import origin_of
 from .preprocess import PREPROCESS, preprocess_files
-from .remote import check_repo_id, hub_api, told
+from .remote import check_repo_id, hub_api, hub_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
@@ -71,15 +72,15 @@ def publish(
     if not (folder / PACKED).is_file() or not (folder / CONFIG).is_file():
         raise InvalidArgument(f"{folder} holds no {CONFIG} and {PACKED}: publish a folder that save_pretrained wrote")
     _, manifest = read_packed(folder / PACKED)
-    if format not in ("mpq", METHOD):
-        raise InvalidArgument(f"format is 'mpq' or {METHOD!r}, not {format!r}")
-    if format == METHOD:
+    if format not in ("mpq", FORMAT):
+        raise InvalidArgument(f"format is 'mpq' or {FORMAT!r}, not {format!r}")
+    if format == FORMAT:
         check_exportable(manifest)
         if float_copy:
-            raise InvalidArgument(f"{METHOD} and a float copy would both be {FLOAT_COPY}: publish one of them")
+            raise InvalidArgument(f"{FORMAT} and a float copy would both be {FLOAT_COPY}: publish one of them")
     float_copy = format == "mpq" and (manifest.library != "module" if float_copy is None else float_copy)
     with tempfile.TemporaryDirectory(prefix="hub-mpq-push-") as work:
-        if format == METHOD:
+        if format == FORMAT:
             files = _write_compressed(Path(work), folder, manifest, model)
         else:
             files = {name: folder / name for name in (CONFIG, PACKED, INDICATORS) if (folder / name).is_file()}
@@ -187,7 +188,7 @@ def _commit(
     from huggingface_hub.errors import HfHubHTTPError
 
     api = hub_api(token)
-    with told(f"{repo_id} can't be published", "; its readers see the old version or the new one, whole"):
+    with hub_errors(f"{repo_id} can't be published", "; its readers see the old version or the new one, whole"):
         if not create_pr:
             api.create_repo(repo_id, private=private, exist_ok=True)
         for attempt in (1, 2):

@@ -10,12 +10,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from ..core.files import CONFIG, FLOAT_COPY, INDICATORS, MANIFEST, PACKED
 from ..errors import HubMPQError, InvalidArgument, PackedFormat
 from ..pack import Manifest, parse_manifest, read_packed
 from ..pack.header import MAX_HEADER
-from .folder import CONFIG, FLOAT_COPY, INDICATORS, MANIFEST, PACKED
 from .preprocess import PREPROCESS
-from .remote import check_repo_id, hub_api, repo_of, told
+from .remote import check_repo_id, hub_api, hub_errors, repo_of
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _WANTED = (CONFIG, *PREPROCESS, INDICATORS, PACKED)
@@ -40,7 +40,7 @@ def fetch(
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     api = hub_api(token)
-    with told(f"{repo_id} can't be fetched"):
+    with hub_errors(f"{repo_id} can't be fetched"):
         try:
             config = api.hf_hub_download(repo_id, CONFIG, revision=revision, local_files_only=local_files_only)
         except LocalEntryNotFoundError:
@@ -62,7 +62,7 @@ def fetch(
         if packed:
             return folder
         raise HubMPQError(f"{repo_id} can't be fetched: its packed weights are not in the local cache")
-    with told(f"{repo_id} can't be fetched"):
+    with hub_errors(f"{repo_id} can't be fetched"):
         there = set(api.list_repo_files(repo_id, revision=folder.name))
         if INDICATORS not in there:
             with contextlib.suppress(EntryNotFoundError):  # so that the cache knows
@@ -145,11 +145,11 @@ def remote_manifest(
         content: bytes = response.content
         return content[: end - begin]
 
-    with told(f"{repo_id} can't be inspected"):
+    with hub_errors(f"{repo_id} can't be inspected"):
         try:
             found = api.get_hf_file_metadata(url=hf_hub_url(repo_id, PACKED, revision=revision), token=token)
         except EntryNotFoundError:
-            return _told_manifest(repo_id, revision, token)
+            return _manifest_file(repo_id, revision, token)
         size = found.size or 0
         url = hf_hub_url(repo_id, PACKED, revision=found.commit_hash)
         first = part(url, 0, min(size, _FIRST)) if size else b""
@@ -163,7 +163,7 @@ def remote_manifest(
     return parse_manifest(first, name), size
 
 
-def _told_manifest(repo_id: str, revision: str | None, token: str | bool | None) -> tuple[Manifest, int] | None:
+def _manifest_file(repo_id: str, revision: str | None, token: str | bool | None) -> tuple[Manifest, int] | None:
     """(manifest, bytes of the weights) of a repo in compressed-tensors' form that `publish` wrote, else None."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError

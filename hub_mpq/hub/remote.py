@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import __version__
+from .._version import __version__
 from ..errors import HubMPQError, InvalidArgument, is_connection_error
 from ..versions import warn_if_untested
 
@@ -48,7 +48,7 @@ def check_repo_id(repo_id: str) -> str:
 
 
 @contextmanager
-def told(doing: str, after: str = "") -> Iterator[None]:
+def hub_errors(doing: str, after: str = "") -> Iterator[None]:
     """Raise what the client raises as one HubMPQError: `doing`, why it did not happen, and how things stand `after`.
 
     Bugs pass as they are.

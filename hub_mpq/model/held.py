@@ -10,18 +10,18 @@ from typing import Any
 
 from torch import nn
 
-from .. import __version__
+from .._version import __version__
 from ..adapters.base import Source
+from ..core import FLOAT_BITS, Candidates, Indicators, LayerBits, LayerGraph, Policy, SearchResult, Usage
 from ..cost.size import layer_nbytes
 from ..errors import HubMPQError
-from ..hub.export_compressed import METHOD, exportable
-from ..hub.folder import predicted_nbytes
+from ..export.compressed_tensors import FORMAT, exportable
+from ..nn.packing import predicted_nbytes
 from ..pack import Manifest
 from ..report import report
 from ..search.candidates import CandidatesLike, resolve_candidates
 from ..search.policy_search import usage_of
 from ..search.train_scores import StrategyScores
-from ..spec import FLOAT_BITS, Candidates, Indicators, LayerBits, LayerGraph, Policy, SearchResult, Usage
 
 Pins = Mapping[str, LayerBits | str | None]
 
@@ -88,7 +88,7 @@ class Held(nn.Module):
         text = report(self.graph, self.policy, usage, self.metrics, self.seconds)
         if self.policy is not None and exportable(self._manifest(self.policy)):
             text += (
-                f'\nweights alone are quantized, in Linear and Embedding layers: push_to_hub(…, format="{METHOD}") '
+                f'\nweights alone are quantized, in Linear and Embedding layers: push_to_hub(…, format="{FORMAT}") '
                 "publishes it so that transformers needs no hub-mpq"
             )
         return text

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from .. import adapters
+from ..core import Budget, Indicators, LayerBits, Policy
 from ..errors import HubMPQError, InvalidArgument
 from ..hub.folder import read_folder_indicators
 from ..hub.load import load_folder
@@ -20,10 +21,9 @@ from ..hub.pull import packed_folder
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs
 from ..nn.swap import swap_policy
 from ..search.candidates import CandidatesLike
-from ..search.datafree import synthetic_batch
 from ..search.joint import first_batch
 from ..search.strategy import infers_widths
-from ..spec import Budget, Indicators, LayerBits, Policy
+from ..search.synthetic_data import synthetic_batch
 from ..train.batch import forward, labels_of, to_device
 from ..train.engine import Engine
 from ..train.evaluate import evaluate

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from ..adapters.trace import norm_of
+from ..core import FLOAT_BITS, Budget, Candidates, Indicators, LayerBits, SearchResult
 from ..errors import HubMPQError, InvalidArgument
 from ..search.candidates import CandidatesLike
-from ..search.datafree import synthetic_batch
 from ..search.joint import first_batch, train_indicators
 from ..search.policy_search import pareto_front, search_policy
+from ..search.problem import build
 from ..search.scores import default_alpha, limpq_scores
-from ..search.table import build
+from ..search.synthetic_data import synthetic_batch
 from ..search.train_scores import StrategyScores, train_scores
-from ..spec import FLOAT_BITS, Budget, Candidates, Indicators, LayerBits, SearchResult
 from .held import Held, Pins
 
 

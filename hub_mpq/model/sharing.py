@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import HubMPQError
-from ..hub.export import export
+from ..export import export
 from ..hub.folder import save_folder
 from ..hub.origin import local_card
 from ..hub.preprocess import local_preprocess
@@ -73,7 +73,7 @@ class Sharing(Searching):
     def export(self, folder: str | Path, format: str) -> int:
         """Write the quantized model for other programs: format "compressed-tensors" or "onnx"; returns the bytes.
 
-        Formats, and what each refuses, are described in hub_mpq.hub.export.
+        Formats, and what each refuses, are described in hub_mpq.export.
         """
         if self.policy is None:
             raise HubMPQError("there is no policy yet; call quantize or apply_policy before exporting")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..quantizers.sweeps import Grid, on_grid, pull_back
+from ..quantizers.fake_quantize_kernels import Grid, on_grid, pull_back
 
 Operand = tuple[Tensor, Grid]
 Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None"]

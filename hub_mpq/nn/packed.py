@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import FLOAT_BITS, LayerBits, LayerSpec
 from ..errors import UnsupportedLayer
 from ..pack import PackedTensor
-from ..quantizers.ste import fake_quantize
-from ..spec import FLOAT_BITS, LayerBits, LayerSpec
+from ..quantizers.fake_quantize import fake_quantize
 from ..versions import warn_if_untested
 from .layers import QuantConv1D, QuantConv2d, QuantLinear
 from .types import layer_kind

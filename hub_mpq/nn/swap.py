@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from ..core import FLOAT_BITS, LayerGraph, Policy
 from ..errors import PolicyMismatch, UnsupportedLayer
 from ..quantizers import LSQ
-from ..spec import FLOAT_BITS, LayerGraph, Policy
 from ..versions import warn_if_untested
 from .layers import CHANNEL_AXIS, QUANTIZED
 from .types import layer_kind

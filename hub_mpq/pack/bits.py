@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core import check_width
 from ..errors import InvalidArgument
-from ..spec import check_width
 
 _GROUPS = 1 << 15
 """Groups of eight values handled at a time: their 64-bit integers and one temporary stay in a core's cache."""

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..core import Indicators, check_width
 from ..errors import InvalidArgument, PackedFormat
-from ..spec import Indicators, check_width
 from . import container
 from .canonical import dump_json, load_json
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..core import FLOAT_BITS, LayerSpec
 from ..cost.size import packed_shape
 from ..errors import InvalidArgument
-from ..spec import FLOAT_BITS, LayerSpec
 from .manifest import Manifest
 from .tensor import PackedTensor
 

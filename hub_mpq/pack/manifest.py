@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, field, fields
 from typing import Any
 
+from ..core import FloatOp, LayerBits, LayerGraph, LayerSpec, Policy
 from ..errors import InvalidArgument
-from ..spec import FloatOp, LayerBits, LayerGraph, LayerSpec, Policy
 from .canonical import dump_json, load_json
 from .header import FORMAT_VERSION
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core import check_width
 from ..cost.size import ROW_AXES, channel_count, packed_shape
 from ..errors import InvalidArgument
-from ..spec import check_width
 from .bits import pack_bits, unpack_bits
 
 

@@ -2,9 +2,9 @@
 
 from .base import Quantizer
 from .calibrate import activation_scale, weight_scale_mse, weight_scale_sigma
+from .fake_quantize import fake_quantize
+from .fake_quantize_kernels import to_int
 from .lsq import LSQ, compile_quantizers
-from .ste import fake_quantize
-from .sweeps import to_int
 
 __all__ = [
     "LSQ",

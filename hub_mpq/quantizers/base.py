@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
-from ..spec import QuantSpec
+from ..core import QuantSpec
 
 
 class Quantizer(nn.Module, ABC):

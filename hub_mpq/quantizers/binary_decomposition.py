@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core import check_width
 from ..errors import InvalidArgument
-from ..spec import check_width
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .ste import straight
+from .fake_quantize import straight
 
 SMALL = 1e-8
 

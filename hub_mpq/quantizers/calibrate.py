@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..spec import QuantSpec
-from .sweeps import to_int
+from ..core import QuantSpec
+from .fake_quantize_kernels import to_int
 
 _RATIOS = torch.linspace(0.2, 1.1, 46)
 

@@ -1,4 +1,4 @@
-"""The passes of sweeps.py as one formula each, and through torch.compile for those who ask.
+"""The passes of fake_quantize_kernels.py as one formula each, and through torch.compile for those who ask.
 
 Nothing compiles on import, nor before `compiler_works`. The first use costs ten to twenty seconds; inductor's cache on
 disk holds the kernels afterwards.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidArgument
-from .ste import straight
+from .fake_quantize import straight
 
 PARAMETRIZATIONS = ("step-range", "bits-step", "bits-range")
 GRIDS = ("uniform", "power-of-two")

@@ -9,12 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ..core import QuantSpec
 from ..errors import InvalidArgument
-from ..spec import QuantSpec
 from .base import Quantizer
 from .compiled import compiler_works
-from .ste import quantize
-from .sweeps import Grid, to_int, wide
+from .fake_quantize import quantize
+from .fake_quantize_kernels import Grid, to_int, wide
 
 
 class LSQ(Quantizer):

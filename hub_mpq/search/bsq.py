@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import Candidates, LayerBits, LayerGraph
+from ..core.checks import number, whole
 from ..quantizers import LSQ, activation_scale
 from ..quantizers.bit_planes import BitPlanes
-from ..spec import Candidates, LayerBits, LayerGraph
 from ..train.hooks import Groups
+from .differentiable_costs import DifferentiableCosts
 from .install import install
-from .options import number, whole
 from .scores import Scores
-from .soft import SoftCosts
 from .strategy import SearchStrategy, additive, register_strategy
-from .ties import shared_widths, widest_of_ties
+from .tied_layers import shared_widths, widest_of_ties
 
 
 @register_strategy("bsq")
@@ -55,7 +55,7 @@ class BSQ(SearchStrategy):
         self, model: nn.Module, graph: LayerGraph, candidates: Mapping[str, Candidates], norms: Mapping[str, str]
     ) -> None:
         self.graph, self.candidates = graph, candidates
-        wanted = self.activation_bits or SoftCosts(graph, self.limits).affordable(
+        wanted = self.activation_bits or DifferentiableCosts(graph, self.limits).affordable(
             {b for c in candidates.values() for b in c.activation}, candidates
         )
         self.activation: dict[str, int] = {}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping
 
+from ..core import Candidates, LayerGraph
 from ..errors import InvalidArgument
-from ..spec import Candidates, LayerGraph
 
 CandidatesLike = Candidates | Iterable[int] | Mapping[str, "Candidates | Iterable[int]"] | None
 

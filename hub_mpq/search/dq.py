@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import FLOAT_BITS, Candidates, LayerBits, LayerGraph, parse_bytes
+from ..core.checks import number, whole
 from ..errors import InvalidArgument
 from ..quantizers import activation_scale, weight_scale_mse
 from ..quantizers.dq import DQ
-from ..spec import FLOAT_BITS, Candidates, LayerBits, LayerGraph, parse_bytes
 from ..train.hooks import Groups
+from .differentiable_costs import DifferentiableCosts
 from .install import install, signed_inputs
-from .options import number, whole
 from .scores import Scores
-from .soft import SoftCosts
 from .strategy import SearchStrategy, additive, register_strategy
-from .ties import shared_widths, widest_of_ties
+from .tied_layers import shared_widths, widest_of_ties
 
 
 @register_strategy("dq")
@@ -91,7 +91,7 @@ class DQSearch(SearchStrategy):
 
         self.layers = install(model, graph, make)
         self.quantizers = list({id(m): m for m in model.modules() if isinstance(m, DQ)}.values())
-        self.costs = SoftCosts(graph, self.constraints or self.limits)
+        self.costs = DifferentiableCosts(graph, self.constraints or self.limits)
         self.affordable = self.costs.affordable(range(1, 9), candidates)
 
     @torch.no_grad()

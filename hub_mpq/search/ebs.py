@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import Candidates, LayerGraph
+from ..core.checks import number
 from ..errors import InvalidArgument
 from ..quantizers import activation_scale, weight_scale_mse
 from ..quantizers.mixture import Mixture
-from ..spec import Candidates, LayerGraph
 from ..train.hooks import Groups
+from .differentiable_costs import DifferentiableCosts
 from .install import install
-from .options import number
-from .pairs import pairs
 from .scores import Scores
-from .soft import SoftCosts
 from .strategy import SearchStrategy, additive, register_strategy
+from .train_val_split import train_val_split
 
 NETWORK = ("weights", "biases", "scales")
 TIE = 1e-3
@@ -77,7 +77,7 @@ class EBS(SearchStrategy):
         self.passes = 2 if update == "single" else 3
 
     def loader(self, train: Iterable[Any]) -> Iterable[Any]:
-        return train if self.update == "single" else pairs(train, self.seed)
+        return train if self.update == "single" else train_val_split(train, self.seed)
 
     def attach(
         self, model: nn.Module, graph: LayerGraph, candidates: Mapping[str, Candidates], norms: Mapping[str, str]
@@ -90,7 +90,7 @@ class EBS(SearchStrategy):
 
         self.layers = install(model, graph, make)
         self.mixtures = list({id(m): m for m in model.modules() if isinstance(m, Mixture)}.values())
-        self.costs = SoftCosts(graph, self.limits)
+        self.costs = DifferentiableCosts(graph, self.limits)
 
     def calibrate(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
         """Every width's scale starts at its least squared error."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import whole
 from ..train.batch import forward, labels_of, logits_of, task_loss
-from .options import whole
 from .posttraining import PostTraining, noise, read
 from .strategy import register_strategy
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import LayerGraph, LayerSpec
 from ..nn.swap import quantize_layer
-from ..spec import LayerGraph, LayerSpec
 from ..train.batch import forward
 
 SAMPLE = 1 << 16  # values kept per layer and batch, as LIMPQ's calibration does

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from ..core import Candidates, Indicators, LayerGraph
 from ..errors import InvalidArgument
 from ..nn.calibrate import sample_inputs
-from ..spec import Candidates, Indicators, LayerGraph
 from ..train.batch import forward, labels_of, to_device
 from ..train.engine import Engine
 from ..train.finetune import Finetune

@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core import FLOAT_BITS, Candidates, Indicators, LayerGraph
 from ..errors import InvalidArgument
 from ..nn.banks import add_banks, select_bank
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
 from ..nn.swap import quantized_layers, swap
 from ..quantizers import LSQ
-from ..spec import FLOAT_BITS, Candidates, Indicators, LayerGraph
 from ..train.finetune import Finetune
 from ..train.hooks import Groups
-from .growth import loss_growth, probe_loss
+from .loss_sensitivity import loss_sensitivity, probe_loss
 from .movement import movement
 from .scores import Scores, default_alpha, limpq_scores
 from .strategy import SearchStrategy, register_strategy
@@ -30,7 +30,7 @@ class LIMPQ(SearchStrategy):
     authors' SGD hardly moves a scale in a short run]. freeze_weights: only scales and norms learn.
     uniform: False leaves the uniform passes out, for ablations.
     indicator: what is read out at the end. "scale": s_b itself, one a tensor, from the authors' start (the paper).
-    "loss" [ours]: how much the loss grows when one operand is quantized with its trained scale s_b (`loss_growth`),
+    "loss" [ours]: how much the loss grows when one operand is quantized with its trained scale s_b,
     weight scales per output channel, from the start of least squared error. A scale has the unit of its tensor, and
     a norm behind a layer makes that unit arbitrary: 0.1 means little in one layer and much in the next. The growth
     of the loss has one unit for all layers, weights and activations, so it needs no α.
@@ -150,7 +150,7 @@ class LIMPQ(SearchStrategy):
         self.set_widths(model, dict.fromkeys(self.layers, self.widths[-1]))  # the banks nearest to float
         with widths_off(model):
             normed = set(self.norms.values())
-            self.growth = loss_growth(self.layers, model, batches, lambda batch: probe_loss(model, batch), normed)
+            self.growth = loss_sensitivity(self.layers, model, batches, lambda batch: probe_loss(model, batch), normed)
 
     def indicators(self, provenance: Mapping[str, Any]) -> Indicators:
         """Read the indicators out, with how far the scales moved."""

@@ -7,13 +7,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
+from ..core import Budget, LayerBits, LayerGraph, Policy, SearchResult, Usage
 from ..cost.bitops import graph_bitops, layer_bitops
 from ..cost.memory import activation_memory, activation_peak, mean_weight_bits, weight_bits
 from ..cost.size import layer_nbytes
 from ..errors import InfeasibleBudget, InvalidArgument
-from ..spec import Budget, LayerBits, LayerGraph, Policy, SearchResult, Usage
+from .problem import build
 from .scores import Scores
-from .table import build
 
 
 def usage_of(graph: LayerGraph, policy: Policy, budget: Budget | None, base_bytes: int) -> Usage:

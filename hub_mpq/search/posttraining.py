@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import Candidates, LayerGraph
+from ..core.checks import whole
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
 from ..nn.layers import CHANNEL_AXIS
 from ..quantizers import LSQ
-from ..spec import Candidates, LayerGraph
 from ..train.batch import distillation_loss, forward, holds_classes, labels_of
-from .growth import Rows, at, loss_growth, probe_loss
 from .install import install
-from .options import whole
+from .loss_sensitivity import Rows, at, loss_sensitivity, probe_loss
 from .scores import Scores
 from .strategy import SearchStrategy, additive, register_strategy
 
@@ -118,11 +118,11 @@ class KL(PostTraining):
 
 @register_strategy("gradient")
 class Gradient(PostTraining):
-    """The loss's growth by `loss_growth`, from scales of least squared error.
+    """The loss's growth by `loss_sensitivity`, from scales of least squared error.
     Without labels the loss is n·y with a standard normal n, whose squared gradients are on average those of the
     output's own squared error [ours]."""
 
     def measure(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
-        self.weight, self.activation = loss_growth(
+        self.weight, self.activation = loss_sensitivity(
             self.layers, model, batches, lambda batch: probe_loss(model, batch, self.seed), self.normed
         )

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ..errors import InvalidArgument
 from ..train.batch import labels_of
-from .pairs import drawn
+from .train_val_split import drawn
 
 
 class ClassSampler:

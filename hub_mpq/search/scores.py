@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import pairwise
 
+from ..core import FLOAT_BITS, Candidates, Indicators, LayerBits, LayerGraph
 from ..errors import InvalidArgument
-from ..spec import FLOAT_BITS, Candidates, Indicators, LayerBits, LayerGraph
 
 Scores = Mapping[str, Mapping[LayerBits, float]]
 

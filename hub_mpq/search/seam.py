@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core import Candidates, LayerGraph
+from ..core.checks import number, whole
 from ..errors import InvalidArgument
-from ..spec import Candidates, LayerGraph
 from ..train.batch import forward, labels_of, logits_of, to_device
 from ..train.hooks import Groups
 from .ebs import EBS, NETWORK
-from .options import number, whole
 from .proxy import class_loader, labels_in
 from .strategy import register_strategy
 

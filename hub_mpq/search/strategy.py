@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..core import FLOAT_BITS, Candidates, LayerBits, LayerGraph
 from ..errors import InvalidArgument
-from ..spec import FLOAT_BITS, Candidates, LayerBits, LayerGraph
 from ..train.finetune import Finetune
 from ..train.hooks import Hooks
 from .scores import Scores

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from ..core import FLOAT_BITS, Budget, Candidates, LayerBits, LayerGraph, Policy
 from ..errors import InvalidArgument
-from ..spec import FLOAT_BITS, Budget, Candidates, LayerBits, LayerGraph, Policy
 from ..train.batch import labels_of
 from ..train.engine import Engine
 from ..train.finetune import Finetune
@@ -20,9 +20,9 @@ from ..train.loop import fit
 from ..train.processes import mean_rows, share_samples
 from .install import layer_inputs
 from .joint import first_batches
+from .problem import searched_limits
 from .scores import Scores
 from .strategy import build_strategy
-from .table import searched_limits
 
 
 @dataclass(frozen=True)

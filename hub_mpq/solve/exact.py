@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import Any
 
-from .table import Problem
+from .table import ParsedTable
 
 ROUNDING = 1e-12
 """What a sum of fractional costs may pass its limit by, relative: its own rounding. Whole numbers: nothing."""
@@ -39,7 +39,7 @@ def over(used: Amounts, limits: Amounts) -> list[str]:
     return [k for k, cap in limits.items() if used[k] > (cap if isinstance(used[k], int) else cap * (1 + ROUNDING))]
 
 
-def least(table: Mapping[str, Any], problem: Problem) -> dict[str, float]:
+def least(table: Mapping[str, Any], problem: ParsedTable) -> dict[str, float]:
     """{limit: the least any policy reaches on it alone}, in closed form: the sum of each row's least cost."""
     layers, rows = table["layers"], list(zip(problem.names, problem.choices, strict=True))
 

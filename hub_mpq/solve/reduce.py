@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .exact import ROUNDING
-from .table import Floats, Problem
+from .table import Floats, ParsedTable
 
 EXACT = 2.0**53
 """Whole numbers whose sums stay below this add up exactly in float64."""
@@ -48,7 +48,7 @@ class Core:
         return out
 
 
-def reduce(problem: Problem) -> Core:
+def reduce(problem: ParsedTable) -> Core:
     """Drop choices that no policy within the limits can take, then those dominated; NoPolicy when a row runs empty."""
     alive = np.isfinite(problem.score)
     cost, caps, sure, whole = _above_least(problem, alive)
@@ -80,7 +80,7 @@ def reduce(problem: Problem) -> Core:
     )
 
 
-def _above_least(problem: Problem, alive: Mask) -> tuple[Floats, Floats, Floats, Mask]:
+def _above_least(problem: ParsedTable, alive: Mask) -> tuple[Floats, Floats, Floats, Mask]:
     """Costs (m, n, k) above the least of their row, and what may be spent on them (m,): rounded up, rounded down.
 
     Whole costs are divided by their greatest common divisor, so that sums of BitOps beyond 2^53 stay exact; the last

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .lagrangian import Dual
-from .meet import Accept, Progress
+from .meet_in_the_middle import Accept, Progress
 from .reduce import Core, NoPolicy
 
 MAX_CUTS = 1000

@@ -14,11 +14,11 @@ from ..errors import HubMPQError, InfeasibleBudget, InvalidArgument
 from . import exact
 from .incumbent import repair
 from .lagrangian import Dual, solve_dual
-from .meet import Accept, Progress, search
+from .meet_in_the_middle import Accept, Progress, search
 from .reduce import Core, NoPolicy, reduce
 from .scip import search_scip
 from .solution import Solution
-from .table import Problem, parse
+from .table import ParsedTable, parse
 
 
 def solve_table(
@@ -65,7 +65,7 @@ def solve_table(
 
 
 def _decide(
-    table: Mapping[str, Any], problem: Problem, first: NDArray[np.intp] | None, deadline: float
+    table: Mapping[str, Any], problem: ParsedTable, first: NDArray[np.intp] | None, deadline: float
 ) -> tuple[NDArray[np.intp] | None, float]:
     """The best picks known when the search ends (None: none known), and how far they may be from the best there is."""
     core = reduce(problem)
@@ -100,7 +100,7 @@ def _repair(core: Core, dual: Dual, accept: Accept, found: Progress) -> None:
         found.take(choice, float(dual.reduced[rows, choice].sum() + dual.prices @ slack))
 
 
-def _start(table: Mapping[str, Any], problem: Problem, start: Mapping[str, str] | None) -> NDArray[np.intp] | None:
+def _start(table: Mapping[str, Any], problem: ParsedTable, start: Mapping[str, str] | None) -> NDArray[np.intp] | None:
     """The picks of a policy to start from; None where it breaks a tie or a limit."""
     if start is None:
         return None

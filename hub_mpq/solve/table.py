@@ -18,7 +18,7 @@ _INFINITE = (math.inf, -math.inf)
 
 
 @dataclass(frozen=True)
-class Problem:
+class ParsedTable:
     """A table as arrays: n rows (a layer, or the layers of one tie), up to k choices each, m limits.
 
     `score` (n, k): to be minimised whatever the sense; +inf pads rows with fewer choices.
@@ -39,8 +39,8 @@ class Problem:
         return {name: choices[pick] for names, choices, pick in rows for name in names}
 
 
-def parse(table: Mapping[str, Any]) -> Problem:
-    """Check a table (DESIGN §3) and turn it into a Problem; InvalidArgument names the layer at fault."""
+def parse(table: Mapping[str, Any]) -> ParsedTable:
+    """Check a table (DESIGN §3) and turn it into a ParsedTable; InvalidArgument names the layer at fault."""
     if not isinstance(table, Mapping):
         raise InvalidArgument(f"a table is a mapping with sense, layers and limits, not {type(table).__name__}")
     if table.get("sense") not in ("min", "max"):
@@ -68,7 +68,7 @@ def parse(table: Mapping[str, Any]) -> Problem:
             place = {c: starts[name] + j for j, c in enumerate(layers[name])}
             out[:, i, : counts[i]] += flat[:, [place[c] for c in choices[i]]]
     caps = np.array([min(cap, 1e300) for cap in limits.values()], dtype=float)
-    return Problem(table["sense"] == "max", names, choices, limits, out[0], out[1:], caps)
+    return ParsedTable(table["sense"] == "max", names, choices, limits, out[0], out[1:], caps)
 
 
 def _limits(limits: Any) -> dict[str, float]:

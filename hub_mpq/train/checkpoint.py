@@ -90,7 +90,7 @@ class Checkpoints:
             raise HubMPQError(f"{self.last / _RUN} cannot be read: {error}") from error
         if written != self.run:
             raise InvalidArgument(
-                f"{self.last} is of {_told(written)}, and this run has {_told(self.run)}: go on with as many, or "
+                f"{self.last} is of {_words(written)}, and this run has {_words(self.run)}: go on with as many, or "
                 f"remove {self.folder} to start anew"
             )
         self.accelerator.load_state(str(self.last))
@@ -99,7 +99,7 @@ class Checkpoints:
         return int(self.last.name.removeprefix("step-"))
 
 
-def _told(run: dict[str, int]) -> str:
+def _words(run: dict[str, int]) -> str:
     count = run["processes"]
     return f"{count} {'process' if count == 1 else 'processes'} with {run['batches_per_epoch']} batches an epoch"
 

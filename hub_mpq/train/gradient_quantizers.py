@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import check_width
 from ..errors import InvalidArgument
 from ..nn.swap import quantized_layers
-from ..spec import check_width
 
 KINDS = ("tensor", "sample", "householder")
 TINY = 1e-20

@@ -17,9 +17,9 @@ from torch import nn
 
 from ..errors import HubMPQError, InvalidArgument, TrainingDiverged
 from ..versions import warn_if_untested
+from .batches import Fed, batches_per_epoch, feed, has_length, prepared, set_epoch
 from .checkpoint import Checkpoints, StopOnSignal
 from .engine import Engine
-from .feed import Fed, batches_per_epoch, feed, has_length, prepared, set_epoch
 from .hooks import Hooks
 from .processes import agreed, total
 from .shard import Spread

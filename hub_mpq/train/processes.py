@@ -215,19 +215,17 @@ def on_main(function: Callable[[], T]) -> T:
         return function()
     from accelerate.utils import broadcast_object_list
 
-    told: list[Any] = [None, None]
+    answer: list[Any] = [None, None]  # (result, message of the error)
+    failed: HubMPQError | None = None
     if rank == 0:
         try:
-            told[0] = function()
+            answer[0] = function()
         except HubMPQError as error:
-            told[1] = error
-    mine = told[1]
-    if mine is not None:
-        told[1] = str(mine)
-    broadcast_object_list(told)
-    if told[1] is not None:
-        raise agreed(mine or HubMPQError(told[1]))
-    return told[0]  # type: ignore[no-any-return]
+            failed, answer[1] = error, str(error)
+    broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise agreed(failed or HubMPQError(answer[1]))
+    return answer[0]  # type: ignore[no-any-return]
 
 
 def agreed(error: HubMPQError) -> HubMPQError:

@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hub_mpq.adapters import from_module, load, norm_of
+from hub_mpq.core import LayerBits
 from hub_mpq.cost import level_bitops
 from hub_mpq.errors import HubMPQError, InvalidArgument
-from hub_mpq.spec import LayerBits
 
 
 def macs(graph):

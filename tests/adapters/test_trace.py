@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hub_mpq.adapters import build_graph, norm_of, observe_signed, trace
 from hub_mpq.adapters.count import MacCounter, operands_and_macs
+from hub_mpq.core import LayerBits
 from hub_mpq.errors import HubMPQError, InvalidArgument
-from hub_mpq.spec import LayerBits
 
 
 def layers_of(model, *shape, **options):

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from hub_mpq.adapters import build_graph, load
 from hub_mpq.cli import app
+from hub_mpq.core import LayerBits
 from hub_mpq.errors import HubMPQError, InvalidArgument
-from hub_mpq.spec import LayerBits
 
 EMBEDDING, EDGE = LayerBits(8, 32), LayerBits(8, 8)
 

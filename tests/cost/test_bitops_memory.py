@@ -2,6 +2,7 @@
 
 import pytest
 
+from hub_mpq.core import FloatOp, LayerBits, LayerGraph, LayerSpec, Policy
 from hub_mpq.cost import (
     activation_memory,
     activation_nbytes,
@@ -15,7 +16,6 @@ from hub_mpq.cost import (
     weight_bits,
 )
 from hub_mpq.errors import InvalidArgument, PolicyMismatch
-from hub_mpq.spec import FloatOp, LayerBits, LayerGraph, LayerSpec, Policy
 
 STEM = LayerSpec("stem", "conv2d", (4, 3, 3, 3), 1000, 108, 75, fixed=LayerBits(8, 8))
 BODY = LayerSpec("body", "conv2d", (4, 4, 3, 3), 2000, 144, 33)

@@ -8,7 +8,7 @@ from hub_toys import IMAGE, float_bert, timm_toy
 from huggingface_hub import ModelCard
 
 from hub_mpq import HubMPQ
-from hub_mpq.hub.folder import PACKED
+from hub_mpq.core.files import PACKED
 
 pytestmark = pytest.mark.hub
 FIGURES = {

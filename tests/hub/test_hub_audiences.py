@@ -9,8 +9,8 @@ import torch
 from hub_toys import IDS, IMAGE, float_bert, timm_toy
 
 from hub_mpq import HubMPQ
-from hub_mpq.hub.float_copy import float_copy_state
-from hub_mpq.hub.folder import PACKED
+from hub_mpq.core.files import PACKED
+from hub_mpq.export.float_copy import float_copy_state
 from hub_mpq.hub.publish import FLOAT_COPY
 
 pytestmark = pytest.mark.hub

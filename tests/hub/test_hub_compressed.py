@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from hub_mpq import HubMPQ, LayerBits, Policy
+from hub_mpq.core.files import PACKED
 from hub_mpq.errors import HubMPQError, InvalidArgument, PackedFormat
-from hub_mpq.hub.folder import PACKED
 from hub_mpq.hub.publish import FLOAT_COPY, MANIFEST, publish
 from hub_mpq.hub.pull import remote_manifest
 from hub_mpq.pack import Manifest

@@ -8,8 +8,8 @@ import torch
 from server import Fault
 
 from hub_mpq import HubMPQ
+from hub_mpq.core.files import INDICATORS, PACKED
 from hub_mpq.errors import HubMPQError
-from hub_mpq.hub.folder import INDICATORS, PACKED
 from hub_mpq.hub.publish import publish
 from hub_mpq.hub.pull import pull
 

@@ -12,8 +12,8 @@ from hub_toys import IDS, float_bert
 from server import Fault
 
 from hub_mpq import HubMPQ
+from hub_mpq.core.files import CONFIG, INDICATORS, PACKED
 from hub_mpq.errors import HubMPQError, PackedFormat
-from hub_mpq.hub.folder import CONFIG, INDICATORS, PACKED
 from hub_mpq.hub.pull import pull, remote_manifest
 from hub_mpq.pack import parse_manifest
 

@@ -7,7 +7,7 @@ from hub_toys import IDS, float_bert
 from huggingface_hub import HfApi
 
 from hub_mpq import HubMPQ, MPQConfig
-from hub_mpq.hub.folder import PACKED
+from hub_mpq.core.files import PACKED
 from hub_mpq.hub.publish import FLOAT_COPY
 
 pytestmark = pytest.mark.hub

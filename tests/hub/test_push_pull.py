@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hub_mpq import HubMPQ
+from hub_mpq.core.files import INDICATORS, PACKED
 from hub_mpq.errors import HubMPQError, InvalidArgument, PackedFormat
-from hub_mpq.hub.folder import INDICATORS, PACKED
 from hub_mpq.hub.publish import FLOAT_COPY, publish
 from hub_mpq.hub.pull import fetch, pull, remote_manifest
 

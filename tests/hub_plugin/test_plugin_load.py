@@ -12,8 +12,8 @@ from plugin_toys import build, pack
 from torch import nn
 
 from hub_mpq import HubMPQ
+from hub_mpq.core.files import CONFIG, PACKED
 from hub_mpq.errors import HubMPQError, PackedFormat, PolicyMismatch
-from hub_mpq.hub.folder import CONFIG, PACKED
 from hub_mpq.nn.packed import packed_layers
 
 

@@ -11,8 +11,8 @@ from plugin_toys import IDS, build, pack
 from torch.utils.data import Dataset
 
 from hub_mpq import HubMPQ, LayerBits, MPQConfig, Policy
+from hub_mpq.core.files import PACKED
 from hub_mpq.errors import HubMPQError, InvalidArgument
-from hub_mpq.hub.folder import PACKED
 from hub_mpq.pack import read_manifest
 
 

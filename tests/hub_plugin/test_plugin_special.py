@@ -12,7 +12,7 @@ from plugin_toys import pack
 from torch.nn import functional as F
 
 from hub_mpq import HubMPQ
-from hub_mpq.hub.folder import PACKED
+from hub_mpq.core.files import PACKED
 from hub_mpq.nn.packed import PackedEmbedding, PackedLinear, packed_layers
 from hub_mpq.pack import read_packed
 

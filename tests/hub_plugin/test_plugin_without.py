@@ -10,8 +10,8 @@ from plugin_toys import build, pack, python
 from safetensors.torch import save_file
 
 from hub_mpq import HubMPQ
-from hub_mpq.hub.float_copy import float_copy_state
-from hub_mpq.hub.folder import PACKED
+from hub_mpq.core.files import PACKED
+from hub_mpq.export.float_copy import float_copy_state
 
 PLAIN = """
 import json, sys, warnings

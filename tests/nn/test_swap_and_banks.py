@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from hub_mpq import adapters
+from hub_mpq.core import Policy
 from hub_mpq.errors import PolicyMismatch, UnsupportedLayer
 from hub_mpq.nn.banks import add_banks, batch_norms, select_bank
 from hub_mpq.nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs, widths_off
 from hub_mpq.nn.swap import quantize_layer, quantized_layers, swap, swap_policy
 from hub_mpq.quantizers import LSQ
-from hub_mpq.spec import Policy
 from hub_mpq.train import forward
 
 X = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -5,8 +5,8 @@ import random
 
 import torch
 
+from hub_mpq.core import FloatOp, LayerBits, LayerGraph, LayerSpec, Policy
 from hub_mpq.pack import Manifest, PackedTensor, pack_weight
-from hub_mpq.spec import FloatOp, LayerBits, LayerGraph, LayerSpec, Policy
 
 GRAPH = LayerGraph(
     "toy",

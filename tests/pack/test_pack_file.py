@@ -12,6 +12,7 @@ from packed_toys import GRAPH, WIDTHS, same, toy
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from hub_mpq.core import FloatOp, LayerBits, LayerGraph, LayerSpec, Policy
 from hub_mpq.cost.size import layer_nbytes
 from hub_mpq.errors import InvalidArgument, PackedFormat, PolicyMismatch
 from hub_mpq.pack import (
@@ -25,7 +26,6 @@ from hub_mpq.pack import (
     write_packed,
 )
 from hub_mpq.pack.manifest import _FLOAT_TYPES, _LAYER_TYPES, PROVENANCE_RESERVE
-from hub_mpq.spec import FloatOp, LayerBits, LayerGraph, LayerSpec, Policy
 
 GOLDEN = Path(__file__).parent / "golden_v1.mpq.safetensors"
 

@@ -6,9 +6,9 @@ import pytest
 from forge import overwrite, seal, split, text_of
 from packed_toys import same
 
+from hub_mpq.core import Indicators
 from hub_mpq.errors import PackedFormat
 from hub_mpq.pack import PackedTensor, read_indicators, read_packed, write_indicators
-from hub_mpq.spec import Indicators
 
 COUNT = 20_000
 TOKENS = [

@@ -7,9 +7,9 @@ import pytest
 from forge import seal, split
 from safetensors.torch import load_file
 
+from hub_mpq.core import Indicators
 from hub_mpq.errors import InvalidArgument, PackedFormat
 from hub_mpq.pack import read_indicators, read_packed, write_indicators
-from hub_mpq.spec import Indicators
 
 GIVEN = Indicators(
     {"layer.0": {2: 0.1 + 0.2, 3: 1e-9, 8: 7.0}, "emb/odd": {1: 0.5}},

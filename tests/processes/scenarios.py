@@ -16,11 +16,11 @@ from sharding import fsdp, unsharded
 from torch.utils.data import DataLoader
 
 from hub_mpq import HubMPQ
+from hub_mpq.core import Candidates
 from hub_mpq.errors import HubMPQError, InvalidArgument
 from hub_mpq.nn.calibrate import sample_inputs
 from hub_mpq.search.limpq import LIMPQ
 from hub_mpq.search.train_scores import train_scores
-from hub_mpq.spec import Candidates
 from hub_mpq.train import Engine, Finetune, evaluate, fit, forward
 from hub_mpq.train.processes import own_share, world
 

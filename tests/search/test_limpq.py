@@ -6,14 +6,14 @@ import torch
 from torch import nn
 
 from hub_mpq import HubMPQ
+from hub_mpq.core import Candidates
 from hub_mpq.errors import InvalidArgument
 from hub_mpq.nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
 from hub_mpq.nn.swap import quantized_layers, swap
 from hub_mpq.quantizers import LSQ
-from hub_mpq.search.growth import like, loss_growth
 from hub_mpq.search.limpq import LIMPQ
+from hub_mpq.search.loss_sensitivity import like, loss_sensitivity
 from hub_mpq.search.movement import movement, rank_correlation
-from hub_mpq.spec import Candidates
 from hub_mpq.train import Finetune
 
 X = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -80,7 +80,7 @@ def test_growth_is_the_formula_on_one_linear_layer():
     calibrate_inputs(net, {"0": x}, mse=True)
     layers = dict(quantized_layers(net))
     with widths_off(net):
-        weight, activation = loss_growth(layers, net, [x], lambda batch: net(batch).square().sum(1).mean())
+        weight, activation = loss_sensitivity(layers, net, [x], lambda batch: net(batch).square().sum(1).mean())
     layer = net[0]
     for parameter in net.parameters():
         parameter.requires_grad_(False)

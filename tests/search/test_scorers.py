@@ -11,9 +11,9 @@ from hub_mpq import HubMPQ
 from hub_mpq.errors import InvalidArgument
 from hub_mpq.nn.calibrate import widths_off
 from hub_mpq.search.candidates import resolve_candidates
-from hub_mpq.search.growth import at
 from hub_mpq.search.hessian import Hessian
 from hub_mpq.search.install import layer_inputs
+from hub_mpq.search.loss_sensitivity import at
 from hub_mpq.search.posttraining import KL, MSE
 
 SCORERS = ("gradient", "hessian", "mse", "kl")

@@ -58,7 +58,7 @@ def test_first_case_is_the_published_policy_and_says_who_published_it():
 
 def test_by_scip_alone(monkeypatch):
     """The general engine gives the same answer when the listing of part-policies is not allowed."""
-    monkeypatch.setattr("hub_mpq.solve.halves.MAX_STATES", 0)
+    monkeypatch.setattr("hub_mpq.solve.half_enumeration.MAX_STATES", 0)
     case = GOLDEN["cases"][0]
     solution = solve_table(golden_table(case))
     assert solution.status == "optimal"

@@ -44,7 +44,7 @@ def test_both_limits_below_the_least():
 @pytest.mark.parametrize("engine", ["listing", "scip"])
 def test_each_reachable_alone_but_not_together(engine, monkeypatch):
     if engine == "scip":
-        monkeypatch.setattr("hub_mpq.solve.halves.MAX_STATES", 0)
+        monkeypatch.setattr("hub_mpq.solve.half_enumeration.MAX_STATES", 0)
     # every choice costs 10 in all, two layers: 20 is the least sum of both limits, and only even splits exist
     table = {"sense": "min", "layers": layers(*[[(2 * i, 10 - 2 * i) for i in range(6)]] * 2), "limits": {}}
     for a, b, met in [(10, 10, True), (9, 11, False), (11, 9, False), (4, 16, True), (9, 10, False), (0, 0, False)]:
@@ -62,7 +62,7 @@ def test_each_reachable_alone_but_not_together(engine, monkeypatch):
 def test_only_the_search_can_tell(engine, monkeypatch):
     """Sums of 3 and 5 never make 7: neither a single layer nor linear programming sees it."""
     if engine == "scip":
-        monkeypatch.setattr("hub_mpq.solve.halves.MAX_STATES", 0)
+        monkeypatch.setattr("hub_mpq.solve.half_enumeration.MAX_STATES", 0)
     table = {"sense": "min", "layers": layers(*[[(0, 10), (3, 7), (5, 5)]] * 3), "limits": {"a": 7, "b": 23}}
     with pytest.raises(InfeasibleBudget, match="not together"):
         solve_table(table)

@@ -59,7 +59,7 @@ def test_a_dozen_layers(seed):
 
 
 def test_pairs_far_outside_the_window_are_not_needed(monkeypatch):
-    monkeypatch.setattr("hub_mpq.solve.meet.FEW_PAIRS", 0)
+    monkeypatch.setattr("hub_mpq.solve.meet_in_the_middle.FEW_PAIRS", 0)
     for seed in range(6000, 6040):
         check_tight(random_table(seed, layers=(3, 6), kind="plain"))
     # both limits met by one policy only, the one of the worst scores
@@ -76,7 +76,7 @@ def test_pairs_far_outside_the_window_are_not_needed(monkeypatch):
 
 @pytest.mark.parametrize("block", range(4))
 def test_small_tables_by_scip(block, monkeypatch):
-    monkeypatch.setattr("hub_mpq.solve.halves.MAX_STATES", 0)
+    monkeypatch.setattr("hub_mpq.solve.half_enumeration.MAX_STATES", 0)
     for seed in range(2000 + 15 * block, 2015 + 15 * block):
         check_tight(random_table(seed))
     check_tight(random_table(3000 + block, layers=(8, 10), choices=(2, 5), kind="coarse"))

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from solve_oracle import optimum, random_table
 
-from hub_mpq.solve.halves import Half, Work, list_halves
+from hub_mpq.solve.half_enumeration import Half, Work, list_halves
 from hub_mpq.solve.incumbent import repair
 from hub_mpq.solve.lagrangian import Dual, solve_dual
-from hub_mpq.solve.meet import Progress, _join
-from hub_mpq.solve.pairs import Pairs
+from hub_mpq.solve.meet_in_the_middle import Progress, _join
+from hub_mpq.solve.pair_join import Pairs
 from hub_mpq.solve.reduce import Core, reduce
 from hub_mpq.solve.table import parse
 

@@ -6,7 +6,7 @@ import pytest
 
 from hub_mpq.errors import HubMPQError, InvalidArgument
 from hub_mpq.solve import solve_table
-from hub_mpq.solve.meet import Progress
+from hub_mpq.solve.meet_in_the_middle import Progress
 from hub_mpq.solve.scip import search_scip
 
 
@@ -35,7 +35,7 @@ def check(solution, table):
 
 
 def test_the_limit_strikes_in_scip(monkeypatch):
-    monkeypatch.setattr("hub_mpq.solve.halves.MAX_STATES", 1000)
+    monkeypatch.setattr("hub_mpq.solve.half_enumeration.MAX_STATES", 1000)
     given = []
 
     def spied(core, dual, accept, seconds, known):

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from hub_mpq import HubMPQ
+from hub_mpq.core import Candidates
 from hub_mpq.errors import HubMPQError, InvalidArgument
 from hub_mpq.nn.banks import add_banks
 from hub_mpq.nn.calibrate import sample_inputs
 from hub_mpq.quantizers import LSQ
 from hub_mpq.search.limpq import LIMPQ
-from hub_mpq.spec import Candidates
 from hub_mpq.train import Engine, Finetune, fit, forward
 from hub_mpq.train.engine import synced_norms
 from hub_mpq.train.processes import make_accelerator

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampl
 from torch.utils.data.dataloader import default_collate
 
 from ..errors import InvalidArgument
-from ..train.feed import has_length
+from ..train.batches import has_length
 
 
 def drawn(loader: DataLoader[Any]) -> list[int] | None:
@@ -96,7 +96,7 @@ def _cut(batch: Any, part: int) -> Any:
     return batch
 
 
-def pairs(loader: Iterable[Any], seed: int) -> Iterable[Any]:
+def train_val_split(loader: Iterable[Any], seed: int) -> Iterable[Any]:
     """A loader of (train, held-out) batches, each half of the size: as many images a step, as many steps an epoch.
 
     The samples that a DataLoader's sampler draws are split once into two halves that never mix; other loaders, and

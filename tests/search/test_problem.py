@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from hub_mpq.core import Budget, Candidates, FloatOp, Indicators, LayerBits, LayerGraph, LayerSpec, Policy
 from hub_mpq.cost import graph_bitops
 from hub_mpq.errors import InfeasibleBudget, InvalidArgument
 from hub_mpq.search.candidates import resolve_candidates
 from hub_mpq.search.policy_search import pareto_front, search_policy, usage_of
 from hub_mpq.search.scores import available, balance, limpq_scores
-from hub_mpq.spec import Budget, Candidates, FloatOp, Indicators, LayerBits, LayerGraph, LayerSpec, Policy
 
 GOLDEN = Path(__file__).parents[1] / "solve" / "golden_limpq_resnet50.json"
 F8 = LayerBits(8, 8)

@@ -1,4 +1,4 @@
-"""What a strategy's constructor checks of its options, which may come as words from the command line."""
+"""Checks of options, which may come as words from the command line."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from ..errors import InvalidArgument
 
 def whole(name: str, value: object, low: int, high: int | None = None) -> int:
     """`value` as an int; InvalidArgument unless it is a whole number within the ends."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < low or (high is not None and value > high):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, Integral)
+        or int(value) < low
+        or (high is not None and int(value) > high)
+    ):
         ends = f"from {low} to {high}" if high is not None else f"of at least {low}"
         raise InvalidArgument(f"{name} is a whole number {ends}, not {value!r}")
-    return int(value)
+    return int(value)  # type: ignore[call-overload,no-any-return]
 
 
 def number(name: str, value: object) -> float:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .halves import Half, OutOfTime, TooMany, Work, list_halves
+from .half_enumeration import Half, OutOfTime, TooMany, Work, list_halves
 from .lagrangian import Dual
-from .pairs import Pairs
+from .pair_join import Pairs
 from .reduce import Core, NoPolicy
 from .table import Floats
 

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..core import Candidates, LayerBits, LayerGraph
 from ..cost.size import layer_nbytes
-from ..spec import Candidates, LayerBits, LayerGraph
 
 Widths = Mapping[str, tuple[Tensor, "Tensor | None"]]
 """{searched layer: (weight bits, activation bits)}: real numbers that may carry gradients."""
 
 
-class SoftCosts:
+class DifferentiableCosts:
     """Cost of real-valued widths over each limit: 1 where the cap is reached.
 
     limits: caps on the searched layers' sums, as `searched_limits` gives them. Known are bitops, size, weight_bits,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .sweeps import Grid, on_grid, pull_back
+from .fake_quantize_kernels import Grid, on_grid, pull_back
 
 
 class _FakeQuantize(torch.autograd.Function):

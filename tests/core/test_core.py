@@ -2,8 +2,7 @@ import json
 
 import pytest
 
-from hub_mpq.errors import InvalidArgument, PolicyMismatch
-from hub_mpq.spec import (
+from hub_mpq.core import (
     Budget,
     Candidates,
     LayerBits,
@@ -14,6 +13,7 @@ from hub_mpq.spec import (
     parse_bytes,
     parse_count,
 )
+from hub_mpq.errors import InvalidArgument, PolicyMismatch
 
 
 def graph():

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core import FLOAT_BITS
+from ..core.files import CONFIG
 from ..errors import HubMPQError
+from ..nn.packing import packed_tensors
 from ..pack import Manifest, PackedTensor, pack_weight
 from ..pack.atomic import write_atomic
 from ..pack.layout import key
-from ..spec import FLOAT_BITS
 from .float_copy import float_copy_state, published_names
-from .folder import CONFIG, packed_tensors
 
-METHOD = "compressed-tensors"
+FORMAT = "compressed-tensors"
 _KINDS = ("linear", "embedding")
 
 
@@ -50,18 +51,18 @@ def check_exportable(manifest: Manifest) -> None:
     """Raise HubMPQError, naming layers and the way out, for a policy that this format can't say."""
     graph, bits = manifest.graph, manifest.policy.bits
     if manifest.library != "transformers":
-        raise HubMPQError(f"{METHOD} is a format of transformers models; this one is of {manifest.library}")
+        raise HubMPQError(f"{FORMAT} is a format of transformers models; this one is of {manifest.library}")
     other = [x.name for x in graph if x.kind not in _KINDS and bits[x.name].weight != FLOAT_BITS]
     if other:
         kinds = ", ".join(sorted({graph[name].kind for name in other}))
         raise HubMPQError(
-            f"{METHOD} packs Linear and Embedding layers; {len(other)} layers are {kinds} ({_some(other)}); "
+            f"{FORMAT} packs Linear and Embedding layers; {len(other)} layers are {kinds} ({_some(other)}); "
             f"leave them float with exclude=[{other[0]!r}, …], or publish the packed file"
         )
     inputs = [name for name, level in bits.items() if level.activation != FLOAT_BITS]
     if inputs:
         raise HubMPQError(
-            f"{METHOD} is exported weight-only; the policy quantizes the inputs of {len(inputs)} layers "
+            f"{FORMAT} is exported weight-only; the policy quantizes the inputs of {len(inputs)} layers "
             f"({_some(inputs)}); load the float model with weight_only=True, or publish the packed file"
         )
 
@@ -124,7 +125,7 @@ def _two_bits(packed: PackedTensor) -> PackedTensor:
 def _quantization(groups: Mapping[int, list[str]]) -> dict[str, Any]:
     weights = {"type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
     return {
-        "quant_method": METHOD,
+        "quant_method": FORMAT,
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "ignore": [],

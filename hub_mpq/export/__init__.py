@@ -10,8 +10,8 @@ from torch import nn
 
 from ..errors import InvalidArgument
 from ..pack import Manifest
-from .export_compressed import METHOD, export_compressed
-from .export_onnx import export_onnx
+from .compressed_tensors import FORMAT, export_compressed
+from .onnx import export_onnx
 
 
 def export(
@@ -29,8 +29,8 @@ def export(
     QuantizeLinear and DequantizeLinear nodes; needs the extra "onnx". Raises HubMPQError, in words, for what a
     format can't say, InvalidArgument for an unknown one.
     """
-    if format == METHOD:
+    if format == FORMAT:
         return export_compressed(folder, model, manifest, config)
     if format == "onnx":
         return export_onnx(folder, model, example)
-    raise InvalidArgument(f"format is {METHOD!r} or 'onnx', not {format!r}")
+    raise InvalidArgument(f"format is {FORMAT!r} or 'onnx', not {format!r}")

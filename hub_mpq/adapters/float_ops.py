@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
+from ..core import FloatOp
 from ..nn.types import layer_kind, why_not
-from ..spec import FloatOp
-from .forward import Run
+from .forward import ForwardRecord
 
 _WEIGHTY = (
     nn.modules.conv._ConvNd,
@@ -37,7 +37,7 @@ def replaced_parameters(modules: Mapping[str, nn.Module], quantized: Collection[
 
 
 def float_ops(
-    modules: Mapping[str, nn.Module], run: Run, quantized: Collection[str], excluded: Collection[str]
+    modules: Mapping[str, nn.Module], run: ForwardRecord, quantized: Collection[str], excluded: Collection[str]
 ) -> tuple[FloatOp, ...]:
     """Every product outside the quantized layers, and every layer left float even if it multiplied nothing.
 

@@ -34,7 +34,7 @@ def like(moved: Tensor, y: Tensor) -> Tensor:
     return (moved - moved.mean(dims, keepdim=True)) * deviation + y.mean(dims, keepdim=True)
 
 
-def loss_growth(
+def loss_sensitivity(
     layers: Mapping[str, Any],
     model: nn.Module,
     batches: Sequence[Any],

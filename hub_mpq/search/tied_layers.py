@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ..core import FLOAT_BITS, Candidates, LayerBits, LayerGraph
 from ..errors import InvalidArgument
-from ..spec import FLOAT_BITS, Candidates, LayerBits, LayerGraph
 
 Row = Mapping[LayerBits, tuple[float, dict[str, float]]]
 Combo = tuple[dict[str, LayerBits], float, dict[str, float]]

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..core import Budget, LayerBits, LayerGraph, LayerSpec, parse_bytes, parse_count, parse_ratio
 from ..cost.bitops import float_bitops, layer_bitops
 from ..cost.memory import activation_nbytes, weight_bits
 from ..cost.size import layer_nbytes
 from ..errors import InfeasibleBudget, InvalidArgument
 from ..solve import Solution, solve_table
-from ..spec import Budget, LayerBits, LayerGraph, LayerSpec, parse_bytes, parse_count, parse_ratio
 from .scores import Scores
-from .ties import merge_inputs
+from .tied_layers import merge_inputs
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from test_fake_quantize import case, plain
 from torch import nn
 
-from hub_mpq.quantizers import LSQ, compile_quantizers, compiled, fake_quantize, sweeps
-from hub_mpq.quantizers.sweeps import Grid, on_grid, pull_back
+from hub_mpq.quantizers import LSQ, compile_quantizers, compiled, fake_quantize, fake_quantize_kernels
+from hub_mpq.quantizers.fake_quantize_kernels import Grid, on_grid, pull_back
 
 SCALES = {"tensor": (1,), "rows": (6, 1, 1, 1), "columns": (1, 1, 1, 7)}
 LAYOUTS = {
@@ -24,7 +24,7 @@ LAYOUTS = {
 @pytest.fixture(params=["pieces", "whole"])
 def size(request, monkeypatch):
     """Pieces of a few elements, or all at once."""
-    monkeypatch.setattr(sweeps, "_PIECE", 50 if request.param == "pieces" else 1 << 16)
+    monkeypatch.setattr(fake_quantize_kernels, "_PIECE", 50 if request.param == "pieces" else 1 << 16)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

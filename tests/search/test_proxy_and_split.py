@@ -18,9 +18,9 @@ from torch.utils.data import (
 from hub_mpq import HubMPQ
 from hub_mpq.errors import InvalidArgument
 from hub_mpq.search.ebs import falling
-from hub_mpq.search.pairs import pairs
 from hub_mpq.search.proxy import class_loader
 from hub_mpq.search.seam import margin_loss
+from hub_mpq.search.train_val_split import train_val_split
 from hub_mpq.train.batch import size_of
 
 X = torch.zeros(1, 1, 8, 8)
@@ -32,7 +32,7 @@ def loader(n=100, batch=10, **more):
 
 
 def test_training_and_held_out_samples_never_mix():
-    split = pairs(loader(), seed=3)
+    split = train_val_split(loader(), seed=3)
     assert len(split) == 10
     seen = [set(), set()]
     for _ in range(3):
@@ -46,12 +46,12 @@ def test_training_and_held_out_samples_never_mix():
 
 def test_lists_of_batches_are_cut_in_two():
     batches = [{"x": torch.arange(8), "labels": torch.arange(8)}, (torch.arange(5), torch.arange(5))]
-    first, second = list(pairs(batches, 0))
+    first, second = list(train_val_split(batches, 0))
     assert first[0]["x"].tolist() == [0, 1, 2, 3]
     assert first[1]["labels"].tolist() == [4, 5, 6, 7]
     assert second[1][0].tolist() == [2, 3, 4]
     with pytest.raises(InvalidArgument, match="at least 2"):
-        list(pairs([torch.zeros(1, 3)], 0))
+        list(train_val_split([torch.zeros(1, 3)], 0))
 
 
 def test_a_share_of_every_class_in_batches_of_classes_times_samples():
@@ -174,7 +174,7 @@ def test_a_sampler_of_batches_and_one_without_length(net, data):
 
 def test_the_split_of_a_sampler_never_mixes():
     data = TensorDataset(torch.arange(100))
-    split = pairs(DataLoader(data, batch_size=10, sampler=SubsetRandomSampler(range(20, 60))), seed=3)
+    split = train_val_split(DataLoader(data, batch_size=10, sampler=SubsetRandomSampler(range(20, 60))), seed=3)
     seen = [set(), set()]
     for _ in range(3):
         for batch in split:
@@ -185,9 +185,9 @@ def test_the_split_of_a_sampler_never_mixes():
 
 
 def test_a_last_half_of_one_sample_is_left_out():
-    sizes = [size_of(batch) for batch in pairs(loader(34, 16), seed=0)]
+    sizes = [size_of(batch) for batch in train_val_split(loader(34, 16), seed=0)]
     assert sizes == [16, 16]
-    assert [size_of(batch) for batch in pairs(loader(36, 16), seed=0)] == [16, 16, 4]
+    assert [size_of(batch) for batch in train_val_split(loader(36, 16), seed=0)] == [16, 16, 4]
     mpq = HubMPQ.from_module(nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)), nn.BatchNorm1d(4)), torch.zeros(2, 4))
     data = TensorDataset(torch.randn(34, 4), torch.arange(34) % 4)
     mpq.train_scores(DataLoader(data, batch_size=16), strategy="ebs", epochs=1)

@@ -11,7 +11,7 @@ from torch import nn
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def state_restored(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients; afterwards modes, buffers, caches, attributes and random state are as before.
 
     Some forwards write to their modules: caches keyed by device (LeViT), counters, rescaled rotary frequencies.

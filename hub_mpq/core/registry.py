@@ -1,0 +1,81 @@
+"""Objects known by name: the package's own, and those that others register."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Generic, TypeVar
+
+from ..errors import InvalidArgument
+
+T = TypeVar("T")
+_NAME = re.compile(r"[A-Za-z][\w.-]*", re.ASCII)
+
+
+class Registry(Generic[T]):
+    """Objects of one sort by name, in the order they were registered.
+
+    Args:
+        sort: What the objects are, for errors ("limit", "layer kind").
+        home: Module that registers the package's own objects; imported the first time that anything is looked up, so
+            that importing `hub_mpq` stays light. None for a registry that starts empty.
+    """
+
+    def __init__(self, sort: str, home: str | None = None) -> None:
+        self.sort, self.home = sort, home
+        self._found: dict[str, T] = {}
+        self._filled = home is None
+
+    def register(self, name: str, value: T) -> T:
+        """Make `value` known as `name` and return it.
+
+        Raises:
+            InvalidArgument: The name is not a word, or another object has it.
+        """
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise InvalidArgument(f"a {self.sort} is named by letters, digits, '_', '.' and '-', not {name!r}")
+        self._fill()
+        known = self._found.get(name)
+        if known is not None and known is not value and known != value:
+            raise InvalidArgument(f"a {self.sort} {name!r} is registered already ({known!r})")
+        self._found[name] = value
+        return value
+
+    def unregister(self, name: str) -> None:
+        """Forget an object that was registered; nothing happens when there is none."""
+        self._found.pop(name, None)
+
+    def get(self, name: str) -> T:
+        """The object of a name.
+
+        Raises:
+            InvalidArgument: No such object; the error lists those that there are.
+        """
+        self._fill()
+        if name not in self._found:
+            known = ", ".join(self._found) or "none is registered"
+            raise InvalidArgument(f"unknown {self.sort} {name!r}; known: {known}")
+        return self._found[name]
+
+    def __contains__(self, name: object) -> bool:
+        self._fill()
+        return name in self._found
+
+    def __iter__(self) -> Iterator[T]:
+        self._fill()
+        return iter(list(self._found.values()))
+
+    def names(self) -> list[str]:
+        """Names of all objects."""
+        self._fill()
+        return list(self._found)
+
+    def _fill(self) -> None:
+        if not self._filled and self.home is not None:
+            self._filled = True  # first: the home registers its objects here while it is imported
+            try:
+                import_module(self.home)
+            except BaseException:
+                self._filled = False
+                raise

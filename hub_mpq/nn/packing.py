@@ -1,0 +1,107 @@
+"""What a packed file holds of a quantized model, and back into one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..core import FLOAT_BITS
+from ..errors import PackedFormat
+from ..pack import Manifest, PackedTensor, empty_packed, file_nbytes, layout, pack_weight
+from ..pack.layout import key as part_key
+from ..quantizers import LSQ
+from .packed import packed_layers
+from .swap import quantized_layers
+
+QUANTIZER_KEYS = (".weight_quantizer.", ".input_quantizer.")
+"""Parts of state-dict keys that belong to quantizers: a file holds them in its own words."""
+
+
+@torch.no_grad()
+def packed_tensors(model: nn.Module, manifest: Manifest) -> dict[str, PackedTensor | Tensor]:
+    """What a packed file holds: integers of the quantized weights, scales, and every other tensor as it is."""
+    graph = manifest.graph
+    out: dict[str, PackedTensor | Tensor] = {}
+    skip: set[str] = set()
+    for name, module in quantized_layers(model):
+        skip.add(f"{name}.weight")
+        q = module.weight_quantizer
+        if graph[name].weight_owner is None:
+            integers = q.to_int(module.weight).cpu()
+            out[name] = pack_weight(integers, q.scale.detach().cpu(), graph[name].kind, q.spec.num_bits)
+        if module.input_quantizer is not None:
+            out[f"{name}.input_scale"] = module.input_quantizer.scale.detach().cpu()
+            zero = torch.tensor([module.input_quantizer.zero_point], dtype=torch.int32)
+            out[f"{name}.input_zero_point"] = zero
+    for name, module in packed_layers(model):
+        if not module.owner:
+            out[name] = module.packed
+            skip |= {part_key(name, part) for part in module.packed.parts()}
+    for key, tensor in model.state_dict().items():
+        if key not in skip and not any(part in f".{key}" for part in QUANTIZER_KEYS):
+            out[key] = tensor.detach().cpu()
+    return out | _guard(manifest, "cpu")
+
+
+def _guard(manifest: Manifest, device: str) -> dict[str, PackedTensor | Tensor]:
+    """A float weight without elements beside the first packed one of a hub's model: who loads the packed file as if it
+    were float weights (renamed, say) meets a wrong shape; plain transformers would draw new weights."""
+    if manifest.library == "module":
+        return {}
+    names = list(layout.packed_layers(manifest))[:1]
+    return {part_key(name, "weight"): torch.empty(0, device=device) for name in names}
+
+
+def predicted_nbytes(model: nn.Module, manifest: Manifest) -> int:
+    """Bytes of the packed file of a float `model` at the manifest's policy, to the byte, before anything is packed."""
+    graph, bits = manifest.graph, manifest.policy.bits
+    out: dict[str, PackedTensor | Tensor] = {}
+    skip = set()
+    for layer in graph:
+        level = bits[layer.name]
+        if level.weight != FLOAT_BITS:
+            skip.add(f"{layer.name}.weight")
+            if layer.weight_owner is None:
+                out[layer.name] = empty_packed(layer.kind, layer.weight_shape, level.weight)
+        if level.activation != FLOAT_BITS:
+            out[f"{layer.name}.input_scale"] = torch.empty(1, device="meta")
+            out[f"{layer.name}.input_zero_point"] = torch.empty(1, dtype=torch.int32, device="meta")
+    for key, tensor in model.state_dict().items():
+        if key not in skip and not any(part in f".{key}" for part in QUANTIZER_KEYS):
+            out[key] = torch.empty_like(tensor, device="meta")
+    return file_nbytes(out | _guard(manifest, "meta"), manifest)
+
+
+@torch.no_grad()
+def load_quantized(path: object, model: nn.Module, tensors: Mapping[str, PackedTensor | Tensor]) -> None:
+    """Fill a swapped model with packed tensors: weights on their grids, scales, everything else."""
+    rest = dict(tensors)
+    for name, module in quantized_layers(model):
+        packed = rest.pop(name, None)
+        if isinstance(packed, PackedTensor):
+            module.weight.copy_(packed.dequantize())
+            q = module.weight_quantizer
+            if packed.weight_scale.numel() != q.base.shape[1]:  # saved with one scale per tensor
+                fresh = LSQ(q.widths, signed=True, channels=packed.weight_scale.numel(), axis=q.axis)
+                for _, other in quantized_layers(model):  # a tied head reads by its owner's quantizer
+                    if other.weight_quantizer is q:
+                        other.weight_quantizer = fresh
+                q = fresh
+            q.init(packed.num_bits, packed.weight_scale)
+        rest[f"{name}.weight"] = module.weight
+        if module.input_quantizer is not None:
+            scale = rest.pop(f"{name}.input_scale")
+            zero = rest.pop(f"{name}.input_zero_point", torch.zeros(1))
+            module.input_quantizer.init(module.input_quantizer.widths[0], scale.reshape(1), int(zero))
+    own = model.state_dict()
+    expected = {k for k in own if not any(part in f".{k}" for part in QUANTIZER_KEYS)}
+    missing, extra = expected - set(rest), set(rest) - expected
+    if missing or extra:
+        raise PackedFormat(path, f"tensors missing {sorted(missing)[:4]}, unknown {sorted(extra)[:4]}")
+    for key in expected:
+        if tuple(own[key].shape) != tuple(rest[key].shape):
+            shape = tuple(own[key].shape)
+            raise PackedFormat(path, f"tensor {key!r}: shape {tuple(rest[key].shape)}, expected {shape}")
+    model.load_state_dict(rest, strict=False)
