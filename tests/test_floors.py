@@ -18,8 +18,9 @@ FLOOR = {
     **dict.fromkeys(["report", "plot"], 7),
     **dict.fromkeys(["hub", "data"], 8),
     "model": 9,
-    **dict.fromkeys(["demo", "cli"], 10),
-    **dict.fromkeys(["__init__", "__main__"], 11),
+    "demo": 10,
+    "cli": 11,
+    **dict.fromkeys(["__init__", "__main__"], 12),
 }
 
 

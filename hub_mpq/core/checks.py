@@ -18,7 +18,7 @@ def whole(name: str, value: object, low: int, high: int | None = None) -> int:
     ):
         ends = f"from {low} to {high}" if high is not None else f"of at least {low}"
         raise InvalidArgument(f"{name} is a whole number {ends}, not {value!r}")
-    return int(value)  # type: ignore[call-overload,no-any-return]
+    return int(value)
 
 
 def number(name: str, value: object) -> float:
