@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hub_mpq import HubMPQ
-from hub_mpq.core import Candidates
+from hub_mpq.core import Candidates, human
 from hub_mpq.data import data_config, image_loader
-from hub_mpq.report import human, table
+from hub_mpq.report import table
 from hub_mpq.train import Finetune, fit
 
 SMALL_MOBILENET = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear", "crop_pct": 0.875}

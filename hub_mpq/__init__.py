@@ -11,13 +11,16 @@ from .hub.register import install
 # name -> module it is imported from on first use: `import hub_mpq` itself stays light
 _LAZY = {
     "HubMPQ": "model",
-    "Budget": "core",
-    "Candidates": "core",
-    "Indicators": "core",
-    "LayerBits": "core",
-    "LayerGraph": "core",
-    "Policy": "core",
-    "SearchResult": "core",
+    **dict.fromkeys(
+        ["Budget", "Candidates", "Indicators", "LayerBits", "LayerGraph", "Policy", "SearchResult"], "core"
+    ),
+    **dict.fromkeys(["Engine", "FinetuneOptions", "IndicatorOptions"], "core"),
+    **dict.fromkeys(["Limit", "register_limit"], "core"),
+    **dict.fromkeys(["LayerKind", "register_layer_kind"], "core"),
+    **dict.fromkeys(["Library", "register_library"], "core"),
+    **dict.fromkeys(["Task", "register_task"], "core"),
+    **dict.fromkeys(["Runtime", "register_runtime"], "core"),
+    **dict.fromkeys(["SearchStrategy", "register_strategy"], "search.strategy"),
     "solve_table": "solve",
     "HubMPQError": "errors",
     "MPQConfig": "hub.plugin",
@@ -28,14 +31,21 @@ __all__ = ["__version__", *sorted(_LAZY)]  # noqa: PLE0604
 if TYPE_CHECKING:
     from .core import Budget as Budget
     from .core import Candidates as Candidates
+    from .core import Engine as Engine
+    from .core import FinetuneOptions as FinetuneOptions
+    from .core import IndicatorOptions as IndicatorOptions
     from .core import Indicators as Indicators
     from .core import LayerBits as LayerBits
     from .core import LayerGraph as LayerGraph
+    from .core import Limit as Limit
     from .core import Policy as Policy
     from .core import SearchResult as SearchResult
+    from .core import register_limit as register_limit
     from .errors import HubMPQError as HubMPQError
     from .hub.plugin import MPQConfig as MPQConfig
     from .model import HubMPQ as HubMPQ
+    from .search.strategy import SearchStrategy as SearchStrategy
+    from .search.strategy import register_strategy as register_strategy
     from .solve import solve_table as solve_table
 
 

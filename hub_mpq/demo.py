@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from .core import FLOAT_BITS
+from .core import FLOAT_BITS, human
 from .data import Shuffled
 from .errors import HubMPQError
 from .model import HubMPQ
 from .plot import check_plot, plot_policy
-from .report import human, table
-from .train.tune import finetune
+from .report import table
+from .train.finetune import finetune
 
 MODEL = "resnet10t"
 SIDE = 16  # the 8×8 images are enlarged: a residual network halves its input five times

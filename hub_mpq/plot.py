@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .core import FLOAT_BITS, Indicators, LayerGraph, Policy, SearchResult
+from .core import FLOAT_BITS, Indicators, LayerGraph, Policy, SearchResult, limits
 from .errors import HubMPQError, InvalidArgument
 
 if TYPE_CHECKING:
@@ -16,12 +16,6 @@ if TYPE_CHECKING:
 
 WEIGHT, ACTIVATION = "#1f4e79", "#e08214"
 _ACROSS = 56  # layers side by side; more go into further rows, so that names and numbers can be read
-_LIMITS = {
-    "bitops": ("BitOps of the whole model", ""),
-    "size": ("packed file", "B"),
-    "activation_memory": ("quantized activations of one sample", "B"),
-    "weight_bits": ("mean bits of the searched weights", ""),
-}
 
 
 def check_plot(path: str | Path) -> None:
@@ -118,22 +112,20 @@ def plot_pareto(
     results: Mapping[str, Sequence[SearchResult]], path: str | Path, *, x: str = "bitops", title: str | None = None
 ) -> None:
     """Fronts of proved optima: the limit across, the objective (sum of the layers' scores) upwards, one line a name."""
-    if x not in _LIMITS:
-        raise InvalidArgument(f"a front runs over {', '.join(sorted(_LIMITS))}, not {x!r}")
+    limit = limits.get(x)
     if not any(results.values()):
         raise InvalidArgument("there is no point to draw")
     from matplotlib.ticker import EngFormatter
 
-    label, unit = _LIMITS[x]
     figure = _figure(path, 6.5, 4.4)
     axes = figure.subplots()
     for name, front in results.items():
         ordered = sorted(front, key=lambda r: r.usage[x])
         xs, ys = [r.usage[x] for r in ordered], [r.objective for r in ordered]
         axes.plot(xs, ys, marker="o", markersize=4, linewidth=1.2, label=name)
-    axes.set(xlabel=label, ylabel="sum of the layers' scores (lower is better)")
-    if x != "weight_bits":
-        axes.xaxis.set_major_formatter(EngFormatter(unit=unit))
+    axes.set(xlabel=limit.label, ylabel="sum of the layers' scores (lower is better)")
+    if limit.whole_numbers or limit.unit:
+        axes.xaxis.set_major_formatter(EngFormatter(unit=limit.unit))
     axes.grid(color="0.88", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if len(results) > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .core import LayerGraph, Policy, Usage
+from .core import LayerGraph, Policy, Usage, human, limits
 from .cost.bitops import float_bitops, layer_bitops
 from .cost.size import layer_nbytes
 
@@ -17,14 +17,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
 
     return "\n".join([line(head), line(["-" * w for w in widths]), *map(line, rows)])
-
-
-def human(amount: float) -> str:
-    """1234567 → "1.235 M"."""
-    for factor, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " K")):
-        if abs(amount) >= factor:
-            return f"{amount / factor:.3f}{unit}"
-    return f"{amount:.4g}"
 
 
 def report(
@@ -54,10 +46,7 @@ def report(
     lines = [f"{graph.model_id} ({graph.library}), input {'×'.join(map(str, graph.input_shape))}"]
     lines.append(table(["layer", "kind", "bits", "MACs", "weights", "BitOps", "bytes"], rows))
     if usage is not None:
-        lines.append(
-            f"BitOps {human(usage['bitops'])}  packed file {human(usage['size'])}B"
-            f"  compression {usage['compression']:.2f}x of the quantized weights"
-        )
+        lines += [f"{limit.label}: {limit.show(usage[limit.name])}" for limit in limits if limit.name in usage.amounts]
     for op in graph.floats:
         lines.append(f"float: {op.name} ({op.reason})")
     for which, figures in metrics.items():

@@ -237,7 +237,7 @@ def test_the_file_is_the_same_whether_the_process_that_quantizes_trained_the_ind
     one, train = HubMPQ.from_module(copy.deepcopy(net), X[:1]), loader()
     one.train_indicators(train, epochs=2)
     later = HubMPQ.from_module(copy.deepcopy(net), X[:1])
-    later.indicators = one.indicators
+    later.scores = one.indicators
     one.quantize(train=train, bitops="W3A3", epochs=1)
     later.quantize(train=loader(), bitops="W3A3", epochs=1)
     for mpq, name in ((one, "one"), (later, "later")):

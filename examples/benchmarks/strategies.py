@@ -87,7 +87,7 @@ def policy_of(
         tables = (
             {n: dict.fromkeys(getattr(c, side), 0.0) for n, c in flat.items()} for side in ("weight", "activation")
         )
-        mpq.indicators = Indicators(*tables)
+        mpq.scores = Indicators(*tables)
         return random_policy(mpq, level["limit"], target, np.random.default_rng(seed)), 0.0
     if strategy == "bsq" and level["limit"] == "bitops":
         options = {**options, "activation_bits": int(level["uniform"][-1])}
@@ -102,7 +102,7 @@ def policy_of(
         steps=steps,
         seed=seed,
     )
-    scores = reversed_scores(found.scores) if row.startswith("reversed") else found.scores
+    scores = reversed_scores(found.pairs) if row.startswith("reversed") else found.pairs
     result = search_policy(
         mpq.graph, scores, Budget(**level["budget"]), base_bytes=mpq.base_bytes(), sense=found.sense, strategy=strategy
     )

@@ -46,7 +46,7 @@ def indicators_of(mpq: HubMPQ, task: Task, learned: bool, seed: int, folder: Pat
         )
         told = {**mpq.indicators.provenance, "seconds": time.perf_counter() - began}
         write_indicators(file, replace(mpq.indicators, provenance=told))
-    mpq.indicators = read_indicators(file)
+    mpq.scores = read_indicators(file)
 
 
 def policy_of(
@@ -64,7 +64,7 @@ def policy_of(
         limit = next(iter(budget))
         return random_policy(mpq, limit, reference.usage[limit], np.random.default_rng(seed)), 0.0, None
     if method == "reversed":
-        scores, _ = mpq.scores()
+        scores, _ = mpq.score_table()
         result = search_policy(
             mpq.graph, reversed_scores(scores), Budget(**budget), base_bytes=mpq.base_bytes(), strategy="reversed"
         )

@@ -1,4 +1,4 @@
-"""The app: its commands, and how its errors are told."""
+"""The app: its commands, and how its errors are shown."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from .._version import __version__
 from ..errors import HubMPQError
 from . import evaluate, hub, indicators, inspect, launch, quantize, solving
+from .options import Command
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -74,10 +75,12 @@ def _options(
     pass
 
 
-for _command in (inspect.inspect, indicators.indicators, solving.search, solving.solve, solving.pareto):
-    app.command()(_command)
-for _trained in (quantize.quantize, quantize.finetune, evaluate.evaluate, evaluate.demo):
-    app.command()(_trained)
+_COMMANDS = (
+    *(inspect.inspect, indicators.indicators, solving.search, solving.solve, solving.pareto),
+    *(quantize.quantize, quantize.finetune, evaluate.evaluate, evaluate.demo),
+)
+for _command in _COMMANDS:
+    app.command()(Command(_command))
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 )(launch.launch)

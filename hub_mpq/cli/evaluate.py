@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import given, models, show
+from . import models, show
 from . import options as o
 from .launch import is_main
 
@@ -15,21 +15,13 @@ from .launch import is_main
 def evaluate(
     model: o.Model,
     data: o.Data,
-    class_map: o.ClassMap = None,
-    batch_size: o.BatchSize = 64,
-    workers: o.Workers = 2,
-    max_corrupt: o.MaxCorrupt = 0.01,
-    exclude: o.Exclude = None,
-    library: o.Library = None,
-    input_size: o.InputSize = None,
-    model_arg: o.ModelArg = None,
-    checkpoint_path: o.CheckpointPath = None,
-    pretrained: o.Pretrained = True,
+    loading: Annotated[o.ModelOptions, o.Group(without=("pin", "weight_only", "tie_fused"))],
+    reading: o.DataOptions,
     as_json: o.Json = False,
 ) -> None:
     """Top-1, top-5 and loss on labelled images, of a float model or a packed folder."""
-    mpq = models.load(model, **given.model_options(locals()))
-    loader = models.loader(mpq, data, train=False, **given.data_options(locals()))
+    mpq = models.load(model, loading)
+    loader = models.loader(mpq, data, reading, train=False)
     figures = mpq.evaluate(loader)
     models.tell_corrupt(loader)
     if not is_main():

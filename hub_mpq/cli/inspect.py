@@ -19,11 +19,7 @@ Revision = Annotated[o.Text, typer.Option(help="Branch, tag or commit of a publi
 
 def inspect(
     model: o.Model,
-    library: o.Library = None,
-    input_size: o.InputSize = None,
-    model_arg: o.ModelArg = None,
-    pin: o.Pin = None,
-    exclude: o.Exclude = None,
+    loading: Annotated[o.ModelOptions, o.Group(only=("library", "input_size", "model_arg", "pin", "exclude"))],
     revision: Revision = None,
     as_json: o.Json = False,
 ) -> None:
@@ -33,9 +29,7 @@ def inspect(
     """
     if (found := _header(model, revision)) is not None:
         return _packed(*found, as_json)
-    mpq = models.load(
-        model, meta=True, library=library, input_size=input_size, model_arg=model_arg, pin=pin, exclude=exclude
-    )
+    mpq = models.load(model, loading, meta=True)
     levels = {level: dict(mpq.usage(level).amounts) for level in ("W8A8", "W4A4", "W2A2") if mpq.graph.searched}
     tree = {**_graph(mpq.graph), "levels": levels}
     lines = [mpq.report(), "searched layers at one level, fixed ones as they are:"]

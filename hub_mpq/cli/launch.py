@@ -6,14 +6,12 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import HubMPQError, InvalidArgument
 
-T = TypeVar("T")
 TRAINS = ("indicators", "quantize", "finetune", "evaluate")
 
 
@@ -78,21 +76,14 @@ def announce(*, early: bool = False) -> None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's note that all parameters are in use
     from ..train.processes import describe
 
-    told = describe()
+    processes = describe()
     if is_main():
-        typer.echo(f"hub-mpq: {told}", err=True)
+        typer.echo(f"hub-mpq: {processes}", err=True)
 
 
 def is_main() -> bool:
     """Whether this is the process that writes and speaks."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def on_main(function: Callable[[], T]) -> T:
-    """What `function` gives in the main process; all get it, and all raise what it raises."""
-    from ..train.processes import on_main
-
-    return on_main(function)
 
 
 def tells(error: HubMPQError) -> bool:

@@ -12,51 +12,45 @@ import typer
 from ..core.files import PACKED
 from ..errors import HubMPQError, InvalidArgument, PackedFormat
 from .launch import is_main
-from .options import input_size_of, model_args_of, pins_of
+from .options import DataOptions, ModelOptions, input_size_of, model_args_of, pins_of
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
+    from ..core import Indicators
     from ..model import HubMPQ
 
 
-def load(
-    model: str,
-    *,
-    meta: bool = False,
-    library: str | None = None,
-    input_size: str | None = None,
-    model_arg: list[str] | None = None,
-    checkpoint_path: Path | None = None,
-    pretrained: bool = True,
-    pin: list[str] | None = None,
-    exclude: list[str] | None = None,
-    weight_only: bool = False,
-    tie_fused: bool = False,
-) -> HubMPQ:
+def load(model: str, options: ModelOptions, *, meta: bool = False) -> HubMPQ:
     """The model of a command. meta: its skeleton without weights or network; else on the GPU when there is one."""
-    kwargs = model_args_of(model_arg)
-    searched: dict[str, Any] = {"fixed": pins_of(pin), "weight_only": weight_only, "tie_fused": tie_fused}
-    if library is not None:
-        kwargs["library"] = library
-    if input_size is not None:
-        kwargs["input_size"] = input_size_of(input_size)
-    if checkpoint_path is not None:
-        kwargs["checkpoint_path"] = checkpoint_path
+    kwargs = model_args_of(options.model_arg)
+    exclude = options.exclude or ()
+    searched: dict[str, Any] = {
+        "fixed": pins_of(options.pin),
+        "weight_only": options.weight_only,
+        "tie_fused": options.tie_fused,
+    }
+    if options.library is not None:
+        kwargs["library"] = options.library
+    if options.input_size is not None:
+        kwargs["input_size"] = input_size_of(options.input_size)
 
     from ..model import HubMPQ
 
     if meta:
         from .. import adapters
 
-        kwargs.pop("checkpoint_path", None)
-        source = adapters.load(model, pretrained=False, meta=True, exclude=exclude or (), **kwargs)
+        source = adapters.load(model, pretrained=False, meta=True, exclude=exclude, **kwargs)
         return HubMPQ(source, **searched)
     import torch
 
+    if options.checkpoint_path is not None:
+        kwargs["checkpoint_path"] = options.checkpoint_path
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of weights that no file gives (--no-pretrained, a new head): the same when a run goes on
-        return place(HubMPQ.from_pretrained(model, pretrained=pretrained, exclude=exclude or (), **searched, **kwargs))
+        return place(
+            HubMPQ.from_pretrained(model, pretrained=options.pretrained, exclude=exclude, **searched, **kwargs)
+        )
 
 
 def place(mpq: HubMPQ) -> HubMPQ:
@@ -76,17 +70,7 @@ def is_packed(folder: str | Path) -> bool:
     return (Path(folder) / PACKED).is_file()
 
 
-def loader(
-    mpq: HubMPQ,
-    data: str,
-    *,
-    train: bool,
-    class_map: Path | None,
-    batch_size: int,
-    workers: int,
-    max_corrupt: float,
-    seed: int = 0,
-) -> DataLoader[Any]:
+def loader(mpq: HubMPQ, data: str, options: DataOptions, *, train: bool, seed: int = 0) -> DataLoader[Any]:
     """Batches of images, prepared as the model wants them."""
     from ..data import data_config, image_loader
 
@@ -102,11 +86,11 @@ def loader(
         data_config(preprocess, mpq.graph.input_shape),
         train=train,
         classes=classes or None,
-        class_map=class_map,
-        batch_size=batch_size,
-        workers=workers,
+        class_map=options.class_map,
+        batch_size=options.batch_size,
+        workers=options.workers,
         seed=seed,
-        max_corrupt=max_corrupt,
+        max_corrupt=options.max_corrupt,
     )
 
 
@@ -117,8 +101,8 @@ def tell_corrupt(*loaders: Any) -> None:
     found = [loader.dataset for loader in loaders if hasattr(getattr(loader, "dataset", None), "corrupt")]
     skipped = int(total(sum(data.corrupt for data in found))[0])
     if skipped and is_main():
-        told = f"{skipped} of {sum(map(len, found))} images could not be read and were skipped"
-        typer.echo(f"warning: {told}", err=True)
+        where = f"{skipped} of {sum(map(len, found))} images"
+        typer.echo(f"warning: {where} could not be read and were skipped", err=True)
 
 
 def _processor(preprocess: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,21 +121,26 @@ def _processor(preprocess: Mapping[str, Any]) -> dict[str, Any]:
     return {"mean": processor.image_mean, "std": processor.image_std, "interpolation": resample}
 
 
+def read_indicators_of(path: Path) -> Indicators:
+    """The indicators of a file; InvalidArgument when there is none."""
+    from ..pack import read_indicators
+
+    if not path.is_file():
+        raise InvalidArgument(f"no indicators file {str(path)!r}; `hub-mpq indicators` writes one")
+    return read_indicators(path)
+
+
 def indicators_for(mpq: HubMPQ, path: Path | None) -> None:
     """Give the model the indicators of a file, or keep those of its folder; HubMPQError when there are none."""
     if path is not None:
-        from ..pack import read_indicators
-
-        if not path.is_file():
-            raise InvalidArgument(f"no indicators file {str(path)!r}; `hub-mpq indicators` writes one")
-        mpq.indicators = read_indicators(path)
-    elif mpq.indicators is None:
+        mpq.scores = read_indicators_of(path)
+    elif mpq.scores is None:
         folder = Path(mpq.graph.model_id)
         if folder.is_dir():
             from ..hub.folder import read_folder_indicators
 
-            mpq.indicators = read_folder_indicators(folder)
-    if mpq.indicators is None:
+            mpq.scores = read_folder_indicators(folder)
+    if mpq.scores is None:
         raise HubMPQError("there are no indicators; train them with `hub-mpq indicators` and pass --indicators FILE")
 
 

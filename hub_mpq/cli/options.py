@@ -1,44 +1,35 @@
-"""The options that several commands share, and what they parse to."""
+"""Options that several commands share, what they parse to, and how a dataclass of options becomes options of a command.
+
+A command is a function. Its parameters are single options or whole groups: a dataclass (`IndicatorOptions`, `Engine`,
+`ModelOptions`, …), whose fields become options, or a `Budget`, for which every registered limit becomes one.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import typer
 
-from ..core import Budget, Candidates, LayerBits
+from ..core import Budget, Candidates, Engine, LayerBits, limits
+from ..core.options import Options, option
 from ..errors import HubMPQError, InvalidArgument
 
 Text = str | None
 Number = float | None
-Count = int | None
 File = Path | None
 Many = list[str] | None
+
+FREE = "may be another when an interrupted run goes on"
+"""Marks an option, beside typer's own description, that does not say what a run computes."""
 
 Model = Annotated[
     str, typer.Argument(help="A timm name, a Hugging Face id, hf-hub:…, or a folder.", show_default=False)
 ]
-Library = Annotated[Text, typer.Option(help="timm or transformers, where the name alone does not tell.")]
-InputSize = Annotated[Text, typer.Option(help="Other input than the model's own: 160, 160x192 or 3x160x192.")]
-ModelArg = Annotated[
-    Many, typer.Option(help="KEY=VALUE for the model's constructor, such as num_classes=10. Repeatable.")
-]
-CheckpointPath = Annotated[File, typer.Option(help="Weights from this file.")]
-Pretrained = Annotated[bool, typer.Option(help="Fetch the published weights.")]
-Pin = Annotated[Many, typer.Option(help="PATTERN=W8A8 keeps layers at widths, PATTERN=none searches them. Repeatable.")]
-Exclude = Annotated[Many, typer.Option(help="Pattern of layers to leave float. Repeatable.")]
-WeightOnly = Annotated[bool, typer.Option("--weight-only", help="All inputs stay float.")]
-TieFused = Annotated[bool, typer.Option("--tie-fused", help="Layers of one input (q, k, v) share a width, as in vLLM.")]
-
-Bitops = Annotated[Text, typer.Option(help='A level ("W4A4") or the whole model ("34.7G").')]
-Size = Annotated[Text, typer.Option(help='Bytes of the packed file ("5.7MB", "4MiB") or a level ("W4").')]
-Compression = Annotated[Text, typer.Option(help='Float bytes over packed bytes of the quantized weights ("12.2").')]
-WeightBits = Annotated[Number, typer.Option(help="Mean bits of the searched weights.")]
-ActivationMemory = Annotated[Text, typer.Option(help='Bytes of all quantized inputs of a sample ("200KB") or "A4".')]
-ActivationPeak = Annotated[Text, typer.Option(help='Bytes of the largest quantized input ("50KB") or "A4".')]
 CandidateBits = Annotated[Text, typer.Option("--candidates", help="Widths to choose from, such as 2,3,4,5,6.")]
 Alpha = Annotated[Number, typer.Option(help="Weight of the weight indicators; balanced when left out.")]
 Strategy = Annotated[str, typer.Option(help="limpq, dq, ebs, seam, bsq, gradient, hessian, mse, kl, or FILE.py:NAME.")]
@@ -49,56 +40,194 @@ _SOURCES = "folder of class folders or of images without labels, .tar file, hfds
 Data = Annotated[str, typer.Option(help=f"Images: {_SOURCES}.")]
 OptionalData = Annotated[Text, typer.Option("--data", help=f"Images: {_SOURCES}; none: data-free, with a warning.")]
 Val = Annotated[Text, typer.Option(help="Labelled images to measure on, before and after.")]
-ClassMap = Annotated[File, typer.Option(help="Text file: one class folder a line, in the order of the labels.")]
-BatchSize = Annotated[int, typer.Option(min=1)]
-MaxCorrupt = Annotated[
-    float, typer.Option(min=0, max=1, help="Part of the images that may be unreadable; they are skipped and counted.")
-]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
-Epochs = Annotated[float, typer.Option(min=0, help="Length of the training.")]
-Steps = Annotated[Count, typer.Option(min=0, help="Length in steps; wins over --epochs.")]
-LearningRate = Annotated[Number, typer.Option("--lr", help="Learning rate of the weights.")]
 Seed = Annotated[int, typer.Option(min=0)]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint an interrupted run left.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output of hub-mpq that is there.")]
-CheckpointEvery = Annotated[int, typer.Option(min=1, help="Steps between states to go on from.")]
-Bf16 = Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16; weights and scales stay float32.")]
-Recompute = Annotated[
-    bool, typer.Option("--gradient-checkpointing", help="Less memory: activations are computed again.")
-]
-ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="Memory order of CNNs that GPUs like.")]
-Compile = Annotated[bool, typer.Option("--compile", help="Quantizers through torch.compile.")]
-SyncNorms = Annotated[
-    bool, typer.Option("--sync-batch-norm", help="BatchNorm over all processes' batches (CUDA); else over each one's.")
-]
-Fsdp = Annotated[bool, typer.Option("--fsdp", help="Shard the parameters over the processes.")]
-LogWith = Annotated[
-    Text, typer.Option(help="jsonl, tensorboard, wandb, …: losses, speed and scales go to OUTPUT.logs.")
-]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
-Plot = Annotated[File, typer.Option(help="Picture to write (.png, .svg or .pdf).")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint an interrupted run left."), FREE]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output of hub-mpq that is there."), FREE]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write."), FREE]
+Plot = Annotated[File, typer.Option(help="Picture to write (.png, .svg or .pdf)."), FREE]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else."), FREE]
 
 
-_LIMITS = ("bitops", "size", "compression", "weight_bits", "activation_memory", "activation_peak")
+@dataclass(frozen=True)
+class ModelOptions(Options):
+    """Which model, and what of it is quantized."""
+
+    title = "Model"
+
+    library: str | None = option(None, "timm or transformers, where the name alone does not tell.")
+    input_size: str | None = option(None, "Other input than the model's own: 160, 160x192 or 3x160x192.")
+    model_arg: list[str] | None = option(
+        None, "KEY=VALUE for the model's constructor, such as num_classes=10. Repeatable."
+    )
+    checkpoint_path: Path | None = option(None, "Weights from this file.")
+    pretrained: bool = option(True, "Fetch the published weights.")
+    exclude: list[str] | None = option(None, "Pattern of layers to leave float. Repeatable.")
+    pin: list[str] | None = option(None, "PATTERN=W8A8 keeps layers at widths, PATTERN=none searches them. Repeatable.")
+    weight_only: bool = option(False, "All inputs stay float.")
+    tie_fused: bool = option(False, "Layers of one input (q, k, v) share a width, as in vLLM.")
 
 
-def budget_of(values: Mapping[str, Any], *, needed: bool = True) -> dict[str, Any]:
-    """The limits among a command's values, checked for units; InvalidArgument when one is needed and there is none."""
-    given = {name: values[name] for name in _LIMITS if values[name] is not None}
-    if given or needed:
-        Budget(**given)
-    for name, value in given.items():
-        _check(name, value)
-    return given
+@dataclass(frozen=True)
+class DataOptions(Options):
+    """How images are read."""
+
+    title = "Data"
+
+    class_map: Path | None = option(None, "Text file: one class folder a line, in the order of the labels.")
+    batch_size: int = option(64, "Images in a batch.", low=1)
+    workers: int = option(2, "Processes that read images.", low=0, free=True)
+    max_corrupt: float = option(
+        0.01, "Part of the images that may be unreadable; they are skipped and counted.", low=0, high=1
+    )
 
 
-def _check(name: str, value: Any) -> None:
-    """Refuse nonsense before a model is loaded; what depends on the model is checked by the search."""
-    from ..core import parse_bytes, parse_count
+class Group(NamedTuple):
+    """How the fields of a dataclass appear: as Annotated[Engine, Group(…)].
 
-    if name in ("bitops", "size", "activation_memory", "activation_peak") and Budget.level(value) is None:
-        (parse_count if name == "bitops" else parse_bytes)(value, name)
+    prefix: in front of every name. only: the fields that appear; (): all. without: those that do not.
+    """
+
+    prefix: str = ""
+    only: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+
+
+NoWeights = Annotated[ModelOptions, Group(without=("checkpoint_path", "pretrained"))]
+"""For commands that load no weights."""
+
+
+class Settings(dict[str, Any]):
+    """{option: value} of everything that must be the same when an interrupted run goes on."""
+
+
+class _Row(NamedTuple):
+    """One option of the command line: its parameter for typer, and where its value goes."""
+
+    parameter: inspect.Parameter
+    home: str
+    field: str
+    free: bool
+
+
+class Command:
+    """A command's function as typer is to see it, with its groups unfolded. Limits registered meanwhile are seen."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function = function
+        self.__name__, self.__doc__, self.__module__ = function.__name__, function.__doc__, function.__module__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        rows = sorted((row.parameter for row in self._rows()), key=lambda p: p.default is not inspect.Parameter.empty)
+        return inspect.Signature([p.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for p in rows])
+
+    @property
+    def __annotations__(self) -> dict[str, Any]:  # type: ignore[override]
+        return {row.parameter.name: row.parameter.annotation for row in self._rows()}
+
+    def __call__(self, **values: Any) -> None:
+        rows = list(self._rows())
+        grouped: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            grouped.setdefault(row.home, {})[row.field] = values[row.parameter.name]
+        arguments: dict[str, Any] = {}
+        for name, annotation in self._parameters():
+            kind, _ = _group_of(annotation)
+            if kind is Settings:
+                arguments[name] = Settings({r.parameter.name: values[r.parameter.name] for r in rows if not r.free})
+            elif kind is Budget:
+                arguments[name] = Budget.of(None, grouped[name])
+            elif kind is not None:
+                arguments[name] = kind(**grouped[name])
+            else:
+                arguments[name] = grouped[name][name]
+        self.function(**arguments)
+
+    def _parameters(self) -> Iterator[tuple[str, Any]]:
+        hints = get_type_hints(self.function, include_extras=True)
+        return ((name, hints[name]) for name in inspect.signature(self.function).parameters)
+
+    def _rows(self) -> Iterator[_Row]:
+        plain = inspect.signature(self.function).parameters
+        for name, annotation in self._parameters():
+            kind, group = _group_of(annotation)
+            if kind is Settings:
+                continue
+            if kind is Budget:
+                for limit in limits:
+                    described = typer.Option(help=limit.help or f"{limit.label}.", rich_help_panel="Budget")
+                    yield _row(limit.name, Annotated[Text, described], None, name, limit.name, False)
+            elif kind is not None:
+                yield from _fields(kind, group, name)
+            else:
+                free = FREE in get_args(annotation)[1:]
+                yield _row(name, annotation, plain[name].default, name, name, free)
+
+
+def _row(name: str, annotation: Any, default: Any, home: str, field: str, free: bool) -> _Row:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return _Row(inspect.Parameter(name, kind, default=default, annotation=annotation), home, field, free)
+
+
+def _group_of(annotation: Any) -> tuple[Any, Group]:
+    """(the dataclass, Budget or Settings that a parameter takes, how its fields appear); (None, …) for one option."""
+    group = Group()
+    if get_origin(annotation) is Annotated:
+        annotation, *marks = get_args(annotation)
+        group = next((mark for mark in marks if isinstance(mark, Group)), group)
+    kinds = [kind for kind in (get_args(annotation) or (annotation,)) if kind is not type(None)]
+    grouped = len(kinds) == 1 and (kinds[0] in (Budget, Settings) or is_dataclass(kinds[0]))
+    return (kinds[0] if grouped else None), group
+
+
+def _fields(kind: Any, group: Group, home: str) -> Iterator[_Row]:
+    hints = get_type_hints(kind)
+    for f in fields(kind):
+        hidden = not f.metadata.get("on_command_line", True) or f.name in group.without
+        if hidden or (group.only and f.name not in group.only):
+            continue
+        name = group.prefix + f.name
+        flag = [f"--{name.replace('_', '-')}"] if f.default is False else []  # no --no-… for what is off anyway
+        described = typer.Option(
+            *flag,
+            help=f.metadata["help"],
+            min=f.metadata.get("low"),
+            max=f.metadata.get("high"),
+            rich_help_panel=kind.title,
+        )
+        wanted = f.metadata.get("type")
+        annotation = hints[f.name] if wanted is None else wanted | None
+        yield _row(name, Annotated[annotation, described], f.default, home, f.name, f.metadata.get("free", False))
+
+
+def logs_of(output: Path) -> Path:
+    """The folder of a tracker's logs."""
+    return output.with_name(output.name + ".logs")
+
+
+def engine_for(engine: Engine, output: Path) -> Engine:
+    """How a training runs; a tracker that is not there must not cost a model's loading first."""
+    from ..train.track import tracker
+
+    logs = logs_of(output)
+    tracker(engine.log_with, logs, "run")
+    return replace(engine, log_dir=logs)
+
+
+def check_plot(plot: Path | None) -> None:
+    """A picture that cannot be drawn must not cost a training first."""
+    if plot is not None:
+        from ..plot import check_plot
+
+        check_plot(plot)
+
+
+def pictures(plot: Path | None, output: Path, log_with: str | None) -> list[Path]:
+    """Where pictures of the indicators go: where asked for, and beside a tracker's logs if matplotlib is there."""
+    from importlib.util import find_spec
+
+    logs = [logs_of(output) / "indicators.png"] if log_with is not None and find_spec("matplotlib") else []
+    return ([plot] if plot is not None else []) + logs
 
 
 def candidates_of(text: str | None) -> Candidates | None:

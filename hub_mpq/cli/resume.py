@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from ..errors import HubMPQError, InvalidArgument
-from .launch import announce, is_main, on_main
+from .launch import announce, is_main
 from .models import is_packed
 
 SETTINGS = "run.json"
@@ -58,6 +58,8 @@ class Run:
         self.resume = resume
 
     def __enter__(self) -> Run:
+        from ..train.processes import on_main
+
         self.resume = on_main(self._begin)
         announce()
         return self

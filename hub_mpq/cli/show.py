@@ -8,7 +8,8 @@ from typing import Any
 
 import typer
 
-from ..report import human, table
+from ..core import human, limits
+from ..report import table
 
 
 def emit(as_json: bool, tree: Mapping[str, Any], text: str) -> None:
@@ -18,11 +19,7 @@ def emit(as_json: bool, tree: Mapping[str, Any], text: str) -> None:
 
 def amount(limit: str, value: float) -> str:
     """A limit's amount with its unit."""
-    if limit in ("size", "activation_memory", "activation_peak"):
-        return f"{human(value)}B"
-    if limit in ("compression", "weight_bits"):
-        return f"{value:.3f}"
-    return human(value)
+    return limits.get(limit).show(value) if limit in limits else human(value)
 
 
 def policy_table(result: Any, graph: Any) -> str:
@@ -46,8 +43,8 @@ def proof_line(result: Any) -> str:
 
 def front_table(results: Sequence[Any]) -> str:
     """One row a point."""
-    head = ["bitops", "size", "weight_bits", "activation_memory", "objective", "seconds"]
+    names = [limit.name for limit in limits if limit.over == "sum" and not limit.at_least]
     rows = [
-        [*(amount(name, r.usage[name]) for name in head[:4]), f"{r.objective:.6g}", f"{r.seconds:.3f}"] for r in results
+        [*(amount(name, r.usage[name]) for name in names), f"{r.objective:.6g}", f"{r.seconds:.3f}"] for r in results
     ]
-    return table(head, rows)
+    return table([*names, "objective", "seconds"], rows)

@@ -7,28 +7,18 @@ from typing import Annotated
 
 import typer
 
-from . import given, models, show
+from ..core import Budget
+from . import models, show
 from . import options as o
 
 
 def search(
     model: o.Model,
+    budget: Budget | None,
+    loading: o.NoWeights,
     indicators: o.Indicators = None,
-    bitops: o.Bitops = None,
-    size: o.Size = None,
-    compression: o.Compression = None,
-    weight_bits: o.WeightBits = None,
-    activation_memory: o.ActivationMemory = None,
-    activation_peak: o.ActivationPeak = None,
     candidates: o.CandidateBits = None,
     alpha: o.Alpha = None,
-    pin: o.Pin = None,
-    exclude: o.Exclude = None,
-    weight_only: o.WeightOnly = False,
-    tie_fused: o.TieFused = False,
-    library: o.Library = None,
-    input_size: o.InputSize = None,
-    model_arg: o.ModelArg = None,
     time_limit: Annotated[
         o.Number, typer.Option(help="Seconds; past them the best policy so far, with its gap.")
     ] = None,
@@ -36,11 +26,11 @@ def search(
     as_json: o.Json = False,
 ) -> None:
     """The best policy within a budget, from indicators trained before."""
-    budget = o.budget_of(locals())
+    budget = budget or Budget()
     widths = o.candidates_of(candidates)
-    mpq = models.load(model, meta=True, **given.model_options(locals()))
+    mpq = models.load(model, loading, meta=True)
     models.indicators_for(mpq, indicators)
-    result = mpq.search(alpha=alpha, candidates=widths, time_limit=time_limit, **budget)
+    result = mpq.search(budget, alpha=alpha, candidates=widths, time_limit=time_limit)
     if plot is not None:
         from ..plot import plot_policy
 
@@ -68,33 +58,21 @@ def solve(
 
 def pareto(
     model: o.Model,
+    budget: Budget | None,
+    loading: o.NoWeights,
     indicators: o.Indicators = None,
     limit: Annotated[str, typer.Option(help="bitops, size, weight_bits or activation_memory.")] = "bitops",
     points: Annotated[int, typer.Option(help="Budgets between the least and the greatest.")] = 20,
-    bitops: o.Bitops = None,
-    size: o.Size = None,
-    compression: o.Compression = None,
-    weight_bits: o.WeightBits = None,
-    activation_memory: o.ActivationMemory = None,
-    activation_peak: o.ActivationPeak = None,
     candidates: o.CandidateBits = None,
     alpha: o.Alpha = None,
-    pin: o.Pin = None,
-    exclude: o.Exclude = None,
-    weight_only: o.WeightOnly = False,
-    tie_fused: o.TieFused = False,
-    library: o.Library = None,
-    input_size: o.InputSize = None,
-    model_arg: o.ModelArg = None,
     plot: o.Plot = None,
     as_json: o.Json = False,
 ) -> None:
     """The best policies along one limit; other limits, where given, hold at each point."""
-    budget = o.budget_of(locals(), needed=False)
     widths = o.candidates_of(candidates)
-    mpq = models.load(model, meta=True, **given.model_options(locals()))
+    mpq = models.load(model, loading, meta=True)
     models.indicators_for(mpq, indicators)
-    results = mpq.pareto(limit, points, alpha=alpha, candidates=widths, **budget)
+    results = mpq.pareto(limit, points, budget, alpha=alpha, candidates=widths)
     if plot is not None:
         from ..plot import plot_pareto
 

@@ -1,99 +1,99 @@
-"""Budgets: absolute numbers with a unit, or a level such as "W4A4"."""
+"""Budgets: limits on a policy, parsed once."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
+from typing import Any
 
 from ..errors import InvalidArgument
-from .bits import LayerBits
+from .limit import Value, limits
 
-_NUMBER = re.compile(r"([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)")
-_COUNT = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15, "bitops": 1.0}
-_COUNT |= {f"{prefix}bitops": factor for prefix, factor in _COUNT.items() if prefix != "bitops"}
-_BYTES = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+Costs = Mapping[str, tuple[float, Mapping[str, Mapping[str, float]]]]
 
 
-def _parse(value: str | float, units: Mapping[str, float], what: str, example: str) -> float:
-    if isinstance(value, bool):
-        raise InvalidArgument(f"{what}: {value!r} is no amount; write for example {example}")
-    if isinstance(value, (int, float)):
-        amount = float(value)
-    else:
-        match = _NUMBER.fullmatch(str(value).strip())
-        if not match:
-            raise InvalidArgument(f"{what}: {value!r} is no amount; write for example {example}")
-        if match.group(2).lower() not in units:
-            found = f"unknown unit {match.group(2)!r}" if match.group(2) else "no unit"
-            raise InvalidArgument(f"{what}: {value!r} has {found}; write for example {example}")
-        amount = float(match.group(1)) * units[match.group(2).lower()]
-    if not math.isfinite(amount) or amount <= 0:
-        raise InvalidArgument(f"{what}: {value!r} must be finite and above zero")
-    return amount
-
-
-def parse_count(value: str | float, what: str = "bitops") -> float:
-    """Parse "34.7G" to 34.7e9. A plain number counts single operations; a string needs its unit (K, M, G, T)."""
-    return _parse(value, _COUNT, what, "34.7G")
-
-
-def parse_bytes(value: str | float, what: str = "size") -> float:
-    """Parse "5.7MB" to 5.7e6 (decimal), "4MiB" → binary. A plain number counts bytes; a string needs its unit."""
-    return _parse(value, _BYTES, what, "5.7MB")
-
-
-def parse_ratio(value: str | float, what: str = "compression") -> float:
-    """A plain number; "12.2x" is one too."""
-    try:
-        return float(value.strip().lower().removesuffix("x") if isinstance(value, str) else value)
-    except (TypeError, ValueError):
-        raise InvalidArgument(f"{what}: {value!r} is no number; write for example 12.2") from None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Budget:
-    """Limits on a policy; any mix, all of them hold.
+    """Limits on a policy. Combine them freely; all must be met.
 
-    bitops: a level ("W4A4": the searched layers at that level, fixed layers untouched) or an absolute count
-        of the whole model, float work at 32×32 included ("34.7G", or a number of BitOps).
-    size: bytes of the packed file, header included ("5.7MB", or a number of bytes), or a level ("W4").
-    compression: float32 bytes of all quantized layers' weights over their packed bits (LIMPQ's ratio), e.g. 12.2.
-    weight_bits: mean bits of the searched layers' weights, each weight counted once.
-    activation_memory: bytes of all quantized inputs of one sample together ("200KB"), or a level ("A4").
-    activation_peak: bytes of the largest quantized input of one sample, absolute or a level.
-    costs: {name: (limit, {layer: {"W4A4": cost}})}, any cost the user brings (measured latency, energy).
+    Each limit is an absolute amount or, where it says so, a level such as "W4A4", which applies to the searched layers
+    only. Strings need a unit ("5.7MB"); numbers are in the limit's own unit.
+
+    Args:
+        bitops: A level, or BitOps of the whole model for one sample, float work counted at 32×32 bits ("34.7G").
+        size: Bytes of the packed file, header included ("5.7MB"), or a level ("W4").
+        compression: Float32 bytes of all quantized layers' weights over their packed bits, at least this ("12.2").
+        weight_bits: Mean bits of the searched layers' weights, each weight counted once.
+        activation_memory: Bytes of all quantized inputs of one sample together ("200KB"), or a level ("A4").
+        activation_peak: Bytes of the largest quantized input of one sample, or a level ("A4").
+        costs: {name: (maximum, {layer: {"W4A4": cost}})}: costs of your own, such as measured milliseconds.
+        others: Limits that were added by `register_limit`, by name.
+
+    Raises:
+        InvalidArgument: No limit is given, one is unknown, or one cannot be parsed.
+
+    Example:
+        >>> Budget(bitops="W4A4", size="5.7MB")
     """
 
-    bitops: str | float | None = None
-    size: str | float | None = None
-    compression: str | float | None = None
-    weight_bits: float | None = None
-    activation_memory: str | float | None = None
-    activation_peak: str | float | None = None
-    costs: Mapping[str, tuple[float, Mapping[str, Mapping[str, float]]]] = field(default_factory=dict)
+    given: Mapping[str, str | float]
+    """The limits as they were written."""
+    limits: Mapping[str, Value]
+    """{name: the amount or the level that was parsed}."""
+    costs: Costs
 
-    def __post_init__(self) -> None:
-        if all(getattr(self, f.name) in (None, {}) for f in fields(self)):
+    def __init__(
+        self,
+        *,
+        bitops: str | float | None = None,
+        size: str | float | None = None,
+        compression: str | float | None = None,
+        weight_bits: str | float | None = None,
+        activation_memory: str | float | None = None,
+        activation_peak: str | float | None = None,
+        costs: Costs | None = None,
+        **others: str | float | None,
+    ) -> None:
+        own = {"bitops": bitops, "size": size, "compression": compression, "weight_bits": weight_bits}
+        own |= {"activation_memory": activation_memory, "activation_peak": activation_peak}
+        given = {name: value for name, value in (own | others).items() if value is not None}
+        for name in others:
+            if name not in limits:
+                raise InvalidArgument(f"no option or limit {name!r}; the limits are {', '.join(limits.names())}, costs")
+        if not given and not costs:
             raise InvalidArgument('no budget given: name at least one limit, for example bitops="W4A4"')
-        for name, parse in (
-            ("bitops", parse_count),
-            ("size", parse_bytes),
-            ("activation_memory", parse_bytes),
-            ("activation_peak", parse_bytes),
-        ):
-            value = getattr(self, name)
-            if value is not None and not self.level(value):
-                parse(value, name)
-        if self.compression is not None and not parse_ratio(self.compression) >= 1:
-            raise InvalidArgument(f"compression: {self.compression!r} must be at least 1")
-        if self.weight_bits is not None and not parse_ratio(self.weight_bits, "weight_bits") > 0:
-            raise InvalidArgument(f"weight_bits: {self.weight_bits!r} must be above zero")
+        if clash := sorted(set(costs or ()) & set(limits.names())):
+            raise InvalidArgument(f"cost {clash[0]!r} has the name of a built-in limit")
+        parsed = {name: limits.get(name).parse(value) for name, value in given.items()}
+        object.__setattr__(self, "given", given)
+        object.__setattr__(self, "limits", parsed)
+        object.__setattr__(self, "costs", dict(costs or {}))
 
-    @staticmethod
-    def level(value: str | float | None) -> LayerBits | None:
-        """The LayerBits of a level, None when the value is an absolute amount."""
-        if isinstance(value, str) and value.strip()[:1].upper() in ("W", "A"):
-            return LayerBits.parse(value)
-        return None
+    @classmethod
+    def of(cls, budget: Budget | Mapping[str, Any] | None, named: Mapping[str, Any]) -> Budget | None:
+        """The budget of a call that takes one whole, or limits by name, or none.
+
+        Args:
+            budget: A Budget, a mapping of limits, or None.
+            named: Limits given as keywords; they replace those of `budget`.
+
+        Raises:
+            InvalidArgument: As for `Budget`.
+        """
+        if budget is not None and not isinstance(budget, (cls, Mapping)):
+            raise InvalidArgument(f"a budget is a Budget or a mapping of limits, not {budget!r}")
+        if isinstance(budget, cls) and not named:
+            return budget
+        own = {**budget.given, "costs": budget.costs} if isinstance(budget, Budget) else dict(budget or {})
+        whole = {**own, **named}
+        known = {*limits.names(), "costs"}
+        if set(whole) <= known and all(value is None or value == {} for value in whole.values()):
+            return None
+        return cls(**whole)
+
+    def replaced(self, name: str, value: str | float) -> Budget:
+        """The same budget with one limit set to another value."""
+        return type(self)(**{**self.given, name: value}, costs=self.costs)
+
+    def __str__(self) -> str:
+        return ", ".join([f"{name} {value}" for name, value in self.given.items()] + list(self.costs))

@@ -1,4 +1,4 @@
-"""Learned importance: one scale per layer and width."""
+"""What a search strategy found out about every layer: the scores that the solver adds up."""
 
 from __future__ import annotations
 
@@ -6,17 +6,53 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .bits import LayerBits
+
 
 @dataclass(frozen=True)
 class Indicators:
-    """Scales of jointly trained quantizers (LIMPQ §3.2): a larger scale means a layer that needs more bits.
+    """Scores of layers at every candidate width, by whatever strategy; they serve any number of budgets.
 
-    `weight`, `activation`: {layer name: {bits: scale}}. A weight-only layer has no activation row.
-    `activation_signed`: whether each layer's input was seen below zero.
-    `provenance`: how they were made (strategy, steps, seed, movement from the start, …), JSON values only.
+    LIMPQ gives one value for each operand and width (§3.2: a larger one means a layer that needs more bits). Other
+    strategies score pairs of widths.
+
+    Args:
+        weight: {layer name: {bits: value}} of weights.
+        activation: The same of inputs; a weight-only layer has no row.
+        activation_signed: Whether each layer's input was seen below zero.
+        provenance: How they were made, JSON values only: "strategy", "unit" of the values, "sense" ("min" when a
+            smaller one is better), "seed", "steps", "inferred" (widths that training settled on), and so on.
+        pairs: {layer name: {LayerBits: value}} of strategies that score pairs.
     """
 
     weight: Mapping[str, Mapping[int, float]]
     activation: Mapping[str, Mapping[int, float]]
     activation_signed: Mapping[str, bool] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    pairs: Mapping[str, Mapping[LayerBits, float]] = field(default_factory=dict)
+
+    @property
+    def strategy(self) -> str:
+        """Name of the strategy that made them."""
+        return str(self.provenance.get("strategy", "limpq"))
+
+    @property
+    def unit(self) -> str:
+        """What the values are counted in; "" where that is not known."""
+        return str(self.provenance.get("unit", ""))
+
+    @property
+    def sense(self) -> str:
+        """ "min" when a smaller value is better, "max" when a larger one is."""
+        return str(self.provenance.get("sense", "min"))
+
+    @property
+    def seed(self) -> int:
+        """Seed of the search."""
+        return int(self.provenance.get("seed", 0))
+
+    @property
+    def inferred(self) -> dict[str, LayerBits] | None:
+        """Widths that training settled on, of the searched layers; None for strategies that need a budget."""
+        found = self.provenance.get("inferred")
+        return None if found is None else {name: LayerBits.parse(bits) for name, bits in found.items()}

@@ -1,9 +1,17 @@
-"""What a policy costs: plain arithmetic on LayerSpecs, exact integers, no torch."""
+"""What a policy costs: one `Limit` for each quantity. Plain arithmetic on LayerSpecs, exact integers, no torch."""
 
-from .bitops import bitops_breakdown, float_bitops, graph_bitops, layer_bitops, level_bitops
-from .memory import activation_memory, activation_nbytes, activation_peak, mean_weight_bits, weight_bits
+from ..core import register_limit
+from .activations import ActivationMemory, ActivationPeak, activation_memory, activation_nbytes, activation_peak
+from .bitops import BitOps, bitops_breakdown, float_bitops, graph_bitops, layer_bitops, level_bitops
+from .size import Size
+from .table import CostTable, limits_of
+from .weights import Compression, WeightBits, mean_weight_bits, weight_bits
+
+for _limit in (BitOps, Size, Compression, WeightBits, ActivationMemory, ActivationPeak):
+    register_limit(_limit)
 
 __all__ = [
+    "CostTable",
     "activation_memory",
     "activation_nbytes",
     "activation_peak",
@@ -12,6 +20,7 @@ __all__ = [
     "graph_bitops",
     "layer_bitops",
     "level_bitops",
+    "limits_of",
     "mean_weight_bits",
     "weight_bits",
 ]

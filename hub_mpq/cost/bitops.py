@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..core import FLOAT_BITS, FloatOp, LayerBits, LayerGraph, LayerSpec, Policy
+from ..core import FLOAT_BITS, FloatOp, LayerBits, LayerGraph, LayerSpec, Limit, Policy, Reduction, parse_count
 
 
 def layer_bitops(layer: LayerSpec, bits: LayerBits) -> int:
@@ -37,3 +37,24 @@ def graph_bitops(graph: LayerGraph, policy: Policy) -> int:
 def level_bitops(graph: LayerGraph, level: LayerBits | str) -> int:
     """BitOps of the whole model with every searched layer at one level; fixed layers keep their widths."""
     return graph_bitops(graph, Policy.uniform(graph, level))
+
+
+class BitOps(Limit):
+    """BitOps of the whole model for one sample; work that stays float counts 32×32 bits."""
+
+    name, label = "bitops", "BitOps of the whole model"
+    help = 'BitOps of one sample: a level ("W4A4") or the whole model ("34.7G").'
+    whole_numbers = True
+    level_parts = ("weight", "activation")
+
+    def amount(self, value: str | float) -> float:
+        return parse_count(value, self.name)
+
+    def of_layer(self, layer: LayerSpec, bits: LayerBits) -> int:
+        return layer_bitops(layer, bits)
+
+    def beside(self, graph: LayerGraph, base_bytes: int) -> float:
+        return super().beside(graph, base_bytes) + sum(map(float_bitops, graph.floats))
+
+    def reduction(self, graph: LayerGraph) -> Reduction:
+        return Reduction({x.name: x.macs for x in graph.searched})

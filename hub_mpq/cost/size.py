@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..core import FLOAT_BITS, LayerBits, LayerSpec, check_width
+from ..core import FLOAT_BITS, LayerBits, LayerGraph, LayerSpec, Limit, Reduction, check_width, parse_bytes
 from ..errors import InvalidArgument
 
 ROW_AXES = {"linear": (0, 1), "embedding": (0, 1), "conv1d": (1, 0)}
@@ -60,3 +60,26 @@ def layer_nbytes(layer: LayerSpec, bits: LayerBits, *, per_channel: bool = True,
     if bits.activation != FLOAT_BITS:
         total += 4 + 4 * input_zero_point
     return total
+
+
+class Size(Limit):
+    """Bytes of the packed file, header included."""
+
+    name, unit, label = "size", "B", "packed file"
+    help = 'Bytes of the packed file ("5.7MB", "4MiB") or a level ("W4").'
+    whole_numbers = True
+    level_parts = ("weight",)
+
+    def amount(self, value: str | float) -> float:
+        return parse_bytes(value, self.name)
+
+    def of_layer(self, layer: LayerSpec, bits: LayerBits) -> int:
+        return layer_nbytes(layer, bits)
+
+    def beside(self, graph: LayerGraph, base_bytes: int) -> float:
+        return base_bytes
+
+    def reduction(self, graph: LayerGraph) -> Reduction:
+        counts = {x.name: 0 if x.weight_owner else x.weight_count for x in graph.searched}
+        scales = sum(layer_nbytes(x, LayerBits(8, 8)) - counts[x.name] for x in graph.searched)
+        return Reduction({n: count / 8 for n, count in counts.items()}, activation=False, constant=scales)

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core import FLOAT_BITS, LayerBits, Policy
+from ..core import FLOAT_BITS, LayerBits, Policy, human
 from ..core.files import PACKED
 from ..cost.size import layer_nbytes
 from ..export.compressed_tensors import FORMAT
 from ..pack import Manifest
-from ..report import human
 from ..search.policy_search import usage_of
 from .card_text import code, loading, making, own_name
 

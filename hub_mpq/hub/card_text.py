@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..core import FLOAT_BITS
+from ..core import FLOAT_BITS, human
 from ..core.files import INDICATORS, PACKED
 from ..export.compressed_tensors import FORMAT, exportable, unequal_inputs
 from ..pack import Manifest
-from ..report import human
 
 _TIMM = "AutoModelForImageClassification"
 

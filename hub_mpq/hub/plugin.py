@@ -45,19 +45,14 @@ class MPQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         exclude: Iterable[str] = (),
         quant_method: str = METHOD,
         format_version: int = FORMAT_VERSION,
-        **budget: Any,
+        budget: Budget | Mapping[str, Any] | None = None,
+        **limits: Any,
     ) -> None:
         if quant_method != METHOD:
             raise InvalidArgument(f"quant_method is {METHOD!r}, not {quant_method!r}")
-        if (policy is None) == (not budget):
+        self.budget = Budget.of(budget, limits)
+        if (policy is None) == (self.budget is None):
             raise InvalidArgument("MPQConfig takes a policy or a budget, for example bitops='W4A8'")
-        if budget:
-            try:
-                self.budget: Budget | None = Budget(**budget)
-            except TypeError as error:
-                raise InvalidArgument(f"MPQConfig: {error}") from None
-        else:
-            self.budget = None
         self.quant_method = METHOD
         self.format_version = format_version
         self.policy = _policy(policy)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ..core import FLOAT_BITS
+from ..core import FLOAT_BITS, Policy
+from ..cost.size import layer_nbytes
 from ..errors import PackedFormat
 from ..pack import Manifest, PackedTensor, empty_packed, file_nbytes, layout, pack_weight
 from ..pack.layout import key as part_key
@@ -72,6 +74,13 @@ def predicted_nbytes(model: nn.Module, manifest: Manifest) -> int:
         if key not in skip and not any(part in f".{key}" for part in QUANTIZER_KEYS):
             out[key] = torch.empty_like(tensor, device="meta")
     return file_nbytes(out | _guard(manifest, "meta"), manifest)
+
+
+def base_nbytes(model: nn.Module, manifest: Manifest) -> int:
+    """Bytes of the packed file of a float `model` beside its searched layers, the same at every policy."""
+    policy = Policy.uniform(manifest.graph, "W2A2")
+    searched = sum(layer_nbytes(layer, policy.bits[layer.name]) for layer in manifest.graph.searched)
+    return predicted_nbytes(model, replace(manifest, policy=policy)) - searched
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..core import Indicators, check_width
+from ..core import Indicators, LayerBits, check_width
 from ..errors import InvalidArgument, PackedFormat
 from . import container
 from .canonical import dump_json, load_json
@@ -31,6 +31,27 @@ def _checked(name: str, rows: Tensor) -> Tensor:
     return rows
 
 
+def _pairs(name: str, scores: Mapping[LayerBits, float]) -> Tensor:
+    rows = [(float(bits.weight), float(bits.activation), float(scores[bits])) for bits in sorted(scores)]
+    return _checked_pairs(name, torch.tensor(rows, dtype=torch.float64).reshape(len(rows), 3))
+
+
+def _checked_pairs(name: str, rows: Tensor) -> Tensor:
+    good = rows.dtype == torch.float64 and rows.dim() == 2 and rows.shape[1] == 3
+    if not good or not bool(torch.isfinite(rows).all()):
+        raise InvalidArgument(f"tensor {name!r}: rows of (weight bits, activation bits, score), all finite")
+    widths = [(_whole(name, w), _whole(name, a)) for w, a, _ in rows.tolist()]
+    if sorted(set(widths)) != widths:
+        raise InvalidArgument(f"tensor {name!r}: pairs of widths must ascend")
+    return rows
+
+
+def _whole(name: str, width: float) -> int:
+    if width != int(width):
+        raise InvalidArgument(f"tensor {name!r}: a width is a whole number, not {width}")
+    return check_width(int(width), allow_float=True)
+
+
 def _signed(value: object) -> dict[str, bool]:
     if not isinstance(value, Mapping) or not all(isinstance(v, bool) for v in value.values()):
         raise InvalidArgument("activation_signed must say true or false for each layer")
@@ -38,11 +59,16 @@ def _signed(value: object) -> dict[str, bool]:
 
 
 def write_indicators(path: str | os.PathLike[str], indicators: Indicators) -> int:
-    """Write indicators atomically and return the bytes. InvalidArgument unless widths are 1 to 8, scales above 0."""
+    """Write indicators atomically and return the bytes.
+
+    InvalidArgument unless widths are 1 to 8, values of one operand above 0 and those of pairs finite.
+    """
     tensors = {}
     for side in ("weight", "activation"):
         for layer, scales in getattr(indicators, side).items():
             tensors[f"{side}/{layer}"] = _rows(f"{side}/{layer}", scales)
+    for layer, scores in indicators.pairs.items():
+        tensors[f"pair/{layer}"] = _pairs(f"pair/{layer}", scores)
     text = dump_json(
         {"activation_signed": _signed(indicators.activation_signed), "provenance": dict(indicators.provenance)}
     )
@@ -60,11 +86,28 @@ def read_indicators(path: str | os.PathLike[str]) -> Indicators:
         if not isinstance(provenance, dict):
             raise InvalidArgument("provenance must be an object")
         sides: dict[str, dict[str, dict[int, float]]] = {"weight": {}, "activation": {}}
+        pairs: dict[str, dict[LayerBits, float]] = {}
         for name, rows in tensors.items():
             side, slash, layer = name.partition("/")
-            if side not in sides or not slash:
-                raise InvalidArgument(f"tensor {name!r}: expected weight/<layer> or activation/<layer>")
-            sides[side][layer] = {int(bits): scale for bits, scale in _checked(name, rows).tolist()}
-        return Indicators(sides["weight"], sides["activation"], signed, provenance)
+            if side == "pair" and slash:
+                found = _checked_pairs(name, rows).tolist()
+                pairs[layer] = {LayerBits(int(w), int(a)): score for w, a, score in found}
+            elif side in sides and slash:
+                sides[side][layer] = {int(bits): scale for bits, scale in _checked(name, rows).tolist()}
+            else:
+                raise InvalidArgument(f"tensor {name!r}: expected weight/<layer>, activation/<layer> or pair/<layer>")
+        out = Indicators(sides["weight"], sides["activation"], signed, provenance, pairs)
+        _check_provenance(out)
+        return out
     except InvalidArgument as error:
         raise PackedFormat(path, str(error)) from None
+
+
+def _check_provenance(indicators: Indicators) -> None:
+    """InvalidArgument for a provenance whose entries are not what `Indicators` reads from it."""
+    try:
+        indicators.seed, indicators.inferred  # noqa: B018 (they are parsed here)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InvalidArgument(f"provenance: {error}") from None
+    if indicators.sense not in ("min", "max"):
+        raise InvalidArgument(f"provenance: sense is min or max, not {indicators.sense[:40]!r}")

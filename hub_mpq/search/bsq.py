@@ -35,6 +35,7 @@ class BSQ(SearchStrategy):
     Without a budget the alive planes and the sign are the width, the widest of them where layers share theirs.
     """
 
+    unit = "share of the weight energy"
     many_processes = False  # parameters are rebuilt
 
     def __init__(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core import Candidates, LayerBits, LayerGraph
-from ..cost.size import layer_nbytes
+from ..core import Candidates, LayerGraph, Limit, Reduction
 
 Widths = Mapping[str, tuple[Tensor, "Tensor | None"]]
 """{searched layer: (weight bits, activation bits)}: real numbers that may carry gradients."""
@@ -17,28 +17,20 @@ Widths = Mapping[str, tuple[Tensor, "Tensor | None"]]
 class DifferentiableCosts:
     """Cost of real-valued widths over each limit: 1 where the cap is reached.
 
-    limits: caps on the searched layers' sums, as `searched_limits` gives them. Known are bitops, size, weight_bits,
-    compression, activation_memory, activation_peak; a named cost of the user's has no gradient and is left to the ILP.
+    Args:
+        graph: The layers of the model.
+        limits: {name: (limit, cap on what the searched layers take together)}, as `searched_limits` gives them. A limit
+            without a `Reduction`, such as a table of the user's, has no gradient and is left to the solver.
     """
 
-    def __init__(self, graph: LayerGraph, limits: Mapping[str, float]) -> None:
+    def __init__(self, graph: LayerGraph, limits: Mapping[str, tuple[Limit, float]]) -> None:
         self.layers = {layer.name: layer for layer in graph.searched}
-        self.amounts = {
-            "bitops": self._bitops,
-            "size": self._size,
-            "weight_bits": self._weight_bits,
-            "compression": self._weight_bits,
-            "activation_memory": self._activation_memory,
-            "activation_peak": self._activation_peak,
-        }
-        self.limits = {name: cap for name, cap in limits.items() if name in self.amounts and cap > 0}
-        self.counts = {n: 0 if x.weight_owner else x.weight_count for n, x in self.layers.items()}
-        # scales and shapes beside the bits
-        self.beside = sum(layer_nbytes(x, LayerBits(8, 8)) - self.counts[n] for n, x in self.layers.items())
+        found = {name: (limit.reduction(graph), cap) for name, (limit, cap) in limits.items()}
+        self.limits = {name: (r, cap) for name, (r, cap) in found.items() if r is not None and cap > 0}
 
     def ratios(self, widths: Widths) -> dict[str, Tensor]:
         """{limit: amount / cap}."""
-        return {name: self.amounts[name](widths) / cap for name, cap in self.limits.items()}
+        return {name: evaluate(r, widths) / cap for name, (r, cap) in self.limits.items()}
 
     def over(self, widths: Widths, power: int = 1) -> Tensor:
         """Σ over limits of relu(amount/cap − 1)^power;0 without limits. Relative: one strength fits all [ours]."""
@@ -62,26 +54,17 @@ class DifferentiableCosts:
         tried = set(widths)
         return max((b for b in tried if fits(b)), default=min(tried))
 
-    def amount(self, limit: str, widths: Widths) -> Tensor:
-        """What the searched layers take of a limit."""
-        return self.amounts[limit](widths)
 
-    def _bitops(self, widths: Widths) -> Tensor:
-        rows = [self.layers[n].macs * w * a for n, (w, a) in widths.items() if a is not None]
-        return torch.stack(rows).sum() if rows else torch.zeros(())
-
-    def _weight_bits(self, widths: Widths) -> Tensor:
-        return torch.stack([self.counts[n] * w for n, (w, _) in widths.items()]).sum()
-
-    def _size(self, widths: Widths) -> Tensor:
-        return self._weight_bits(widths) / 8 + self.beside
-
-    def _inputs(self, widths: Widths) -> Tensor:
-        rows = [self.layers[n].activation_count * a / 8 for n, (_, a) in widths.items() if a is not None]
-        return torch.stack(rows) if rows else torch.zeros(1)
-
-    def _activation_memory(self, widths: Widths) -> Tensor:
-        return self._inputs(widths).sum()
-
-    def _activation_peak(self, widths: Widths) -> Tensor:
-        return self._inputs(widths).max()
+def evaluate(reduction: Reduction, widths: Widths) -> Tensor:
+    """What layers of these widths take of a limit."""
+    rows = []
+    for name, (weight, activation) in widths.items():
+        if reduction.activation and activation is None:
+            continue
+        amount: Any = reduction.coefficients[name]
+        amount = amount * weight if reduction.weight else amount
+        rows.append(amount * activation if reduction.activation else amount)
+    if not rows:
+        return torch.full((), float(reduction.constant))
+    taken = torch.stack(rows)
+    return (taken.max() if reduction.over == "max" else taken.sum()) + reduction.constant

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import FLOAT_BITS, Candidates, LayerBits, LayerGraph, parse_bytes
+from ..core import FLOAT_BITS, Candidates, LayerBits, LayerGraph, Limit, limits, parse_bytes
 from ..core.checks import number, whole
 from ..errors import InvalidArgument
 from ..quantizers import activation_scale, weight_scale_mse
@@ -39,6 +39,7 @@ class DQSearch(SearchStrategy):
     much as any other layer's at its own: 4^(β−b) at width b.
     """
 
+    unit = "noise relative to that at the learned width"
     optimizer = "sgd"
     lr = scale_lr = 1e-2
 
@@ -62,12 +63,13 @@ class DQSearch(SearchStrategy):
         self.kind = {"parametrization": parametrization, "grid": grid, "power_of_two_step": power_of_two_step}
         self.strength = number("strength", strength)
         self.start = None if start is None else whole("start", start, 1, 8)
-        self.constraints: dict[str, float] = {}
+        self.constraints: dict[str, tuple[Limit, float]] = {}
         if weight_bytes is not None:
-            self.constraints["weight_bits"] = 8 * parse_bytes(weight_bytes, "weight_bytes")
+            cap = 8 * parse_bytes(weight_bytes, "weight_bytes")
+            self.constraints["weight_bits"] = (limits.get("weight_bits"), cap)
         if activation_bytes is not None:
             name = "activation_peak" if activation == "max" else "activation_memory"
-            self.constraints[name] = parse_bytes(activation_bytes, "activation_bytes")
+            self.constraints[name] = (limits.get(name), parse_bytes(activation_bytes, "activation_bytes"))
 
     def attach(
         self, model: nn.Module, graph: LayerGraph, candidates: Mapping[str, Candidates], norms: Mapping[str, str]
@@ -161,7 +163,7 @@ class DQSearch(SearchStrategy):
         for name, ratio in self.costs.ratios(widths).items():
             if ratio > 1 + 1e-6:
                 asked, unit = ("weight_bytes", 8) if name == "weight_bits" else ("activation_bytes", 1)
-                cap = self.constraints[name] / unit
+                cap = self.constraints[name][1] / unit
                 warnings.warn(
                     f"the widths that DQ settled on take {float(ratio) * cap:.0f} bytes of {asked}={cap:g}, which is a "
                     "soft constraint: search longer or with more strength, or name a budget, which is met exactly",
@@ -191,4 +193,4 @@ class DQSearch(SearchStrategy):
     def details(self, model: nn.Module) -> dict[str, Any]:
         with torch.no_grad():
             reached = {name: float(x) for name, x in self.costs.ratios(self.widths()).items()}
-        return {**self.kind, "reached": reached, "inferred": {n: str(b) for n, b in self._found().items()}}
+        return {**self.kind, "reached": reached}

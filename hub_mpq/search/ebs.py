@@ -53,6 +53,7 @@ class EBS(SearchStrategy):
     1e-3·4^−b decides where strengths say nothing, so that no budget is left unused.
     """
 
+    unit = "negative log probability"
     many_processes = False  # strengths and weights learn in turn
     optimizer = "sgd"
     lr = scale_lr = 1e-2
@@ -125,10 +126,6 @@ class EBS(SearchStrategy):
             )
             for name, m in self.layers.items()
         }
-
-    def expected_bitops(self) -> Tensor:
-        """E[BitOps] = Σ macs·(Σ p_i b_i)(Σ q_j b_j) of the searched layers."""
-        return self.costs.amount("bitops", self.widths())
 
     def penalty(self) -> Tensor:
         """strength · Σ relu(E[cost]/cap − 1); a zero that has a gradient where nothing is over."""

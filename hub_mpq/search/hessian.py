@@ -24,6 +24,8 @@ class Hessian(PostTraining):
     Raises InvalidArgument unless batches and probes are whole numbers of at least 1.
     """
 
+    unit = "change of the loss, second order"
+
     def __init__(self, *, batches: int = 1, probes: int = 8) -> None:
         super().__init__(batches=batches)
         self.probes = whole("probes", probes, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,20 +15,33 @@ from ..nn.banks import add_banks, select_bank
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
 from ..nn.swap import quantized_layers, swap
 from ..quantizers import LSQ
-from ..train.finetune import Finetune
 from ..train.hooks import Groups
-from .loss_sensitivity import loss_sensitivity, probe_loss
+from ..train.processes import mean_rows
+from .loss_sensitivity import Rows, loss_sensitivity, probe_loss
 from .movement import movement
 from .scores import Scores, default_alpha, limpq_scores
 from .strategy import SearchStrategy, register_strategy
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # our construction, for runs of tens to thousands of steps
+    "short": {
+        **{"optimizer": "adam", "lr": 1e-4, "scale_lr": 1e-2, "weight_decay": 0.0, "log": True, "indicator": "loss"}
+    },
+    # the LIMPQ authors', for ImageNet-sized runs
+    "authors": {
+        **{"optimizer": "sgd", "lr": 1e-2, "scale_lr": 1e-2, "weight_decay": 2.5e-5, "log": False, "indicator": "scale"}
+    },
+}
+UNITS = {"loss": "squared change of the loss", "scale": "scale of the quantizer"}
+"""What the two kinds of indicators are counted in."""
 
 
 @register_strategy("limpq")
 class LIMPQ(SearchStrategy):
     """Atomic operation of the paper (§3.3): a pass at each uniform width, one pass at random widths, one step.
 
-    loss: how one pass is scored (labels or distillation). scale_lr: learning rate of log s (Adam) [ours: the
-    authors' SGD hardly moves a scale in a short run]. freeze_weights: only scales and norms learn.
+    preset: "short" or "authors" (`PRESETS`). scale_lr: learning rate of log s (Adam) [ours: the authors' SGD hardly
+    moves a scale in a short run], None: the preset's. freeze_weights: only scales and norms learn.
     uniform: False leaves the uniform passes out, for ablations.
     indicator: what is read out at the end. "scale": s_b itself, one a tensor, from the authors' start (the paper).
     "loss" [ours]: how much the loss grows when one operand is quantized with its trained scale s_b,
@@ -38,28 +52,34 @@ class LIMPQ(SearchStrategy):
     """
 
     batches = 8
+    weights_alone = True
+    stage = "indicators"
+    learned_once = True
 
     def __init__(
         self,
-        loss: Finetune | None = None,
         *,
-        scale_lr: float = 1e-2,
+        preset: str = "short",
+        scale_lr: float | None = None,
         freeze_weights: bool = False,
         uniform: bool = True,
-        log: bool = True,
-        indicator: str = "loss",
+        indicator: str | None = None,
         granularity: str | None = None,
     ) -> None:
-        if indicator not in ("loss", "scale"):
+        if preset not in PRESETS:
+            raise InvalidArgument(f"preset is one of {', '.join(sorted(PRESETS))}, not {preset!r}")
+        self.preset, chosen = preset, PRESETS[preset]
+        self.indicator = chosen["indicator"] if indicator is None else indicator
+        if self.indicator not in UNITS:
             raise InvalidArgument(f"indicator is loss or scale, not {indicator!r}")
         if granularity not in ("tensor", "channel", None):
             raise InvalidArgument(f"granularity is tensor or channel, not {granularity!r}")
-        self.indicator = indicator
-        self.per_channel = (granularity or ("channel" if indicator == "loss" else "tensor")) == "channel"
-        if loss is not None:
-            self.loss = loss
-        self.scale_lr, self.freeze_weights = scale_lr, freeze_weights
-        self.uniform, self.log = uniform, log
+        self.per_channel = (granularity or ("channel" if self.indicator == "loss" else "tensor")) == "channel"
+        self.unit = UNITS[self.indicator]
+        self.optimizer, self.lr, self.log = chosen["optimizer"], chosen["lr"], chosen["log"]
+        self.weight_decay = chosen["weight_decay"]
+        self.scale_lr = chosen["scale_lr"] if scale_lr is None else scale_lr
+        self.freeze_weights, self.uniform = freeze_weights, uniform
 
     def attach(
         self,
@@ -137,11 +157,6 @@ class LIMPQ(SearchStrategy):
                     out |= {f"scale/{side}/{name}/{bits}": x for bits, x in zip(q.widths, moved, strict=True)}
         return out
 
-    def scores(self, model: nn.Module) -> Scores:
-        """Indicators with the default α; `HubMPQ.search` takes another α from stored indicators."""
-        found = self.indicators({})
-        return limpq_scores(found, self.graph, self.candidates, default_alpha(found))
-
     def read_out(self, model: nn.Module, batches: Sequence[Any]) -> None:
         """Take the growth of the loss at the trained scales; nothing to do for "scale"."""
         if self.indicator != "loss":
@@ -150,32 +165,43 @@ class LIMPQ(SearchStrategy):
         self.set_widths(model, dict.fromkeys(self.layers, self.widths[-1]))  # the banks nearest to float
         with widths_off(model):
             normed = set(self.norms.values())
-            self.growth = loss_sensitivity(self.layers, model, batches, lambda batch: probe_loss(model, batch), normed)
+            found = loss_sensitivity(self.layers, model, batches, lambda batch: probe_loss(model, batch), normed)
+        self.sensitivity = mean_rows(found[0]), mean_rows(found[1])
 
-    def indicators(self, provenance: Mapping[str, Any]) -> Indicators:
-        """Read the indicators out, with how far the scales moved."""
+    def _scales(self, which: str, *, start: bool = False) -> Rows:
+        """{layer: {bits: scale}} of one operand's quantizers: trained, or as they started."""
+        out = {}
+        for name, module in self.layers.items():
+            quantizer = getattr(module, which)
+            if isinstance(quantizer, LSQ):
+                # per channel: the root mean square, so that one number stands for the layer
+                table = (quantizer.base if start else quantizer.scales).detach().square().mean(1).sqrt().tolist()
+                out[name] = dict(zip(quantizer.widths, table, strict=True))
+        return out
 
-        def rows(which: str, start: bool) -> dict[str, dict[int, float]]:
-            out = {}
-            for name, module in self.layers.items():
-                quantizer = getattr(module, which)
-                if isinstance(quantizer, LSQ):
-                    # per channel: the root mean square, so that one number stands for the layer
-                    table = (quantizer.base if start else quantizer.scales).detach().square().mean(1).sqrt().tolist()
-                    out[name] = dict(zip(quantizer.widths, table, strict=True))
-            return out
-
-        weight, activation = rows("weight_quantizer", False), rows("input_quantizer", False)
-        signed = {
-            name: bool(module.input_quantizer.zero_points.any())
-            for name, module in self.layers.items()
-            if name in activation
-        }
-        moved = {
-            "weight": movement(rows("weight_quantizer", True), weight),
-            "activation": movement(rows("input_quantizer", True), activation),
-        }
+    def indicators(self, model: nn.Module) -> Indicators:
+        """The indicators of weights and inputs."""
+        weight, activation = self._scales("weight_quantizer"), self._scales("input_quantizer")
+        signed = {name: bool(self.layers[name].input_quantizer.zero_points.any()) for name in activation}
         if self.indicator == "loss":
-            weight, activation = self.growth
-        told = {"strategy": "limpq", "indicator": self.indicator, **provenance, "movement": moved}
-        return Indicators(weight, activation, signed, told)
+            weight, activation = self.sensitivity
+        return Indicators(weight, activation, signed)
+
+    def scores(self, model: nn.Module) -> Scores:
+        """The indicators with the default α; `HubMPQ.search` takes another one."""
+        found = replace(self.indicators(model), provenance={"indicator": self.indicator})
+        return limpq_scores(found, self.graph, self.candidates, default_alpha(found))
+
+    def details(self, model: nn.Module) -> dict[str, Any]:
+        """The settings, and how far the scales moved."""
+        sides = {"weight": "weight_quantizer", "activation": "input_quantizer"}
+        moved = {side: movement(self._scales(which, start=True), self._scales(which)) for side, which in sides.items()}
+        return {
+            "indicator": self.indicator,
+            "preset": self.preset,
+            "optimizer": self.optimizer,
+            "lr": self.loss.lr,
+            "scale_lr": self.scale_lr,
+            "freeze_weights": self.freeze_weights,
+            "movement": moved,
+        }

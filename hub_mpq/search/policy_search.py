@@ -5,33 +5,32 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from typing import Any
 
-from ..core import Budget, LayerBits, LayerGraph, Policy, SearchResult, Usage
-from ..cost.bitops import graph_bitops, layer_bitops
-from ..cost.memory import activation_memory, activation_peak, mean_weight_bits, weight_bits
-from ..cost.size import layer_nbytes
+from ..core import Budget, Indicators, LayerGraph, Limit, Policy, SearchResult, Usage, limits
+from ..cost import CostTable, layer_bitops, limits_of
 from ..errors import InfeasibleBudget, InvalidArgument
 from .problem import build
 from .scores import Scores
 
 
 def usage_of(graph: LayerGraph, policy: Policy, budget: Budget | None, base_bytes: int) -> Usage:
-    """Whole-model cost of a policy: bitops, size and activation bytes, mean weight bits, compression, named costs."""
-    owned = [layer for layer in graph if layer.weight_owner is None]
-    packed_bits = sum(weight_bits(layer, policy.bits[layer.name]) for layer in owned)
-    amounts: dict[str, float] = {
-        "bitops": graph_bitops(graph, policy),
-        "searched_bitops": sum(layer_bitops(layer, policy.bits[layer.name]) for layer in graph.searched),
-        "size": base_bytes + sum(layer_nbytes(layer, policy.bits[layer.name]) for layer in graph.searched),
-        "compression": 32 * sum(layer.weight_count for layer in owned) / packed_bits,
-        "activation_memory": activation_memory(graph, policy),
-        "activation_peak": activation_peak(graph, policy),
-    }
-    if graph.searched:
-        amounts["weight_bits"] = mean_weight_bits(graph, policy)
-    for name, (_, table) in (budget.costs if budget else {}).items():
-        amounts[name] = sum(row[str(policy.bits[layer])] for layer, row in table.items())
+    """Whole-model cost of a policy: every registered limit, BitOps of the searched layers, and the budget's tables.
+
+    Args:
+        graph: The layers of the model.
+        policy: Their widths.
+        budget: Brings costs of its own; may be None.
+        base_bytes: Bytes of the packed file beside the searched layers.
+    """
+    policy.check(graph)
+    tables = [limit for limit, _ in limits_of(budget) if isinstance(limit, CostTable)] if budget else []
+    amounts: dict[str, float] = {}
+    for limit in (*limits, *tables):
+        amount = limit.of_policy(graph, policy, base_bytes)
+        if amount is not None:
+            amounts[limit.name] = amount
+    amounts["searched_bitops"] = sum(layer_bitops(layer, policy.bits[layer.name]) for layer in graph.searched)
     return Usage(amounts)
 
 
@@ -45,7 +44,7 @@ def search_policy(
     strategy: str = "limpq",
     seed: int = 0,
     time_limit: float | None = None,
-    details: Mapping[str, object] | None = None,
+    details: Mapping[str, Any] | None = None,
 ) -> SearchResult:
     """The policy of least (or greatest) total score within the budget, proved by the solver.
 
@@ -66,23 +65,35 @@ def search_policy(
         seconds=time.perf_counter() - began,
         strategy=strategy,
         seed=seed,
-        details=dict(details or {}),
+        details={**(details or {}), "budget": str(budget)},
     )
 
 
-def _ends(graph: LayerGraph, scores: Scores, limit: str, base_bytes: int) -> tuple[float, float]:
+def inferred_policy(graph: LayerGraph, indicators: Indicators) -> Policy:
+    """The policy that a strategy's training settled on; InvalidArgument for a strategy that needs a budget."""
+    found = indicators.inferred
+    if found is None:
+        raise InvalidArgument(
+            f"strategy {indicators.strategy!r} infers no widths: name a budget, for example bitops='W4A4'"
+        )
+    return Policy({x.name: x.fixed or found[x.name] for x in graph}, graph.digest)
+
+
+def _front_limit(name: str) -> Limit:
+    """The limit that a front runs over."""
+    usable = {limit.name: limit for limit in limits if limit.over == "sum" and not limit.at_least}
+    if name not in usable:
+        raise InvalidArgument(f"a front can run over {', '.join(usable)}, not {name!r}")
+    return usable[name]
+
+
+def _ends(graph: LayerGraph, scores: Scores, limit: Limit, base_bytes: int) -> tuple[float, float]:
     """Least and greatest whole-model amount of a limit over the available widths."""
-    low: dict[str, LayerBits] = {}
-    high: dict[str, LayerBits] = {}
-    for layer in graph.searched:
-        ordered = sorted(scores[layer.name])
-        low[layer.name] = LayerBits(ordered[0].weight, min(b.activation for b in ordered))
-        high[layer.name] = LayerBits(ordered[-1].weight, max(b.activation for b in ordered))
-    fixed = {layer.name: layer.fixed for layer in graph if layer.fixed is not None}
-    ends = [usage_of(graph, Policy({**fixed, **side}, graph.digest), None, base_bytes) for side in (low, high)]
-    if limit not in ends[0].amounts or limit in ("searched_bitops", "compression", "activation_peak"):
-        raise InvalidArgument(f"a front can run over bitops, size, weight_bits or activation_memory, not {limit!r}")
-    return ends[0][limit], ends[1][limit]
+    costs = [[limit.of_layer(layer, bits) for bits in scores[layer.name]] for layer in graph.searched]
+    ends = [limit.whole(graph, sum(map(end, costs)), base_bytes) for end in (min, max)]  # type: ignore[arg-type]
+    if None in ends:
+        raise InvalidArgument(f"{limit.name} means nothing for this model: no layer is searched")
+    return ends[0], ends[1]  # type: ignore[return-value]
 
 
 def pareto_front(
@@ -103,13 +114,15 @@ def pareto_front(
     """
     if points < 2:
         raise InvalidArgument(f"a front needs at least 2 points, not {points}")
-    low, high = _ends(graph, scores, limit, base_bytes)
+    across = _front_limit(limit)
+    low, high = _ends(graph, scores, across, base_bytes)
     results: list[SearchResult] = []
     for i in range(points):
-        cap = low * (high / low) ** (i / (points - 1)) if high > low else low
+        part = i / (points - 1)
+        cap = low * (high / low) ** part if high > low > 0 else low + (high - low) * part
         # rounding up keeps the least point reachable
-        value = cap * (1 + 1e-12) if limit == "weight_bits" else float(math.ceil(cap))
-        budget = replace(others, **{limit: value}) if others else Budget(**{limit: value})
+        value = float(math.ceil(cap)) if across.whole_numbers else cap * (1 + 1e-12)
+        budget = others.replaced(limit, value) if others else Budget(**{limit: value})
         try:
             result = search_policy(
                 graph, scores, budget, base_bytes=base_bytes, sense=sense, strategy=strategy, seed=seed

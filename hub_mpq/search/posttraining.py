@@ -86,6 +86,8 @@ def noise(quantizer: LSQ, x: Tensor) -> dict[int, Tensor]:
 class MSE(PostTraining):
     """‖Q(T) − T‖² / ‖T‖² of weights and of inputs. Relative, because layers have scales of their own [ours]."""
 
+    unit = "squared error relative to the tensor"
+
     @torch.no_grad()
     def measure(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
         for name, row, quantizer, module in self.quantizers():
@@ -99,6 +101,8 @@ class MSE(PostTraining):
 class KL(PostTraining):
     """How far the output moves when one operand alone is quantized: KL divergence of class logits, else the squared
     error relative to the output's power. One forward a layer, operand and width."""
+
+    unit = "divergence of the output"
 
     def __init__(self, *, batches: int = 1) -> None:
         super().__init__(batches=batches)
@@ -121,6 +125,8 @@ class Gradient(PostTraining):
     """The loss's growth by `loss_sensitivity`, from scales of least squared error.
     Without labels the loss is n·y with a standard normal n, whose squared gradients are on average those of the
     output's own squared error [ours]."""
+
+    unit = "squared change of the loss"
 
     def measure(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
         self.weight, self.activation = loss_sensitivity(

@@ -1,4 +1,4 @@
-"""From indicators to one score per layer and pair of widths (LIMPQ §3.4)."""
+"""From indicators to one score per layer and pair of widths (LIMPQ §3.4, and any other strategy)."""
 
 from __future__ import annotations
 
@@ -32,6 +32,59 @@ def balance(indicators: Indicators) -> float:
 def default_alpha(indicators: Indicators) -> float:
     """1 for indicators that are growths of the loss: weights and activations share the unit. Else `balance`."""
     return 1.0 if indicators.provenance.get("indicator") == "loss" else balance(indicators)
+
+
+def scored_candidates(indicators: Indicators, graph: LayerGraph, *, weight_only: bool = False) -> dict[str, Candidates]:
+    """{searched layer: all widths that it has indicators for}."""
+    return {
+        x.name: Candidates(
+            tuple(indicators.weight.get(x.name, (2,))),
+            (FLOAT_BITS,) if weight_only else tuple(indicators.activation.get(x.name, (FLOAT_BITS,))),
+        )
+        for x in graph.searched
+    }
+
+
+def score_table(
+    indicators: Indicators,
+    graph: LayerGraph,
+    candidates: Mapping[str, Candidates] | None = None,
+    alpha: float | None = None,
+    *,
+    weight_only: bool = False,
+) -> tuple[Scores, float]:
+    """What the solver adds up: ({searched layer: {widths: score}}, α); `indicators.sense` tells which way is better.
+
+    Args:
+        indicators: Scores by whatever strategy.
+        graph: The layers of the model.
+        candidates: Widths that may be taken; None for all that have a score.
+        alpha: Multiplier for LIMPQ's weight indicators; None for `default_alpha`.
+        weight_only: Inputs stay float.
+
+    Raises:
+        InvalidArgument: A layer has no score at any candidate, or an alpha for another strategy than LIMPQ.
+    """
+    if not indicators.pairs:
+        chosen = candidates or scored_candidates(indicators, graph, weight_only=weight_only)
+        used = default_alpha(indicators) if alpha is None else alpha
+        return limpq_scores(indicators, graph, chosen, used), used
+    if alpha is not None:
+        raise InvalidArgument(f"alpha weighs LIMPQ's indicators; scores of {indicators.strategy!r} take none")
+    table = {}
+    for layer in graph.searched:
+        row = dict(indicators.pairs.get(layer.name, {}))
+        if candidates is not None:
+            wanted = candidates[layer.name]
+            row = {
+                bits: score
+                for bits, score in row.items()
+                if bits.weight in wanted.weight and bits.activation in (*wanted.activation, FLOAT_BITS)
+            }
+        if not row:
+            raise InvalidArgument(f"layer {layer.name!r} has no score at these candidates; search with them")
+        table[layer.name] = row
+    return table, 0.0
 
 
 def limpq_scores(

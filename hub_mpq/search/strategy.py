@@ -11,25 +11,34 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..core import FLOAT_BITS, Candidates, LayerBits, LayerGraph
+from ..core import FLOAT_BITS, Candidates, Indicators, LayerBits, LayerGraph, Limit
+from ..core.registry import Registry
 from ..errors import InvalidArgument
 from ..train.finetune import Finetune
 from ..train.hooks import Hooks
+from ..train.processes import mean_rows
 from .scores import Scores
 
 
 class SearchStrategy(Hooks):
     """Base of all strategies. Its constructor takes the options a user may give, by keyword.
 
-    The driver (`train_scores`) sets `loss`, `limits` and `seed`, then calls, in this order, `loader`, `attach`,
-    `calibrate`, the hooks of the training loop, `read_out`, `scores`.
+    The driver (`train_scores`) sets `loss`, `limits`, `seed` and `searched` (names of the searched layers), then calls,
+    in this order, `loader`, `attach`, `calibrate`, the hooks of the training loop, `read_out`, `scores`.
 
     trains: False for scorers that are done after `calibrate`. batches: how many batches `calibrate` gets.
     sense: "min" when a smaller score is better. optimizer, lr, scale_lr, weight_decay: of the training.
-    limits: {limit: cap on the sum over the searched layers} of the budget searched for; may be empty.
+    limits: {name: (limit, cap on what the searched layers take together)} of the budget searched for; may be empty.
+    unit: what scores are counted in. weights_alone: whether it can search weights while inputs stay float; scorers can.
+    stage: what its training is called in progress bars and logs; "" for its name. learned_once: scores that are there
+    serve every later `quantize`, and without data its quantizers stay untrained; others are learned for each budget.
     """
 
     name: ClassVar[str] = ""
+    unit: str = ""
+    weights_alone: bool = False
+    stage: str = ""
+    learned_once: bool = False
     trains: bool = True
     batches: int = 1
     sense: str = "min"
@@ -38,8 +47,9 @@ class SearchStrategy(Hooks):
     scale_lr: float = 1e-2
     weight_decay: float = 0.0
     loss: Finetune
-    limits: Mapping[str, float] = {}
+    limits: Mapping[str, tuple[Limit, float]] = {}
     seed: int = 0
+    searched: Sequence[str] = ()
 
     def loader(self, train: Iterable[Any]) -> Iterable[Any]:
         """The batches to search on, made from the user's (pairs, a proxy, …)."""
@@ -73,6 +83,18 @@ class SearchStrategy(Hooks):
         """{searched layer: {widths: score}}."""
         raise NotImplementedError
 
+    def indicators(self, model: nn.Module) -> Indicators:
+        """What was found out, averaged over the processes, without provenance.
+
+        Raises InvalidArgument when the scores, which may be a user's own, are none that the solver can read.
+        """
+        scores = self.scores(model)
+        for name in self.searched:
+            row = scores.get(name)
+            if not row or not all(isinstance(bits, LayerBits) for bits in row):
+                raise InvalidArgument(f"strategy {self.name!r} must score layer {name!r} at LayerBits, not {row!r}")
+        return Indicators({}, {}, pairs=mean_rows(scores))
+
     def inferred(self, model: nn.Module) -> dict[str, LayerBits] | None:
         """Widths of the searched layers that training itself settled on, None when only a budget decides."""
         return None
@@ -93,18 +115,8 @@ def additive(
     return out
 
 
-_BUILT_IN = {
-    "limpq": "limpq",
-    "dq": "dq",
-    "ebs": "ebs",
-    "seam": "seam",
-    "bsq": "bsq",
-    "gradient": "posttraining",
-    "hessian": "hessian",
-    "mse": "posttraining",
-    "kl": "posttraining",
-}
-_REGISTRY: dict[str, type[SearchStrategy]] = {}
+strategies: Registry[type[SearchStrategy]] = Registry("strategy", f"{__package__}.built_in")
+"""All strategies: the package's and those that were registered."""
 
 
 def register_strategy(name: str) -> Callable[[type[SearchStrategy]], type[SearchStrategy]]:
@@ -114,24 +126,20 @@ def register_strategy(name: str) -> Callable[[type[SearchStrategy]], type[Search
     """
 
     def register(cls: type[SearchStrategy]) -> type[SearchStrategy]:
-        if name in _BUILT_IN and cls.__module__ != f"{__package__}.{_BUILT_IN[name]}":
+        known = strategies.get(name) if name in strategies else None
+        if known is not None and known.__module__.startswith(f"{__package__}."):
             raise InvalidArgument(f"{name!r} is a strategy of hub_mpq itself; register {cls.__qualname__} as another")
-        known = _REGISTRY.get(name)
         # a module that is loaded twice (as a script and by name) brings its class again
-        if known is not None and known.__qualname__ != cls.__qualname__:
+        if known is not None and known.__qualname__ == cls.__qualname__:
+            strategies.unregister(name)
+        elif known is not None:
             raise InvalidArgument(
                 f"a strategy {name!r} is registered already ({known.__module__}.{known.__qualname__})"
             )
         cls.name = name
-        _REGISTRY[name] = cls
-        return cls
+        return strategies.register(name, cls)
 
     return register
-
-
-def strategy_names() -> list[str]:
-    """Names of all strategies: the package's and those registered."""
-    return sorted({*_BUILT_IN, *_REGISTRY})
 
 
 def strategy_named(name: str) -> type[SearchStrategy]:
@@ -142,11 +150,7 @@ def strategy_named(name: str) -> type[SearchStrategy]:
     source, _, name = name.rpartition(":")
     if source:
         _import(source)
-    if name not in _REGISTRY and name in _BUILT_IN:
-        importlib.import_module(f".{_BUILT_IN[name]}", __package__)
-    if name not in _REGISTRY:
-        raise InvalidArgument(f"unknown strategy {name!r}; one of {', '.join(strategy_names())}")
-    return _REGISTRY[name]
+    return strategies.get(name)
 
 
 def _import(source: str) -> None:
@@ -162,8 +166,8 @@ def _import(source: str) -> None:
         sys.modules.setdefault(path.stem, module)
         spec.loader.exec_module(module)
     except Exception as error:  # a user's file may raise anything
-        told = f"{type(error).__name__}: {error}"
-        raise InvalidArgument(f"the strategy's source {source!r} cannot be imported: {told}") from error
+        why = f"{type(error).__name__}: {error}"
+        raise InvalidArgument(f"the strategy's source {source!r} cannot be imported: {why}") from error
 
 
 def infers_widths(name: str) -> bool:

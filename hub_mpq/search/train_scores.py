@@ -5,68 +5,22 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from ..core import FLOAT_BITS, Budget, Candidates, LayerBits, LayerGraph, Policy
+from ..core import Budget, Candidates, Engine, IndicatorOptions, Indicators, LayerGraph
 from ..errors import InvalidArgument
 from ..train.batch import labels_of
-from ..train.engine import Engine
+from ..train.batches import first_batches
+from ..train.engine import accelerator_of
 from ..train.finetune import Finetune
 from ..train.loop import fit
-from ..train.processes import mean_rows, share_samples
+from ..train.processes import share_samples
 from .install import layer_inputs
-from .joint import first_batches
 from .problem import searched_limits
-from .scores import Scores
-from .strategy import build_strategy
-
-
-@dataclass(frozen=True)
-class StrategyScores:
-    """scores: {searched layer: {widths: score}}; sense: "min" when smaller is better. inferred: the widths that
-    training settled on (DQ), None for others. provenance: JSON values."""
-
-    scores: Scores
-    sense: str
-    strategy: str
-    seed: int = 0
-    inferred: Mapping[str, LayerBits] | None = None
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def search_options(self) -> dict[str, Any]:
-        """What `search_policy` should know beside the scores."""
-        details = {"strategy": self.provenance}
-        return {"sense": self.sense, "strategy": self.strategy, "seed": self.seed, "details": details}
-
-    def within(self, candidates: Mapping[str, Candidates] | None) -> Scores:
-        """The scores of some candidates only; InvalidArgument when a layer has none of them."""
-        if candidates is None:
-            return self.scores
-        out = {
-            name: {
-                b: s
-                for b, s in row.items()
-                if b.weight in candidates[name].weight and b.activation in (*candidates[name].activation, FLOAT_BITS)
-            }
-            for name, row in self.scores.items()
-            if name in candidates
-        }
-        if empty := [name for name, row in out.items() if not row]:
-            raise InvalidArgument(f"layer {empty[0]!r} has no score at these candidates; search with them")
-        return out
-
-    def inferred_policy(self, graph: LayerGraph) -> Policy:
-        """The policy without a budget; InvalidArgument for a strategy that needs one."""
-        if self.inferred is None:
-            raise InvalidArgument(
-                f"strategy {self.strategy!r} infers no widths: name a budget, for example bitops='W4A4'"
-            )
-        return Policy({x.name: x.fixed or self.inferred[x.name] for x in graph}, graph.digest)
+from .strategy import build_strategy, strategy_named
 
 
 def train_scores(
@@ -75,52 +29,60 @@ def train_scores(
     norms: Mapping[str, str],
     train: Iterable[Any],
     candidates: Mapping[str, Candidates],
+    options: IndicatorOptions | None = None,
     *,
-    strategy: str,
+    strategy: str = "limpq",
     strategy_options: Mapping[str, Any] | None = None,
     budget: Budget | None = None,
     base_bytes: int = 0,
-    epochs: float = 1,
-    steps: int | None = None,
-    share: float = 1.0,
-    lr: float | None = None,
-    smoothing: float = 0.1,
-    distill: float | None = None,
-    seed: int = 0,
-    checkpoint_dir: str | Path | None = None,
-    checkpoint_every: int = 500,
-    resume: bool = False,
     engine: Engine | None = None,
-) -> StrategyScores:
-    """Scores of every searched layer and pair of widths, by a strategy of the registry; `model` itself stays as it is.
+) -> Indicators:
+    """Scores of every searched layer, by a strategy of the registry; `model` itself stays as it is.
 
-    budget: what strategies with a penalty aim at while they train. epochs, steps, share: length of the search
-    (scorers that do not train ignore it). lr: of the weights, None: the strategy's. distill: as in `train_indicators`.
+    Launched as several processes, each takes its part of the batches; starts, gradients and what is read out are
+    averaged over them, so that all return the same scores.
+
+    Args:
+        model: The float model.
+        graph: Its layers.
+        norms: {BatchNorm: layer whose output it reads}.
+        train: Batches (inputs, labels), dicts with labels, or inputs alone, then by distillation.
+        candidates: Widths of every searched layer.
+        options: Length of the search and so on; scorers that do not train ignore the length.
+        strategy: Name of the strategy, or "source:name" of one of the user's own.
+        strategy_options: For the strategy's constructor.
+        budget: What strategies with a penalty aim at while they train.
+        base_bytes: Bytes of the packed file beside the searched layers.
+        engine: Precision, memory, trackers.
+
+    Raises:
+        InvalidArgument: Nothing is searched, an option the strategy does not have, or data it cannot use.
     """
     began = time.perf_counter()
     if not graph.searched:
         raise InvalidArgument("every layer is fixed: there is nothing to search")
-    hooks = build_strategy(strategy, strategy_options)
-    hooks.seed = seed
-    if hooks.trains and any(c.float_inputs for c in candidates.values()):
-        raise InvalidArgument(
-            f"strategy {hooks.name!r} searches the widths of inputs too; weights alone: limpq or a scorer"
-        )
+    options = options or IndicatorOptions()
+    name = strategy_named(strategy).name
+    hooks = build_strategy(strategy, {**options.of_strategy(name), **(strategy_options or {})})
+    hooks.seed, hooks.searched = options.seed, [layer.name for layer in graph.searched]
+    if hooks.trains and not hooks.weights_alone and any(c.float_inputs for c in candidates.values()):
+        raise InvalidArgument(f"strategy {name!r} searches the widths of inputs too; weights alone: limpq or a scorer")
     hooks.limits = searched_limits(graph, budget, base_bytes) if budget is not None else {}
     source = hooks.loader(train)
     engine = engine or Engine()
-    accelerator = engine.accelerator(hooks.name, seed=seed)
+    accelerator = accelerator_of(engine, hooks.stage or name, seed=options.seed)
     hooks.check_processes(accelerator.num_processes)
-    batches = first_batches(source, hooks.batches, accelerator, seed)
+    batches = first_batches(source, hooks.batches, accelerator, options.seed)
+    distill = options.distill
     if distill is None:
         distill = 1.0 if labels_of(batches[0]) is None and labels_of(half(batches[0])) is None else 0.0
     teacher = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False) if distill else None
     student = copy.deepcopy(model).requires_grad_(True).to(accelerator.device)
     hooks.loss = Finetune(
-        lr=hooks.lr if lr is None else lr,
+        lr=hooks.lr if options.lr is None else options.lr,
         scale_lr=hooks.scale_lr,
         weight_decay=hooks.weight_decay,
-        smoothing=smoothing,
+        smoothing=options.smoothing,
         teacher=teacher,
         distill=distill,
     )
@@ -128,39 +90,34 @@ def train_scores(
     searched = {layer.name: candidates[layer.name] for layer in graph.searched}
     hooks.attach(student, graph, searched, norms)
     hooks.calibrate(student, batches, inputs)
-    provenance: dict[str, Any] = {"strategy": hooks.name, "seed": seed, "distill": distill, "steps": 0}
-    if hooks.trains and steps != 0:
+    provenance: dict[str, Any] = {"strategy": name, "unit": hooks.unit, "sense": hooks.sense, "seed": options.seed}
+    provenance |= {"distill": distill, "processes": accelerator.num_processes, "steps": 0}
+    if hooks.trains and options.steps != 0:
         log = fit(
             student,
             hooks,
             source,
-            epochs=epochs,
-            steps=steps,
-            share=share,
+            epochs=options.epochs,
+            steps=options.steps,
+            share=options.share,
             optimizer=hooks.optimizer,
-            seed=seed,
-            checkpoint_dir=checkpoint_dir,
-            checkpoint_every=checkpoint_every,
-            resume=resume,
-            label=hooks.name,
+            seed=options.seed,
+            checkpoint_dir=options.checkpoint_dir,
+            checkpoint_every=options.checkpoint_every,
+            resume=options.resume,
+            label=hooks.stage or name,
             accelerator=accelerator,
             engine=engine,
         )
         provenance |= {"steps": log.steps, "samples": log.samples, "step_seconds": round(log.step_seconds, 4)}
         provenance |= {"epoch_loss": [round(x, 5) for x in log.epoch_loss]}
     hooks.read_out(student, batches)
-    scores = mean_rows(_complete(hooks.scores(student), hooks.name, graph))
-    provenance |= {"seconds": round(time.perf_counter() - began, 3), **hooks.details(student)}
-    return StrategyScores(scores, hooks.sense, hooks.name, seed, hooks.inferred(student), provenance)
-
-
-def _complete(scores: Scores, strategy: str, graph: LayerGraph) -> Scores:
-    """The scores of a strategy, which may be a user's own; InvalidArgument when the solver could not read them."""
-    for layer in graph.searched:
-        row = scores.get(layer.name)
-        if not row or not all(isinstance(bits, LayerBits) for bits in row):
-            raise InvalidArgument(f"strategy {strategy!r} must score layer {layer.name!r} at LayerBits, not {row!r}")
-    return scores
+    found, inferred = hooks.indicators(student), hooks.inferred(student)
+    provenance |= hooks.details(student)
+    if inferred is not None:
+        provenance["inferred"] = {layer: str(bits) for layer, bits in inferred.items()}
+    provenance["seconds"] = round(time.perf_counter() - began, 3)
+    return replace(found, provenance=provenance)
 
 
 def half(batch: Any) -> Any:

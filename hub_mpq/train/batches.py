@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..errors import HubMPQError, InvalidArgument
 from .batch import labels_of, size_of, to_device
-from .processes import is_sharded, most, own_share, raise_together, total, unshared, world
+from .processes import is_sharded, least, most, own_share, raise_together, total, unshared, world
 
 
 class Fed(NamedTuple):
@@ -32,6 +33,20 @@ def has_length(loader: Any) -> bool:
     except TypeError:
         return False
     return True
+
+
+def first_batch(loader: Iterable[Any]) -> Any:
+    """The first batch of a loader; InvalidArgument when there is none."""
+    for batch in loader:
+        return batch
+    raise InvalidArgument("the data loader is empty")
+
+
+def first_batches(loader: Iterable[Any], count: int, accelerator: Any, seed: int) -> list[Any]:
+    """This process's first `count` batches on its device; InvalidArgument in all processes when one has none."""
+    found = [to_device(batch, accelerator.device) for batch in islice(iter(own_share(loader, seed=seed)), count)]
+    raise_together(None if found else InvalidArgument("the data loader is empty"))
+    return found[: least(len(found))]  # as many in each, so that what is averaged weighs the same
 
 
 def batches_per_epoch(loader: Iterable[Any], share: float = 1.0) -> int:

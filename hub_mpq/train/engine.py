@@ -1,16 +1,15 @@
-"""How a training runs, apart from what it computes: precision, memory, layout, compiler, processes, trackers."""
+"""What an `Engine` does to a training: precision, memory, layout, compiler, processes, trackers."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..core import Engine
 from ..errors import HubMPQError, InvalidArgument
 from ..nn.banks import rebased
 from ..quantizers import LSQ, compile_quantizers
@@ -18,83 +17,57 @@ from .processes import make_accelerator, world
 from .track import tracker
 
 
-@dataclass(frozen=True)
-class Engine:
-    """Options of `fit`; each leaves what is computed as it is, within the tolerance named.
+def check(engine: Engine, accelerator: Any) -> None:
+    """Raise HubMPQError or InvalidArgument for what this machine or launch cannot do."""
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise InvalidArgument(
+            f"mixed precision {accelerator.mixed_precision!r} needs a scaled loss, which gradients clipped by "
+            "value do not allow; use bf16"
+        )
+    if engine.sync_batch_norm and world()[1] > 1 and accelerator.device.type != "cuda":
+        raise InvalidArgument(f"SyncBatchNorm runs on CUDA only, not on {accelerator.device.type}")
+    if engine.fsdp and world()[1] == 1:
+        raise HubMPQError("FSDP was asked for and there is one process: nothing would be sharded; see the README")
 
-    bf16: autocast to bfloat16 (8 bits of mantissa: losses within about 1 %); weights, scales and their gradients stay
-    float32.
-    gradient_checkpointing: activations are computed again in the backward pass, for models that have transformers' or
-    timm's switch; the same gradients, less memory, about one more forward; a BatchNorm sees each batch twice, so that
-    its running statistics, and indicators read with them after a short run, differ.
-    channels_last: memory order of convolutions, faster on GPUs with bf16.
-    compile: large tensors are quantized by torch.compile's kernels, within 1e-6. Not the whole model: widths change
-    from pass to pass, and every change would compile anew. The first use on a machine takes 10 to 20 s.
-    sync_batch_norm: statistics over all processes' batches (CUDA only); else each process normalises with its own batch
-    and the running statistics are the main one's.
-    fsdp: parameters sharded over the processes by torch's fully_shard; scales stay whole everywhere and their gradients
-    are averaged. For indicators.
-    log_with: a tracker of Accelerate's by name ("tensorboard", "wandb", …), "jsonl" (lines in log_dir/<stage>.jsonl),
-    or a GeneralTracker, which is yours to finish; log_every: steps between entries.
-    """
 
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    channels_last: bool = False
-    compile: bool = False
-    sync_batch_norm: bool = False
-    fsdp: bool = False
-    log_with: Any = None
-    log_dir: str | Path | None = None
-    log_every: int = 10
+def accelerator_of(engine: Engine, label: str, *, seed: int = 0) -> Any:
+    """The accelerator of a training, with its tracker."""
+    made = tracker(engine.log_with, engine.log_dir, label)
+    return make_accelerator(seed=seed, log_with=made, log_dir=engine.log_dir)
 
-    def check(self, accelerator: Any) -> None:
-        """Raise HubMPQError or InvalidArgument for what this machine or launch cannot do."""
-        if accelerator.mixed_precision not in ("no", "bf16"):
-            raise InvalidArgument(
-                f"mixed precision {accelerator.mixed_precision!r} needs a scaled loss, which gradients clipped by "
-                "value do not allow; use bf16"
-            )
-        if self.sync_batch_norm and world()[1] > 1 and accelerator.device.type != "cuda":
-            raise InvalidArgument(f"SyncBatchNorm runs on CUDA only, not on {accelerator.device.type}")
-        if self.fsdp and world()[1] == 1:
-            raise HubMPQError("FSDP was asked for and there is one process: nothing would be sharded; see the README")
 
-    def accelerator(self, label: str, *, seed: int = 0) -> Any:
-        """The accelerator of a training, with its tracker."""
-        made = tracker(self.log_with, self.log_dir, label)
-        return make_accelerator(seed=seed, log_with=made, log_dir=self.log_dir)
+def autocast(engine: Engine, accelerator: Any) -> Any:
+    """The context of every forward pass."""
+    if not (engine.bf16 or accelerator.mixed_precision == "bf16"):
+        return contextlib.nullcontext()
+    return torch.autocast(accelerator.device.type, dtype=torch.bfloat16)
 
-    def autocast(self, accelerator: Any) -> Any:
-        """The context of every forward pass."""
-        if not (self.bf16 or accelerator.mixed_precision == "bf16"):
-            return contextlib.nullcontext()
-        return torch.autocast(accelerator.device.type, dtype=torch.bfloat16)
 
-    @contextlib.contextmanager
-    def applied(self, model: nn.Module) -> Iterator[None]:
-        """The model with these options on, and as it was afterwards."""
-        with contextlib.ExitStack() as undo:
-            if self.gradient_checkpointing:
-                undo.enter_context(_checkpointed(model))
-            if self.sync_batch_norm and world()[1] > 1:
-                undo.enter_context(synced_norms(model))
-            if self.channels_last:
-                model.to(memory_format=torch.channels_last)
-                undo.callback(model.to, memory_format=torch.contiguous_format)
-            if self.compile:
-                undo.enter_context(_compiled(model))
-            yield
+@contextlib.contextmanager
+def applied(engine: Engine, model: nn.Module) -> Iterator[None]:
+    """The model with these options on, and as it was afterwards."""
+    with contextlib.ExitStack() as undo:
+        if engine.gradient_checkpointing:
+            undo.enter_context(_checkpointed(model))
+        if engine.sync_batch_norm and world()[1] > 1:
+            undo.enter_context(synced_norms(model))
+        if engine.channels_last:
+            model.to(memory_format=torch.channels_last)
+            undo.callback(model.to, memory_format=torch.contiguous_format)
+        if engine.compile:
+            undo.enter_context(_compiled(model))
+        yield
 
-    def placed(self, batch: Any) -> Any:
-        """A batch in the order of memory that the model has."""
-        if not self.channels_last:
-            return batch
-        if isinstance(batch, torch.Tensor):
-            return batch.contiguous(memory_format=torch.channels_last) if batch.dim() == 4 else batch
-        if isinstance(batch, dict):
-            return {key: self.placed(value) for key, value in batch.items()}
-        return tuple(self.placed(part) for part in batch) if isinstance(batch, (tuple, list)) else batch
+
+def placed(engine: Engine, batch: Any) -> Any:
+    """A batch in the order of memory that the model has."""
+    if not engine.channels_last:
+        return batch
+    if isinstance(batch, torch.Tensor):
+        return batch.contiguous(memory_format=torch.channels_last) if batch.dim() == 4 else batch
+    if isinstance(batch, dict):
+        return {key: placed(engine, value) for key, value in batch.items()}
+    return tuple(placed(engine, part) for part in batch) if isinstance(batch, (tuple, list)) else batch
 
 
 @contextlib.contextmanager

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..core import Engine, FinetuneOptions
+from ..errors import InvalidArgument
 from ..quantizers import LSQ
 from .batch import distillation_loss, forward, holds_classes, labels_of, task_loss
-from .cpt import CyclicPrecision
-from .gradient_quantizers import GradientQuantization
+from .batches import first_batch
+from .cpt import CyclicPrecision, check_cycles
+from .engine import accelerator_of
+from .gradient_quantizers import GradientQuantization, check_kind
 from .hooks import Hooks
+from .loop import TrainLog, fit
+from .norms import reestimate_batch_norm
+from .processes import own_share
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
@@ -93,3 +100,95 @@ class Finetune(Hooks):
     def after_step(self, model: nn.Module, step: int) -> None:
         if self.average is not None:
             self.average.update_parameters(model)
+
+
+def finetune(
+    model: nn.Module,
+    train: Iterable[Any],
+    options: FinetuneOptions | Mapping[str, Any] | None = None,
+    *,
+    teacher: nn.Module | None = None,
+    engine: Engine | None = None,
+    **changes: Any,
+) -> TrainLog:
+    """Train weights and scales of a quantized model in place: cosine schedule, label smoothing.
+
+    Args:
+        model: The quantized model.
+        train: Batches as in `HubMPQ.finetune`.
+        options: Length, learning rates and so on.
+        teacher: The float model, for distillation.
+        engine: Precision, memory, compiler, trackers.
+        changes: Single options by name, in place of those of `options`.
+
+    Raises:
+        InvalidArgument: An unknown option or a value out of range, empty data, or distillation without a teacher.
+    """
+    o = FinetuneOptions.of(options, **changes)
+    # wrong values of options that nothing uses yet are mistakes too
+    check_cycles(o.cycles)
+    check_kind(o.gradient_quantizer)
+    first = first_batch(train)
+    distill = o.distill
+    if distill is None:
+        distill = 1.0 if labels_of(first) is None else 0.0
+    if not 0 <= distill <= 1:
+        raise InvalidArgument(f"distill is a weight from 0 to 1, not {distill}")
+    if distill and teacher is None:
+        raise InvalidArgument("distillation needs the float model, which a model loaded from packed weights lacks")
+    engine = engine or Engine()
+    if engine.fsdp:
+        raise InvalidArgument("fsdp trains indicators; fine-tuning packs whole weights and runs without it")
+    accelerator = accelerator_of(engine, "fine-tune", seed=o.seed)
+    if teacher is not None and distill:
+        teacher = teacher.to(accelerator.device).eval()
+    average = None
+    if o.ema is not None:
+        from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+        model.to(accelerator.device)
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(o.ema), use_buffers=True)
+    cyclic = None if o.cyclic_bits is None else CyclicPrecision(model, o.cyclic_bits, o.cycles)
+    gradients = None
+    if o.gradient_bits is not None:
+        gradients = GradientQuantization(model, o.gradient_bits, o.gradient_quantizer, o.seed)
+    hooks = Finetune(
+        lr=o.lr,
+        scale_lr=o.scale_lr,
+        weight_decay=o.weight_decay,
+        smoothing=o.smoothing,
+        teacher=teacher if distill else None,
+        distill=distill,
+        average=average,
+        cyclic=cyclic,
+        gradients=gradients,
+    )
+    try:
+        log = fit(
+            model,
+            hooks,
+            train,
+            epochs=o.epochs,
+            steps=o.steps,
+            optimizer=o.optimizer,
+            seed=o.seed,
+            checkpoint_dir=o.checkpoint_dir,
+            checkpoint_every=o.checkpoint_every,
+            resume=o.resume,
+            label="fine-tune",
+            accelerator=accelerator,
+            engine=engine,
+        )
+    finally:
+        for schedule in (cyclic, gradients):
+            if schedule is not None:
+                schedule.release()
+    if average is not None:
+        with torch.no_grad():
+            # no integers: an average of a constant zero point can drift by one
+            found = average.module.state_dict()
+            model.load_state_dict({k: v for k, v in found.items() if v.is_floating_point()}, strict=False)
+    if o.reestimate_norms:
+        reestimate_batch_norm(model, own_share(train, seed=o.seed))
+    model.eval()
+    return log

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core import Engine
 from ..errors import HubMPQError, InvalidArgument, TrainingDiverged
 from ..versions import warn_if_untested
 from .batches import Fed, batches_per_epoch, feed, has_length, prepared, set_epoch
 from .checkpoint import Checkpoints, StopOnSignal
-from .engine import Engine
+from .engine import accelerator_of, applied, autocast, check, placed
 from .hooks import Hooks
 from .processes import agreed, total
 from .shard import Spread
@@ -100,8 +101,8 @@ def fit(
 
     warn_if_untested("accelerate")
     engine = engine or Engine()
-    accelerator = accelerator or engine.accelerator(label, seed=seed)
-    engine.check(accelerator)
+    accelerator = accelerator or accelerator_of(engine, label, seed=seed)
+    check(engine, accelerator)
     hooks.check_processes(accelerator.num_processes)
     loader = prepared(loader, accelerator)
     per_epoch = steps if steps and not has_length(loader) else batches_per_epoch(loader, share)
@@ -111,7 +112,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         # what reads the loader next, calibration say, must not depend on whether this process trained or resumed
         stack.callback(set_epoch, loader, 0)
-        stack.enter_context(engine.applied(model))
+        stack.enter_context(applied(engine, model))
         spread = Spread(model, accelerator, sharded=engine.fsdp)
         stack.callback(spread.release)
         opt = spread.prepare(_optimizer(optimizer, hooks.parameter_groups(model)))
@@ -181,13 +182,13 @@ def _backward(
     opt: torch.optim.Optimizer,
 ) -> list[float]:
     """All passes of one step; returns this process's part of the mean loss of each. One graph is alive at a time."""
-    generator, losses = hooks.losses(model, engine.placed(fed.batch), rng), []
+    generator, losses = hooks.losses(model, placed(engine, fed.batch), rng), []
     processes = accelerator.num_processes
     for i in range(hooks.passes):
         # the all-reduce of a DDP model runs once, in the last pass
         last = i + 1 == hooks.passes
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            with engine.autocast(accelerator):
+            with autocast(engine, accelerator):
                 loss, group = next(generator)
             if processes > 1:
                 if group is not None:

@@ -69,8 +69,9 @@ def test_quantize_refuses(run, here, folder, more, words):
 
 
 def test_a_bad_budget_costs_no_model_and_no_training(run, here, folder, monkeypatch):
-    import hub_mpq.cli.models
     import hub_mpq.model.searching
+
+    import hub_mpq.cli.models
 
     monkeypatch.setattr(hub_mpq.model.searching, "train_indicators", None)
     refused(run(*quantize("--data", folder, "--bitops", "1K")), "least reachable")

@@ -93,7 +93,7 @@ def indicators(folder):
     resolved = {x.name: Candidates.of([2, 4]) for x in mpq.graph.searched}
     for name in ("gradient", "mse"):
         got = train_scores(mpq.model, mpq.graph, {}, loader(), resolved, strategy=name, strategy_options={})
-        out[name] = {layer: {str(b): v for b, v in row.items()} for layer, row in got.scores.items()}
+        out[name] = {layer: {str(b): v for b, v in row.items()} for layer, row in got.pairs.items()}
     return out
 
 

@@ -136,9 +136,9 @@ def test_growth_falls_with_the_width_and_alpha_is_one(net, train):
     indicators = mpq.train_indicators(train, steps=4)
     for row in (*indicators.weight.values(), *indicators.activation.values()):
         assert row[2] > row[4] > row[6]
-    assert mpq.scores()[1] == 1.0
+    assert mpq.score_table()[1] == 1.0
     mpq.train_indicators(train, steps=2, indicator="scale")
-    assert mpq.scores()[1] != 1.0
+    assert mpq.score_table()[1] != 1.0
 
 
 def test_movement_reports_what_happened():

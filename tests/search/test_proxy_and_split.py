@@ -131,9 +131,9 @@ def test_batches_of_bare_tensors_are_distilled(kind, net, data):
     else:
         batches = [x[:16], x[16:32]] if kind == "batches" else DataLoader(list(x), batch_size=16, shuffle=True)
         mpq.train_scores(batches, strategy="ebs", steps=2)
-    assert mpq.learned.provenance["distill"] == 1
+    assert mpq.scores.provenance["distill"] == 1
     # as many samples as were read, both halves
-    assert mpq.learned.provenance["samples"] == {"data-free": 16}.get(kind, 32)
+    assert mpq.scores.provenance["samples"] == {"data-free": 16}.get(kind, 32)
 
 
 SAMPLERS = {

@@ -126,7 +126,7 @@ def test_a_regression_head_has_scores(name, labels):
     mpq = HubMPQ.from_module(model, {"input_ids": ids[:1]})
     given = {"float": {"labels": target}, "whole": {"labels": target.round().long()}, "none": {}}[labels]
     found = mpq.train_scores([{"input_ids": ids, **given}], strategy=name, candidates=[2, 6])
-    narrow, wide = (sum(row[f(row)] for row in found.scores.values()) for f in (min, max))  # W2A2, W6A6
+    narrow, wide = (sum(row[f(row)] for row in found.pairs.values()) for f in (min, max))  # W2A2, W6A6
     assert narrow > 2 * wide > 0
 
 
@@ -147,7 +147,7 @@ def test_a_layer_that_nothing_reaches_keeps_all_its_choices(name):
     x = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
     mpq = HubMPQ.from_module(Branch().eval(), x[:1])
     found = mpq.train_scores([(x, torch.arange(32) % 5)], strategy=name, candidates=[2, 3, 4])
-    assert {(b.weight, b.activation) for b in found.scores["b"]} == {(w, a) for w in (2, 3, 4) for a in (2, 3, 4)}
+    assert {(b.weight, b.activation) for b in found.pairs["b"]} == {(w, a) for w in (2, 3, 4) for a in (2, 3, 4)}
 
 
 @pytest.mark.parametrize("name", SCORERS)

@@ -89,8 +89,8 @@ def test_a_tight_budget_is_met_exactly(name, options, kind, net, train):
     found = mpq.train_scores(
         data, strategy=name, strategy_options=options, steps=3, budget={"bitops": cap}, candidates=candidates
     )
-    assert set(found.scores) == {x.name for x in mpq.graph.searched}
-    assert all(np.isfinite(s) for row in found.scores.values() for s in row.values())
+    assert set(found.pairs) == {x.name for x in mpq.graph.searched}
+    assert all(np.isfinite(s) for row in found.pairs.values() for s in row.values())
     for budget in (cap, mpq.usage("W2A3")["bitops"] + 1):
         result = mpq.search(bitops=budget)
         assert result.status == "optimal"
@@ -131,7 +131,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(name, options, net, data, 
 @pytest.fixture(scope="module")
 def sensitive(make_net):
     """A trained network whose three searched layers differ in what they bear, and its data."""
-    from hub_mpq.train.tune import finetune
+    from hub_mpq.train.finetune import finetune
 
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(256, 1, 8, 8, generator=generator)
@@ -218,17 +218,17 @@ def test_the_hinge_meets_its_budget_and_leaves_no_mark_on_the_scores(net, train)
     finally:
         del registry._REGISTRY["indifferent"]
     assert found.provenance["reached"]["bitops"] < 1.1
-    assert all(np.ptp(list(row.values())) < 2e-4 for row in found.scores.values())
+    assert all(np.ptp(list(row.values())) < 2e-4 for row in found.pairs.values())
 
 
 def test_dq_infers_widths_without_a_budget_and_obeys_its_constraints(net, train):
     mpq = HubMPQ.from_module(net, X)
     options = {"weight_bytes": 1600, "activation_bytes": 700, "activation": "sum", "start": 6}
     mpq.quantize(strategy="dq", strategy_options=options, train=train, steps=2, indicator_options={"steps": 100})
-    reached = mpq.learned.provenance["reached"]
+    reached = mpq.scores.provenance["reached"]
     assert all(value < 1.35 for value in reached.values())  # a penalty is soft; it started at 1.6 and 1.1
     assert mpq.result is None
-    assert {n: str(b) for n, b in mpq.policy.bits.items() if mpq.graph[n].fixed is None} == mpq.learned.provenance[
+    assert {n: str(b) for n, b in mpq.policy.bits.items() if mpq.graph[n].fixed is None} == mpq.scores.provenance[
         "inferred"
     ]
     with pytest.raises(InvalidArgument, match="no budget given"):

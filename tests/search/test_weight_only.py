@@ -44,7 +44,7 @@ def test_weight_only_searches_weights_and_leaves_all_inputs_float(made):
     assert not mpq.indicators.activation
     again, _ = made(weight_only=True)
     trained, _ = made()
-    again.indicators = trained.train_indicators([x], steps=0)  # activations were learned too: they are not looked at
+    again.scores = trained.train_indicators([x], steps=0)  # activations were learned too: they are not looked at
     assert {b.activation for b in again.search(size="W3").policy.bits.values()} == {32}
     again.train_scores([x], strategy="mse", candidates=[2, 3, 4])
     assert {b.activation for b in again.search(weight_bits=3).policy.bits.values()} == {32}
@@ -71,13 +71,13 @@ def test_tied_search_is_the_best_of_all_tied_policies(made, weight_only):
         rows[name].update({b: s * factor for b, s in rows[name].items()})
     budget, level = ({"weight_bits": 3}, "W3") if weight_only else ({"bitops": "W3A3"}, "W3A3")
     free, _ = made(weight_only=weight_only)
-    free.indicators = mpq.indicators
+    free.scores = mpq.indicators
     loose = free.search(**budget)
     assert len({loose.policy.bits[f"block.{k}"].weight for k in "qkv"}) > 1, "the tie would say nothing"
     found = mpq.search(**budget)
     assert len({found.policy.bits[f"block.{k}"] for k in "qkv"}) == 1
     assert found.objective >= loose.objective
-    scores, _ = mpq.scores()
+    scores, _ = mpq.score_table()
     limit, cap = next(iter(budget)), mpq.usage(level)
     best = min(
         sum(scores[n][b] for n, b in bits.items())

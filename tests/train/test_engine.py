@@ -20,8 +20,8 @@ from hub_mpq.quantizers import LSQ
 from hub_mpq.search.limpq import LIMPQ
 from hub_mpq.train import Engine, Finetune, fit, forward
 from hub_mpq.train.engine import synced_norms
+from hub_mpq.train.finetune import finetune
 from hub_mpq.train.processes import make_accelerator
-from hub_mpq.train.tune import finetune
 
 X = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 MOVES = {"lr": 1e-3, "scale_lr": 1e-2, "weight_decay": 0.0, "smoothing": 0.0}

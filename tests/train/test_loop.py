@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from hub_mpq.errors import InvalidArgument, TrainingDiverged
 from hub_mpq.train import Finetune, Hooks, evaluate, fit, task_loss
 from hub_mpq.train.checkpoint import Checkpoints
+from hub_mpq.train.finetune import finetune
 from hub_mpq.train.norms import reestimate_batch_norm
 from hub_mpq.train.processes import make_accelerator
-from hub_mpq.train.tune import finetune
 
 
 def hooks(**changes):

@@ -1,0 +1,773 @@
+"""HubMPQ: a hub model together with its mixed-precision policy."""
+
+from __future__ import annotations
+
+import copy
+import glob
+import hashlib
+import json
+import tempfile
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from . import adapters
+from ._version import __version__
+from .adapters import Source, norm_of
+from .core import (
+    FLOAT_BITS,
+    Budget,
+    Candidates,
+    Engine,
+    FinetuneOptions,
+    IndicatorOptions,
+    Indicators,
+    LayerBits,
+    LayerGraph,
+    Policy,
+    SearchResult,
+    Usage,
+)
+from .errors import HubMPQError, InvalidArgument
+from .export import export
+from .export.compressed_tensors import FORMAT, exportable
+from .hub.folder import read_folder_indicators, save_folder
+from .hub.load import load_folder
+from .hub.origin import local_card
+from .hub.preprocess import local_preprocess
+from .hub.publish import publish
+from .hub.pull import packed_folder
+from .hub.remote import check_repo_id
+from .nn.packing import base_nbytes
+from .pack import Manifest, read_indicators, write_indicators
+from .report import report
+from .search.candidates import CandidatesLike, resolve_candidates
+from .search.policy_search import inferred_policy, pareto_front, search_policy, usage_of
+from .search.problem import build
+from .search.scores import Scores, score_table
+from .search.strategy import infers_widths, strategy_named
+from .search.synthetic_data import synthetic_batch
+from .search.train_scores import train_scores
+from .train.apply_policy import apply_policy
+from .train.batch import labels_of
+from .train.batches import first_batch
+from .train.evaluate import evaluate
+from .train.finetune import finetune
+from .train.loop import TrainLog
+from .train.norms import reestimate_batch_norm
+from .train.processes import on_main, seeded
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+Pins = Mapping[str, LayerBits | str | None]
+Options = Mapping[str, Any]
+
+
+class HubMPQ(nn.Module):
+    """A timm or Hugging Face model (or any network) and, once searched for, its policy.
+
+    Attributes:
+        model: The network that runs: float until a policy is applied, then quantized.
+        graph: Its layers.
+        scores: What a search strategy found out about the layers; None until one has run.
+        policy: The policy applied; None until there is one.
+        result: The search that found it, with its proof; None for a policy that was given.
+        metrics: {"float" | "quantized": figures}.
+        history: How the quantized model came to be: {"search" | "finetune": facts}.
+        seconds: {stage: wall time}.
+    """
+
+    def __init__(
+        self, source: Source, *, fixed: Pins | None = None, weight_only: bool = False, tie_fused: bool = False
+    ) -> None:
+        super().__init__()
+        self.model = source.model
+        self.source = source
+        self.weight_only = weight_only
+        self.graph: LayerGraph = source.graph
+        self.graph = self._pinned(fixed)
+        if tie_fused:
+            self.graph = self.graph.with_tied_inputs()
+        self.policy: Policy | None = None
+        self.scores: Indicators | None = None
+        self.result: SearchResult | None = None
+        self.metrics: dict[str, dict[str, float]] = {}
+        self.history: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+        self.home: Path | None = None  # the folder it was loaded from
+        self._policy_graph: LayerGraph | None = None  # the graph with the pins of the policy that is applied
+        # in a tuple: the float model is no submodule, or every state dict would hold it too
+        self._float: tuple[nn.Module, ...] = (source.model,)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_id: str | Path,
+        *,
+        module: nn.Module | None = None,
+        fixed: Pins | None = None,
+        exclude: Iterable[str] = (),
+        weight_only: bool = False,
+        tie_fused: bool = False,
+        pretrained: bool = True,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **kwargs: Any,
+    ) -> HubMPQ:
+        """Load a model, float or packed.
+
+        Of a published packed model only its config, packed weights, indicators and preprocessing are fetched; pinned
+        to a commit that is in the cache, nothing is asked of the network.
+
+        Args:
+            model_id: A timm name, a Hugging Face id, "hf-hub:…", a local folder, or what save_pretrained or push_to_hub
+                wrote.
+            module: The network itself, for a packed model that no hub can build.
+            fixed: {name or pattern: "W8A8" or None} changes which layers keep their widths.
+            exclude: Patterns of layers to leave float.
+            weight_only: All inputs stay float, fixed layers' too.
+            tie_fused: Layers of one module that read one input (q, k, v; gate, up) share the weight width, as runtimes
+                that fuse them (vLLM) need.
+            pretrained: Fetch the published weights.
+            revision: Branch, tag or commit.
+            token: As for huggingface_hub.
+            local_files_only: Ask nothing of the network.
+            kwargs: Go to timm or transformers, such as checkpoint_path.
+        """
+        where: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
+        folder = packed_folder(model_id, **where) if pretrained else None
+        if folder is not None:
+            return cls._of_folder(folder, module, kwargs)
+        kwargs |= {key: value for key, value in where.items() if value}
+        source = adapters.load(str(model_id), pretrained=pretrained, exclude=exclude, **kwargs)
+        out = cls(source, fixed=fixed, weight_only=weight_only, tie_fused=tie_fused)
+        if Path(model_id).is_dir():
+            out.home = Path(model_id)
+            out.scores = read_folder_indicators(model_id)
+        return out
+
+    @classmethod
+    def from_module(
+        cls,
+        net: nn.Module,
+        example_input: Any,
+        *,
+        model_id: str | None = None,
+        fixed: Pins | None = None,
+        exclude: Iterable[str] = (),
+        weight_only: bool = False,
+        tie_fused: bool = False,
+    ) -> HubMPQ:
+        """Take any network; it stays float itself.
+
+        Args:
+            net: The network.
+            example_input: One batch as it takes it.
+            model_id: A name for it; the class's by default.
+            fixed, exclude, weight_only, tie_fused: As in `from_pretrained`.
+        """
+        source = adapters.from_module(net, example_input, model_id=model_id, exclude=exclude)
+        return cls(source, fixed=fixed, weight_only=weight_only, tie_fused=tie_fused)
+
+    @classmethod
+    def _of_folder(cls, folder: Path, module: nn.Module | None, kwargs: Options) -> HubMPQ:
+        source, manifest = load_folder(folder, module, kwargs)
+        out = cls(source)
+        out.policy, out._float, out.home = manifest.policy, (), folder
+        out.scores = read_folder_indicators(folder)
+        out.metrics = {k: dict(v) for k, v in manifest.provenance.get("metrics", {}).items()}
+        out.history = {k: dict(v) for k, v in manifest.provenance.items() if k in ("search", "finetune")}
+        out._tell_transformers()
+        return out
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped model's own forward."""
+        return self.model(*args, **kwargs)
+
+    @property
+    def float_model(self) -> nn.Module:
+        """The model before quantization. Raises HubMPQError for one loaded from packed weights: it has none."""
+        if not self._float:
+            raise HubMPQError(
+                "this model was loaded from packed weights and has no float weights to start from; "
+                f"load its base model {self.graph.model_id!r} to quantize anew"
+            )
+        return self._float[0]
+
+    @property
+    def indicators(self) -> Indicators | None:
+        """`scores`, by the name that published cards use."""
+        return self.scores
+
+    # scores
+
+    def train_indicators(
+        self,
+        train: Iterable[Any],
+        options: IndicatorOptions | Options | None = None,
+        *,
+        candidates: CandidatesLike = None,
+        fixed: Pins | None = None,
+        engine: Engine | None = None,
+        **changes: Any,
+    ) -> Indicators:
+        """Learn every layer's importance at every candidate width by LIMPQ; it serves every later budget.
+
+        Arguments as in `train_scores`.
+        """
+        return self.train_scores(train, options, candidates=candidates, fixed=fixed, engine=engine, **changes)
+
+    def train_scores(
+        self,
+        train: Iterable[Any],
+        options: IndicatorOptions | Options | None = None,
+        *,
+        strategy: str = "limpq",
+        strategy_options: Options | None = None,
+        candidates: CandidatesLike = None,
+        fixed: Pins | None = None,
+        budget: Budget | Options | None = None,
+        engine: Engine | None = None,
+        **changes: Any,
+    ) -> Indicators:
+        """Let a strategy score the layers; later searches use the scores, which are stored with the model.
+
+        Args:
+            train: Batches (inputs, labels), dicts with labels, or inputs alone, then by distillation.
+            options: Length, learning rates and so on.
+            strategy: "limpq", "dq", "ebs", "seam", "bsq", "gradient", "hessian", "mse", "kl", or one of your own,
+                "file.py:name".
+            strategy_options: For the strategy's constructor.
+            candidates: Widths that layers may take.
+            fixed: {name or pattern: "W8A8" or None} for this call.
+            budget: What a strategy with a penalty aims at.
+            engine: Precision, memory, trackers.
+            changes: Single options by name, in place of those of `options`.
+        """
+        return self._train_scores(
+            self._pinned(fixed),
+            train,
+            IndicatorOptions.of(options, **changes),
+            candidates,
+            strategy=strategy,
+            strategy_options=strategy_options,
+            budget=Budget.of(budget, {}),
+            engine=engine,
+        )
+
+    def _train_scores(
+        self,
+        graph: LayerGraph,
+        train: Iterable[Any],
+        options: IndicatorOptions,
+        candidates: CandidatesLike,
+        *,
+        strategy: str,
+        budget: Budget | None,
+        **more: Any,
+    ) -> Indicators:
+        with torch.no_grad():
+            norms = norm_of(self.float_model, self.source.example)
+        self.scores = train_scores(
+            self.float_model,
+            graph,
+            norms,
+            train,
+            self._candidates(graph, candidates),
+            options,
+            strategy=strategy,
+            budget=budget,
+            base_bytes=self.base_bytes(),
+            **more,
+        )
+        cls = strategy_named(strategy)
+        self.seconds[cls.stage or cls.name] = self.scores.provenance["seconds"]
+        return self.scores
+
+    def score_table(self, alpha: float | None = None, candidates: CandidatesLike = None) -> tuple[Scores, float]:
+        """({searched layer: {widths: score}}, α): what the solver adds up; `scores.sense` tells which way is better."""
+        return self._score_table(self.graph, alpha, candidates)
+
+    def _score_table(self, graph: LayerGraph, alpha: float | None, candidates: CandidatesLike) -> tuple[Scores, float]:
+        if self.scores is None:
+            raise HubMPQError("there are no indicators yet; call train_indicators first, or quantize")
+        chosen = None if candidates is None else self._candidates(graph, candidates)
+        return score_table(self.scores, graph, chosen, alpha, weight_only=self.weight_only)
+
+    # search
+
+    def search(
+        self,
+        budget: Budget | Options | None = None,
+        *,
+        alpha: float | None = None,
+        candidates: CandidatesLike = None,
+        fixed: Pins | None = None,
+        time_limit: float | None = None,
+        **limits: Any,
+    ) -> SearchResult:
+        """The best policy within a budget, proved optimal. Does not change the model.
+
+        Args:
+            budget: A Budget; or name its limits (bitops=, size=, compression=, …, see `Budget`).
+            alpha: Multiplier for LIMPQ's weight indicators; None balances the sums.
+            candidates: Widths that layers may take; None for all that have a score.
+            fixed: {name or pattern: "W8A8" or None} for this call.
+            time_limit: Seconds; past them the best policy so far, with its gap.
+
+        Raises:
+            InfeasibleBudget: No policy meets the budget; it reports the minimum of each limit.
+        """
+        whole = Budget.of(budget, limits) or Budget()
+        return self._search(self._pinned(fixed), whole, alpha, candidates, time_limit)
+
+    def _search(
+        self,
+        graph: LayerGraph,
+        budget: Budget,
+        alpha: float | None,
+        candidates: CandidatesLike,
+        time_limit: float | None = None,
+    ) -> SearchResult:
+        table, used = self._score_table(graph, alpha, candidates)
+        scores: Any = self.scores
+        result = search_policy(
+            graph,
+            table,
+            budget,
+            base_bytes=self.base_bytes(),
+            sense=scores.sense,
+            strategy=scores.strategy,
+            seed=scores.seed,
+            time_limit=time_limit,
+            details={"training": scores.provenance} if scores.pairs else {"alpha": used},
+        )
+        self.seconds["search"] = result.seconds
+        return result
+
+    def check_reachable(
+        self,
+        budget: Budget | Options | None = None,
+        *,
+        candidates: CandidatesLike = None,
+        fixed: Pins | None = None,
+        strategy: str | None = None,
+        **limits: Any,
+    ) -> None:
+        """Raise InfeasibleBudget when no policy of the candidates meets the budget; needs no scores.
+
+        Args:
+            budget: As in `search`, and so are candidates, fixed and limits.
+            strategy: The one that is going to search; None: with the scores that are there, if any.
+        """
+        whole = Budget.of(budget, limits) or Budget()
+        learned = self.scores is not None and (strategy is None or self._serves(strategy))
+        self._check_reachable(self._pinned(fixed), whole, candidates, learned=learned)
+
+    def _check_reachable(self, graph: LayerGraph, budget: Budget, candidates: CandidatesLike, *, learned: bool) -> None:
+        if learned:
+            self._search(graph, budget, None, candidates)
+            return
+        chosen = self._candidates(graph, candidates)
+        scores = {
+            layer.name: {
+                LayerBits(weight, activation): 0.0
+                for weight in chosen[layer.name].weight
+                for activation in ((FLOAT_BITS,) if layer.weight_only else chosen[layer.name].activation)
+            }
+            for layer in graph.searched
+        }
+        build(graph, scores, budget, base_bytes=self.base_bytes()).solve()
+
+    def pareto(
+        self,
+        limit: str = "bitops",
+        points: int = 20,
+        budget: Budget | Options | None = None,
+        *,
+        alpha: float | None = None,
+        candidates: CandidatesLike = None,
+        **limits: Any,
+    ) -> list[SearchResult]:
+        """Best policies along one limit.
+
+        Args:
+            limit: The limit to run over.
+            points: How many budgets between the least and the greatest.
+            budget: Other limits that hold at each point, whole or by name, as in `search`.
+            alpha, candidates: As in `search`.
+        """
+        table, _ = self.score_table(alpha, candidates)
+        scores: Any = self.scores
+        return pareto_front(
+            self.graph,
+            table,
+            limit=limit,
+            points=points,
+            base_bytes=self.base_bytes(),
+            others=Budget.of(budget, limits),
+            sense=scores.sense,
+            strategy=scores.strategy,
+            seed=scores.seed,
+        )
+
+    # the quantized model
+
+    def apply_policy(
+        self,
+        policy: Policy | LayerBits | str,
+        calibration: Iterable[Any] | None = None,
+        *,
+        batches: int = 4,
+        per_channel: bool = True,
+        reestimate_norms: bool = True,
+    ) -> HubMPQ:
+        """Quantize a copy of the float model at a policy, with scales of least squared error; returns self.
+
+        Args:
+            policy: A Policy, or a level ("W4A4") for all searched layers.
+            calibration: Batches; None for synthetic inputs.
+            batches: How many of them are looked at.
+            per_channel: One weight scale per output channel, else one per tensor.
+            reestimate_norms: Re-estimate BatchNorm statistics too, on up to 16 batches of `calibration`.
+        """
+        if not isinstance(policy, Policy):
+            policy = Policy.uniform(self.graph, policy)
+        return self._quantize_at(policy, self.graph, calibration, batches, per_channel, reestimate_norms)
+
+    def _quantize_at(
+        self,
+        policy: Policy,
+        graph: LayerGraph,
+        calibration: Iterable[Any] | None,
+        batches: int,
+        per_channel: bool,
+        reestimate_norms: bool,
+    ) -> HubMPQ:
+        model = copy.deepcopy(self.float_model)
+        data = [synthetic_batch(self.float_model, self.source.example)] if calibration is None else seeded(calibration)
+        apply_policy(model, graph, policy, data, limit=batches, per_channel=per_channel)
+        if calibration is not None and reestimate_norms:
+            reestimate_batch_norm(model, seeded(calibration), limit=16)
+        self.model, self.policy, self._policy_graph = model.eval(), policy, graph
+        self.result, self.history = None, {}
+        self.metrics.pop("quantized", None)
+        self._tell_transformers()
+        return self
+
+    def finetune(
+        self,
+        train: Iterable[Any],
+        options: FinetuneOptions | Options | None = None,
+        *,
+        engine: Engine | None = None,
+        **changes: Any,
+    ) -> TrainLog:
+        """Train the quantized model in place.
+
+        Args:
+            train: Batches as in `train_scores`.
+            options: Length, learning rates and so on.
+            engine: Precision, memory, compiler, trackers.
+            changes: Single options by name, in place of those of `options`.
+        """
+        chosen = FinetuneOptions.of(options, **changes)
+        if self.policy is None:
+            raise HubMPQError("there is no policy yet; call quantize or apply_policy first")
+        teacher = self._float[0] if self._float else None
+        self.metrics.pop("quantized", None)  # they were the model's before
+        log = finetune(self.model, train, chosen, teacher=teacher, engine=engine)
+        self.seconds["finetune"] = log.seconds
+        self.history["finetune"] = {**chosen.changed(), "steps": log.steps, "samples": log.samples}
+        return log
+
+    def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
+        """Top-1 / top-5, loss / perplexity, or fidelity to the float model when there are no labels."""
+        figures = evaluate(self.model, loader, reference=self._float[0] if self._float else None)
+        self.metrics["quantized" if self.policy is not None else "float"] = figures
+        return figures
+
+    def quantize(
+        self,
+        budget: Budget | Options | None = None,
+        *,
+        train: Iterable[Any] | None = None,
+        val: Iterable[Any] | None = None,
+        epochs: float = 1,
+        steps: int | None = None,
+        strategy: str = "limpq",
+        strategy_options: Options | None = None,
+        indicators: Indicators | None = None,
+        indicator_options: IndicatorOptions | Options | None = None,
+        alpha: float | None = None,
+        candidates: CandidatesLike = None,
+        fixed: Pins | None = None,
+        per_channel: bool = True,
+        seed: int = 0,
+        checkpoint_dir: str | Path | None = None,
+        resume: bool = False,
+        finetune_options: FinetuneOptions | Options | None = None,
+        engine: Engine | None = None,
+        **limits: Any,
+    ) -> HubMPQ:
+        """Scores, policy, quantizers in, fine-tuned: all in one call; returns self.
+
+        Args:
+            budget: As in `search`, whole or by the names of its limits. A strategy that infers widths (DQ, BSQ) needs
+                none.
+            train: Batches to train on; without any, stored indicators or a data-free calibration serve, with one
+                warning.
+            val: Labelled batches to measure on, before and after.
+            epochs, steps: Length of fine-tuning (epochs=0: calibration only).
+            strategy, strategy_options: As in `train_scores`.
+            indicators: Scores learned before.
+            indicator_options: As in `train_scores`.
+            alpha, candidates: As in `search`.
+            fixed: {name or pattern: "W8A8" or None} for this policy.
+            per_channel: One weight scale per output channel, else one per tensor.
+            seed: Of every stage whose options name no other.
+            checkpoint_dir, resume: Go on after an interruption.
+            finetune_options: As in `finetune`.
+            engine: How the trainings run (precision, memory, trackers).
+        """
+        whole = Budget.of(budget, limits)
+        learning = IndicatorOptions.of(indicator_options).filled(seed=seed, resume=resume)
+        tuning = FinetuneOptions.of(finetune_options).filled(epochs=epochs, steps=steps, seed=seed, resume=resume)
+        tuned = train is not None and (tuning.epochs > 0 if tuning.steps is None else tuning.steps > 0)
+        if tuned and engine is not None and engine.fsdp:
+            raise InvalidArgument("fsdp trains indicators; fine-tuning runs without it, so give epochs=0")
+        if whole is None and not infers_widths(strategy):
+            Budget()  # none where one is needed must not cost a training first
+        graph = self._pinned(fixed)
+        if indicators is not None:
+            self.scores = indicators
+        learned = indicators is not None or self._serves(strategy)
+        if whole is not None:
+            self._check_reachable(graph, whole, candidates, learned=learned)
+        if val is not None and "float" not in self.metrics and labels_of(first_batch(val)) is not None:
+            self.metrics["float"] = evaluate(self.float_model, val)
+        if not learned:
+            if checkpoint_dir:
+                learning = learning.filled(checkpoint_dir=_states_of(checkpoint_dir, strategy, strategy_options, whole))
+            self._learn(
+                graph,
+                train,
+                learning,
+                candidates,
+                strategy=strategy,
+                strategy_options=strategy_options,
+                budget=whole,
+                engine=engine,
+            )
+        # of several processes one searches: a time limit could end them at other policies
+        result = None if whole is None else on_main(lambda: self._search(graph, whole, alpha, candidates))
+        policy = result.policy if result else inferred_policy(graph, self.scores)  # type: ignore[arg-type]
+        # fine-tuning starts from the float BatchNorm (LIMPQ) and re-estimates at its end
+        self._quantize_at(policy, graph, train, 4, per_channel, not tuned)
+        self.result = result
+        self._tell_transformers()
+        if train is not None and tuned:
+            if checkpoint_dir:
+                # by policy: a state of other widths would load without a word
+                tuning = tuning.filled(checkpoint_dir=Path(checkpoint_dir) / f"finetune-{_mark(policy.to_dict())}")
+            self.finetune(train, tuning, engine=engine)
+        if val is not None:
+            self.evaluate(val)
+        return self
+
+    def _serves(self, strategy: str) -> bool:
+        """Whether the scores that are there are what a strategy would learn once and for all budgets."""
+        return self.scores is not None and strategy_named(strategy).learned_once and self.scores.strategy == strategy
+
+    def _learn(
+        self, graph: LayerGraph, train: Any, options: IndicatorOptions, candidates: CandidatesLike, **more: Any
+    ) -> None:
+        """Scores for `quantize`: those that an interrupted run stored, else new ones, stored beside its states."""
+        stored = Path(f"{options.checkpoint_dir}.safetensors") if options.checkpoint_dir else None
+        if stored is not None and options.resume and stored.is_file():
+            self.scores = read_indicators(stored)
+            return
+        if train is None:
+            warnings.warn(
+                "no data and no stored indicators: searching and calibrating on synthetic inputs; pass train= for a "
+                "policy that was learned",
+                stacklevel=3,
+            )
+            data = [synthetic_batch(self.float_model, self.source.example, options.seed)]
+            if strategy_named(more["strategy"]).learned_once:
+                options = replace(options, steps=0, checkpoint_dir=None, resume=False)
+        else:
+            first_batch(train)
+            data = train
+        found = self._train_scores(graph, data, options, candidates, **more)
+        if stored is not None and train is not None:
+            on_main(lambda: write_indicators(stored, found))
+
+    # what a policy costs
+
+    def usage(self, policy: Policy | LayerBits | str | None = None) -> Usage:
+        """Whole-model cost of a policy (default: the one applied)."""
+        graph = self.graph
+        if policy is None:
+            policy, graph = self.policy, self._policy_graph or self.graph
+        if policy is None:
+            raise HubMPQError("there is no policy yet")
+        if not isinstance(policy, Policy):
+            policy = Policy.uniform(graph, policy)
+        return usage_of(graph, policy, None, self._base_bytes(graph))
+
+    def report(self) -> str:
+        """Widths and costs per layer and in all, accuracy before and after, seconds of each stage."""
+        usage = self.usage() if self.policy is not None else None
+        graph = self._policy_graph or self.graph
+        text = report(graph, self.policy, usage, self.metrics, self.seconds)
+        if self.policy is not None and exportable(self._manifest(self.policy)):
+            text += (
+                f'\nweights alone are quantized, in Linear and Embedding layers: push_to_hub(…, format="{FORMAT}") '
+                "publishes it so that transformers needs no hub-mpq"
+            )
+        return text
+
+    def base_bytes(self) -> int:
+        """Bytes of the packed file beside the searched layers, the same at every policy."""
+        return self._base_bytes(self.graph)
+
+    def _base_bytes(self, graph: LayerGraph) -> int:
+        model = self._float[0] if self._float else self.model
+        return base_nbytes(model, self._manifest(Policy.uniform(graph, "W2A2"), graph))
+
+    # sharing
+
+    def save_pretrained(self, folder: str | Path) -> int:
+        """Write config.json, packed weights and scores atomically into a folder; returns the packed bytes.
+
+        Of a model that was loaded from a folder its tokenizer or image processor too.
+        """
+        if self.policy is None:
+            raise HubMPQError("there is no policy yet; call quantize or apply_policy before saving")
+        source = self.source
+        extra = local_preprocess(self.home) if source.library == "transformers" else None
+        return save_folder(folder, self.model, self._manifest(self.policy), source.config, self.scores, extra)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        float_copy: bool | None = None,
+        format: str = "mpq",
+        token: str | bool | None = None,
+        **card: str | None,
+    ) -> CommitInfo:
+        """Publish the quantized model as "owner/name" in one commit.
+
+        Args:
+            repo_id: "owner/name".
+            private, revision, create_pr, token: As in `hub_mpq.hub.publish.publish`.
+            float_copy: Dequantized weights too, that plain timm or transformers load (None: for their models, yes).
+            format: "mpq"; "compressed-tensors" publishes weight-only transformers policies so that nobody needs this
+                package.
+            card: license, base_model, pipeline_tag, dataset, eval_task, trained_on, message.
+        """
+        check_repo_id(repo_id)
+        # the packed file does not tell where on this disk its base model lies
+        known = {key: value for key, value in local_card(self.home).items() if card.get(key) is None}
+        with tempfile.TemporaryDirectory(prefix="hub-mpq-") as folder:
+            self.save_pretrained(folder)
+            return publish(
+                folder,
+                repo_id,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                float_copy=float_copy,
+                format=format,
+                token=token,
+                model=self.model,
+                seconds=self.seconds,
+                **{**card, **known},
+            )
+
+    def export(self, folder: str | Path, format: str) -> int:
+        """Write the quantized model for other programs: format "compressed-tensors" or "onnx"; returns the bytes.
+
+        Formats, and what each refuses, are described in hub_mpq.export.
+        """
+        if self.policy is None:
+            raise HubMPQError("there is no policy yet; call quantize or apply_policy before exporting")
+        source = self.source
+        return export(folder, format, self.model, self._manifest(self.policy), source.config, source.example)
+
+    def _tell_transformers(self) -> None:
+        """So that `mpq.model.save_pretrained` writes the packed format and transformers' Trainer trains `mpq.model`."""
+        if self.source.library == "transformers" and self.policy is not None:
+            from .hub.plugin import prepare
+
+            prepare(self.model, self._manifest(self.policy))
+
+    def _manifest(self, policy: Policy, graph: LayerGraph | None = None) -> Manifest:
+        provenance: dict[str, Any] = {"hub_mpq": __version__, "metrics": self.metrics, **self.history}
+        if self.result is not None:
+            found = self.result
+            provenance["search"] = {
+                "strategy": found.strategy,
+                "status": found.status,
+                "objective": found.objective,
+                "gap": found.gap,
+                "seed": found.seed,
+                **{key: _brief(value) for key, value in found.details.items()},
+            }
+        source = self.source
+        # a local folder's path is nobody's business: its name says as much
+        base = Path(source.model_id).name if Path(source.model_id).is_dir() else source.model_id
+        graph = replace(graph or self._policy_graph or self.graph, model_id=base)
+        return Manifest(base, source.revision, source.library, graph, policy, provenance)
+
+    # what a call may change for itself
+
+    def _pinned(self, fixed: Pins | None) -> LayerGraph:
+        """The graph with layers pinned or freed for one call."""
+        graph = self.graph.with_fixed(fixed) if fixed else self.graph
+        if self.weight_only:
+            pinned = {x.name: x.fixed for x in graph if x.fixed is not None}
+            graph = graph.with_fixed({glob.escape(n): LayerBits(bits.weight, FLOAT_BITS) for n, bits in pinned.items()})
+        return graph
+
+    def _candidates(self, graph: LayerGraph, value: CandidatesLike) -> dict[str, Candidates]:
+        """Candidates of every searched layer, of weights alone where only weights are searched."""
+        found = resolve_candidates(graph, value)
+        if not self.weight_only:
+            return found
+        return {name: Candidates(c.weight, (FLOAT_BITS,)) for name, c in found.items()}
+
+
+def _brief(facts: Any) -> Any:
+    """What a strategy says of itself without its tables of layers, which would outgrow the header's reserve, and
+    without seconds: two runs of one seed give the same file."""
+    if not isinstance(facts, Mapping):
+        return facts
+    return {k: v for k, v in facts.items() if not isinstance(v, (Mapping, list)) and not k.endswith("seconds")}
+
+
+def _states_of(folder: str | Path, strategy: str, strategy_options: Options | None, budget: Budget | None) -> Path:
+    """Folder for the states of a search: by search, since the state of another one would load without a word, or fail
+    in torch's."""
+    if strategy_named(strategy).learned_once:
+        return Path(folder) / "indicators"
+    limits = None if budget is None else [dict(budget.given), dict(budget.costs)]
+    return Path(folder) / f"search-{_mark([strategy, strategy_options, limits])}"
+
+
+def _mark(tree: Any) -> str:
+    """Twelve characters that stand for JSON values; an object counts by its type."""
+    text = json.dumps(tree, sort_keys=True, default=lambda value: type(value).__name__)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,48 @@
+"""Quantize a model at a policy: quantizers in, scales of least squared error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+from torch import nn
+
+from ..core import LayerGraph, Policy
+from ..errors import InvalidArgument
+from ..nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs
+from ..nn.swap import swap_policy
+from .batch import forward, to_device
+
+
+def apply_policy(
+    model: nn.Module,
+    graph: LayerGraph,
+    policy: Policy,
+    batches: Iterable[Any],
+    *,
+    limit: int = 4,
+    per_channel: bool = True,
+) -> None:
+    """Give a float model the quantizers of a policy, in place, calibrated on a few batches.
+
+    Args:
+        model: The float model.
+        graph: Its layers.
+        policy: Their widths.
+        batches: What the scales of activations are calibrated on.
+        limit: How many batches are looked at.
+        per_channel: One weight scale per output channel, else one per tensor.
+
+    Raises:
+        PolicyMismatch: The policy is for another graph.
+        InvalidArgument: There is no batch.
+    """
+    policy.check(graph)
+    device = next(model.parameters()).device
+    taken = [to_device(batch, device) for batch in islice(batches, limit)]
+    if not taken:
+        raise InvalidArgument("the calibration data are empty")
+    swap_policy(model, graph, policy, per_channel=per_channel)
+    calibrate_weights(model, mse=True)
+    calibrate_inputs(model, sample_inputs(model, taken, forward), mse=True)
