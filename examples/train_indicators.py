@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from hub_mpq import HubMPQ
+from hub_mpq.core import Engine
 from hub_mpq.data import data_config, image_loader
 from hub_mpq.pack import write_indicators
-from hub_mpq.train import Engine
 from hub_mpq.train.processes import describe, on_main, world
 
 

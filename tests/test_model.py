@@ -208,7 +208,7 @@ def test_timm_model_by_name_from_its_config_alone(tmp_path):
 
 
 def test_budget_is_public():
-    assert Budget(bitops="W4A4").bitops == "W4A4"
+    assert Budget(bitops="W4A4").given == {"bitops": "W4A4"}
 
 
 def test_a_resumed_run_never_takes_another_policys_state(mpq, train, tmp_path):

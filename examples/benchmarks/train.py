@@ -101,7 +101,8 @@ def joint(mpq: HubMPQ, batch: Any, widths: Sequence[int], per_channel: bool) -> 
     """A model at the start of joint training, at width 4, and its strategy."""
     model = copy.deepcopy(mpq.float_model)
     loss = Finetune(lr=1e-4, scale_lr=1e-2, weight_decay=0.0, smoothing=0.1)
-    strategy = LIMPQ(loss, indicator="loss" if per_channel else "scale")
+    strategy = LIMPQ(indicator="loss" if per_channel else "scale")
+    strategy.loss = loss
     small = cut(batch, 2)
     candidates = {layer.name: Candidates(tuple(widths), tuple(widths)) for layer in mpq.graph.searched}
     with torch.no_grad():

@@ -69,11 +69,10 @@ def test_quantize_refuses(run, here, folder, more, words):
 
 
 def test_a_bad_budget_costs_no_model_and_no_training(run, here, folder, monkeypatch):
-    import hub_mpq.model.searching
-
     import hub_mpq.cli.models
+    import hub_mpq.model
 
-    monkeypatch.setattr(hub_mpq.model.searching, "train_indicators", None)
+    monkeypatch.setattr(hub_mpq.model, "train_scores", None)
     refused(run(*quantize("--data", folder, "--bitops", "1K")), "least reachable")
     monkeypatch.setattr(hub_mpq.cli.models, "load", None)
     refused(run(*quantize("--bitops", "34")), "no unit")

@@ -61,9 +61,7 @@ def run(args, log, flushes=None, saves=None):
 def start():
     """Starts a run; its process is forked from one that has imported what a run needs, which saves seconds a start."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch", "accelerate", "timm", "hub_mpq.cli", "hub_mpq.search.joint", "torch._dynamo"]
-    )
+    context.set_forkserver_preload(["torch", "accelerate", "timm", "hub_mpq.cli", "hub_mpq.model", "torch._dynamo"])
 
     def begin(args, log, **when):
         process = context.Process(target=run, args=(args, str(log)), kwargs=when)

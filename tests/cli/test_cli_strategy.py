@@ -46,7 +46,7 @@ def test_dq_needs_no_budget_and_ebs_does(run, folder, tmp_path):
         (["--strategy", "magic"], "magic"),
         (["--strategy", "mse", "--strategy-option", "sharpness=2"], "sharpness"),
         (["--strategy", "nowhere.py:mine"], "nowhere.py"),
-        (["--strategy-option", "uniform=false"], "limpq takes none"),
+        (["--strategy-option", "unifrom=false"], "unifrom"),
     ],
 )
 def test_a_wrong_strategy_is_one_sentence_and_writes_nothing(run, folder, tmp_path, args, words):

@@ -16,12 +16,12 @@ from sharding import fsdp, unsharded
 from torch.utils.data import DataLoader
 
 from hub_mpq import HubMPQ
-from hub_mpq.core import Candidates
+from hub_mpq.core import Candidates, Engine
 from hub_mpq.errors import HubMPQError, InvalidArgument
 from hub_mpq.nn.calibrate import sample_inputs
 from hub_mpq.search.limpq import LIMPQ
 from hub_mpq.search.train_scores import train_scores
-from hub_mpq.train import Engine, Finetune, evaluate, fit, forward
+from hub_mpq.train import Finetune, evaluate, fit, forward
 from hub_mpq.train.processes import own_share, world
 
 
@@ -59,7 +59,8 @@ def gradients(folder):
     for count in COUNTS:
         model = _net()
         graph = HubMPQ.from_module(_net(), X).graph
-        strategy = Watched(Finetune(**STILL), indicator="scale")
+        strategy = Watched(indicator="scale")
+        strategy.loss = Finetune(**STILL)
         strategy.attach(model, graph, {x.name: Candidates.of([2, 4]) for x in graph.searched}, {"4": "3", "7": "6"})
         known = [samples(32).tensors[0]]
         strategy.calibrate(model, known, sample_inputs(model, known, forward))

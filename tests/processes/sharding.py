@@ -8,8 +8,8 @@ import torch
 from process_toys import X, _net, loader, rounded
 
 from hub_mpq import HubMPQ
+from hub_mpq.core import Engine
 from hub_mpq.search.limpq import LIMPQ
-from hub_mpq.train import Engine
 
 
 def unsharded():
@@ -50,7 +50,7 @@ class Sharding(LIMPQ):
 
 def fsdp(folder):
     """Indicators of a decoder: by DDP, sharded, and sharded with an interruption."""
-    import hub_mpq.search.joint as joint
+    from hub_mpq.search.strategy import strategies
 
     made = []
 
@@ -64,7 +64,9 @@ def fsdp(folder):
                 signal.raise_signal(signal.SIGINT)
 
     stops, out = False, {}
-    joint.LIMPQ, plain = Kept, joint.LIMPQ
+    plain = strategies.get("limpq")
+    strategies.unregister("limpq")
+    strategies.register("limpq", Kept)
     net, rows = decoder()
     try:
         for name, engine in (("ddp", Engine()), ("fsdp", Engine(fsdp=True))):
@@ -90,6 +92,7 @@ def fsdp(folder):
         found = mpq.train_indicators(rows, **states, resume=True)
         out["resumed"] = {"weight": rounded(found.weight), "activation": rounded(found.activation)}
     finally:
-        joint.LIMPQ = plain
+        strategies.unregister("limpq")
+        strategies.register("limpq", plain)
     out["parameters"] = sum(p.numel() for p in net.parameters())
     return out

@@ -108,7 +108,7 @@ def test_a_proxy_loader_interrupted_and_resumed_equals_uninterrupted(kind, net, 
         options = {"proxy": LOADERS[kind](), "warmup": 2}
         mpq = HubMPQ.from_module(copy.deepcopy(net), X)
         budget = {"bitops": "W3A3"}
-        return mpq.train_scores(train, strategy="seam", strategy_options=options, steps=6, budget=budget, **more).scores
+        return mpq.train_scores(train, strategy="seam", strategy_options=options, steps=6, budget=budget, **more).pairs
 
     whole, plain = search(), SEAM.after_step
 
@@ -162,7 +162,7 @@ def test_without_its_classifier_in_the_graph_seam_is_refused(proxy, net, train):
 
 def test_a_searched_head_is_kept_with_a_share_and_refused_with_a_loader(net, train):
     mpq = HubMPQ.from_module(net, X, fixed={"13": None})
-    assert "13" in mpq.train_scores(train, strategy="seam", strategy_options={"proxy": 0.5}, steps=1).scores
+    assert "13" in mpq.train_scores(train, strategy="seam", strategy_options={"proxy": 0.5}, steps=1).pairs
     with pytest.raises(InvalidArgument, match="'13' cannot be searched"):
         mpq.train_scores(train, strategy="seam", strategy_options={"proxy": others()}, steps=1)
 

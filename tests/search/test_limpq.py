@@ -22,7 +22,8 @@ X = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 def attached(net, **options):
     mpq = HubMPQ.from_module(net, X)
     loss = Finetune(lr=1e-3, scale_lr=1e-2, weight_decay=0.0, smoothing=0.0)
-    strategy = LIMPQ(loss, **options)
+    strategy = LIMPQ(**options)
+    strategy.loss = loss
     model = copy.deepcopy(net)
     candidates = {x.name: Candidates((2, 3, 5), (2, 3, 5)) for x in mpq.graph.searched}
     strategy.attach(model, mpq.graph, candidates, {"4": "3", "7": "6"})

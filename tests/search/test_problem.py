@@ -139,7 +139,7 @@ def test_a_searched_embedding_and_its_tied_head_share_the_weight_width_only():
             bits = result.policy.bits
             assert bits["word"].weight == bits["head"].weight
             assert (bits["word"].activation, bits["head"].activation < 32) == (32, True)
-            cap = graph_bitops(graph, Policy.uniform(graph, "W3A3")) if budget.bitops else float("inf")
+            cap = graph_bitops(graph, Policy.uniform(graph, "W3A3")) if "bitops" in budget.limits else float("inf")
 
             def allowed(policy, graph=graph, cap=cap, inputs=inputs, size=size):
                 bits = policy.bits

@@ -9,8 +9,10 @@ from torch import nn
 from hub_mpq import Candidates, HubMPQ
 from hub_mpq.errors import InvalidArgument
 from hub_mpq.search import strategy as registry
+from hub_mpq.search.strategy import strategy_named
 
 X = torch.zeros(1, 1, 8, 8)
+BUILT_IN = ("limpq", "dq", "ebs", "seam", "bsq", "gradient", "hessian", "mse", "kl")
 QUICK = {"epochs": 0, "indicator_options": {"steps": 1}}
 
 
@@ -65,14 +67,29 @@ def test_two_searches_of_one_seed_write_the_same_file(net, train, tmp_path):
     ("asked", "words"),
     [
         ({"strategy": "ebs"}, "no budget"),
-        ({"strategy": "limpq", "bitops": "W3A3", "strategy_options": {"uniform": False}}, "indicator_options"),
+        ({"strategy": "mse", "bitops": "W3A3", "indicator_options": {"preset": "authors"}}, "preset is an option of"),
+        ({"bitops": "W3A3", "indicator_options": {"epoch": 1}}, "no option 'epoch'; did you mean 'epochs'"),
+        ({"bitops": "W3A3", "finetune_options": {"learning_rate": 1}}, "no option 'learning_rate'"),
+        ({"bitop": "W3A3"}, "no option or limit 'bitop'"),
+        ({"bitops": "W3A3", "strategy_options": {"unifrom": False}}, "options of strategy 'limpq'.*unifrom"),
         ({"strategy": "mse", "bitops": "W3A3", "alpha": 2.0}, "alpha"),
         ({"strategy": "mse", "bitops": "W3A3", "fixed": {"*": "W4A4"}}, "nothing to search"),
     ],
 )
 def test_what_would_do_nothing_is_refused(net, train, asked, words):
     with pytest.raises(InvalidArgument, match=words):
-        HubMPQ.from_module(net, X).quantize(train=train, **QUICK, **asked)
+        HubMPQ.from_module(net, X).quantize(train=train, **{**QUICK, **asked})
+
+
+def test_limpq_takes_its_options_as_every_strategy_does(net, train):
+    """By `strategy_options` as by `indicator_options`: there is one driver."""
+    found = []
+    for asked in ({"strategy_options": {"indicator": "scale"}}, {"indicator_options": {"indicator": "scale"}}):
+        mpq = HubMPQ.from_module(net, X)
+        options = {"steps": 1, **asked.get("indicator_options", {})}
+        found.append(mpq.train_scores(train, options, strategy_options=asked.get("strategy_options")))
+    assert found[0].weight == found[1].weight
+    assert found[0].provenance["indicator"] == "scale"
 
 
 @pytest.mark.parametrize("strategy", ["dq", "ebs", "bsq", "hessian", "mse"])
@@ -112,12 +129,12 @@ def test_a_checkpoint_of_another_search_is_not_taken(net, train, tmp_path):
         quantized(Stopped(), {}, checkpoint_dir=tmp_path)
     for options in ({"grid": "power-of-two"}, {"parametrization": "bits-step"}):
         again = quantized(train, options, checkpoint_dir=tmp_path, resume=True)
-        assert again.pairs.pairs == quantized(train, options).scores.pairs
+        assert again.scores.pairs == quantized(train, options).scores.pairs
 
 
 def test_a_name_is_given_once(monkeypatch):
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
-    for name in registry._BUILT_IN:
+    monkeypatch.setattr(registry.strategies, "_found", {name: strategy_named(name) for name in BUILT_IN})
+    for name in BUILT_IN:
         with pytest.raises(InvalidArgument, match="itself"):
             registry.register_strategy(name)(type("Own", (registry.SearchStrategy,), {}))
     registry.register_strategy("mine")(type("Mine", (registry.SearchStrategy,), {}))
@@ -130,7 +147,7 @@ def test_a_broken_file_is_one_sentence(tmp_path, text):
     file = tmp_path / "own.py"
     file.write_text(text)
     with pytest.raises(InvalidArgument, match="cannot be imported"):
-        registry.strategy_named(f"{file}:own")
+        strategy_named(f"{file}:own")
 
 
 @pytest.mark.parametrize("scores", [{}, {"3": {"W4A4": 1.0}}])
@@ -139,6 +156,7 @@ def test_scores_that_the_solver_could_not_read(net, train, monkeypatch, scores):
         pass
 
     own = {"trains": False, "attach": attach, "scores": lambda self, model: scores}
-    monkeypatch.setitem(registry._REGISTRY, "own", type("Own", (registry.SearchStrategy,), {"name": "own", **own}))
+    strategy = type("Own", (registry.SearchStrategy,), {"name": "own", **own})
+    monkeypatch.setattr(registry.strategies, "_found", {"own": strategy})
     with pytest.raises(InvalidArgument, match="must score layer"):
         HubMPQ.from_module(net, X).quantize(strategy="own", train=train, bitops="W3A3", candidates=Candidates((2, 3)))

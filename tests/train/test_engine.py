@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from hub_mpq import HubMPQ
-from hub_mpq.core import Candidates
+from hub_mpq.core import Candidates, Engine
 from hub_mpq.errors import HubMPQError, InvalidArgument
 from hub_mpq.nn.banks import add_banks
 from hub_mpq.nn.calibrate import sample_inputs
 from hub_mpq.quantizers import LSQ
 from hub_mpq.search.limpq import LIMPQ
-from hub_mpq.train import Engine, Finetune, fit, forward
-from hub_mpq.train.engine import synced_norms
+from hub_mpq.train import Finetune, fit, forward
+from hub_mpq.train.engine import check, synced_norms
 from hub_mpq.train.finetune import finetune
 from hub_mpq.train.processes import make_accelerator
 
@@ -48,7 +48,8 @@ class Watched(LIMPQ):
 def trained(net, batches, engine, example=X, **options):
     """(strategy, model, log) of two steps with widths 2 and 4."""
     mpq = HubMPQ.from_module(net, example)
-    strategy, model = Watched(Finetune(**MOVES), **options), copy.deepcopy(net)
+    strategy, model = Watched(**options), copy.deepcopy(net)
+    strategy.loss = Finetune(**MOVES)
     norms = {"4": "3", "7": "6"} if isinstance(net, nn.Sequential) else {}
     strategy.attach(model, mpq.graph, {x.name: Candidates.of([2, 4]) for x in mpq.graph.searched}, norms)
     strategy.calibrate(model, batches, sample_inputs(model, batches[:1], forward))
@@ -230,7 +231,7 @@ def test_half_precision_that_needs_a_scaled_loss_is_refused():
     from types import SimpleNamespace
 
     with pytest.raises(InvalidArgument, match="use bf16"):
-        Engine().check(SimpleNamespace(mixed_precision="fp16", device=torch.device("cpu")))
+        check(Engine(), SimpleNamespace(mixed_precision="fp16", device=torch.device("cpu")))
 
 
 def test_fsdp_that_would_not_be_active_is_an_error(net, train, monkeypatch):
