@@ -18,7 +18,7 @@ from ..cost.size import layer_nbytes
 from ..errors import InvalidArgument
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs
 from ..nn.packing import predicted_nbytes
-from ..nn.swap import swap_policy
+from ..nn.quantize import quantize_to_policy
 from ..pack import Manifest
 from ..search.candidates import resolve_candidates
 from ..search.joint import train_indicators
@@ -64,7 +64,7 @@ def quantize_in_place(model: Any, config: Any, revision: str | None = None) -> M
     taken = [to_device(x, device) for x in data]
     if not taken:
         raise InvalidArgument("the calibration data are empty")
-    swap_policy(net, graph, policy, per_channel=config.per_channel)
+    quantize_to_policy(net, graph, policy, per_channel=config.per_channel)
     calibrate_weights(net, mse=True)
     calibrate_inputs(net, sample_inputs(net, taken, forward), mse=True)
     config.budget = config.calibration = None  # served; a copy of the config must not drag data along

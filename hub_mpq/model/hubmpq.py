@@ -19,7 +19,7 @@ from ..hub.folder import read_folder_indicators
 from ..hub.load import load_folder
 from ..hub.pull import packed_folder
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs
-from ..nn.swap import swap_policy
+from ..nn.quantize import quantize_to_policy
 from ..search.candidates import CandidatesLike
 from ..search.joint import first_batch
 from ..search.strategy import infers_widths
@@ -139,7 +139,7 @@ class HubMPQ(Sharing):
         if not isinstance(policy, Policy):
             policy = Policy.uniform(self.graph, policy)
         model = copy.deepcopy(self.float_model)
-        swap_policy(model, self.graph, policy, per_channel=per_channel)
+        quantize_to_policy(model, self.graph, policy, per_channel=per_channel)
         device = next(model.parameters()).device
         data = [synthetic_batch(self.float_model, self.source.example)] if calibration is None else seeded(calibration)
         taken = [to_device(batch, device) for batch, _ in zip(data, range(batches), strict=False)]

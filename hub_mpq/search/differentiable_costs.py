@@ -62,10 +62,6 @@ class DifferentiableCosts:
         tried = set(widths)
         return max((b for b in tried if fits(b)), default=min(tried))
 
-    def amount(self, limit: str, widths: Widths) -> Tensor:
-        """What the searched layers take of a limit."""
-        return self.amounts[limit](widths)
-
     def _bitops(self, widths: Widths) -> Tensor:
         rows = [self.layers[n].macs * w * a for n, (w, a) in widths.items() if a is not None]
         return torch.stack(rows).sum() if rows else torch.zeros(())

@@ -13,12 +13,12 @@ from torch import nn
 
 from ..core import FLOAT_BITS, Budget, Candidates, LayerBits, LayerGraph, Policy
 from ..errors import InvalidArgument
-from ..train.batch import labels_of
+from ..nn.calibrate import sample_inputs
+from ..train.batch import forward, labels_of
 from ..train.engine import Engine
 from ..train.finetune import Finetune
 from ..train.loop import fit
 from ..train.processes import mean_rows, share_samples
-from .install import layer_inputs
 from .joint import first_batches
 from .problem import searched_limits
 from .scores import Scores
@@ -124,7 +124,8 @@ def train_scores(
         teacher=teacher,
         distill=distill,
     )
-    inputs = share_samples(layer_inputs(student, graph, [half(batch) for batch in batches]))
+    reading = [layer.name for layer in graph.searched if not layer.weight_only]
+    inputs = share_samples(sample_inputs(student, [half(batch) for batch in batches], forward, reading))
     searched = {layer.name: candidates[layer.name] for layer in graph.searched}
     hooks.attach(student, graph, searched, norms)
     hooks.calibrate(student, batches, inputs)

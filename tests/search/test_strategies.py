@@ -178,8 +178,9 @@ def test_no_strategy_is_worse_than_chance(name, options, sensitive, chance):
     assert np.mean(losses) < chance
 
 
-def test_expected_bitops_at_one_hot_strengths_are_the_policys(net):
+def test_differentiable_bitops_at_one_hot_strengths_are_the_policys(net):
     from hub_mpq.search.candidates import resolve_candidates
+    from hub_mpq.search.differentiable_costs import DifferentiableCosts
     from hub_mpq.search.ebs import EBS
 
     mpq = HubMPQ.from_module(net, X)
@@ -200,7 +201,8 @@ def test_expected_bitops_at_one_hot_strengths_are_the_policys(net):
             bits[name] = LayerBits(*picks)
         fixed = {x.name: x.fixed for x in mpq.graph if x.fixed}
         usage = mpq.usage(Policy({**fixed, **bits}, mpq.graph.digest))
-        assert int(ebs.expected_bitops().detach()) == usage["searched_bitops"]
+        bitops = DifferentiableCosts(mpq.graph, {"bitops": 1.0}).ratios(ebs.widths())["bitops"]
+        assert int(bitops.detach()) == usage["searched_bitops"]
 
 
 def test_the_hinge_meets_its_budget_and_leaves_no_mark_on_the_scores(net, train):
