@@ -325,9 +325,10 @@ def modules():
 
 def test_exact_types_have_the_names_they_are_dispatched_by(modules):
     """A type that moves to another module would stay float without a word."""
+    from hub_mpq.core import layer_kinds
     from hub_mpq.nn import types
 
-    assert set(modules) == set(types.KINDS) | set(types._REASONS)
+    assert set(modules) == {name for kind in layer_kinds for name in kind.types} | set(types._REASONS)
     for name in modules:
         module, _, cls = name.rpartition(".")
         assert isinstance(getattr(importlib.import_module(module), cls), type)
@@ -335,9 +336,10 @@ def test_exact_types_have_the_names_they_are_dispatched_by(modules):
 
 def test_exact_types_compute_what_their_kind_says(modules):
     """Their forward is that of the plain layer with the same weight, so that a quantized form may take their place."""
-    from hub_mpq.nn.types import KINDS
+    from hub_mpq.core import layer_kinds
 
-    for name, kind in KINDS.items():
+    kinds = {name: kind.name for kind in layer_kinds for name in kind.types}
+    for name, kind in kinds.items():
         module, plain, x = modules[name]
         state = {k: v.t() if kind == "conv1d" and k == "weight" else v for k, v in module.state_dict().items()}
         plain.load_state_dict(state)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import HubMPQError
+from ..nn.types import layer_kind
 from ..versions import warn_if_untested
 from .count import MacCounter, storage_key
 from .restore_state import state_restored
@@ -119,6 +120,9 @@ def _moved(x: Tensor, device: str) -> Tensor:
     return torch.zeros_like(x, device=device) if x.is_meta and device != "meta" else x.to(device)
 
 
+_NO_INPUT = (None, None, 0, None)
+
+
 def _hooked(
     model: nn.Module, named: Mapping[str, Tensor], forward: Callable[[], Any], *, stand_ins: bool = False
 ) -> ForwardRecord:
@@ -126,7 +130,9 @@ def _hooked(
     names = {module: name for name, module in model.named_modules()}
     tokens: WeakIdKeyDictionary = WeakIdKeyDictionary()
     fresh = itertools.count()
-    pending: list[tuple[TensorKey | None, TensorKey | None, int]] = []
+    pending: list[tuple[TensorKey | None, TensorKey | None, int, Tensor | None]] = []
+    own_count = {module: kind.macs for module in names if (kind := layer_kind(module)) is not None and kind.macs}
+    own_macs: Counter[str] = Counter()
 
     def key(t: Tensor) -> TensorKey:
         if t not in tokens:
@@ -139,11 +145,13 @@ def _hooked(
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         where.append(names[module])
         inputs = tensors_of((args, kwargs))
-        pending.append((key(inputs[0]), view_key(inputs[0]), inputs[0].numel()) if inputs else (None, None, 0))
+        pending.append((key(inputs[0]), view_key(inputs[0]), inputs[0].numel(), inputs[0]) if inputs else _NO_INPUT)
 
     def after(module: nn.Module, args: Any, out: Any) -> None:
         where.pop()
-        whole, view, count = pending.pop()
+        whole, view, count, x = pending.pop()
+        if module in own_count and x is not None:
+            own_macs[names[module]] += own_count[module](module, x, out)
         if isinstance(module, _BatchNorm) or not any(True for _ in module.children()):
             run.calls.append(
                 Call(names[module], whole, view, view_key(out) if isinstance(out, Tensor) else None, count)
@@ -161,5 +169,6 @@ def _hooked(
         finally:
             for handle in handles:
                 handle.remove()
-    run.macs = counter.macs
+    run.macs = Counter({part: count for part, count in counter.macs.items() if part[0] not in own_macs})
+    run.macs.update({(name, "", False): count for name, count in own_macs.items()})
     return run

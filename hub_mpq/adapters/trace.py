@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..core import FloatOp, LayerBits, LayerGraph, LayerSpec
+from ..core import FloatOp, LayerBits, LayerGraph, LayerKind, LayerSpec
 from ..errors import InvalidArgument
 from ..nn.types import layer_kind
 from .float_ops import float_ops, replaced_parameters, weighty
@@ -55,12 +55,13 @@ def trace(
         features[c.name] += c.count
     owners = _owners(modules, names)
     shared = set(owners.values())
-    ties = _input_ties(run, {n for n in names if layer_kind(modules[n]) in ("linear", "conv1d")})
-    fixed = _fixed(modules, order, names, head)
+    kinds = {name: kind for name in names if (kind := layer_kind(modules[name])) is not None}
+    ties = _input_ties(run, {name for name, kind in kinds.items() if kind.shares_input})
+    fixed = _fixed(kinds, order, head)
     layers = tuple(
         LayerSpec(
             name=name,
-            kind=layer_kind(modules[name]) or "",
+            kind=kinds[name].name,
             weight_shape=tuple(modules[name].weight.shape),
             macs=macs[name] // run.batch,
             weight_count=modules[name].weight.numel(),
@@ -171,11 +172,8 @@ def _input_ties(run: ForwardRecord, names: set[str]) -> dict[str, str]:
     return {name: group[0] for group in groups.values() if len(group) > 1 for name in group}
 
 
-def _fixed(
-    modules: dict[str, nn.Module], order: list[str], names: list[str], head: Sequence[str] | None
-) -> dict[str, LayerBits]:
-    kinds = {name: layer_kind(modules[name]) for name in names}
-    fixed = {name: EDGE_EMBEDDING for name in names if kinds[name] == "embedding"}
-    multiply = [name for name in names if name not in fixed]
+def _fixed(kinds: dict[str, LayerKind], order: list[str], head: Sequence[str] | None) -> dict[str, LayerBits]:
+    fixed = {name: EDGE_EMBEDDING for name, kind in kinds.items() if kind.reads_indices}
+    multiply = [name for name in kinds if name not in fixed]
     last = multiply[-1:] if head is None else [n for n in multiply for h in head if f"{n}.".startswith(f"{h}.")]
     return {**dict.fromkeys([name for name in order[:1] if name in multiply] + last, EDGE), **fixed}

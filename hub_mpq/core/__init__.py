@@ -4,6 +4,7 @@ from .bits import FLOAT_BITS, Candidates, LayerBits, check_width
 from .budget import Budget
 from .indicators import Indicators
 from .layer import FloatOp, LayerGraph, LayerSpec
+from .layer_kind import LayerKind, layer_kinds, register_layer_kind
 from .limit import Limit, Reduction, Value, limits, register_limit
 from .options import Engine, FinetuneOptions, IndicatorOptions
 from .result import Policy, SearchResult, Usage
@@ -21,6 +22,7 @@ __all__ = [
     "Indicators",
     "LayerBits",
     "LayerGraph",
+    "LayerKind",
     "LayerSpec",
     "Limit",
     "Policy",
@@ -31,9 +33,11 @@ __all__ = [
     "Value",
     "check_width",
     "human",
+    "layer_kinds",
     "limits",
     "parse_bytes",
     "parse_count",
     "parse_ratio",
+    "register_layer_kind",
     "register_limit",
 ]

@@ -11,13 +11,14 @@ from typing import Any
 
 from ..errors import InvalidArgument
 from .bits import FLOAT_BITS, LayerBits
+from .layer_kind import layer_kinds
 
 
 @dataclass(frozen=True)
 class LayerSpec:
     """One quantizable layer.
 
-    `kind`: conv2d | linear | conv1d (GPT-2's transposed linear) | embedding.
+    `kind`: name of its LayerKind, such as conv2d, linear, conv1d (GPT-2's transposed linear), embedding.
     `weight_shape`: the module's own. `macs`: multiply-accumulates per sample, output area floored.
     `activation_count`: input features per sample. `activation_signed`: None until data have said so.
     `tie`: layers of one tie take the same widths. `activation_tie`: the same activation width only
@@ -40,7 +41,7 @@ class LayerSpec:
     @property
     def weight_only(self) -> bool:
         """An embedding reads indices: it has no activation to quantize."""
-        return self.kind == "embedding"
+        return layer_kinds.get(self.kind).reads_indices
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ class Registry(Generic[T]):
     def __init__(self, sort: str, home: str | None = None) -> None:
         self.sort, self.home = sort, home
         self._found: dict[str, T] = {}
-        self._filled = home is None
 
     def register(self, name: str, value: T) -> T:
         """Make `value` known as `name` and return it.
@@ -72,10 +71,5 @@ class Registry(Generic[T]):
         return list(self._found)
 
     def _fill(self) -> None:
-        if not self._filled and self.home is not None:
-            self._filled = True  # first: the home registers its objects here while it is imported
-            try:
-                import_module(self.home)
-            except BaseException:
-                self._filled = False
-                raise
+        if self.home is not None:
+            import_module(self.home)  # every time: another thread may be half way through the first import

@@ -5,30 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..core import FLOAT_BITS, LayerBits, LayerGraph, LayerSpec, Limit, Reduction, check_width, parse_bytes
+from ..core import FLOAT_BITS, LayerBits, LayerGraph, LayerSpec, Limit, Reduction, check_width, layer_kinds, parse_bytes
 from ..errors import InvalidArgument
-
-ROW_AXES = {"linear": (0, 1), "embedding": (0, 1), "conv1d": (1, 0)}
-"""(row axis, column axis) of the kinds packed row by row; GPT-2's conv1d weight is [in, out], its rows are outputs."""
-FLAT_KINDS = ("conv2d",)
-"""Kinds packed as one flat stream of values, output channels first."""
 
 
 def packed_shape(kind: str, weight_shape: Sequence[int], num_bits: int) -> tuple[int, ...]:
-    """Shape, in int32 words, of `<layer>.weight_packed`: [rows, ceil(cols·b/32)], or [ceil(count·b/32)] for a conv2d.
+    """Shape, in int32 words, of `<layer>.weight_packed`: [rows, ceil(cols·b/32)], or [ceil(count·b/32)] for a kind that
+    is packed as one stream.
 
     `weight_shape` is the module's own. InvalidArgument for an unknown kind, width or number of axes.
     """
     bits = check_width(num_bits)
-    if kind in FLAT_KINDS:
+    row_axes = layer_kinds.get(kind).row_axes
+    if row_axes is None:
         if not weight_shape:
             raise InvalidArgument(f"a {kind} weight has at least one axis")
         return (-(-math.prod(weight_shape) * bits // 32),)
-    if kind not in ROW_AXES:
-        raise InvalidArgument(f"unknown kind of layer {kind!r}: one of {', '.join((*ROW_AXES, *FLAT_KINDS))}")
     if len(weight_shape) != 2:
         raise InvalidArgument(f"a {kind} weight has two axes, not the shape {tuple(weight_shape)}")
-    rows, cols = (weight_shape[axis] for axis in ROW_AXES[kind])
+    rows, cols = (weight_shape[axis] for axis in row_axes)
     return (rows, -(-cols * bits // 32))
 
 
@@ -39,7 +34,7 @@ def packed_nbytes(kind: str, weight_shape: Sequence[int], num_bits: int) -> int:
 
 def channel_count(kind: str, weight_shape: Sequence[int]) -> int:
     """Output channels of a weight (rows of an embedding): the number of its per-channel scales."""
-    return weight_shape[ROW_AXES.get(kind, (0, 1))[0]]
+    return weight_shape[layer_kinds.get(kind).channel_axis]
 
 
 def layer_nbytes(layer: LayerSpec, bits: LayerBits, *, per_channel: bool = True, input_zero_point: bool = False) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..nn.packed import packed_layers
 from ..nn.packing import QUANTIZER_KEYS
-from ..nn.swap import quantized_layers
+from ..nn.quantize import quantized_layers
 from ..pack.layout import INPUT_PARTS, WEIGHT_PARTS, key
 from ..versions import warn_if_untested
 

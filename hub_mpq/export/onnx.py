@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..errors import HubMPQError
-from ..nn.layers import CHANNEL_AXIS, QuantConv1D, QuantConv2d, QuantEmbedding, QuantLinear
-from ..nn.swap import quantized_layers
+from ..nn.quantize import quantized_layers
 from ..pack.atomic import write_atomic
 
 FILE = "model.onnx"
@@ -103,15 +102,13 @@ def _with_nodes(model: nn.Module) -> tuple[nn.Module, set[str]]:
     net = copy.deepcopy(model).eval()
     if hasattr(net, "config"):
         net.config.use_cache = False  # a cache is an object, no tensor
-    kinds = {QuantConv2d: "conv2d", QuantLinear: "linear", QuantConv1D: "conv1d", QuantEmbedding: "embedding"}
     made: dict[nn.Module, _Weight] = {}  # a tied head shares its quantizer
     narrow: set[str] = set()
     for name, module in quantized_layers(net):
         quantizer = module.weight_quantizer
         if quantizer not in made:
             integers = quantizer.to_int(module.weight).to(torch.int8)
-            axis = CHANNEL_AXIS[kinds[type(module)]]  # type: ignore[index]
-            made[quantizer] = _Weight(integers, quantizer.scale.detach().float().clone(), axis)
+            made[quantizer] = _Weight(integers, quantizer.scale.detach().float().clone(), quantizer.axis)
         module.weight_quantizer = made[quantizer]
         if quantizer.spec.num_bits <= 4:
             narrow.add(f"{name}.weight_quantizer.integers")

@@ -16,7 +16,7 @@ from ..adapters.base import Source
 from ..core.files import CONFIG, PACKED
 from ..errors import HubMPQError, InvalidArgument, PackedFormat, PolicyMismatch
 from ..nn.packing import load_quantized
-from ..nn.swap import swap_policy
+from ..nn.quantize import quantize_to_policy
 from ..pack import Manifest, read_manifest, read_packed
 
 
@@ -69,6 +69,6 @@ def load_packed(path: str | os.PathLike[str], skeleton: nn.Module) -> Manifest:
     wrong = [layer.name for layer in manifest.graph if shapes.get(layer.name) != layer.weight_shape]
     if wrong:
         raise PolicyMismatch((), wrong)
-    swap_policy(skeleton, manifest.graph, manifest.policy)
+    quantize_to_policy(skeleton, manifest.graph, manifest.policy)
     load_quantized(path, skeleton, tensors)
     return manifest

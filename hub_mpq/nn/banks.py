@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 _BANKED = ("weight", "bias", "running_mean", "running_var")
@@ -61,8 +60,3 @@ def rebased(cls: type, forms: Mapping[type, type]) -> type | None:
 def select_bank(model: nn.Module, name: str, index: int) -> None:
     """Make one bank of a norm the one in use."""
     model.get_submodule(name).bank = index
-
-
-def batch_norms(model: nn.Module) -> list[str]:
-    """Names of all BatchNorm modules (1d, 2d, 3d and subclasses)."""
-    return [n for n, m in model.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantizers import LSQ, activation_scale, weight_scale_mse, weight_scale_sigma
-from .swap import quantized_layers
+from .quantize import quantized_layers
 
 _SAMPLE = 1 << 16  # values kept per layer and batch: enough for a scale, little to hold
 
@@ -37,17 +37,33 @@ def widths_off(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def sample_inputs(model: nn.Module, batches: Iterable[Any], run: Callable[[nn.Module, Any], Any]) -> dict[str, Tensor]:
-    """{layer name: sample of the values it reads}, from float forwards in eval mode."""
+def sample_inputs(
+    model: nn.Module,
+    batches: Iterable[Any],
+    run: Callable[[nn.Module, Any], Any],
+    names: Iterable[str] | None = None,
+) -> dict[str, Tensor]:
+    """Values that layers read, from float forwards in eval mode.
+
+    Args:
+        model: A float model, or one with LSQ quantizers, which are switched off meanwhile.
+        batches: What the model runs on.
+        run: `run(model, batch)` runs it.
+        names: The layers. None: all with an input quantizer.
+
+    Returns:
+        {layer name: evenly spaced sample of the values it read, float32, 1-D}, without layers that did not run.
+    """
+    if names is None:
+        names = [name for name, module in quantized_layers(model) if module.input_quantizer is not None]
     samples: dict[str, list[Tensor]] = {}
     handles = []
-    for name, module in quantized_layers(model):
-        if module.input_quantizer is not None:
+    for name in names:
 
-            def hook(_module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                samples.setdefault(name, []).append(_thin(args[0]))
+        def hook(_module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            samples.setdefault(name, []).append(_thin(args[0]))
 
-            handles.append(module.register_forward_pre_hook(hook))
+        handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
     training = model.training
     model.eval()
     try:

@@ -1,4 +1,8 @@
-"""Layers whose weight and input pass through a quantizer; attributes and state-dict keys stay the float form's."""
+"""Layers whose weight and input pass through a quantizer; attributes and state-dict keys stay the float form's.
+
+Their constructors never run: `take_over` fills a layer from the float one. Then it gets `weight_quantizer`,
+`input_quantizer` (None for a float input) and `float_class`, the exact type whose place it takes.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,18 @@ from ..quantizers import LSQ
 from .fused import Convolution, Operation, Product, quantized
 
 
-def _operands(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Input and weight on their grids, the weight in the input's dtype."""
+def take_over(cls: type[nn.Module], module: nn.Module) -> Any:
+    """An instance of `cls` with the parameters (not copies), buffers, hooks and attributes of `module`.
+
+    `module` stays as it is; what is registered on one of the two later is not seen by the other.
+    """
+    out = cls.__new__(cls)
+    out.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()})
+    return out
+
+
+def operands(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Input and weight of a quantized or packed layer on their grids, the weight in the input's dtype."""
     if layer.input_quantizer is not None:
         x = layer.input_quantizer(x)
     return x, layer.weight_quantizer(layer.weight).to(x.dtype)
@@ -44,17 +58,22 @@ def _convolution(layer: Any) -> Convolution | None:
 
 
 class QuantConv2d(nn.Conv2d):
-    """2-d convolution, x [N, C, H, W]. `same_padding`: TensorFlow's SAME, as timm's Conv2dSame computes it."""
+    """2-d convolution, x [N, C, H, W]."""
 
     weight_quantizer: Any
     input_quantizer: Any
-    same_padding: bool = False
+    float_class: type[nn.Module]
+
+    @property
+    def same_padding(self) -> bool:
+        """Whether the input is padded to TensorFlow's SAME, as timm's Conv2dSame computes it."""
+        return self.float_class.__name__ == "Conv2dSame"
 
     def forward(self, x: Tensor) -> Tensor:
         # one image without a batch axis goes the plain way
         if x.dim() == 4 and (out := _fused(self, _convolution(self), x)) is not None:
             return out
-        x, weight = _operands(self, x)
+        x, weight = operands(self, x)
         if not self.same_padding:
             return self._conv_forward(x, weight, self.bias)
         pads: list[int] = []
@@ -75,7 +94,7 @@ class QuantLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if (out := _fused(self, Product(), x)) is not None:
             return out
-        x, weight = _operands(self, x)
+        x, weight = operands(self, x)
         return F.linear(x, weight, self.bias)
 
 
@@ -91,7 +110,7 @@ class QuantConv1D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if (out := _fused(self, Product(transposed=True), x)) is not None:
             return out
-        x, weight = _operands(self, x)
+        x, weight = operands(self, x)
         return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], self.nf)
 
 
@@ -106,15 +125,3 @@ class QuantEmbedding(nn.Embedding):
         return F.embedding(
             input, table, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
         )
-
-
-QUANTIZED: dict[str, type[nn.Module]] = {
-    "conv2d": QuantConv2d,
-    "linear": QuantLinear,
-    "conv1d": QuantConv1D,
-    "embedding": QuantEmbedding,
-}
-"""Quantized class of each LayerSpec.kind."""
-
-CHANNEL_AXIS = {"conv2d": 0, "linear": 0, "conv1d": 1, "embedding": 0}
-"""Axis of the weight that has one scale per index (output channels; rows of an embedding)."""

@@ -1,13 +1,13 @@
 """Layers that keep their weight packed in memory and unpack it when they run. Inference only.
 
 They compute what the layers of layers.py compute, bit for bit, and their state-dict keys are the names of the packed
-file (weight_packed, weight_scale, weight_shape, input_scale, …).
+file (weight_packed, weight_scale, weight_shape, input_scale, …). A PackedLayer has the quantizers of the other form as
+functions, so that it can use the same forward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from ..errors import UnsupportedLayer
 from ..pack import PackedTensor
 from ..quantizers.fake_quantize import fake_quantize
 from ..versions import warn_if_untested
-from .layers import QuantConv1D, QuantConv2d, QuantLinear
+from .layers import QuantConv1D, QuantConv2d, QuantLinear, take_over
 from .types import layer_kind
 
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "input_scale", "input_zero_point")
@@ -83,7 +83,7 @@ class PackedLayer(nn.Module):
 class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[override]
     """x [N, C, H, W]."""
 
-    same_padding: bool = False
+    same_padding = QuantConv2d.same_padding
     forward = QuantConv2d.forward
 
 
@@ -109,18 +109,9 @@ class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override]
         if scale.numel() > 1:
             scale, zero = scale[ids], None if zero is None else zero[ids]
         rows = PackedTensor(
-            table.weight_packed[ids], scale, (ids.numel(), self.shape[1]), table.num_bits, "embedding", zero
+            table.weight_packed[ids], scale, (ids.numel(), self.shape[1]), table.num_bits, self.kind, zero
         )
         return rows.dequantize().to(self.compute.dtype).view(*input.shape, self.shape[1])
-
-
-PACKED: dict[str, type[PackedLayer]] = {
-    "conv2d": PackedConv2d,
-    "linear": PackedLinear,
-    "conv1d": PackedConv1D,
-    "embedding": PackedEmbedding,
-}
-"""Packed class of each LayerSpec.kind."""
 
 
 def packed_layer(
@@ -140,15 +131,11 @@ def packed_layer(
     """
     warn_if_untested("torch")
     kind = layer_kind(module)
-    if kind is None or kind != layer.kind:
+    if kind is None or kind.name != layer.kind:
         raise UnsupportedLayer(layer.name, type(module).__qualname__)
-    cls: Any = PACKED[kind]
-    out = cls.__new__(cls)
-    out.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()})
+    out = take_over(kind.packed_class, module)
     device = out._parameters.pop("weight").device
-    if kind == "conv2d":
-        out.same_padding = type(module).__name__ == "Conv2dSame"
-    out.kind, out.shape, out.bits, out.float_class = kind, layer.weight_shape, bits, type(module)
+    out.kind, out.shape, out.bits, out.float_class = kind.name, layer.weight_shape, bits, type(module)
     out.owner = () if owner is None else (owner,)  # in a tuple: no submodule, its buffers belong to the owner
     for name in _PARTS:
         if name in parts:
@@ -160,11 +147,10 @@ def packed_layer(
 
 def float_layer(module: PackedLayer, dtype: torch.dtype, weight: nn.Parameter | None = None) -> nn.Module:
     """The float form of a packed layer, of its first type; `weight`: a Parameter to share, else the dequantized one."""
-    out = module.float_class.__new__(module.float_class)
-    out.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()})
+    out = take_over(module.float_class, module)
     for name in (*_PARTS, "compute"):
         out._buffers.pop(name, None)
-    for name in ("kind", "shape", "bits", "float_class", "owner", "same_padding"):
+    for name in ("kind", "shape", "bits", "float_class", "owner"):
         out.__dict__.pop(name, None)
     shared = nn.Parameter(module.packed.dequantize().to(dtype)) if weight is None else weight
     out._parameters = {"weight": shared, **out._parameters}

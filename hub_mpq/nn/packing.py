@@ -15,7 +15,7 @@ from ..pack import Manifest, PackedTensor, empty_packed, file_nbytes, layout, pa
 from ..pack.layout import key as part_key
 from ..quantizers import LSQ
 from .packed import packed_layers
-from .swap import quantized_layers
+from .quantize import quantized_layers
 
 QUANTIZER_KEYS = (".weight_quantizer.", ".input_quantizer.")
 """Parts of state-dict keys that belong to quantizers: a file holds them in its own words."""
@@ -85,7 +85,7 @@ def base_nbytes(model: nn.Module, manifest: Manifest) -> int:
 
 @torch.no_grad()
 def load_quantized(path: object, model: nn.Module, tensors: Mapping[str, PackedTensor | Tensor]) -> None:
-    """Fill a swapped model with packed tensors: weights on their grids, scales, everything else."""
+    """Fill a quantized model with packed tensors: weights on their grids, scales, everything else."""
     rest = dict(tensors)
     for name, module in quantized_layers(model):
         packed = rest.pop(name, None)

@@ -1,30 +1,14 @@
-"""Which modules have a quantized form: a registry of exact types, by qualified name.
+"""Which modules have a quantized form: those whose exact type a LayerKind names.
 
 Dispatch is never by isinstance: timm's StdConv2d is an nn.Conv2d with a forward of its own and would silently
-change. Names instead of classes, so that neither timm nor transformers is imported here.
+change.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
-KINDS: dict[str, str] = {
-    "torch.nn.modules.conv.Conv2d": "conv2d",
-    "torch.nn.modules.linear.Linear": "linear",
-    "torch.nn.modules.sparse.Embedding": "embedding",
-    # pads its input to the "same" size, then convolves as nn.Conv2d does
-    "timm.layers.conv2d_same.Conv2dSame": "conv2d",
-    # differs from nn.Linear under torch.jit only
-    "timm.layers.linear.Linear": "linear",
-    # weight [in, out]
-    "transformers.pytorch_utils.Conv1D": "conv1d",
-    # constructors of their own, nn.Conv2d's forward
-    "transformers.models.efficientnet.modeling_efficientnet.EfficientNetDepthwiseConv2d": "conv2d",
-    "transformers.models.align.modeling_align.AlignVisionDepthwiseConv2d": "conv2d",
-    # input @ weight.T + bias, written out
-    "transformers.models.falcon.modeling_falcon.FalconLinear": "linear",
-}
-"""{qualified name of the exact type: kind as in LayerSpec}."""
+from ..core.layer_kind import LayerKind, layer_kinds
 
 _REASONS: dict[str, str] = {
     "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": "MultiheadAttention uses its weight without calling it",
@@ -47,10 +31,14 @@ def type_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def layer_kind(module: nn.Module) -> str | None:
-    """The LayerSpec kind of a layer that can be quantized; None for every other module (see `why_not`)."""
-    kind = KINDS.get(type_name(module))
+def layer_kind(module: nn.Module) -> LayerKind | None:
+    """The kind of a layer that can be quantized; None for every other module (see `why_not`)."""
+    kind = _kind_of_type(type_name(module))
     return None if kind is None or _odd(module) else kind
+
+
+def _kind_of_type(name: str) -> LayerKind | None:
+    return next((kind for kind in layer_kinds if name in kind.types), None)
 
 
 def _odd(module: nn.Module) -> str:
@@ -68,7 +56,7 @@ def _odd(module: nn.Module) -> str:
 def why_not(module: nn.Module) -> str:
     """Why a module with weights of its own has no quantized form, in a few words; "" when it has one."""
     name = type_name(module)
-    if name in KINDS:
+    if _kind_of_type(name) is not None:
         return _odd(module)
     if name in _REASONS:
         return _REASONS[name]

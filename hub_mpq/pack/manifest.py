@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, field, fields
 from typing import Any
 
-from ..core import FloatOp, LayerBits, LayerGraph, LayerSpec, Policy
+from ..core import FloatOp, LayerBits, LayerGraph, LayerSpec, Policy, layer_kinds
 from ..errors import InvalidArgument
 from .canonical import dump_json, load_json
 from .header import FORMAT_VERSION
@@ -65,12 +65,19 @@ class Manifest:
 
     @classmethod
     def from_text(cls, text: str) -> Manifest:
-        """The inverse of to_text, trusting nothing; InvalidArgument names what is wrong."""
+        """The inverse of to_text, trusting nothing; InvalidArgument names what is wrong, or the unregistered kind."""
         tree = load_json(text, "the manifest")
         try:
-            return cls._parse(tree)
+            manifest = cls._parse(tree)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InvalidArgument(f"the manifest is wrong: {error}") from None
+        for layer in manifest.graph:
+            if layer.kind not in layer_kinds:
+                raise InvalidArgument(
+                    f"layer {layer.name!r:.80} is of kind {layer.kind!r:.40}, which nobody registered; "
+                    "hub_mpq.core.register_layer_kind makes a kind known"
+                )
+        return manifest
 
     @classmethod
     def _parse(cls, tree: Any) -> Manifest:

@@ -9,25 +9,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core import check_width
-from ..cost.size import ROW_AXES, channel_count, packed_shape
+from ..core import check_width, layer_kinds
+from ..cost.size import channel_count, packed_shape
 from ..errors import InvalidArgument
 from .bits import pack_bits, unpack_bits
 
 
 def _stream_shape(kind: str, weight_shape: Sequence[int]) -> tuple[int, ...]:
     """Shape of the values in the order they are packed: [rows, cols], or [count] for a flat stream."""
-    if kind in ROW_AXES:
-        rows, cols = ROW_AXES[kind]
-        return weight_shape[rows], weight_shape[cols]
-    return (math.prod(weight_shape),)
+    row_axes = layer_kinds.get(kind).row_axes
+    return (math.prod(weight_shape),) if row_axes is None else tuple(weight_shape[axis] for axis in row_axes)
+
+
+def _transposed(kind: str) -> bool:
+    """Whether the rows that are packed are the columns of the weight; the same transposition leads back."""
+    return layer_kinds.get(kind).row_axes == (1, 0)
 
 
 @dataclass(frozen=True, eq=False)
 class PackedTensor:
     """A quantized weight, bit-dense.
 
-    `weight_packed`: int32 words, [rows, ceil(cols·b/32)] (linear, embedding, conv1d) or [ceil(count·b/32)] (conv2d).
+    `weight_packed`: int32 words, [rows, ceil(cols·b/32)] (linear, embedding, conv1d) or [ceil(count·b/32)] (conv2d),
+    as the kind's `row_axes` say.
     `weight_scale`: float32, one per output channel or a single one. `weight_zero_point`: int8 of the scale's shape,
     None for zero. `weight_shape`: the module's own. Codes are value + 2^(b−1); at 1 bit they are 0 for −1 and 1
     for +1. Raises InvalidArgument when the parts do not belong together.
@@ -70,7 +74,7 @@ class PackedTensor:
     def unpack(self) -> Tensor:
         """The integers, int8 of `weight_shape`."""
         values = self._values()
-        return (values.t() if self.kind == "conv1d" else values).contiguous().view(self.weight_shape)
+        return (values.t() if _transposed(self.kind) else values).contiguous().view(self.weight_shape)
 
     def dequantize(self) -> Tensor:
         """(integer − zero point)·scale, float32 of `weight_shape`."""
@@ -80,7 +84,7 @@ class PackedTensor:
         if self.weight_zero_point is not None:
             out.sub_(self.weight_zero_point.to(torch.float32)[:, None])
         out.mul_(self.weight_scale[:, None])
-        return out.t().contiguous() if self.kind == "conv1d" else out.reshape(self.weight_shape)
+        return out.t().contiguous() if _transposed(self.kind) else out.reshape(self.weight_shape)
 
 
 def pack_weight(
@@ -99,7 +103,7 @@ def pack_weight(
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise InvalidArgument("scales must be finite and above zero")
     values = int_weight.detach()
-    values = (values.t() if kind == "conv1d" else values).reshape(_stream_shape(kind, int_weight.shape))
+    values = (values.t() if _transposed(kind) else values).reshape(_stream_shape(kind, int_weight.shape))
     if bits == 1:
         if not bool((values.abs() == 1).all()):
             raise InvalidArgument("a 1-bit weight holds only −1 and +1")

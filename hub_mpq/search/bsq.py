@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..core import Candidates, LayerBits, LayerGraph
 from ..core.checks import number, whole
+from ..nn.quantize import quantize_layers
 from ..quantizers import LSQ, activation_scale
 from ..quantizers.bit_planes import BitPlanes
 from ..train.hooks import Groups
 from .differentiable_costs import DifferentiableCosts
-from .install import install
 from .scores import Scores
 from .strategy import SearchStrategy, additive, register_strategy
 from .tied_layers import shared_widths, widest_of_ties
@@ -65,10 +65,9 @@ class BSQ(SearchStrategy):
 
         def make(layer: Any, module: nn.Module) -> tuple[nn.Module, nn.Module]:
             weight = BitPlanes(module.weight, self.planes)  # type: ignore[arg-type]
-            device = next(module.parameters()).device
-            return weight.to(device), LSQ((self.activation[layer.name],), signed=False).to(device)
+            return weight, LSQ((self.activation[layer.name],), signed=False)
 
-        self.layers = install(model, graph, make)
+        self.layers = quantize_layers(model, graph, candidates, make)
         self.tensors = {n: m.weight_quantizer for n, m in self.layers.items() if graph[n].weight_owner is None}
         for module in self.layers.values():  # the planes are the weight
             module.weight.requires_grad_(False)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from ..core import FLOAT_BITS, Candidates, LayerBits, LayerGraph, Limit, limits, parse_bytes
 from ..core.checks import number, whole
 from ..errors import InvalidArgument
+from ..nn.quantize import quantize_layers
 from ..quantizers import activation_scale, weight_scale_mse
 from ..quantizers.dq import DQ
 from ..train.hooks import Groups
 from .differentiable_costs import DifferentiableCosts
-from .install import install, signed_inputs
 from .scores import Scores
 from .strategy import SearchStrategy, additive, register_strategy
 from .tied_layers import shared_widths, widest_of_ties
@@ -86,12 +86,11 @@ class DQSearch(SearchStrategy):
 
         def make(layer: Any, module: nn.Module) -> tuple[nn.Module, nn.Module]:
             c = candidates[layer.name]
-            device = next(module.parameters()).device
             weight = DQ(signed=True, bounds=(c.weight[0], c.weight[-1]), **self.kind)  # type: ignore[arg-type]
             inputs = DQ(signed=False, bounds=(c.activation[0], c.activation[-1]), **self.kind)  # type: ignore[arg-type]
-            return weight.to(device), inputs.to(device)
+            return weight, inputs
 
-        self.layers = install(model, graph, make)
+        self.layers = quantize_layers(model, graph, candidates, make)
         self.quantizers = list({id(m): m for m in model.modules() if isinstance(m, DQ)}.values())
         self.costs = DifferentiableCosts(graph, self.constraints or self.limits)
         self.affordable = self.costs.affordable(range(1, 9), candidates)
@@ -99,7 +98,6 @@ class DQSearch(SearchStrategy):
     @torch.no_grad()
     def calibrate(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
         """Start at one width everywhere, the range of least squared error."""
-        signed = signed_inputs(inputs)
         for name, layer in self.layers.items():
             q = layer.weight_quantizer
             bits = self._start(q)
@@ -108,10 +106,10 @@ class DQSearch(SearchStrategy):
             q = layer.input_quantizer
             if q is None:
                 continue
-            q.signed = signed.get(name, False)
+            x = inputs[name] if name in inputs else torch.ones(1)
+            q.signed = bool((x < 0).any())
             q.bounds = (max(q.bounds[0], 1 + q.signed), max(q.bounds[1], 1 + q.signed))
             bits = self._start(q)
-            x = inputs[name] if name in inputs else torch.ones(1)
             scale, _ = activation_scale(x.abs(), bits - q.signed, mse=True)
             q.init(bits, scale[0] * (2 ** (bits - q.signed) - 1))
             q.project()

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ..core import Candidates, LayerGraph
 from ..core.checks import number
 from ..errors import InvalidArgument
+from ..nn.quantize import quantize_layers
 from ..quantizers import activation_scale, weight_scale_mse
 from ..quantizers.mixture import Mixture
 from ..train.hooks import Groups
 from .differentiable_costs import DifferentiableCosts
-from .install import install
 from .scores import Scores
 from .strategy import SearchStrategy, additive, register_strategy
 from .train_val_split import train_val_split
@@ -86,10 +86,10 @@ class EBS(SearchStrategy):
         self.graph, self.candidates = graph, candidates
 
         def make(layer: Any, module: nn.Module) -> tuple[nn.Module, nn.Module]:
-            c, device = candidates[layer.name], next(module.parameters()).device
-            return Mixture(c.weight, signed=True).to(device), Mixture(c.activation, signed=False).to(device)
+            c = candidates[layer.name]
+            return Mixture(c.weight, signed=True), Mixture(c.activation, signed=False)
 
-        self.layers = install(model, graph, make)
+        self.layers = quantize_layers(model, graph, candidates, make)
         self.mixtures = list({id(m): m for m in model.modules() if isinstance(m, Mixture)}.values())
         self.costs = DifferentiableCosts(graph, self.limits)
 

@@ -13,7 +13,7 @@ from ..core import FLOAT_BITS, Candidates, Indicators, LayerGraph
 from ..errors import InvalidArgument
 from ..nn.banks import add_banks, select_bank
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
-from ..nn.swap import quantized_layers, swap
+from ..nn.quantize import quantize_with_lsq, quantized_layers
 from ..quantizers import LSQ
 from ..train.hooks import Groups
 from ..train.processes import mean_rows
@@ -93,7 +93,7 @@ class LIMPQ(SearchStrategy):
         norms: {norm name: layer whose output it reads}. Fixed layers stay float while indicators train.
         """
         searched = {layer.name for layer in graph.searched}
-        swap(
+        quantize_with_lsq(
             model,
             graph,
             {

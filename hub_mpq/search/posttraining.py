@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from ..core import Candidates, LayerGraph
 from ..core.checks import whole
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
-from ..nn.layers import CHANNEL_AXIS
+from ..nn.quantize import quantize_with_lsq
 from ..quantizers import LSQ
 from ..train.batch import distillation_loss, forward, holds_classes, labels_of
-from .install import install
 from .loss_sensitivity import Rows, at, loss_sensitivity, probe_loss
 from .scores import Scores
 from .strategy import SearchStrategy, additive, register_strategy
@@ -43,13 +42,8 @@ class PostTraining(SearchStrategy):
         self, model: nn.Module, graph: LayerGraph, candidates: Mapping[str, Candidates], norms: Mapping[str, str]
     ) -> None:
         self.graph, self.normed = graph, set(norms.values())
-
-        def make(layer: Any, module: nn.Module) -> tuple[nn.Module, nn.Module | None]:
-            c, device, axis = candidates[layer.name], next(module.parameters()).device, CHANNEL_AXIS[layer.kind]
-            weight = LSQ(c.weight, signed=True, channels=layer.weight_shape[axis], axis=axis)
-            return weight.to(device), None if c.float_inputs else LSQ(c.activation, signed=False).to(device)
-
-        self.layers = install(model, graph, make)
+        widths = {n: (c.weight, () if c.float_inputs else c.activation) for n, c in candidates.items()}
+        self.layers = quantize_with_lsq(model, graph, widths, per_channel=True)
 
     def calibrate(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
         calibrate_weights(model, mse=True)

@@ -12,13 +12,13 @@ from torch import nn
 
 from ..core import Budget, Candidates, Engine, IndicatorOptions, Indicators, LayerGraph
 from ..errors import InvalidArgument
-from ..train.batch import labels_of
+from ..nn.calibrate import sample_inputs
+from ..train.batch import forward, labels_of
 from ..train.batches import first_batches
 from ..train.engine import accelerator_of
 from ..train.finetune import Finetune
 from ..train.loop import fit
 from ..train.processes import share_samples
-from .install import layer_inputs
 from .problem import searched_limits
 from .strategy import build_strategy, strategy_named
 
@@ -86,7 +86,8 @@ def train_scores(
         teacher=teacher,
         distill=distill,
     )
-    inputs = share_samples(layer_inputs(student, graph, [half(batch) for batch in batches]))
+    reading = [layer.name for layer in graph.searched if not layer.weight_only]
+    inputs = share_samples(sample_inputs(student, [half(batch) for batch in batches], forward, reading))
     searched = {layer.name: candidates[layer.name] for layer in graph.searched}
     hooks.attach(student, graph, searched, norms)
     hooks.calibrate(student, batches, inputs)

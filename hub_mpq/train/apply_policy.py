@@ -11,7 +11,7 @@ from torch import nn
 from ..core import LayerGraph, Policy
 from ..errors import InvalidArgument
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs
-from ..nn.swap import swap_policy
+from ..nn.quantize import quantize_to_policy
 from .batch import forward, to_device
 
 
@@ -43,6 +43,6 @@ def apply_policy(
     taken = [to_device(batch, device) for batch in islice(batches, limit)]
     if not taken:
         raise InvalidArgument("the calibration data are empty")
-    swap_policy(model, graph, policy, per_channel=per_channel)
+    quantize_to_policy(model, graph, policy, per_channel=per_channel)
     calibrate_weights(model, mse=True)
     calibrate_inputs(model, sample_inputs(model, taken, forward), mse=True)

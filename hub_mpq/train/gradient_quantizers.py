@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..core import check_width
 from ..errors import InvalidArgument
-from ..nn.swap import quantized_layers
+from ..nn.quantize import quantized_layers
 
 KINDS = ("tensor", "sample", "householder")
 TINY = 1e-20

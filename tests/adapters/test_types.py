@@ -21,7 +21,7 @@ def test_kinds():
         Conv2dSame(1, 1, 3): "conv2d",
         Conv1D(2, 3): "conv1d",
     }
-    assert {layer_kind(m) == kind and why_not(m) == "" for m, kind in kinds.items()} == {True}
+    assert {layer_kind(m).name == kind and why_not(m) == "" for m, kind in kinds.items()} == {True}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hub_mpq.nn import layers
-from hub_mpq.nn.swap import quantize_layer
+from hub_mpq.nn.quantize import quantize_layer
 from hub_mpq.quantizers import LSQ, activation_scale, weight_scale_mse
 
 

@@ -87,7 +87,7 @@ def test_bad_weights_are_refused():
         pack_weight(torch.tensor([[8]]), torch.ones(1), "linear", 4)
     with pytest.raises(InvalidArgument, match="takes integers"):
         pack_weight(value.float(), scale, "linear", 4)
-    with pytest.raises(InvalidArgument, match="unknown kind"):
+    with pytest.raises(InvalidArgument, match="unknown layer kind"):
         pack_weight(value, scale, "conv7d", 4)
     with pytest.raises(InvalidArgument, match="two axes"):
         pack_weight(value[None], scale, "linear", 4)

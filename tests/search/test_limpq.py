@@ -9,7 +9,7 @@ from hub_mpq import HubMPQ
 from hub_mpq.core import Candidates
 from hub_mpq.errors import InvalidArgument
 from hub_mpq.nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
-from hub_mpq.nn.swap import quantized_layers, swap
+from hub_mpq.nn.quantize import quantize_with_lsq, quantized_layers
 from hub_mpq.quantizers import LSQ
 from hub_mpq.search.limpq import LIMPQ
 from hub_mpq.search.loss_sensitivity import like, loss_sensitivity
@@ -75,7 +75,7 @@ def test_granularity_of_the_weight_scales(net, options, channels):
 def test_growth_is_the_formula_on_one_linear_layer():
     net = nn.Sequential(nn.Linear(4, 3))
     graph = HubMPQ.from_module(nn.Sequential(net[0], nn.Linear(3, 2)), torch.zeros(1, 4), fixed={"0": None}).graph
-    swap(net, graph, {"0": ((2, 4), (3,))}, per_channel=True)
+    quantize_with_lsq(net, graph, {"0": ((2, 4), (3,))}, per_channel=True)
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
     calibrate_weights(net, mse=True)
     calibrate_inputs(net, {"0": x}, mse=True)

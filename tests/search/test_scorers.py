@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 from hub_mpq import HubMPQ
 from hub_mpq.errors import InvalidArgument
-from hub_mpq.nn.calibrate import widths_off
+from hub_mpq.nn.calibrate import sample_inputs, widths_off
 from hub_mpq.search.candidates import resolve_candidates
 from hub_mpq.search.hessian import Hessian
-from hub_mpq.search.install import layer_inputs
 from hub_mpq.search.loss_sensitivity import at
 from hub_mpq.search.posttraining import KL, MSE
+from hub_mpq.train import forward
 
 SCORERS = ("gradient", "hessian", "mse", "kl")
 ROWS = 8
@@ -32,7 +32,7 @@ def measured(strategy, net, batch):
     """The scorer after it has measured one batch, and the sample of what layer "2" reads."""
     mpq = HubMPQ.from_module(net, batch[0][:1])
     assert [x.name for x in mpq.graph.searched] == ["2"]
-    inputs = layer_inputs(net, mpq.graph, [batch])
+    inputs = sample_inputs(net, [batch], forward, ["2"])
     strategy.attach(net, mpq.graph, resolve_candidates(mpq.graph, [2, 4]), {})
     strategy.calibrate(net, [batch], inputs)
     return strategy, inputs["2"]

@@ -184,7 +184,7 @@ def test_no_strategy_is_worse_than_chance(name, options, sensitive, chance):
     assert np.mean(losses) < chance
 
 
-def test_expected_bitops_at_one_hot_strengths_are_the_policys(net):
+def test_differentiable_bitops_at_one_hot_strengths_are_the_policys(net):
     from hub_mpq.search.candidates import resolve_candidates
     from hub_mpq.search.ebs import EBS
 

@@ -252,10 +252,10 @@ def test_a_stream_needs_steps_and_then_runs(net, data):
 
 def test_an_average_leaves_integers_alone(net, train):
     from hub_mpq import adapters
-    from hub_mpq.nn.swap import swap
+    from hub_mpq.nn.quantize import quantize_with_lsq
 
     graph = adapters.from_module(net, torch.zeros(1, 1, 8, 8)).graph
-    swap(net, graph, {"3": ((4,), (8,))}, per_channel=True)
+    quantize_with_lsq(net, graph, {"3": ((4,), (8,))}, per_channel=True)
     for value in (11, 22, 121):
         net[3].input_quantizer.zero_points.fill_(value)
         finetune(net, train, steps=6, lr=1e-4, ema=0.9999, reestimate_norms=False)

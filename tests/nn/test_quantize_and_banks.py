@@ -7,9 +7,9 @@ from torch import nn
 from hub_mpq import adapters
 from hub_mpq.core import Policy
 from hub_mpq.errors import PolicyMismatch, UnsupportedLayer
-from hub_mpq.nn.banks import add_banks, batch_norms, select_bank
+from hub_mpq.nn.banks import add_banks, select_bank
 from hub_mpq.nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs, widths_off
-from hub_mpq.nn.swap import quantize_layer, quantized_layers, swap, swap_policy
+from hub_mpq.nn.quantize import quantize_layer, quantize_to_policy, quantize_with_lsq, quantized_layers
 from hub_mpq.quantizers import LSQ
 from hub_mpq.train import forward
 
@@ -22,7 +22,7 @@ def graph_of(net):
 
 def test_quantizers_that_let_through_leave_the_model_as_it_was(net):
     want = net(X)
-    swap_policy(net, graph_of(net), Policy.uniform(graph_of(net), "W4A4"))
+    quantize_to_policy(net, graph_of(net), Policy.uniform(graph_of(net), "W4A4"))
     with widths_off(net):
         assert torch.equal(net(X), want)
     assert not torch.equal(net(X), want)
@@ -30,7 +30,7 @@ def test_quantizers_that_let_through_leave_the_model_as_it_was(net):
 
 def test_parameters_are_the_same_objects_under_the_same_names(net):
     before = dict(net.named_parameters())
-    swap_policy(net, graph_of(net), Policy.uniform(graph_of(net), "W4A4"))
+    quantize_to_policy(net, graph_of(net), Policy.uniform(graph_of(net), "W4A4"))
     after = dict(net.named_parameters())
     assert all(after[name] is parameter for name, parameter in before.items())
 
@@ -39,7 +39,7 @@ def test_uniform_8_bits_is_close_and_2_bits_is_not(net):
     graph, errors = graph_of(net), {}
     for level in ("W8A8", "W4A4", "W2A2"):
         model = copy.deepcopy(net)
-        swap_policy(model, graph, Policy.uniform(graph, level))
+        quantize_to_policy(model, graph, Policy.uniform(graph, level))
         calibrate_weights(model, mse=True)
         calibrate_inputs(model, sample_inputs(model, [X], forward), mse=True)
         errors[level] = (model(X) - net(X)).norm() / net(X).norm()
@@ -84,11 +84,11 @@ def test_conv1d_and_embedding():
 
 def test_names_the_graph_lacks_are_refused(net):
     with pytest.raises(PolicyMismatch, match="nothing"):
-        swap(net, graph_of(net), {"nothing": ((4,), (4,))}, per_channel=True)
+        quantize_with_lsq(net, graph_of(net), {"nothing": ((4,), (4,))}, per_channel=True)
 
 
 def test_banks_keep_their_own_statistics_and_parameters(net):
-    names = batch_norms(net)
+    names = [name for name, module in net.named_modules() if isinstance(module, nn.BatchNorm2d)]
     want = net(X)
     add_banks(net, names, 3)
     assert torch.equal(net(X), want)
@@ -130,7 +130,7 @@ def test_a_shared_weight_has_one_quantizer():
 
     net = Tied()
     graph = adapters.from_module(net, torch.tensor([[1, 2]])).graph
-    swap_policy(net, graph, Policy.uniform(graph, "W4A4"))
+    quantize_to_policy(net, graph, Policy.uniform(graph, "W4A4"))
     layers = dict(quantized_layers(net))
     assert layers["head"].weight_quantizer is layers["table"].weight_quantizer
     assert layers["head"].weight is layers["table"].weight

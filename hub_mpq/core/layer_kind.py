@@ -1,0 +1,112 @@
+"""Kinds of layers: what the package has to know of one to quantize, pack and trace its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from ..errors import InvalidArgument
+from .registry import Registry
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """One kind of layer with a single weight, such as "linear".
+
+    Args:
+        name: The word that `LayerSpec.kind` and packed files use.
+        channel_axis: Axis of the weight with one scale per index: output channels, or the rows of an embedding.
+        row_axes: (row axis, column axis) of a two-dimensional weight that is packed row by row, each row starting at a
+            new 32-bit word; rows are what `channel_axis` counts. None packs the whole weight as one stream in memory
+            order, which needs `channel_axis=0`.
+        types: Qualified names of the float module types, such as "torch.nn.modules.linear.Linear". A module is of this
+            kind if its exact type is one of them; subclasses are not.
+        quantized: Class of the layer with quantizers, see `hub_mpq.nn.layers`. Either the class or "module:Class",
+            which is imported the first time it is needed.
+        packed: Class of the layer that keeps its weight packed, see `hub_mpq.nn.packed`; given like `quantized`.
+        reads_indices: True for layers that look up rows of the weight: their input has no bit-width, and they multiply
+            nothing.
+        shares_input: True if layers of one parent that read the same tensor (q, k, v) have to agree on its bit-width.
+        macs: `macs(module, input, output)` returns the multiply-accumulates of one call, for the whole batch. The
+            tensors may be on the meta device. Needed only by kinds that multiply element by element; None counts
+            matrix products and convolutions as they run.
+
+    Raises:
+        InvalidArgument: `row_axes` and `channel_axis` do not fit together.
+    """
+
+    name: str
+    channel_axis: int
+    row_axes: tuple[int, int] | None
+    types: tuple[str, ...]
+    quantized: type[Any] | str
+    packed: type[Any] | str
+    reads_indices: bool = False
+    shares_input: bool = False
+    macs: Callable[[Any, Any, Any], int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.row_axes not in (None, (0, 1), (1, 0)):
+            raise InvalidArgument(f"row_axes must be (0, 1), (1, 0) or None, not {self.row_axes!r}")
+        if self.channel_axis != (self.row_axes or (0,))[0]:
+            raise InvalidArgument(
+                f"channel_axis must be the row axis, or 0 for a flat stream; not {self.channel_axis!r} "
+                f"with row_axes={self.row_axes}"
+            )
+
+    @property
+    def quantized_class(self) -> type[Any]:
+        """The class of the layer with quantizers."""
+        return _resolve(self.quantized)
+
+    @property
+    def packed_class(self) -> type[Any]:
+        """The class of the layer that keeps its weight packed."""
+        return _resolve(self.packed)
+
+
+def _resolve(where: type[Any] | str) -> type[Any]:
+    if not isinstance(where, str):
+        return where
+    module, _, name = where.partition(":")
+    found: type[Any] = getattr(import_module(module), name)
+    return found
+
+
+layer_kinds: Registry[LayerKind] = Registry("layer kind", "hub_mpq.nn.kinds")
+"""All kinds of layers, by name."""
+
+
+def register_layer_kind(kind: LayerKind) -> LayerKind:
+    """Let the package quantize, pack and trace layers of a new kind.
+
+    Register a kind before models with such layers are traced, and before packed files with such layers are read.
+
+    Args:
+        kind: The kind; its name and its types must be new.
+
+    Returns:
+        The same kind.
+
+    Raises:
+        InvalidArgument: The name is not a word, or another kind has the name or one of the types.
+
+    Example:
+        >>> from hub_mpq.core import LayerKind, register_layer_kind
+        >>> register_layer_kind(
+        ...     LayerKind(
+        ...         name="my_linear",
+        ...         channel_axis=0,
+        ...         row_axes=(0, 1),
+        ...         types=("my_package.MyLinear",),
+        ...         quantized="my_package.quantized:QuantMyLinear",
+        ...         packed="my_package.quantized:PackedMyLinear",
+        ...     )
+        ... )  # doctest: +SKIP
+    """
+    for other in layer_kinds:
+        if other.name != kind.name and (taken := sorted({*other.types} & {*kind.types})):
+            raise InvalidArgument(f"type {taken[0]} is already of the layer kind {other.name!r}")
+    return layer_kinds.register(kind.name, kind)

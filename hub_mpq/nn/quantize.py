@@ -1,0 +1,149 @@
+"""Put quantizers into a model: every named layer becomes its quantized form, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..core import FLOAT_BITS, LayerGraph, LayerSpec, Policy
+from ..core.layer_kind import layer_kinds
+from ..errors import PolicyMismatch, UnsupportedLayer
+from ..quantizers import LSQ
+from ..versions import warn_if_untested
+from .layers import take_over
+from .types import layer_kind
+
+Quantizers = tuple[nn.Module, nn.Module | None]
+"""(quantizer of the weight, quantizer of the input or None for a float input)."""
+
+
+def quantize_layer(module: nn.Module, name: str, weight: nn.Module, activation: nn.Module | None) -> nn.Module:
+    """The quantized form of one layer.
+
+    Args:
+        module: The float layer.
+        name: Its name, for errors.
+        weight: Quantizer of the weight.
+        activation: Quantizer of the input; None leaves the input float.
+
+    Returns:
+        A layer with the same parameters (not copies) and hooks, and the two quantizers.
+
+    Raises:
+        UnsupportedLayer: The exact type of the module has no quantized form.
+    """
+    kind = layer_kind(module)
+    if kind is None:
+        raise UnsupportedLayer(name, type(module).__qualname__)
+    out = take_over(kind.quantized_class, module)
+    out.float_class = type(module)
+    device = module.weight.device
+    out.weight_quantizer = weight.to(device)
+    out.input_quantizer = None if activation is None else activation.to(device)
+    return out.train(module.training)
+
+
+def quantize_layers(
+    model: nn.Module, graph: LayerGraph, names: Collection[str], make: Callable[[LayerSpec, nn.Module], Quantizers]
+) -> dict[str, nn.Module]:
+    """Replace layers of a model by their quantized forms, in place.
+
+    Layers that share a Parameter share the weight quantizer of the first of them. Layers that read indices keep their
+    input as it is.
+
+    Args:
+        model: The float model.
+        graph: Its layers.
+        names: The layers to replace.
+        make: `make(layer, module)` returns the quantizers of one layer.
+
+    Returns:
+        {name: quantized layer} in the order of the graph.
+
+    Raises:
+        PolicyMismatch: The graph has no layer of one of the names.
+        UnsupportedLayer: A layer has no quantized form.
+    """
+    warn_if_untested("torch")
+    if extra := set(names) - set(graph.names):
+        raise PolicyMismatch((), extra)
+    chosen = [layer for layer in graph if layer.name in names]
+    weights: dict[str, nn.Module] = {}
+    for layer in sorted(chosen, key=lambda x: x.weight_owner is not None):
+        parent, _, leaf = layer.name.rpartition(".")
+        owner = model.get_submodule(parent)
+        module = getattr(owner, leaf)
+        weight, inputs = make(layer, module)
+        weights[layer.name] = weight = weights.get(layer.weight_owner or "", weight)
+        setattr(owner, leaf, quantize_layer(module, layer.name, weight, None if layer.weight_only else inputs))
+    return {layer.name: model.get_submodule(layer.name) for layer in chosen}
+
+
+def quantize_with_lsq(
+    model: nn.Module,
+    graph: LayerGraph,
+    widths: Mapping[str, tuple[Sequence[int], Sequence[int]]],
+    *,
+    per_channel: bool,
+    log: bool = True,
+) -> dict[str, nn.Module]:
+    """Replace layers of a model by layers with LSQ quantizers, in place. Scales still have to be calibrated.
+
+    Args:
+        model: The float model.
+        graph: Its layers.
+        widths: {layer name: (weight widths, input widths)}; without weight widths a layer stays float, without input
+            widths its input does.
+        per_channel: One weight scale per output channel instead of one per tensor.
+        log: Learn the logarithm of the scales, see `LSQ`.
+
+    Returns:
+        {name: quantized layer} in the order of the graph.
+
+    Raises:
+        PolicyMismatch: The graph has no layer of one of the names.
+        UnsupportedLayer: A layer has no quantized form.
+    """
+
+    def make(layer: LayerSpec, module: nn.Module) -> Quantizers:
+        weight, inputs = widths[layer.name]
+        axis = layer_kinds.get(layer.kind).channel_axis
+        channels = layer.weight_shape[axis] if per_channel else 1
+        return (
+            LSQ(weight, signed=True, channels=channels, axis=axis, log=log),
+            LSQ(inputs, signed=False, log=log) if inputs else None,
+        )
+
+    return quantize_layers(model, graph, {name for name, (weight, _) in widths.items() if weight}, make)
+
+
+def quantize_to_policy(model: nn.Module, graph: LayerGraph, policy: Policy, *, per_channel: bool = True) -> None:
+    """Put the quantizers of a policy into a model, one width each, in place. Scales still have to be calibrated.
+
+    Args:
+        model: The float model.
+        graph: Its layers.
+        policy: Their widths.
+        per_channel: One weight scale per output channel instead of one per tensor.
+
+    Raises:
+        PolicyMismatch: The policy is for other layers than the graph's.
+        UnsupportedLayer: A layer has no quantized form.
+    """
+    policy.check(graph)
+
+    def one(bits: int) -> tuple[int, ...]:
+        return () if bits == FLOAT_BITS else (bits,)
+
+    widths = {name: (one(bits.weight), one(bits.activation)) for name, bits in policy.bits.items()}
+    quantize_with_lsq(model, graph, widths, per_channel=per_channel)
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, layer) of every layer that carries quantizers, in module order."""
+    classes = tuple(kind.quantized_class for kind in layer_kinds)
+    for name, module in model.named_modules():
+        if isinstance(module, classes):
+            yield name, module
