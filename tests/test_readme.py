@@ -69,7 +69,9 @@ def test_the_launch_command_is_the_one_that_works():
 def test_the_tree_is_the_package():
     tree = next(block for block in blocks("text") if block.startswith("hub_mpq/"))
     named = {line.split()[0].rstrip("/") for line in tree.splitlines()[1:]}
-    parts = {p.name for p in (ROOT / "hub_mpq").iterdir() if not p.name.startswith(("__", ".")) and p.name != "py.typed"}
+    parts = {
+        p.name for p in (ROOT / "hub_mpq").iterdir() if not p.name.startswith(("__", ".")) and p.name != "py.typed"
+    }
     assert named == parts
 
 

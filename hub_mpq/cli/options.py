@@ -21,7 +21,9 @@ Many = list[str] | None
 Model = Annotated[
     str, typer.Argument(help="A timm name, a Hugging Face id, hf-hub:…, or a folder.", show_default=False)
 ]
-Library = Annotated[Text, typer.Option(help="timm or transformers, where the name alone does not tell.")]
+Library = Annotated[
+    Text, typer.Option(help="Library of the model, such as timm or transformers, if its id does not tell.")
+]
 InputSize = Annotated[Text, typer.Option(help="Other input than the model's own: 160, 160x192 or 3x160x192.")]
 ModelArg = Annotated[
     Many, typer.Option(help="KEY=VALUE for the model's constructor, such as num_classes=10. Repeatable.")

@@ -15,7 +15,7 @@ from ..adapters.base import Source
 from ..core import FLOAT_BITS, Candidates, Indicators, LayerBits, LayerGraph, Policy, SearchResult, Usage
 from ..cost.size import layer_nbytes
 from ..errors import HubMPQError
-from ..export.compressed_tensors import FORMAT, exportable
+from ..export import COMPRESSED_TENSORS, exportable
 from ..nn.packing import predicted_nbytes
 from ..pack import Manifest
 from ..report import report
@@ -88,7 +88,8 @@ class Held(nn.Module):
         text = report(self.graph, self.policy, usage, self.metrics, self.seconds)
         if self.policy is not None and exportable(self._manifest(self.policy)):
             text += (
-                f'\nweights alone are quantized, in Linear and Embedding layers: push_to_hub(…, format="{FORMAT}") '
+                "\nweights alone are quantized, in Linear and Embedding layers: "
+                f'push_to_hub(…, format="{COMPRESSED_TENSORS}") '
                 "publishes it so that transformers needs no hub-mpq"
             )
         return text

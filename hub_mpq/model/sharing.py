@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..core.library import libraries
 from ..errors import HubMPQError
 from ..export import export
 from ..hub.folder import save_folder
@@ -30,7 +31,7 @@ class Sharing(Searching):
         if self.policy is None:
             raise HubMPQError("there is no policy yet; call quantize or apply_policy before saving")
         source = self.source
-        extra = local_preprocess(self.home) if source.library == "transformers" else None
+        extra = local_preprocess(self.home, source.library)
         return save_folder(folder, self.model, self._manifest(self.policy), source.config, self.indicators, extra)
 
     def push_to_hub(
@@ -82,7 +83,7 @@ class Sharing(Searching):
 
     def _tell_transformers(self) -> None:
         """So that `mpq.model.save_pretrained` writes the packed format and transformers' Trainer trains `mpq.model`."""
-        if self.source.library == "transformers" and self.policy is not None:
+        if self.policy is not None and libraries.get(self.source.library).pretrained_models:
             from ..hub.plugin import prepare
 
             prepare(self.model, self._manifest(self.policy))
