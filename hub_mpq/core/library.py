@@ -22,7 +22,7 @@ class Library(ABC):
         folder_defaults: Keyword arguments of `load` for a folder that may come from others, unless the user gives them.
         preprocessing: Names of the files that say how an input is made, such as tokenizers. They are saved, published
             and fetched along with a model, so none of them may be able to run code.
-        formats: Names of the formats in `hub_mpq.export` that the library loads by itself.
+        formats: Names of the formats in `hub_mpq.export` that the library loads by itself, as `float_code` says.
         pretrained_models: Whether its models are `transformers.PreTrainedModel`s. Once quantized they save, publish
             and train themselves through the transformers plug-in.
     """
