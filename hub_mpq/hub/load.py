@@ -23,12 +23,15 @@ from ..pack import Manifest, read_manifest, read_packed
 
 
 def load_folder(folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any]) -> tuple[Source, Manifest]:
-    """(the quantized model with where it comes from, what its file says).
+    """Load a packed folder.
 
     Args:
         folder: What save_pretrained wrote.
-        module: The network for a model that no hub can build; it is copied, not changed.
+        module: The network for a model that no library can build; it is copied, not changed.
         kwargs: Arguments of the library's `load`.
+
+    Returns:
+        The quantized model with where it comes from, and what its file says.
 
     Raises:
         InvalidArgument: The network is needed.
@@ -36,16 +39,16 @@ def load_folder(folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any
         PolicyMismatch: The file is for another model.
     """
     manifest = read_manifest(folder / PACKED)
-    library = library_of(manifest, folder / PACKED)
-    if module is None and not library.builds_from_folder:
-        raise InvalidArgument(
-            f"{folder} holds a network that no hub can build; pass it: from_pretrained(…, module=net)"
-        )
-    kwargs = {name: value for name, value in kwargs.items() if name != "library"}  # the file says which
     if module is None:
-        kwargs = {**library.folder_defaults, **kwargs}
-        _check_config(folder, manifest, kwargs)
-        source = adapters.load(str(folder), pretrained=False, library=manifest.library, **kwargs)
+        library = library_of(manifest, folder / PACKED)
+        if not library.builds_from_folder:
+            raise InvalidArgument(
+                f"{folder} holds a network that no hub can build; pass it: from_pretrained(…, module=net)"
+            )
+        given = {name: value for name, value in kwargs.items() if name != "library"}  # the file says which
+        given = {**library.folder_defaults, **given}
+        _check_config(folder, manifest, given)
+        source = adapters.load(str(folder), pretrained=False, library=library.name, **given)
     else:
         net = copy.deepcopy(module)
         source = Source(net, manifest.base_model, manifest.revision, ModuleLibrary.name, (), manifest.graph)

@@ -131,7 +131,7 @@ def test_a_card_tells_only_of_ways_to_load_that_the_library_has(saved):
 def test_a_folder_of_a_library_that_nobody_registered_is_refused(saved, name, monkeypatch):
     import hub_mpq.adapters
 
-    _, folder = saved
+    mpq, folder = saved
     tensors, manifest = read_packed(folder / PACKED)
     write_packed(folder / PACKED, tensors, replace(manifest, library=name))
     libraries.unregister("toy")
@@ -140,6 +140,7 @@ def test_a_folder_of_a_library_that_nobody_registered_is_refused(saved, name, mo
         with pytest.raises(PackedFormat) as error:
             refused()
         assert f"library {name[:40]!r} is not registered; known: timm, transformers, module" in str(error.value)
+    assert torch.equal(HubMPQ.from_pretrained(folder, module=mpq.float_model).model(X), mpq.model(X))
     found = CliRunner().invoke(app, ["inspect", str(folder), "--json"], catch_exceptions=False)
     assert json.loads(found.stdout)["library"] == "toy"  # the header of a file needs no library
 
