@@ -33,9 +33,9 @@ from .core import (
     SearchResult,
     Usage,
 )
+from .core.library import libraries
 from .errors import HubMPQError, InvalidArgument
-from .export import export
-from .export.compressed_tensors import FORMAT, exportable
+from .export import COMPRESSED_TENSORS, export, exportable
 from .hub.folder import read_folder_indicators, save_folder
 from .hub.load import load_folder
 from .hub.origin import local_card
@@ -630,7 +630,8 @@ class HubMPQ(nn.Module):
         text = report(graph, self.policy, usage, self.metrics, self.seconds)
         if self.policy is not None and exportable(self._manifest(self.policy)):
             text += (
-                f'\nweights alone are quantized, in Linear and Embedding layers: push_to_hub(…, format="{FORMAT}") '
+                "\nweights alone are quantized, in Linear and Embedding layers: "
+                f'push_to_hub(…, format="{COMPRESSED_TENSORS}") '
                 "publishes it so that transformers needs no hub-mpq"
             )
         return text
@@ -653,7 +654,7 @@ class HubMPQ(nn.Module):
         if self.policy is None:
             raise HubMPQError("there is no policy yet; call quantize or apply_policy before saving")
         source = self.source
-        extra = local_preprocess(self.home) if source.library == "transformers" else None
+        extra = local_preprocess(self.home, source.library)
         return save_folder(folder, self.model, self._manifest(self.policy), source.config, self.scores, extra)
 
     def push_to_hub(
@@ -709,7 +710,7 @@ class HubMPQ(nn.Module):
 
     def _tell_transformers(self) -> None:
         """So that `mpq.model.save_pretrained` writes the packed format and transformers' Trainer trains `mpq.model`."""
-        if self.source.library == "transformers" and self.policy is not None:
+        if self.policy is not None and libraries.get(self.source.library).pretrained_models:
             from .hub.plugin import prepare
 
             prepare(self.model, self._manifest(self.policy))

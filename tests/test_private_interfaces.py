@@ -219,9 +219,10 @@ def test_loading_reports_no_tensor_that_was_not_expected(bert):
 
 def test_a_tied_head_stands_once_in_the_float_copy(bert):
     """By all_tied_weights_keys, {name of the head's weight: name of the embedding's}."""
+    from hub_mpq.core.library import libraries
     from hub_mpq.export.float_copy import float_copy_state
 
-    state = float_copy_state(bert[2].model)
+    state = float_copy_state(bert[2].model, libraries.get("transformers"))
     assert [name for name in state if "word_embeddings" in name] == ["bert.embeddings.word_embeddings.weight"]
     assert "cls.predictions.decoder.weight" not in state
 
@@ -231,10 +232,11 @@ def test_a_head_that_is_tied_is_not_missing_from_a_checkpoint(bert, tmp_path):
     from safetensors.torch import save_file
 
     from hub_mpq.adapters import load
+    from hub_mpq.core.library import libraries
     from hub_mpq.export.float_copy import float_copy_state
 
     folder, _, mpq = bert
-    save_file(float_copy_state(mpq.model), tmp_path / "weights.safetensors")
+    save_file(float_copy_state(mpq.model, libraries.get("transformers")), tmp_path / "weights.safetensors")
     filled = load(str(folder), checkpoint_path=tmp_path / "weights.safetensors").model
     assert filled.cls.predictions.decoder.weight is filled.bert.embeddings.word_embeddings.weight
 
@@ -244,6 +246,7 @@ def test_a_float_copy_has_the_names_that_transformers_writes(tmp_path):
     import transformers
     from safetensors import safe_open
 
+    from hub_mpq.core.library import libraries
     from hub_mpq.export.float_copy import float_copy_state
 
     net = transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL, image_size=16, patch_size=8))
@@ -255,7 +258,7 @@ def test_a_float_copy_has_the_names_that_transformers_writes(tmp_path):
     mpq.save_pretrained(tmp_path / "packed")
     loaded = type(net).from_pretrained(tmp_path / "packed")
     for model in (mpq.model, loaded):
-        assert float_copy_state(model).keys() == written
+        assert float_copy_state(model, libraries.get("transformers")).keys() == written
 
 
 def test_an_offload_to_disk_is_refused(bert):

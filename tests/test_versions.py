@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hub_mpq import HubMPQ, MPQConfig, versions
 from hub_mpq.adapters import load
+from hub_mpq.core.library import libraries
 from hub_mpq.data import image_loader
 from hub_mpq.export.float_copy import float_copy_state
 from hub_mpq.hub.remote import hub_api
@@ -138,7 +139,11 @@ ROUTES = {  # {route: (library whose interfaces it uses, what was there before, 
         packed_bert,
         lambda _, path: transformers.AutoModel.from_pretrained(path),
     ),
-    "write a float copy": ("transformers", model_of_transformers, lambda _, model: float_copy_state(model)),
+    "write a float copy": (
+        "transformers",
+        model_of_transformers,
+        lambda _, model: float_copy_state(model, libraries.get("transformers")),
+    ),
     "shuffle by a seed": (
         "accelerate",
         nothing,

@@ -74,6 +74,7 @@ def made(name: str, recipe: Recipe, folder: Path) -> tuple[Any, Any]:
     from study import indicators_of
     from tasks import TASKS
 
+    from hub_mpq.core.library import libraries
     from hub_mpq.export.float_copy import float_copy_state
 
     task = TASKS[name]
@@ -100,7 +101,7 @@ def made(name: str, recipe: Recipe, folder: Path) -> tuple[Any, Any]:
     measure("quantized", mpq)
     if mpq.graph.library != "module":
         plain = copy.deepcopy(mpq.float_model)
-        plain.load_state_dict(float_copy_state(mpq.model), strict=False)
+        plain.load_state_dict(float_copy_state(mpq.model, libraries.get(mpq.source.library)), strict=False)
         measure("float copy", plain)
     mpq.metrics = figures
     batch = next(iter(train))

@@ -105,6 +105,7 @@ def publish_and_pull(
     from huggingface_hub import HfApi
     from safetensors.torch import save_file
 
+    from hub_mpq.core.library import libraries
     from hub_mpq.export.float_copy import float_copy_state
 
     rows: list[Row] = []
@@ -140,7 +141,7 @@ def publish_and_pull(
         own = _first(mpq.eval()(**inputs) if isinstance(inputs, dict) else mpq.eval()(inputs))
         plain = mpq.float_model
         before = {k: v.clone() for k, v in plain.state_dict().items()}
-        plain.load_state_dict(float_copy_state(mpq.model), strict=False)
+        plain.load_state_dict(float_copy_state(mpq.model, libraries.get(mpq.source.library)), strict=False)
         copied = _first(plain.eval()(**inputs) if isinstance(inputs, dict) else plain.eval()(inputs))
         plain.load_state_dict(before)
     for audience, kind in audiences:

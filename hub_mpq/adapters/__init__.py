@@ -4,78 +4,78 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from ..core.library import Library, libraries, register_library
 from ..errors import HubMPQError, InvalidArgument
 from .base import Source, cannot_build
-from .module import from_module
+from .module import ModuleLibrary, from_module
+from .timm import TimmLibrary
 from .trace import build_graph, norm_of, observe_signed, trace
+from .transformers import TransformersLibrary
 
 __all__ = ["Source", "build_graph", "from_module", "load", "norm_of", "observe_signed", "trace"]
 
-Library = Literal["timm", "transformers"]
+for _library in (TimmLibrary(), TransformersLibrary(), ModuleLibrary()):
+    register_library(_library)
 
 
 def load(
-    model_id: str, *, pretrained: bool = True, library: Library | None = None, meta: bool = False, **kwargs: Any
+    model_id: str, *, pretrained: bool = True, library: str | None = None, meta: bool = False, **kwargs: Any
 ) -> Source:
-    """The Source of a model of timm or transformers.
+    """Build a model of any registered library.
 
-    `model_id`: a timm name ("resnet18"), a Hub id ("timm/resnet18.a1_in1k", "hf-hub:user/name", "org/name") or a
-    folder with a config.json. `pretrained=False`: no weights. `meta`: neither weights nor memory, and no network
-    for a timm name or a folder. Other arguments: see `load_timm` and `load_transformers`.
-    Raises InvalidArgument for an id that names nothing, HubMPQError when files can't be had.
+    Args:
+        model_id: A timm name ("resnet18"), a Hub id ("timm/resnet18.a1_in1k", "hf-hub:user/name", "org/name"), a
+            folder with a config.json, or what another registered library knows.
+        pretrained: Load the weights too.
+        library: Name of the library; found by the id, then by the config.json, when left out.
+        meta: Take neither weights nor memory, and no network for a timm name or a folder.
+        **kwargs: Arguments of the library's `load`.
+
+    Raises:
+        InvalidArgument: The id names nothing, or there is no such library.
+        HubMPQError: Files cannot be had.
     """
-    if library not in (None, "timm", "transformers"):
-        raise InvalidArgument(f"library is timm or transformers, not {library!r}")
     model_id = str(model_id)
-    if (library or _library(model_id, kwargs.get("revision"))) == "timm":
-        from .timm import load_timm
-
-        return load_timm(model_id, pretrained=pretrained, meta=meta, **kwargs)
-    from .transformers import load_transformers
-
-    return load_transformers(model_id, pretrained=pretrained, meta=meta, **kwargs)
+    found = _find(model_id, kwargs.get("revision")) if library is None else libraries.get(library)
+    source: Source = found.load(model_id, pretrained=pretrained, meta=meta, **kwargs)
+    return source
 
 
-def _library(model_id: str, revision: str | None) -> Library:
+def _find(model_id: str, revision: str | None) -> Library:
     if not model_id.strip():
         raise InvalidArgument("the model id is empty")
     folder = Path(model_id)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise InvalidArgument(f"{model_id!r} holds no config.json, so it is no model folder")
-        return _library_of(model_id, folder / "config.json")
+        return _owner(model_id, folder / "config.json")
     if model_id.startswith((".", "/", "~", "\\")):
         raise InvalidArgument(f"no such folder: {model_id!r}")
-    if model_id.startswith(("timm/", "hf-hub:", "hf_hub:", "local-dir:")):
-        return "timm"
-    from .timm import is_timm_name, near_names
-
-    if is_timm_name(model_id):
-        return "timm"
+    for library in libraries:
+        if library.knows(model_id):
+            return library
     from huggingface_hub import hf_hub_download
 
     try:
-        return _library_of(model_id, Path(hf_hub_download(model_id, "config.json", revision=revision)))
+        return _owner(model_id, Path(hf_hub_download(model_id, "config.json", revision=revision)))
     except HubMPQError:
         raise
     except Exception as error:
-        near = [] if "/" in model_id else near_names(model_id)
+        near = [] if "/" in model_id else [name for library in libraries for name in library.near_names(model_id)]
         if near:
             raise InvalidArgument(f"unknown model {model_id!r}; did you mean {' or '.join(near)}?") from error
         raise cannot_build(model_id, error, pretrained=False) from error
 
 
-def _library_of(model_id: str, file: Path) -> Library:
+def _owner(model_id: str, file: Path) -> Library:
     try:
         config = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise HubMPQError(f"the config.json of {model_id!r} can't be read: {error}") from error
-    if isinstance(config, dict) and "architecture" in config:
-        return "timm"
-    if isinstance(config, dict) and "model_type" in config:
-        return "transformers"
-    raise InvalidArgument(
-        f"the config.json of {model_id!r} is neither timm's (architecture) nor transformers' (model_type)"
-    )
+    for library in libraries:
+        if isinstance(config, dict) and library.owns(config):
+            return library
+    known = " nor ".join(library.name for library in libraries if library.builds_from_folder)
+    raise InvalidArgument(f"the config.json of {model_id!r} is of no registered library: neither {known}")

@@ -21,9 +21,15 @@ from .forward import Example
 class Source:
     """A model, where it comes from, and what runs through it.
 
-    `library`: timm | transformers | module. `example`: one sample on the model's device, keyword arguments
-    or a tuple of positional ones. `preprocess`: timm's data config (input_size, mean, std, …), or the name of the
-    tokenizer or processor. `config`: the hub's own config.json, as it is to be published; {} for a module.
+    Attributes:
+        model: The float network, in evaluation mode.
+        model_id: The id it was asked for by.
+        revision: Commit of the Hub repository that its files were taken from, if any.
+        library: Name of its `hub_mpq.core.library.Library`.
+        example: One sample on the model's device: keyword arguments or a tuple of positional ones.
+        graph: Its layers.
+        preprocess: timm's data config (input_size, mean, std, …), or the name of the tokenizer or processor.
+        config: The library's own config.json, as it is to be published; {} for a module.
     """
 
     model: nn.Module

@@ -7,10 +7,26 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.library import Library
 from ..errors import InvalidArgument
 from .base import Source
 from .forward import Example, tensors_of
 from .trace import build_graph
+
+
+class ModuleLibrary(Library):
+    """Networks of the user's own code, which only that code can build."""
+
+    name = "module"
+    builds_from_folder = False
+
+    def load(self, model_id: str, *, pretrained: bool, meta: bool, **kwargs: Any) -> Source:
+        """Refuse: such a network goes in by `from_module`, or as `module=` with its packed folder.
+
+        Raises:
+            InvalidArgument: Always.
+        """
+        raise InvalidArgument(f"no library can build {model_id!r}; give the network itself to HubMPQ.from_module")
 
 
 def from_module(
@@ -34,4 +50,4 @@ def from_module(
     name = model_id or type(net).__name__
     example = (example_input,) if isinstance(example_input, Tensor) else example_input
     graph = build_graph(net, example, model_id=name, exclude=exclude)
-    return Source(net, name, None, "module", example, graph, dict(preprocess or {}))
+    return Source(net, name, None, ModuleLibrary.name, example, graph, dict(preprocess or {}))

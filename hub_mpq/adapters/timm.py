@@ -6,94 +6,142 @@ import contextlib
 import difflib
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..core.library import Library
 from ..errors import HubMPQError, InvalidArgument
 from ..versions import warn_if_untested
 from .base import Source, cannot_build, commit_of, noise, placed
 from .trace import build_graph
 
 
-def is_timm_name(name: str) -> bool:
+class TimmLibrary(Library):
+    """timm's models: "resnet18", "resnet18.a1_in1k", "timm/…", "hf-hub:user/name" or a folder."""
+
+    name = "timm"
+
+    def knows(self, model_id: str) -> bool:
+        """Whether an id has timm's prefix or its registry has the name, with or without a pretrained tag."""
+        return model_id.startswith(("timm/", "hf-hub:", "hf_hub:", "local-dir:")) or _is_timm_name(model_id)
+
+    def owns(self, config: Mapping[str, Any]) -> bool:
+        return "architecture" in config
+
+    def near_names(self, model_id: str) -> list[str]:
+        """Up to three names of timm's registry."""
+        import timm
+
+        return difflib.get_close_matches(model_id.partition(".")[0], timm.list_models(), n=3, cutoff=0.6)
+
+    def load(
+        self,
+        model_id: str,
+        *,
+        pretrained: bool = True,
+        meta: bool = False,
+        checkpoint_path: str | Path | None = None,
+        revision: str | None = None,
+        input_size: tuple[int, int, int] | None = None,
+        exclude: Iterable[str] = (),
+        **model_kwargs: Any,
+    ) -> Source:
+        """Build a timm model.
+
+        Args:
+            model_id: Name, Hub id or folder.
+            pretrained: Load the weights too.
+            meta: No weights and no memory.
+            checkpoint_path: File with the weights.
+            revision: Branch, tag or commit of a Hub id.
+            input_size: (channels, height, width) where the model's own is not wanted.
+            exclude: Patterns of layers to leave float.
+            **model_kwargs: Arguments of `timm.create_model`.
+
+        Raises:
+            InvalidArgument: An unknown name (the error lists near ones), or arguments that the model does not take.
+            HubMPQError: Weights cannot be had.
+        """
+        import timm
+        from timm.data.config import resolve_model_data_config
+
+        warn_if_untested("timm")
+        if checkpoint_path is not None and not Path(checkpoint_path).is_file():
+            raise InvalidArgument(f"checkpoint_path: no file {str(checkpoint_path)!r}")
+        name = _timm_uri(model_id)
+        if revision is not None:
+            if not name.startswith(("hf-hub:", "hf_hub:")):
+                raise InvalidArgument(
+                    f"revision={revision!r} needs a Hub id such as hf-hub:user/name, not {model_id!r}"
+                )
+            name = f"{name}@{revision}"
+        pretrained = pretrained and checkpoint_path is None and not meta
+        path = None if checkpoint_path is None or meta else str(checkpoint_path)
+        try:
+            with torch.device("meta") if meta else contextlib.nullcontext():
+                model = timm.create_model(name, pretrained=pretrained, checkpoint_path=path, **model_kwargs)
+        except (TypeError, ValueError, AssertionError) as error:
+            raise InvalidArgument(f"timm can't build {model_id!r}: {error}") from error
+        except Exception as error:
+            raise cannot_build(model_id, error, pretrained=pretrained) from error
+        model.eval()  # as transformers returns its models
+        data: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+        if input_size is not None:
+            data["input_size"] = tuple(input_size)
+        elif "img_size" in model_kwargs:
+            side = model_kwargs["img_size"]
+            data["input_size"] = (data["input_size"][0], *((side, side) if isinstance(side, int) else side))
+        if "in_chans" in model_kwargs:
+            data["input_size"] = (model_kwargs["in_chans"], *data["input_size"][1:])
+        example = (noise(1, *data["input_size"], like=model),)
+        on_device = placed(example, model)
+        commit = _revision(model)
+        graph = build_graph(
+            model,
+            example if meta else on_device,
+            model_id=model_id,
+            revision=commit,
+            library=self.name,
+            head=_head(model),
+            exclude=exclude,
+        )
+        return Source(
+            model, model_id, commit, self.name, on_device, graph, data, _config(model, model_kwargs, data["input_size"])
+        )
+
+    def hub_id(self, model_id: str) -> str | None:
+        """From timm's registry of pretrained weights."""
+        import timm
+
+        known = timm.get_pretrained_cfg(model_id.removeprefix("timm/"))
+        hub_id = known.hf_hub_id if known is not None else None
+        return str(hub_id) if hub_id and not str(hub_id).endswith("/") else None
+
+    def card_data(self, config: Mapping[str, Any]) -> dict[str, str]:
+        license = (config.get("pretrained_cfg") or {}).get("license")
+        found = {"license": license} if isinstance(license, str) else {}
+        return {"pipeline_tag": "image-classification", **found} if config.get("num_classes") else found
+
+    def float_code(self, repo_id: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("import timm", f'model = timm.create_model("hf-hub:{repo_id}", pretrained=True)')
+
+    def plugin_code(self, repo_id: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """By transformers' TimmWrapper."""
+        load = f'transformers.AutoModelForImageClassification.from_pretrained("{repo_id}")'
+        return ("import hub_mpq, transformers", f"model = {load}  # a TimmWrapper")
+
+
+def _is_timm_name(name: str) -> bool:
     """Whether timm's registry has the name, with or without a pretrained tag ("resnet18.a1_in1k")."""
+    if "/" in name or ":" in name:
+        return False
     import timm
 
-    return "/" not in name and ":" not in name and timm.is_model(name.partition(".")[0])
-
-
-def near_names(name: str) -> list[str]:
-    """Up to three names of timm's registry that look like `name`."""
-    import timm
-
-    return difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3, cutoff=0.6)
-
-
-def load_timm(
-    model_id: str,
-    *,
-    pretrained: bool = True,
-    checkpoint_path: str | Path | None = None,
-    meta: bool = False,
-    revision: str | None = None,
-    input_size: tuple[int, int, int] | None = None,
-    exclude: Iterable[str] = (),
-    **model_kwargs: Any,
-) -> Source:
-    """The Source of a timm model: "resnet18", "resnet18.a1_in1k", "timm/…", "hf-hub:user/name" or a folder.
-
-    `meta`: no weights and no memory. `input_size`: (channels, height, width) where the model's own is not wanted.
-    `model_kwargs` go to timm.create_model. Raises InvalidArgument for an unknown name (with near ones) and for
-    arguments that the model does not take, HubMPQError when weights can't be had.
-    """
-    import timm
-    from timm.data.config import resolve_model_data_config
-
-    warn_if_untested("timm")
-    if checkpoint_path is not None and not Path(checkpoint_path).is_file():
-        raise InvalidArgument(f"checkpoint_path: no file {str(checkpoint_path)!r}")
-    name = _timm_uri(model_id)
-    if revision is not None:
-        if not name.startswith(("hf-hub:", "hf_hub:")):
-            raise InvalidArgument(f"revision={revision!r} needs a Hub id such as hf-hub:user/name, not {model_id!r}")
-        name = f"{name}@{revision}"
-    pretrained = pretrained and checkpoint_path is None and not meta
-    path = None if checkpoint_path is None or meta else str(checkpoint_path)
-    try:
-        with torch.device("meta") if meta else contextlib.nullcontext():
-            model = timm.create_model(name, pretrained=pretrained, checkpoint_path=path, **model_kwargs)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise InvalidArgument(f"timm can't build {model_id!r}: {error}") from error
-    except Exception as error:
-        raise cannot_build(model_id, error, pretrained=pretrained) from error
-    model.eval()  # as transformers returns its models
-    data: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
-    if input_size is not None:
-        data["input_size"] = tuple(input_size)
-    elif "img_size" in model_kwargs:
-        side = model_kwargs["img_size"]
-        data["input_size"] = (data["input_size"][0], *((side, side) if isinstance(side, int) else side))
-    if "in_chans" in model_kwargs:
-        data["input_size"] = (model_kwargs["in_chans"], *data["input_size"][1:])
-    example = (noise(1, *data["input_size"], like=model),)
-    on_device = placed(example, model)
-    commit = _revision(model)
-    graph = build_graph(
-        model,
-        example if meta else on_device,
-        model_id=model_id,
-        revision=commit,
-        library="timm",
-        head=_head(model),
-        exclude=exclude,
-    )
-    return Source(
-        model, model_id, commit, "timm", on_device, graph, data, _config(model, model_kwargs, data["input_size"])
-    )
+    return bool(timm.is_model(name.partition(".")[0]))
 
 
 def _timm_uri(model_id: str) -> str:
@@ -103,11 +151,11 @@ def _timm_uri(model_id: str) -> str:
     if model_id.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         return model_id
     name = model_id.removeprefix("timm/")
-    if is_timm_name(name):
+    if _is_timm_name(name):
         return name
     if "/" in model_id:
         return f"hf-hub:{model_id}"
-    near = near_names(name)
+    near = TimmLibrary().near_names(name)
     raise InvalidArgument(f"timm has no model {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
 
 

@@ -4,84 +4,183 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from ..core.library import Library
 from ..errors import HubMPQError, InvalidArgument
 from ..nn.types import layer_kind
 from ..versions import warn_if_untested
 from .base import Source, cannot_build, commit_of, noise, placed
 from .trace import build_graph
 
+_TASKS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForImageClassification": "image-classification",
+}
+"""{end of a class's name: pipeline tag of the Hub}"""
 
-def load_transformers(
-    model_id: str,
-    *,
-    pretrained: bool = True,
-    checkpoint_path: str | Path | None = None,
-    meta: bool = False,
-    auto_class: str | None = None,
-    sequence_length: int = 128,
-    exclude: Iterable[str] = (),
-    **kwargs: Any,
-) -> Source:
-    """The Source of a transformers model, built as the first of its config's `architectures`.
 
-    `meta`: no weights and no memory. `auto_class`: another class of transformers, for example
-    "AutoModelForSequenceClassification". `sequence_length`: tokens of the example, at most what the model takes.
-    `checkpoint_path`: a safetensors file with the state dict. `kwargs` are values of the config (num_labels=3) and
-    arguments of from_pretrained (revision, dtype). Raises HubMPQError when config or weights can't be had.
-    """
-    import transformers
+class TransformersLibrary(Library):
+    """transformers' models, by Hub id or folder."""
 
-    warn_if_untested("transformers")
-    if checkpoint_path is not None and not Path(checkpoint_path).is_file():
-        raise InvalidArgument(f"checkpoint_path: no file {str(checkpoint_path)!r}")
-    pretrained = pretrained and checkpoint_path is None and not meta
-    try:
-        config, unused = transformers.AutoConfig.from_pretrained(model_id, return_unused_kwargs=True, **kwargs)
-    except Exception as error:
-        raise cannot_build(model_id, error, pretrained=False) from error
-    cls = _model_class(config, auto_class)
-    quantized = getattr(config, "quantization_config", None)
-    if pretrained and quantized is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
-        raise HubMPQError(
-            f"{model_id!r} is quantized already ({getattr(method, 'value', method)}): transformers loads it; "
-            "to quantize anew take its float model"
-        )
-    try:
-        if pretrained:
-            model = cls.from_pretrained(model_id, config=config, **unused)
-        else:
-            model = _skeleton(cls, config, unused, meta=meta)
-            if checkpoint_path is not None and not meta:
-                _fill(model, Path(checkpoint_path))
-    except HubMPQError:
-        raise
-    except Exception as error:
-        raise cannot_build(model_id, error, pretrained=pretrained) from error
-    example = example_for(model, sequence_length)
-    on_device = placed(example, model)
-    revision = _commit(model_id, kwargs.get("revision"))
-    graph = build_graph(
-        model,
-        example if meta else on_device,
-        model_id=model_id,
-        revision=revision,
-        library="transformers",
-        head=head_of(model),
-        exclude=exclude,
+    name = "transformers"
+    folder_defaults: ClassVar[Mapping[str, Any]] = {"trust_remote_code": False}
+    """Else an unknown model_type asks the user to run its code."""
+    preprocessing = (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.txt",
+        "vocab.json",
+        "merges.txt",
+        "spiece.model",
+        "tokenizer.model",
+        "sentencepiece.bpe.model",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "video_preprocessor_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
     )
-    config.architectures = [type(model).__name__]
-    preprocess = {"tokenizer" if "input_ids" in example else "processor": model_id}
-    if "input_ids" in example:
-        preprocess["sequence_length"] = example["input_ids"].shape[1]
-    return Source(model, model_id, revision, "transformers", on_device, graph, preprocess, config.to_dict())
+    """All of them text or protocol buffers."""
+    formats = ("compressed-tensors",)
+    pretrained_models = True
+
+    def owns(self, config: Mapping[str, Any]) -> bool:
+        return "model_type" in config
+
+    def load(
+        self,
+        model_id: str,
+        *,
+        pretrained: bool = True,
+        meta: bool = False,
+        checkpoint_path: str | Path | None = None,
+        auto_class: str | None = None,
+        sequence_length: int = 128,
+        exclude: Iterable[str] = (),
+        **kwargs: Any,
+    ) -> Source:
+        """Build a transformers model, of the first class that its config's `architectures` name.
+
+        Args:
+            model_id: Hub id or folder.
+            pretrained: Load the weights too.
+            meta: No weights and no memory.
+            checkpoint_path: Safetensors file with the state dict.
+            auto_class: Another class of transformers, for example "AutoModelForSequenceClassification".
+            sequence_length: Tokens of the example, at most what the model takes.
+            exclude: Patterns of layers to leave float.
+            **kwargs: Values of the config (num_labels=3) and arguments of `from_pretrained` (revision, dtype).
+
+        Raises:
+            InvalidArgument: There is no such class, or the config does not know an argument.
+            HubMPQError: Config or weights cannot be had.
+        """
+        import transformers
+
+        warn_if_untested("transformers")
+        if checkpoint_path is not None and not Path(checkpoint_path).is_file():
+            raise InvalidArgument(f"checkpoint_path: no file {str(checkpoint_path)!r}")
+        pretrained = pretrained and checkpoint_path is None and not meta
+        try:
+            config, unused = transformers.AutoConfig.from_pretrained(model_id, return_unused_kwargs=True, **kwargs)
+        except Exception as error:
+            raise cannot_build(model_id, error, pretrained=False) from error
+        cls = _model_class(config, auto_class)
+        quantized = getattr(config, "quantization_config", None)
+        if pretrained and quantized is not None:
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+            raise HubMPQError(
+                f"{model_id!r} is quantized already ({getattr(method, 'value', method)}): transformers loads it; "
+                "to quantize anew take its float model"
+            )
+        try:
+            if pretrained:
+                model = cls.from_pretrained(model_id, config=config, **unused)
+            else:
+                model = _skeleton(cls, config, unused, meta=meta)
+                if checkpoint_path is not None and not meta:
+                    _fill(model, Path(checkpoint_path))
+        except HubMPQError:
+            raise
+        except Exception as error:
+            raise cannot_build(model_id, error, pretrained=pretrained) from error
+        example = example_for(model, sequence_length)
+        on_device = placed(example, model)
+        revision = _commit(model_id, kwargs.get("revision"))
+        graph = build_graph(
+            model,
+            example if meta else on_device,
+            model_id=model_id,
+            revision=revision,
+            library=self.name,
+            head=head_of(model),
+            exclude=exclude,
+        )
+        config.architectures = [type(model).__name__]
+        preprocess = {"tokenizer" if "input_ids" in example else "processor": model_id}
+        if "input_ids" in example:
+            preprocess["sequence_length"] = example["input_ids"].shape[1]
+        return Source(model, model_id, revision, self.name, on_device, graph, preprocess, config.to_dict())
+
+    def image_preprocess(self, source: Source) -> Mapping[str, Any]:
+        """Mean, std and interpolation of the image processor; {} with a warning when there is none."""
+        if len(source.graph.input_shape) != 3:
+            return source.preprocess
+        import transformers
+
+        name = source.preprocess.get("processor", "")
+        try:
+            processor: Any = transformers.AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
+        except Exception as error:
+            warnings.warn(
+                f"no image processor for {name!r} ({type(error).__name__}): mean 0.5 and std 0.5 are used",
+                stacklevel=2,
+            )
+            return {}
+        by_number = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+        resample = by_number.get(int(getattr(processor, "resample", 2) or 2), "bilinear")
+        return {"mean": processor.image_mean, "std": processor.image_std, "interpolation": resample}
+
+    def names_on_disk(self, model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Since transformers 5 they can differ from those of the modules (ViT, Mixtral)."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        warn_if_untested("transformers")
+        return dict(revert_weight_conversion(model, dict(state)))
+
+    def card_data(self, config: Mapping[str, Any]) -> dict[str, str]:
+        architecture = _architecture(config) or ""
+        tag = next((tag for end, tag in _TASKS.items() if architecture.endswith(end)), None)
+        return {"pipeline_tag": tag} if tag else {}
+
+    def float_code(self, repo_id: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+        cls = _architecture(config) or "AutoModel"
+        return ("import transformers", f'model = transformers.{cls}.from_pretrained("{repo_id}")')
+
+    def plugin_code(self, repo_id: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+        _, load = self.float_code(repo_id, config)
+        return ("import hub_mpq, transformers", load)
+
+
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    """Name of the class that a config.json names first."""
+    names = config.get("architectures")
+    first = names[0] if isinstance(names, list) and names else None
+    return first if isinstance(first, str) and first.isidentifier() else None
 
 
 def _commit(model_id: str, revision: str | None) -> str | None:

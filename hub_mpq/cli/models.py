@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,18 +70,16 @@ def is_packed(folder: str | Path) -> bool:
 
 def loader(mpq: HubMPQ, data: str, options: DataOptions, *, train: bool, seed: int = 0) -> DataLoader[Any]:
     """Batches of images, prepared as the model wants them."""
+    from ..core.library import libraries
     from ..data import data_config, image_loader
 
     source = mpq.source
     classes = getattr(mpq.model, "num_classes", None)
     if classes is None:
         classes = getattr(getattr(mpq.model, "config", None), "num_labels", None)
-    preprocess = source.preprocess
-    if source.library == "transformers" and len(mpq.graph.input_shape) == 3:
-        preprocess = _processor(preprocess)
     return image_loader(
         data,
-        data_config(preprocess, mpq.graph.input_shape),
+        data_config(libraries.get(source.library).image_preprocess(source), mpq.graph.input_shape),
         train=train,
         classes=classes or None,
         class_map=options.class_map,
@@ -103,22 +99,6 @@ def tell_corrupt(*loaders: Any) -> None:
     if skipped and is_main():
         where = f"{skipped} of {sum(map(len, found))} images"
         typer.echo(f"warning: {where} could not be read and were skipped", err=True)
-
-
-def _processor(preprocess: Mapping[str, Any]) -> dict[str, Any]:
-    """Mean, std and interpolation of a transformers image processor."""
-    import transformers
-
-    name = preprocess.get("processor", "")
-    try:
-        processor: Any = transformers.AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
-    except Exception as error:
-        warnings.warn(
-            f"no image processor for {name!r} ({type(error).__name__}): mean 0.5 and std 0.5 are used", stacklevel=2
-        )
-        return {}
-    resample = {0: "nearest", 2: "bilinear", 3: "bicubic"}.get(int(getattr(processor, "resample", 2) or 2), "bilinear")
-    return {"mean": processor.image_mean, "std": processor.image_std, "interpolation": resample}
 
 
 def read_indicators_of(path: Path) -> Indicators:

@@ -54,7 +54,7 @@ class ModelOptions(Options):
 
     title = "Model"
 
-    library: str | None = option(None, "timm or transformers, where the name alone does not tell.")
+    library: str | None = option(None, "Library of the model, such as timm or transformers, if its id does not tell.")
     input_size: str | None = option(None, "Other input than the model's own: 160, 160x192 or 3x160x192.")
     model_arg: list[str] | None = option(
         None, "KEY=VALUE for the model's constructor, such as num_classes=10. Repeatable."

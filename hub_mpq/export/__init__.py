@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
 from ..errors import InvalidArgument
 from ..pack import Manifest
-from .compressed_tensors import FORMAT, export_compressed
+from .compressed_tensors import COMPRESSED_TENSORS, check_exportable, export_compressed, exportable, unequal_inputs
 from .onnx import export_onnx
+
+__all__ = ["COMPRESSED_TENSORS", "FORMATS", "check_exportable", "export", "exportable", "unequal_inputs"]
+
+
+class Exporter(Protocol):
+    """Writes a quantized model into a folder and returns the bytes of its weights' file; arguments as in `export`."""
+
+    def __call__(
+        self,
+        folder: str | os.PathLike[str],
+        model: nn.Module,
+        manifest: Manifest,
+        config: Mapping[str, Any],
+        example: Any,
+    ) -> int: ...
+
+
+FORMATS: dict[str, Exporter] = {COMPRESSED_TENSORS: export_compressed, "onnx": export_onnx}
+"""{name of a format: what writes it}. A new format is a file in this folder and an entry here."""
 
 
 def export(
@@ -22,15 +41,25 @@ def export(
     config: Mapping[str, Any],
     example: Any,
 ) -> int:
-    """Write a quantized model in another format into a folder; returns the bytes of its weights' file.
+    """Write a quantized model in another format.
 
-    "compressed-tensors": model.safetensors and config.json for plain transformers and vLLM; weight-only policies of
-    transformers models over Linear and Embedding layers; read with the extra of that name. "onnx": model.onnx with
-    QuantizeLinear and DequantizeLinear nodes; needs the extra "onnx". Raises HubMPQError, in words, for what a
-    format can't say, InvalidArgument for an unknown one.
+    Args:
+        folder: Folder to write.
+        format: "compressed-tensors": model.safetensors and config.json for plain transformers and vLLM, of weight-only
+            policies of transformers models over Linear and Embedding layers; read with the extra of that name.
+            "onnx": model.onnx with QuantizeLinear and DequantizeLinear nodes; needs the extra "onnx".
+        model: The network with its quantizers or packed weights.
+        manifest: What its packed file says.
+        config: Content of the library's config.json.
+        example: One sample, a tuple of positional arguments or a mapping of keyword arguments.
+
+    Returns:
+        Bytes of the file that holds the weights.
+
+    Raises:
+        InvalidArgument: There is no such format.
+        HubMPQError: The format cannot express the model.
     """
-    if format == FORMAT:
-        return export_compressed(folder, model, manifest, config)
-    if format == "onnx":
-        return export_onnx(folder, model, example)
-    raise InvalidArgument(f"format is {FORMAT!r} or 'onnx', not {format!r}")
+    if format not in FORMATS:
+        raise InvalidArgument(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
+    return FORMATS[format](folder, model, manifest, config, example)

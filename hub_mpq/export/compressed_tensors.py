@@ -14,14 +14,15 @@ from torch import nn
 
 from ..core import FLOAT_BITS
 from ..core.files import CONFIG
+from ..core.library import libraries
 from ..errors import HubMPQError
 from ..nn.packing import packed_tensors
 from ..pack import Manifest, PackedTensor, pack_weight
 from ..pack.atomic import write_atomic
 from ..pack.layout import key
-from .float_copy import float_copy_state, published_names
+from .float_copy import float_copy_state
 
-FORMAT = "compressed-tensors"
+COMPRESSED_TENSORS = "compressed-tensors"
 _KINDS = ("linear", "embedding")
 
 
@@ -50,19 +51,20 @@ def unequal_inputs(manifest: Manifest) -> list[list[str]]:
 def check_exportable(manifest: Manifest) -> None:
     """Raise HubMPQError, naming layers and the way out, for a policy that this format can't say."""
     graph, bits = manifest.graph, manifest.policy.bits
-    if manifest.library != "transformers":
-        raise HubMPQError(f"{FORMAT} is a format of transformers models; this one is of {manifest.library}")
+    if COMPRESSED_TENSORS not in libraries.get(manifest.library).formats:
+        readers = " and ".join(library.name for library in libraries if COMPRESSED_TENSORS in library.formats)
+        raise HubMPQError(f"{COMPRESSED_TENSORS} is a format of {readers} models; this one is of {manifest.library}")
     other = [x.name for x in graph if x.kind not in _KINDS and bits[x.name].weight != FLOAT_BITS]
     if other:
         kinds = ", ".join(sorted({graph[name].kind for name in other}))
         raise HubMPQError(
-            f"{FORMAT} packs Linear and Embedding layers; {len(other)} layers are {kinds} ({_some(other)}); "
-            f"leave them float with exclude=[{other[0]!r}, …], or publish the packed file"
+            f"{COMPRESSED_TENSORS} packs Linear and Embedding layers; {len(other)} layers are {kinds} "
+            f"({_some(other)}); leave them float with exclude=[{other[0]!r}, …], or publish the packed file"
         )
     inputs = [name for name, level in bits.items() if level.activation != FLOAT_BITS]
     if inputs:
         raise HubMPQError(
-            f"{FORMAT} is exported weight-only; the policy quantizes the inputs of {len(inputs)} layers "
+            f"{COMPRESSED_TENSORS} is exported weight-only; the policy quantizes the inputs of {len(inputs)} layers "
             f"({_some(inputs)}); load the float model with weight_only=True, or publish the packed file"
         )
 
@@ -72,7 +74,7 @@ def _some(names: list[str]) -> str:
 
 
 def export_compressed(
-    folder: str | os.PathLike[str], model: nn.Module, manifest: Manifest, config: Mapping[str, Any]
+    folder: str | os.PathLike[str], model: nn.Module, manifest: Manifest, config: Mapping[str, Any], example: Any = None
 ) -> int:
     """Write config.json and model.safetensors; returns the bytes of the latter.
 
@@ -91,7 +93,8 @@ def export_compressed(
             "that, vLLM does not: load the float model with tie_fused=True for it",
             stacklevel=2,
         )
-    state = float_copy_state(model)
+    library = libraries.get(manifest.library)
+    state = float_copy_state(model, library)
     groups: dict[int, list[str]] = {}
     tensors = packed_tensors(model, manifest)
     shared = {layer.weight_owner for layer in manifest.graph}
@@ -100,7 +103,7 @@ def export_compressed(
         if layer.kind == "embedding" or layer.name in shared or not isinstance(packed, PackedTensor):
             continue
         words = _two_bits(packed) if packed.num_bits == 1 else packed
-        (name,) = published_names(model, {key(layer.name, "weight"): torch.empty(0)})
+        (name,) = library.names_on_disk(model, {key(layer.name, "weight"): torch.empty(0)})
         module = name.removesuffix(".weight")
         del state[name]
         scale = words.weight_scale.repeat_interleave(layer.weight_shape[0] // words.weight_scale.numel())
@@ -125,7 +128,7 @@ def _two_bits(packed: PackedTensor) -> PackedTensor:
 def _quantization(groups: Mapping[int, list[str]]) -> dict[str, Any]:
     weights = {"type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
     return {
-        "quant_method": FORMAT,
+        "quant_method": COMPRESSED_TENSORS,
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "ignore": [],

@@ -5,20 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..core.library import Library
 from ..nn.packed import packed_layers
 from ..nn.packing import QUANTIZER_KEYS
 from ..nn.quantize import quantized_layers
 from ..pack.layout import INPUT_PARTS, WEIGHT_PARTS, key
-from ..versions import warn_if_untested
 
 
 @torch.no_grad()
-def float_copy_state(model: nn.Module) -> dict[str, Tensor]:
+def float_copy_state(model: nn.Module, library: Library) -> dict[str, Tensor]:
     """State dict of the float model with dequantized weights: contiguous CPU tensors, none shares memory.
 
-    Names and dtypes are what plain timm and plain transformers read from model.safetensors: quantizers are left
-    out, a tied weight stands once where transformers ties it again, and names that transformers changes when it loads
-    are written back (else a plain load would find no weight and take random ones). Activations are not quantized.
+    Names and dtypes are what the library alone reads from model.safetensors: quantizers are left out, a tied weight
+    stands once where transformers ties it again, and names that the library changes when it loads are written back
+    (else a plain load would find no weight and take random ones). Activations are not quantized.
+
+    Args:
+        model: The quantized network, with quantizers or with packed weights.
+        library: The library whose files have these names.
     """
     state = {k: v for k, v in model.state_dict().items() if not any(part in f".{k}" for part in QUANTIZER_KEYS)}
     for name, module in quantized_layers(model):
@@ -30,14 +34,5 @@ def float_copy_state(model: nn.Module) -> dict[str, Tensor]:
             state[key(name, "weight")] = module.weight
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     state = {k: v for k, v in state.items() if tied.get(k) not in state}
-    if type(model).__module__.startswith("transformers."):
-        state = published_names(model, state)
+    state = library.names_on_disk(model, state)
     return {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
-
-
-def published_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names on disk of a transformers model; since v5 they can differ from those of its modules (ViT, Mixtral)."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    warn_if_untested("transformers")
-    return dict(revert_weight_conversion(model, state))

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from ..errors import HubMPQError
 from ..nn.quantize import quantized_layers
+from ..pack import Manifest
 from ..pack.atomic import write_atomic
 
 FILE = "model.onnx"
@@ -61,7 +62,9 @@ class _Input(nn.Module):
         return _op("DequantizeLinear", (q, self.scale, self.zero_point), x, torch.float32)
 
 
-def export_onnx(folder: str | os.PathLike[str], model: nn.Module, example: Any) -> int:
+def export_onnx(
+    folder: str | os.PathLike[str], model: nn.Module, manifest: Manifest, config: Mapping[str, Any], example: Any
+) -> int:
     """Write `model.onnx` (opset 21, batch size free) of a model with quantizers; returns its bytes.
 
     example: one sample, a tuple of positional arguments or a mapping of keyword arguments. Needs the extra "onnx".

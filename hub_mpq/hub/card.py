@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import FLOAT_BITS, LayerBits, Policy, human
-from ..core.files import PACKED
+from ..core.files import FLOAT_COPY, INDICATORS, PACKED
+from ..core.library import libraries
 from ..cost.size import layer_nbytes
-from ..export.compressed_tensors import FORMAT
+from ..export import COMPRESSED_TENSORS, exportable, unequal_inputs
 from ..pack import Manifest
 from ..search.policy_search import usage_of
-from .card_text import code, loading, making, own_name
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -38,7 +38,8 @@ class CardFacts:
     `nbytes`: {file name: bytes} of what is published. `license`, `base_model`: of the float model, as Hub ids go.
     `dataset`: what the figures were measured on. `eval_task`: its task, where it is a benchmark of the Hub.
     `trained_on`: the data of indicators and fine-tuning.
-    `picture`: name of the policy picture. `indicators`: provenance of the indicators. `seconds`: of each stage.
+    `picture`: name of the policy picture. `config`: content of config.json. `indicators`: provenance of the indicators.
+    `seconds`: of each stage.
     """
 
     nbytes: Mapping[str, int]
@@ -49,9 +50,19 @@ class CardFacts:
     eval_task: str | None = None
     trained_on: str | None = None
     picture: str | None = None
-    architecture: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
     indicators: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def code(text: object) -> str:
+    """One line of text for a card: names come from models of others and must not write its markdown."""
+    return " ".join(str(text).replace("`", "'").replace("|", "/").replace("<", "‹").split())
+
+
+def own_name(model_id: str) -> str:
+    """A folder's name without its path, which says more about the author's disk than about the model."""
+    return Path(model_id).name if Path(model_id).is_absolute() or model_id.startswith((".", "~")) else model_id
 
 
 def render_card(repo_id: str, manifest: Manifest, facts: CardFacts) -> str:
@@ -73,8 +84,8 @@ def render_card(repo_id: str, manifest: Manifest, facts: CardFacts) -> str:
         picture=facts.picture or "",
         rows=_figures(manifest, facts),
         notes=_notes(manifest, facts),
-        loading=loading(repo_id, manifest, facts.nbytes, facts.architecture, facts.base_model),
-        making=making(manifest, facts.base_model, facts.indicators, facts.trained_on, facts.seconds),
+        loading=_loading(repo_id, manifest, facts),
+        making=_making(manifest, facts),
         limits="\n".join(floats),
     )
     return str(card)
@@ -121,10 +132,12 @@ def _front_matter(repo_id: str, manifest: Manifest, facts: CardFacts) -> ModelCa
         "model_name": repo_id.rpartition("/")[2] if results else None,
     }
     compressed = PACKED not in facts.nbytes
-    tags = ["mixed-precision", "quantization", *([FORMAT] if compressed else [])]
+    tags = ["mixed-precision", "quantization", *([COMPRESSED_TENSORS] if compressed else [])]
+    if libraries.get(manifest.library).builds_from_folder:
+        tags.append(manifest.library)
     return ModelCardData(
-        library_name="transformers" if compressed else "hub-mpq",  # whose code loads it
-        tags=[*tags, *([manifest.library] if manifest.library != "module" else [])],
+        library_name=manifest.library if compressed else "hub-mpq",  # whose code loads it
+        tags=tags,
         **{key: value for key, value in known.items() if value},
     )
 
@@ -150,7 +163,7 @@ def _costs(name: str, manifest: Manifest, facts: CardFacts) -> list[str]:
     if name == "quantized":
         policy, nbytes = manifest.policy, f"{human(facts.nbytes.get(PACKED) or facts.nbytes['model.safetensors'])}B"
     elif name == "float copy":
-        return ["", f"{human(facts.nbytes['model.safetensors'])}B" if "model.safetensors" in facts.nbytes else ""]
+        return ["", f"{human(facts.nbytes['model.safetensors'])}B" if FLOAT_COPY in facts.nbytes else ""]
     elif name == "float":
         policy = Policy({layer.name: LayerBits(32, 32) for layer in graph}, graph.digest)
         owned = sum(layer.weight_count for layer in graph if layer.weight_owner is None)
@@ -180,7 +193,7 @@ def _notes(manifest: Manifest, facts: CardFacts) -> str:
     if metrics:
         where = f" of `{code(facts.dataset)}`" if facts.dataset else ""
         out.append(f"Measured on {_list(sorted(samples))} samples{where}." if samples else "")
-    if {"model.safetensors", PACKED} <= set(facts.nbytes):
+    if {FLOAT_COPY, PACKED} <= set(facts.nbytes):
         out.append("`model.safetensors` holds the same weights in float, and inputs of layers are not quantized there:")
         out.append("its figures are its own." if "float copy" in metrics else "it was not measured by itself.")
     return " ".join(part for part in out if part)
@@ -189,3 +202,106 @@ def _notes(manifest: Manifest, facts: CardFacts) -> str:
 def _list(values: list[int]) -> str:
     texts = [str(v) for v in values]
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}" if texts else "no"
+
+
+def _loading(repo_id: str, manifest: Manifest, facts: CardFacts) -> str:
+    """A few lines for each audience that the repo serves."""
+    nbytes, library = facts.nbytes, libraries.get(manifest.library)
+    if PACKED not in nbytes:
+        return _compressed(library.float_code(repo_id, facts.config), manifest, nbytes)
+    needs_net = not library.builds_from_folder
+    given = ", module=net" if needs_net else ""
+    parts = [
+        _block(
+            f"With hub-mpq (packed weights, {human(nbytes[PACKED])}B):",
+            "from hub_mpq import HubMPQ",
+            f'model = HubMPQ.from_pretrained("{repo_id}"{given})',
+            "y = model(x)",
+        )
+    ]
+    if needs_net:
+        parts.append("`net` is the network itself, built from its own code: no hub library can build it.")
+    if plugin := library.plugin_code(repo_id, facts.config):
+        parts.append(_block("With transformers and hub-mpq (packed weights):", *plugin))
+    if alone := library.float_code(repo_id, facts.config):
+        if FLOAT_COPY in nbytes:
+            parts.append(_block(f"With {library.name} alone (the float copy, weights dequantized):", *alone))
+        else:
+            parts.append(
+                f"Without hub-mpq it does not load: {library.name} alone finds no weights here and says so. "
+                "Never take a model whose weights were newly initialised."
+            )
+    if INDICATORS in nbytes:
+        base = code(facts.base_model or own_name(manifest.base_model))
+        again = "HubMPQ.from_module(net, x)" if needs_net else f'HubMPQ.from_pretrained("{base}")'
+        parts.append(
+            _block(
+                "Another budget at once, with the indicators stored here:",
+                f'indicators = HubMPQ.from_pretrained("{repo_id}"{given}).indicators',
+                f'model = {again}.quantize(bitops="W3A3", indicators=indicators, train=loader)',
+            )
+        )
+    if exportable(manifest):
+        parts.append(
+            "Weights alone are quantized, in Linear and Embedding layers: "
+            f'`push_to_hub(…, format="{COMPRESSED_TENSORS}")` publishes this policy so that transformers loads it '
+            "without hub-mpq."
+        )
+    return "\n\n".join(parts)
+
+
+def _compressed(alone: tuple[str, ...], manifest: Manifest, nbytes: Mapping[str, int]) -> str:
+    """A repo in compressed-tensors' form: nobody needs hub-mpq."""
+    imports, *load = alone
+    parts = [
+        _block(
+            f"With transformers and compressed-tensors ({human(nbytes[FLOAT_COPY])}B; hub-mpq is not needed):",
+            f"{imports}  # pip install transformers compressed-tensors",
+            *load,
+        )
+    ]
+    widths = {bits.weight for bits in manifest.policy.bits.values()} - {FLOAT_BITS}
+    if len({max(width, 2) for width in widths}) > 1:
+        parts.append(
+            "Do not pass `dequantize=True`: transformers 5.23 then reads all layers at one width, and the weights are "
+            "wrong without a word."
+        )
+    unequal = unequal_inputs(manifest)
+    parts.append(
+        "vLLM computes layers that read one input as one matrix and needs one width for them, which "
+        + (f"{len(unequal)} groups here do not have: it cannot load this repo." if unequal else "they have here.")
+        + " No load by vLLM was tried."
+    )
+    if any(layer.kind == "embedding" for layer in manifest.graph):
+        parts.append(
+            "Embeddings lie on their quantized grid and are stored in float: transformers reads no packed ones."
+        )
+    return "\n\n".join(parts)
+
+
+def _block(title: str, *lines: str) -> str:
+    rows = [row for line in lines for row in ((line, "") if line.startswith(("import ", "from ")) else (line,))]
+    return "\n".join([title, "", "```python", *rows, "```"])
+
+
+def _making(manifest: Manifest, facts: CardFacts) -> str:
+    """What is recorded, and no more: tool, base revision, indicators, search and its proof, fine-tuning, seconds."""
+    provenance = manifest.provenance
+    base = facts.base_model or own_name(manifest.base_model)
+    rows: list[tuple[str, object]] = [("tool", f"hub-mpq {provenance.get('hub_mpq', '')}".strip())]
+    rows.append(("float model", f"{base} at {manifest.revision}" if manifest.revision else base))
+    if facts.trained_on:
+        rows.append(("trained on", facts.trained_on))
+    stages = {"indicators": facts.indicators, **{k: provenance[k] for k in ("search", "finetune") if k in provenance}}
+    for title, tree in stages.items():
+        rows += [(f"{title}: {key}", _plain(value)) for key, value in tree.items() if _short(value)]
+    rows += [(f"seconds: {key}", f"{value:.3g}") for key, value in facts.seconds.items()]
+    return "\n".join(["| | |", "|---|---|", *(f"| {code(k)} | {code(v)} |" for k, v in rows)])
+
+
+def _short(value: object) -> bool:
+    return isinstance(value, (str, int, float)) and len(str(value)) <= 120
+
+
+def _plain(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..adapters.base import Source
+from ..adapters.module import ModuleLibrary
 from ..core.files import CONFIG, PACKED
+from ..core.library import Library, libraries
 from ..errors import HubMPQError, InvalidArgument, PackedFormat, PolicyMismatch
 from ..nn.packing import load_quantized
 from ..nn.quantize import quantize_to_policy
@@ -21,28 +23,50 @@ from ..pack import Manifest, read_manifest, read_packed
 
 
 def load_folder(folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any]) -> tuple[Source, Manifest]:
-    """(the quantized model with where it comes from, what its file says).
+    """Load a packed folder.
 
-    module: the network for a model that no hub can build; it is copied, not changed. kwargs go to the adapter.
-    Raises InvalidArgument when a network is needed, PackedFormat for a bad file, PolicyMismatch for another model.
+    Args:
+        folder: What save_pretrained wrote.
+        module: The network for a model that no library can build; it is copied, not changed.
+        kwargs: Arguments of the library's `load`.
+
+    Returns:
+        The quantized model with where it comes from, and what its file says.
+
+    Raises:
+        InvalidArgument: The network is needed.
+        PackedFormat: The file is bad, or of a library that is not registered.
+        PolicyMismatch: The file is for another model.
     """
     manifest = read_manifest(folder / PACKED)
-    if module is None and manifest.library == "module":
-        raise InvalidArgument(
-            f"{folder} holds a network that no hub can build; pass it: from_pretrained(…, module=net)"
-        )
-    kwargs = {name: value for name, value in kwargs.items() if name != "library"}  # the file says which
     if module is None:
-        if manifest.library == "transformers":
-            kwargs = {"trust_remote_code": False, **kwargs}  # else an unknown model_type asks the user to run its code
-        _check_config(folder, manifest, kwargs)
-        source = adapters.load(str(folder), pretrained=False, library=manifest.library, **kwargs)
+        library = library_of(manifest, folder / PACKED)
+        if not library.builds_from_folder:
+            raise InvalidArgument(
+                f"{folder} holds a network that no hub can build; pass it: from_pretrained(…, module=net)"
+            )
+        given = {name: value for name, value in kwargs.items() if name != "library"}  # the file says which
+        given = {**library.folder_defaults, **given}
+        _check_config(folder, manifest, given)
+        source = adapters.load(str(folder), pretrained=False, library=library.name, **given)
     else:
         net = copy.deepcopy(module)
-        source = Source(net, manifest.base_model, manifest.revision, "module", (), manifest.graph)
+        source = Source(net, manifest.base_model, manifest.revision, ModuleLibrary.name, (), manifest.graph)
     load_packed(folder / PACKED, source.model)
     source.model.eval()
     return replace(source, graph=manifest.graph, model_id=manifest.base_model, revision=manifest.revision), manifest
+
+
+def library_of(manifest: Manifest, file: str | os.PathLike[str]) -> Library:
+    """The library that a packed file names.
+
+    Raises:
+        PackedFormat: No such library is registered.
+    """
+    if manifest.library not in libraries:
+        known = ", ".join(libraries.names())
+        raise PackedFormat(file, f"its library {manifest.library[:40]!r} is not registered; known: {known}")
+    return libraries.get(manifest.library)
 
 
 def _check_config(folder: Path, manifest: Manifest, kwargs: Mapping[str, Any]) -> None:

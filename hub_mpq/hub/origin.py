@@ -7,45 +7,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core.library import Library, libraries
 from ..pack import Manifest
 from .remote import hub_api, repo_of
-
-_TASKS = {
-    "ForSequenceClassification": "text-classification",
-    "ForTokenClassification": "token-classification",
-    "ForQuestionAnswering": "question-answering",
-    "ForMaskedLM": "fill-mask",
-    "ForCausalLM": "text-generation",
-    "LMHeadModel": "text-generation",
-    "ForImageClassification": "image-classification",
-}
 
 
 @dataclass(frozen=True)
 class Origin:
-    """None where it is not known. `architecture`: the class that transformers builds."""
+    """Hub id, licence and pipeline tag of the float model; None where it is not known."""
 
     base_model: str | None
     license: str | None
     pipeline_tag: str | None
-    architecture: str | None
 
 
 def origin_of(
     manifest: Manifest, config: Mapping[str, Any], base_model: str | None, token: str | bool | None = None
 ) -> Origin:
-    """From the config, timm's registry and, where it can be had, the base model's own card."""
-    names = config.get("architectures") or [None]
-    architecture = names[0] if isinstance(names, list) and isinstance(names[0], str) else None
-    base = base_model or _hub_id(manifest)
+    """From the base model's own card, where it can be had, else from what its library knows and its config.json."""
+    library = libraries.get(manifest.library)
+    base = base_model or _hub_id(library, manifest.base_model)
     card = _base_card(base or manifest.base_model, manifest.revision, token)
-    tag = card.get("pipeline_tag")
-    if manifest.library == "timm" and tag is None and config.get("num_classes"):
-        tag = "image-classification"
-    if tag is None and architecture is not None:
-        tag = next((task for end, task in _TASKS.items() if architecture.endswith(end)), None)
-    license = card.get("license") or (config.get("pretrained_cfg") or {}).get("license")
-    return Origin(base, license if isinstance(license, str) else None, tag, architecture)
+    told = library.card_data(config)
+    license = card.get("license") or told.get("license")
+    return Origin(
+        base, license if isinstance(license, str) else None, card.get("pipeline_tag") or told.get("pipeline_tag")
+    )
 
 
 def local_card(folder: Path | None) -> dict[str, str]:
@@ -55,20 +42,13 @@ def local_card(folder: Path | None) -> dict[str, str]:
     return {key: found[key] for key in ("license", "pipeline_tag") if isinstance(found.get(key), str)}
 
 
-def _hub_id(manifest: Manifest) -> str | None:
-    """The base model's Hub id: what a timm name stands for, or the id itself."""
-    name = manifest.base_model
-    if manifest.library == "module":
+def _hub_id(library: Library, name: str) -> str | None:
+    """The base model's Hub id: the name itself, or what its library knows it by."""
+    if not library.builds_from_folder:
         return None
     if (found := repo_of(name)) is not None:
         return found[0]
-    if manifest.library != "timm" or Path(name).exists():
-        return None
-    import timm
-
-    known = timm.get_pretrained_cfg(name.removeprefix("timm/"))
-    hub_id = known.hf_hub_id if known is not None else None
-    return str(hub_id) if hub_id and not str(hub_id).endswith("/") else None
+    return None if Path(name).exists() else library.hub_id(name)
 
 
 def _base_card(base: str, revision: str | None, token: str | bool | None) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ from ..nn.packed import PackedLayer, float_layer, packed_layer, packed_layers
 from ..pack import Manifest, read_packed
 from ..pack.layout import INPUT_PARTS, WEIGHT_PARTS, flatten, key
 from ..pack.layout import packed_layers as packed_names
+from .load import library_of
 
 
 def network_of(model: Any) -> nn.Module:
@@ -32,6 +33,7 @@ def become_packed(model: Any, file: str, policy: Policy | LayerBits | None, dtyp
     file or a config.json that disagrees with it, PolicyMismatch for another model.
     """
     tensors, manifest = read_packed(file)
+    library_of(manifest, file)
     if policy != manifest.policy:
         raise PackedFormat(file, "its policy is not the one that config.json states")
     net = network_of(model)

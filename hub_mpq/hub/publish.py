@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..core.files import CONFIG, FLOAT_COPY, INDICATORS, MANIFEST, PACKED
+from ..core.library import Library
 from ..errors import HubMPQError, InvalidArgument
-from ..export.compressed_tensors import FORMAT, check_exportable, export_compressed
+from ..export import COMPRESSED_TENSORS, check_exportable, export
 from ..export.float_copy import float_copy_state
 from ..pack import Manifest, read_packed
 from .card import CardFacts, eval_results, render_card
 from .folder import read_folder_indicators
-from .load import load_folder
+from .load import library_of, load_folder
 from .origin import origin_of
-from .preprocess import PREPROCESS, preprocess_files
+from .preprocess import preprocess_files, preprocess_names
 from .remote import check_repo_id, hub_api, hub_errors
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 CARD = "README.md"
 PICTURE = "policy.png"
 EVAL_RESULTS = ".eval_results/hub-mpq.yaml"
-_OURS = (CONFIG, PACKED, INDICATORS, FLOAT_COPY, CARD, PICTURE, MANIFEST, EVAL_RESULTS, *PREPROCESS)
+_OURS = (CONFIG, PACKED, INDICATORS, FLOAT_COPY, CARD, PICTURE, MANIFEST, EVAL_RESULTS)
 _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".safetensors", ".safetensors.index.json", ".onnx")
 
 
@@ -72,21 +73,24 @@ def publish(
     if not (folder / PACKED).is_file() or not (folder / CONFIG).is_file():
         raise InvalidArgument(f"{folder} holds no {CONFIG} and {PACKED}: publish a folder that save_pretrained wrote")
     _, manifest = read_packed(folder / PACKED)
-    if format not in ("mpq", FORMAT):
-        raise InvalidArgument(f"format is 'mpq' or {FORMAT!r}, not {format!r}")
-    if format == FORMAT:
+    library = library_of(manifest, folder / PACKED)
+    if format not in ("mpq", COMPRESSED_TENSORS):
+        raise InvalidArgument(f"format is 'mpq' or {COMPRESSED_TENSORS!r}, not {format!r}")
+    if format == COMPRESSED_TENSORS:
         check_exportable(manifest)
         if float_copy:
-            raise InvalidArgument(f"{FORMAT} and a float copy would both be {FLOAT_COPY}: publish one of them")
-    float_copy = format == "mpq" and (manifest.library != "module" if float_copy is None else float_copy)
+            raise InvalidArgument(
+                f"{COMPRESSED_TENSORS} and a float copy would both be {FLOAT_COPY}: publish one of them"
+            )
+    float_copy = format == "mpq" and (library.builds_from_folder if float_copy is None else float_copy)
     with tempfile.TemporaryDirectory(prefix="hub-mpq-push-") as work:
-        if format == FORMAT:
+        if format == COMPRESSED_TENSORS:
             files = _write_compressed(Path(work), folder, manifest, model)
         else:
             files = {name: folder / name for name in (CONFIG, PACKED, INDICATORS) if (folder / name).is_file()}
         files |= _preprocessing(folder, manifest, token)
         if float_copy:
-            files[FLOAT_COPY] = _write_float_copy(Path(work) / FLOAT_COPY, folder, manifest, model)
+            files[FLOAT_COPY] = _write_float_copy(Path(work) / FLOAT_COPY, folder, library, model)
         if _draw(manifest, Path(work) / PICTURE):
             files[PICTURE] = Path(work) / PICTURE
         given = {"license": license, "base_model": base_model, "pipeline_tag": pipeline_tag}
@@ -96,28 +100,28 @@ def publish(
 
 
 def _preprocessing(folder: Path, manifest: Manifest, token: str | bool | None) -> dict[str, Path]:
-    own = {name: folder / name for name in PREPROCESS if (folder / name).is_file()}
+    own = {name: folder / name for name in preprocess_names() if (folder / name).is_file()}
     return own or preprocess_files(manifest.base_model, manifest.revision, library=manifest.library, token=token)
 
 
 def _write_compressed(work: Path, folder: Path, manifest: Manifest, model: nn.Module | None) -> dict[str, Path]:
     """config.json and weights in compressed-tensors' form, and the manifest, which no other file would tell."""
     config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-    export_compressed(work, model or load_folder(folder, None, {})[0].model, manifest, config)
+    export(work, COMPRESSED_TENSORS, model or load_folder(folder, None, {})[0].model, manifest, config, None)
     (work / MANIFEST).write_text(manifest.to_text(), encoding="utf-8")
     return {name: work / name for name in (CONFIG, FLOAT_COPY, MANIFEST)}
 
 
-def _write_float_copy(path: Path, folder: Path, manifest: Manifest, model: nn.Module | None) -> Path:
+def _write_float_copy(path: Path, folder: Path, library: Library, model: nn.Module | None) -> Path:
     from safetensors.torch import save_file
 
     if model is None:
-        if manifest.library == "module":
+        if not library.builds_from_folder:
             raise InvalidArgument(
                 "the float copy of a network of one's own needs the network: HubMPQ.push_to_hub has it"
             )
         model = load_folder(folder, None, {})[0].model
-    save_file(float_copy_state(model), path, metadata={"format": "pt"})
+    save_file(float_copy_state(model, library), path, metadata={"format": "pt"})
     return path
 
 
@@ -156,7 +160,7 @@ def _card(
         eval_task=given["eval_task"],
         trained_on=given["trained_on"],
         picture=PICTURE if PICTURE in files else None,
-        architecture=origin.architecture,
+        config=config,
         indicators=indicators.provenance if indicators else {},
         seconds=seconds,
     )
@@ -237,7 +241,8 @@ def _operations(repo_id: str, files: Mapping[str, Path], there: frozenset[str]) 
     """Add every file; delete ours that this version lacks. Weights of others would be taken for ours: refuse them."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    foreign = {f for f in there if "/" not in f and f.endswith(_WEIGHTS)} - set(_OURS)
+    ours = (*_OURS, *preprocess_names())
+    foreign = {f for f in there if "/" not in f and f.endswith(_WEIGHTS)} - set(ours)
     if not there & {PACKED, MANIFEST}:
         foreign |= there & {FLOAT_COPY}
     if foreign:
@@ -246,5 +251,5 @@ def _operations(repo_id: str, files: Mapping[str, Path], there: frozenset[str]) 
             "would take those for this model. Publish under another name, or delete them first"
         )
     adds = [CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())]
-    stale = [name for name in _OURS if name in there and name not in files]
+    stale = [name for name in ours if name in there and name not in files]
     return [*adds, *(CommitOperationDelete(name) for name in stale)]

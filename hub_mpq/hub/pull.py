@@ -14,12 +14,10 @@ from ..core.files import CONFIG, FLOAT_COPY, INDICATORS, MANIFEST, PACKED
 from ..errors import HubMPQError, InvalidArgument, PackedFormat
 from ..pack import Manifest, parse_manifest, read_packed
 from ..pack.header import MAX_HEADER
-from .preprocess import PREPROCESS
+from .preprocess import preprocess_names
 from .remote import check_repo_id, hub_api, hub_errors, repo_of
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_WANTED = (CONFIG, *PREPROCESS, INDICATORS, PACKED)
-"""Fetched in this order: where the packed file is, the rest is there too."""
 _FIRST = 1 << 16
 
 
@@ -69,10 +67,15 @@ def fetch(
                 api.hf_hub_download(repo_id, INDICATORS, revision=folder.name)
         if PACKED not in there:
             raise HubMPQError(f"{repo_id} has the config of a packed model but no {PACKED}")
-        for name in _WANTED:
+        for name in _wanted():
             if name in there:
                 api.hf_hub_download(repo_id, name, revision=folder.name)
     return folder
+
+
+def _wanted() -> tuple[str, ...]:
+    """Names of the files of a published model, in the order to fetch: where the packed file is, the rest is too."""
+    return (CONFIG, *preprocess_names(), INDICATORS, PACKED)
 
 
 def _is_packed(config: Path) -> bool:
@@ -108,7 +111,7 @@ def pull(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as work:
-            for name in _WANTED:
+            for name in _wanted():
                 if (found / name).is_file():
                     shutil.copyfile(found / name, Path(work) / name)
             os.chmod(work, 0o755)

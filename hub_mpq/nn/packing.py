@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import FLOAT_BITS, Policy
+from ..core.library import libraries
 from ..cost.size import layer_nbytes
 from ..errors import PackedFormat
 from ..pack import Manifest, PackedTensor, empty_packed, file_nbytes, layout, pack_weight
@@ -50,7 +51,7 @@ def packed_tensors(model: nn.Module, manifest: Manifest) -> dict[str, PackedTens
 def _guard(manifest: Manifest, device: str) -> dict[str, PackedTensor | Tensor]:
     """A float weight without elements beside the first packed one of a hub's model: who loads the packed file as if it
     were float weights (renamed, say) meets a wrong shape; plain transformers would draw new weights."""
-    if manifest.library == "module":
+    if not libraries.get(manifest.library).builds_from_folder:
         return {}
     names = list(layout.packed_layers(manifest))[:1]
     return {part_key(name, "weight"): torch.empty(0, device=device) for name in names}

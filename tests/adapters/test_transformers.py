@@ -272,7 +272,7 @@ def test_ids_that_name_nothing(model_id, message):
     ("content", "message"),
     [
         ("{", "can't be read"),
-        ("[]", "neither timm's"),
+        ("[]", "neither timm nor transformers"),
         ('{"model_type": "zzz"}', "can't be built"),
         (None, "no config.json"),
     ],

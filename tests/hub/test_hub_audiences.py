@@ -10,6 +10,7 @@ from hub_toys import IDS, IMAGE, float_bert, timm_toy
 
 from hub_mpq import HubMPQ
 from hub_mpq.core.files import PACKED
+from hub_mpq.core.library import libraries
 from hub_mpq.export.float_copy import float_copy_state
 from hub_mpq.hub.publish import FLOAT_COPY
 
@@ -80,9 +81,9 @@ def test_every_audience(hub, environment, tmp_path):
     import transformers
 
     plain_timm = timm.create_model("test_resnet", num_classes=5).eval()
-    plain_timm.load_state_dict(float_copy_state(image.model))
+    plain_timm.load_state_dict(float_copy_state(image.model, libraries.get("timm")))
     plain_bert = transformers.AutoModel.from_pretrained(tmp_path / "float").eval()
-    plain_bert.load_state_dict(float_copy_state(bert.model))
+    plain_bert.load_state_dict(float_copy_state(bert.model, libraries.get("transformers")))
     with torch.no_grad():
         data = {
             "image": IMAGE,

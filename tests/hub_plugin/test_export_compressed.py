@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from hub_mpq import HubMPQ, LayerBits, Policy
 from hub_mpq.errors import HubMPQError, InvalidArgument
+from hub_mpq.export import FORMATS
 
 PLAIN = """
 import json, sys
@@ -86,3 +87,15 @@ def test_what_it_cannot_say_is_refused_in_words(tmp_path, net):
     with pytest.raises(InvalidArgument, match="gguf"):
         own.export(tmp_path / "x", "gguf")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_format_in_the_table_is_one_that_export_writes(net, monkeypatch, tmp_path):
+    mpq = HubMPQ.from_module(net, torch.zeros(1, 1, 8, 8)).apply_policy("W4")
+    given = []
+    monkeypatch.setitem(FORMATS, "toy", lambda *args: given.append(args) or 7)
+    assert mpq.export(tmp_path, "toy") == 7
+    ((folder, model, manifest, config, example),) = given
+    assert (folder, model, dict(config), example) == (tmp_path, mpq.model, {}, mpq.source.example)
+    assert manifest.policy == mpq.policy
+    with pytest.raises(InvalidArgument, match="known: compressed-tensors, onnx, toy"):
+        mpq.export(tmp_path, "gguf")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hub_mpq import HubMPQ
 from hub_mpq.core.files import CONFIG, PACKED
 from hub_mpq.errors import HubMPQError, PackedFormat, PolicyMismatch
 from hub_mpq.nn.packed import packed_layers
+from hub_mpq.pack import read_packed, write_packed
 
 
 def files(folder):
@@ -154,6 +156,11 @@ def test_folders_that_are_wrong_are_refused(bert, tmp_path):
         transformers.AutoModelForSequenceClassification.from_pretrained(
             changed("classes", lambda c: c.update(num_hidden_layers=3, architectures=["Other"]))
         )
+    unknown = changed("library")
+    tensors, manifest = read_packed(unknown / PACKED)
+    write_packed(unknown / PACKED, tensors, replace(manifest, library="nobody's"))
+    with pytest.raises(PackedFormat, match="nobody's"):
+        bert.cls.from_pretrained(unknown)
     (bert_only := changed("gone") / PACKED).unlink()
     with pytest.raises(OSError, match=PACKED):
         bert.cls.from_pretrained(bert_only.parent)

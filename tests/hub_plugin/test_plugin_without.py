@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from hub_mpq import HubMPQ
 from hub_mpq.core.files import PACKED
+from hub_mpq.core.library import libraries
 from hub_mpq.export.float_copy import float_copy_state
 
 PLAIN = """
@@ -48,7 +49,11 @@ def row(root, name, folder, library, cls, inputs):
 
 def with_copy(folder, mpq, target):
     shutil.copytree(folder, target)
-    save_file(float_copy_state(mpq.model), target / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        float_copy_state(mpq.model, libraries.get(mpq.source.library)),
+        target / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     return target
 
 
@@ -75,7 +80,7 @@ def test_float_copy_or_an_error(tmp_path):
     import timm
 
     float_timm = timm.create_model("test_resnet", num_classes=5)
-    float_timm.load_state_dict(float_copy_state(mpq.model))
+    float_timm.load_state_dict(float_copy_state(mpq.model, libraries.get(mpq.source.library)))
     want["timm copy"] = want["wrapper copy"] = float_timm.eval()(x).detach()
 
     for name, source in (("timm", tmp_path / "timm"), ("bert", tmp_path / "bert" / "packed")):
