@@ -37,10 +37,18 @@ if TYPE_CHECKING:
     from .core import Indicators as Indicators
     from .core import LayerBits as LayerBits
     from .core import LayerGraph as LayerGraph
+    from .core import LayerKind as LayerKind
+    from .core import Library as Library
     from .core import Limit as Limit
     from .core import Policy as Policy
+    from .core import Runtime as Runtime
     from .core import SearchResult as SearchResult
+    from .core import Task as Task
+    from .core import register_layer_kind as register_layer_kind
+    from .core import register_library as register_library
     from .core import register_limit as register_limit
+    from .core import register_runtime as register_runtime
+    from .core import register_task as register_task
     from .errors import HubMPQError as HubMPQError
     from .hub.plugin import MPQConfig as MPQConfig
     from .model import HubMPQ as HubMPQ

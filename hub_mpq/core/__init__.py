@@ -5,9 +5,12 @@ from .budget import Budget
 from .indicators import Indicators
 from .layer import FloatOp, LayerGraph, LayerSpec
 from .layer_kind import LayerKind, layer_kinds, register_layer_kind
+from .library import Library, libraries, register_library
 from .limit import Limit, Reduction, Value, limits, register_limit
 from .options import Engine, FinetuneOptions, IndicatorOptions
 from .result import Policy, SearchResult, Usage
+from .runtime import Runtime, register_runtime, runtimes
+from .task import Task, register_task, tasks
 from .tensor import QuantSpec
 from .units import human, parse_bytes, parse_count, parse_ratio
 
@@ -24,20 +27,29 @@ __all__ = [
     "LayerGraph",
     "LayerKind",
     "LayerSpec",
+    "Library",
     "Limit",
     "Policy",
     "QuantSpec",
     "Reduction",
+    "Runtime",
     "SearchResult",
+    "Task",
     "Usage",
     "Value",
     "check_width",
     "human",
     "layer_kinds",
+    "libraries",
     "limits",
     "parse_bytes",
     "parse_count",
     "parse_ratio",
     "register_layer_kind",
+    "register_library",
     "register_limit",
+    "register_runtime",
+    "register_task",
+    "runtimes",
+    "tasks",
 ]

@@ -12,6 +12,14 @@ from ..errors import InvalidArgument
 T = TypeVar("T")
 _NAME = re.compile(r"[A-Za-z][\w.-]*", re.ASCII)
 
+_PACKAGE = f"{__name__.partition('.')[0]}."
+
+
+def _class_of(value: object) -> tuple[str, str]:
+    """(module, qualified name) of a class, or of an object's class."""
+    cls = value if isinstance(value, type) else type(value)
+    return cls.__module__, cls.__qualname__
+
 
 class Registry(Generic[T]):
     """Objects of one sort by name, in the order they were registered.
@@ -29,6 +37,9 @@ class Registry(Generic[T]):
     def register(self, name: str, value: T) -> T:
         """Make `value` known as `name` and return it.
 
+        A class of the user's, or an object of one, that is defined again (a cell of a notebook, a module that is loaded
+        as a script and by name) takes the place of the first.
+
         Raises:
             InvalidArgument: The name is not a word, or another object has it.
         """
@@ -37,7 +48,11 @@ class Registry(Generic[T]):
         self._fill()
         known = self._found.get(name)
         if known is not None and known is not value and known != value:
-            raise InvalidArgument(f"a {self.sort} {name!r} is registered already ({known!r})")
+            (module, kind), (_, again) = _class_of(known), _class_of(value)
+            if module.startswith(_PACKAGE) and kind != again:
+                raise InvalidArgument(f"{name!r} is a {self.sort} of hub_mpq itself; register {again} as another")
+            if kind != again or module.startswith(_PACKAGE):
+                raise InvalidArgument(f"a {self.sort} {name!r} is registered already ({module}.{kind})")
         self._found[name] = value
         return value
 

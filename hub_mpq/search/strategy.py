@@ -126,18 +126,9 @@ def register_strategy(name: str) -> Callable[[type[SearchStrategy]], type[Search
     """
 
     def register(cls: type[SearchStrategy]) -> type[SearchStrategy]:
-        known = strategies.get(name) if name in strategies else None
-        if known is not None and known.__module__.startswith(f"{__package__}."):
-            raise InvalidArgument(f"{name!r} is a strategy of hub_mpq itself; register {cls.__qualname__} as another")
-        # a module that is loaded twice (as a script and by name) brings its class again
-        if known is not None and known.__qualname__ == cls.__qualname__:
-            strategies.unregister(name)
-        elif known is not None:
-            raise InvalidArgument(
-                f"a strategy {name!r} is registered already ({known.__module__}.{known.__qualname__})"
-            )
+        strategies.register(name, cls)
         cls.name = name
-        return strategies.register(name, cls)
+        return cls
 
     return register
 

@@ -150,8 +150,11 @@ def test_names_of_libraries(toy):
         load("resnet18", library="jax")
     with pytest.raises(InvalidArgument, match="give the network itself"):
         load("resnet18", library="module")
+    register_library(Toy())  # the class of the same name: a cell of a notebook that runs again
     with pytest.raises(InvalidArgument, match="registered already"):
-        register_library(Toy())
+        register_library(type("Another", (Toy,), {})())
+    with pytest.raises(InvalidArgument, match="itself"):
+        register_library(type("Own", (Toy,), {"name": "timm"})())
     libraries.unregister("toy")
     with pytest.raises(HubMPQError, match="toy:tiny"):
         HubMPQ.from_pretrained("toy:tiny", pretrained=False)

@@ -147,8 +147,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.seen.method == "HEAD":
             return
         stop = self.fault.cut if self.fault is not None and self.fault.cut is not None else len(body)
+        self.seen.sent = min(stop, len(body))  # before: who has read the answer may ask for the count at once
         self.wfile.write(body[:stop])
-        self.seen.sent = min(stop, len(body))
         if stop < len(body):
             raise Cut
 
