@@ -368,8 +368,9 @@ class HubMPQ(nn.Module):
             strategy: The one that is going to search; None: with the scores that are there, if any.
         """
         whole = Budget.of(budget, limits) or Budget()
-        learned = self.scores is not None and (strategy is None or self._serves(strategy))
-        self._check_reachable(self._pinned(fixed), whole, candidates, learned=learned)
+        graph = self._pinned(fixed)
+        learned = self.scores is not None and (strategy is None or self._serves(strategy, graph))
+        self._check_reachable(graph, whole, candidates, learned=learned)
 
     def _check_reachable(self, graph: LayerGraph, budget: Budget, candidates: CandidatesLike, *, learned: bool) -> None:
         if learned:
@@ -548,7 +549,7 @@ class HubMPQ(nn.Module):
         graph = self._pinned(fixed)
         if indicators is not None:
             self.scores = indicators
-        learned = indicators is not None or self._serves(strategy)
+        learned = indicators is not None or self._serves(strategy, graph)
         if whole is not None:
             self._check_reachable(graph, whole, candidates, learned=learned)
         if val is not None and "float" not in self.metrics and labels_of(first_batch(val)) is not None:
@@ -582,9 +583,12 @@ class HubMPQ(nn.Module):
             self.evaluate(val)
         return self
 
-    def _serves(self, strategy: str) -> bool:
+    def _serves(self, strategy: str, graph: LayerGraph) -> bool:
         """Whether the scores that are there are what a strategy would learn once and for all budgets."""
-        return self.scores is not None and strategy_named(strategy).learned_once and self.scores.strategy == strategy
+        found = self.scores
+        if found is None or found.strategy != strategy or not strategy_named(strategy).learned_once:
+            return False
+        return {layer.name for layer in graph.searched} <= {*found.weight, *found.pairs}
 
     def _learn(
         self, graph: LayerGraph, train: Any, options: IndicatorOptions, candidates: CandidatesLike, **more: Any
