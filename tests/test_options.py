@@ -130,3 +130,30 @@ def test_a_file_of_scores_that_is_wrong_is_refused(mpq, tmp_path):
         write_indicators(tmp_path / "b.safetensors", bad)
         with pytest.raises(HubMPQError, match="provenance"):
             read_indicators(tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("strategy", ["limpq", "dq"])
+def test_a_run_that_is_resumed_while_it_fine_tunes_searches_no_more(net, train, strategy, tmp_path, monkeypatch):
+    """The scores lie beside the states, whatever strategy made them."""
+
+    class Stopped:
+        """Batches that end in Ctrl-C once the quantizers are in."""
+
+        def __iter__(self):
+            for batch in train:
+                if mpq.policy is not None and mpq.model is not mpq.float_model and "search" in mpq.seconds:
+                    raise KeyboardInterrupt
+                yield batch
+
+        def __len__(self):
+            return len(train)
+
+    options = {"strategy": strategy, "bitops": "W3A3", "steps": 1, "indicator_options": {"steps": 1}}
+    mpq = HubMPQ.from_module(copy.deepcopy(net), X)
+    with pytest.raises(KeyboardInterrupt):
+        mpq.quantize(train=Stopped(), checkpoint_dir=tmp_path, **options)
+    found = mpq.scores
+    monkeypatch.setattr("hub_mpq.model.train_scores", None)
+    mpq = HubMPQ.from_module(copy.deepcopy(net), X)
+    mpq.quantize(train=train, checkpoint_dir=tmp_path, resume=True, **options)
+    assert mpq.scores == found
