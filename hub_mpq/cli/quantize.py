@@ -42,15 +42,11 @@ def quantize(
     as_json: o.Json = False,
 ) -> None:
     """Indicators, search, quantizers, fine-tuning and a packed folder, in one command."""
-    strategy_options = o.model_args_of(strategy_option, "--strategy-option")
-    if strategy != "limpq" or strategy_options:
-        from ..search.strategy import build_strategy, infers_widths
+    from ..search.strategy import build_strategy, infers_widths
 
-        build_strategy(strategy, strategy_options)  # an unknown name or option must not cost a model's loading first
-        needed = not infers_widths(strategy)
-    else:
-        needed = True
-    if needed and budget is None:
+    strategy_options = o.model_args_of(strategy_option, "--strategy-option")
+    build_strategy(strategy, strategy_options)  # an unknown name or option must not cost a model's loading first
+    if budget is None and not infers_widths(strategy):
         Budget()
     check_folder(output, overwrite, resume)
     o.check_plot(plot)
@@ -69,8 +65,6 @@ def quantize(
             budget,
             train=train,
             val=measured,
-            epochs=tuning.epochs,
-            steps=tuning.steps,
             strategy=strategy,
             strategy_options=strategy_options,
             indicators=stored,
