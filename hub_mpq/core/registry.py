@@ -33,6 +33,7 @@ class Registry(Generic[T]):
     def __init__(self, sort: str, home: str | None = None) -> None:
         self.sort, self.home = sort, home
         self._found: dict[str, T] = {}
+        self._filled = False
 
     def register(self, name: str, value: T) -> T:
         """Make `value` known as `name` and return it.
@@ -86,5 +87,8 @@ class Registry(Generic[T]):
         return list(self._found)
 
     def _fill(self) -> None:
-        if self.home is not None:
-            import_module(self.home)  # every time: another thread may be half way through the first import
+        if self._filled or self.home is None:
+            return
+        home = import_module(self.home)  # waits for another thread that is half way through it
+        # this thread may be half way through it itself, registering what the home defines
+        self._filled = not getattr(home.__spec__, "_initializing", False)
