@@ -1,4 +1,4 @@
-"""Do learned indicators choose better widths than equal widths do? (issue A2)
+"""Do learned indicators choose better widths than equal widths do?
 
     python examples/benchmarks/study.py --task resnet20 --level W3A3 --seeds 3
     python examples/benchmarks/study.py --report
