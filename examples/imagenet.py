@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from hub_mpq import HubMPQ
-from hub_mpq.core import Candidates, human
+from hub_mpq import Candidates, HubMPQ
+from hub_mpq.core import human
 from hub_mpq.data import data_config, image_loader
 from hub_mpq.report import table
 from hub_mpq.train import Finetune, fit

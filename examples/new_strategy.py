@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hub_mpq import HubMPQ
-from hub_mpq.search.strategy import SearchStrategy, additive, register_strategy
+from hub_mpq import HubMPQ, SearchStrategy, register_strategy
+from hub_mpq.search.strategy import additive
 
 
 @register_strategy("fan-out")

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import torch
 
-from hub_mpq import HubMPQ
-from hub_mpq.core import Engine
+from hub_mpq import Engine, HubMPQ
 from hub_mpq.data import data_config, image_loader
 from hub_mpq.pack import write_indicators
 from hub_mpq.train.processes import describe, on_main, world
@@ -39,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true")
     given = parser.parse_args(argv)
 
-    told = describe()  # joins the processes, so it comes before anything that could differ between them
+    processes = describe()  # joins the processes, so it comes before anything that could differ between them
     if world()[0] == 0:
-        print(told, flush=True)
+        print(processes, flush=True)
     torch.manual_seed(0)  # of weights that no file gives
     size = (3, given.side, given.side)
     mpq = HubMPQ.from_pretrained(

@@ -648,7 +648,7 @@ class HubMPQ(nn.Module):
         model = self._float[0] if self._float else self.model
         return base_nbytes(model, self._manifest(Policy.uniform(graph, "W2A2"), graph))
 
-    # sharing
+    # saving and publishing
 
     def save_pretrained(self, folder: str | Path) -> int:
         """Write config.json, packed weights and scores atomically into a folder; returns the packed bytes.

@@ -63,7 +63,7 @@ def test_every_file_and_folder_has_a_floor():
     [
         "from .. import model",
         "from ..model import HubMPQ",
-        "from ..model.hubmpq import HubMPQ",
+        "from ..hub.publish import publish",
         "import hub_mpq.model",
         "import hub_mpq",
         "from hub_mpq import model",

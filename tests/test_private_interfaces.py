@@ -58,9 +58,9 @@ def test_the_table_names_files_and_tests_that_exist():
 
 def test_every_test_of_this_file_stands_in_the_table():
     """A test that leaves no trace in the table guards nothing that a reader of the table can find."""
-    told = {name for row in rows() for path, name in NODE.findall(row[3]) if path.endswith(Path(__file__).name)}
+    listed = {name for row in rows() for path, name in NODE.findall(row[3]) if path.endswith(Path(__file__).name)}
     own = {name for name in functions(Path(__file__)) if name.startswith("test_")}
-    assert own - told == {
+    assert own - listed == {
         "test_the_table_names_files_and_tests_that_exist",
         "test_every_test_of_this_file_stands_in_the_table",
     }
@@ -211,9 +211,9 @@ def test_loading_unpacks_no_weight(bert, monkeypatch):
 def test_loading_reports_no_tensor_that_was_not_expected(bert):
     """The weight without elements that guards a packed file is in _keys_to_ignore_on_load_unexpected."""
     folder, cls, _ = bert
-    _, told = cls.from_pretrained(folder, output_loading_info=True)
-    assert not told["unexpected_keys"]
-    assert not told["missing_keys"]
+    _, loading = cls.from_pretrained(folder, output_loading_info=True)
+    assert not loading["unexpected_keys"]
+    assert not loading["missing_keys"]
     assert not cls._keys_to_ignore_on_load_unexpected, "the class is as it was"
 
 

@@ -39,7 +39,7 @@ def install(monkeypatch, **installed):
     monkeypatch.setattr(versions, "version", lambda name: installed.get(name) or plain(name))
 
 
-def told(caplog):
+def log_lines(caplog):
     return [record.getMessage() for record in caplog.records if record.name == "hub_mpq.versions"]
 
 
@@ -53,7 +53,7 @@ def test_a_newer_minor_is_told_once(monkeypatch, caplog, library):
     install(monkeypatch, **{library: f"{after(library)}.0.dev0+local"})
     for _ in range(3):
         warn_if_untested(library)
-    (line,) = told(caplog)
+    (line,) = log_lines(caplog)
     tested = ".".join(map(str, NEWEST_TESTED[library]))
     assert f"{library} and was tested up to {tested}; {after(library)}.0.dev0+local is installed" in line
 
@@ -64,7 +64,7 @@ def test_newer_patches_and_older_minors_are_not(monkeypatch, caplog, library):
     for installed in (newest, f"{newest}.99", f"{newest}rc1", f"{NEWEST_TESTED[library][0] - 1}.999"):
         install(monkeypatch, **{library: installed})
         warn_if_untested(library)
-        assert told(caplog) == []
+        assert log_lines(caplog) == []
         warn_if_untested.cache_clear()
 
 
@@ -72,7 +72,7 @@ def test_the_first_of_several_processes_tells(monkeypatch, caplog):
     install(monkeypatch, torch="999.0")
     monkeypatch.setenv("RANK", "1")
     warn_if_untested("torch")
-    assert told(caplog) == []
+    assert log_lines(caplog) == []
 
 
 def test_it_is_one_line_on_stderr():
@@ -162,7 +162,7 @@ def test_it_comes_where_private_interfaces_are_used(monkeypatch, caplog, net, tm
     warn_if_untested.cache_clear()
     install(monkeypatch, **{library: "999.0"})
     use(net, path)
-    assert len([line for line in told(caplog) if f"interfaces of {library} " in line]) == 1
+    assert len([line for line in log_lines(caplog) if f"interfaces of {library} " in line]) == 1
 
 
 def numbers(text):

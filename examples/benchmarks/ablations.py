@@ -1,4 +1,4 @@
-"""What in the indicators' training decides: the study's mixed row again with one setting changed. (issue A2)
+"""What in the indicators' training decides: the study's mixed row again with one setting changed.
 
     python examples/benchmarks/ablations.py --task resnet20 --level W3A3
     python examples/benchmarks/ablations.py --report

@@ -13,8 +13,8 @@ def random_policy(mpq: HubMPQ, limit: str, target: float, generator: np.random.G
     graph = mpq.graph
     widths = {
         x.name: (
-            sorted(mpq.indicators.weight[x.name]),
-            [32] if x.weight_only else sorted(mpq.indicators.activation[x.name]),
+            sorted(mpq.scores.weight[x.name]),
+            [32] if x.weight_only else sorted(mpq.scores.activation[x.name]),
         )
         for x in graph.searched
     }

@@ -30,7 +30,7 @@ def worker(folder: Path, steps: int, tune: int) -> None:
     from hub_mpq import HubMPQ
     from hub_mpq.train.processes import describe, world
 
-    told = describe()
+    device = describe()
     rank, processes = world()
     net = tasks.lifted_resnet20()
     mpq = HubMPQ.from_module(
@@ -49,7 +49,7 @@ def worker(folder: Path, steps: int, tune: int) -> None:
     figures = mpq.evaluate(test)
     if rank == 0:
         out = {
-            "told": told,
+            "device": device,
             "float": float_figures["top1"],
             "top1": figures["top1"],
             "samples": figures["samples"],
@@ -133,7 +133,7 @@ def main() -> None:
     for processes, row in found.items():
         steps = row["step_seconds"]["joint"]
         cells = [f"{row['float']:.2f}", f"{row['top1']:.2f}", row["trained"], f"{row['loss'][-1]:.4f}", f"{steps:.3f}"]
-        print(f"| {processes} ({row['told']}) | {' | '.join(map(str, cells))} | {row['seconds']:.0f} |")
+        print(f"| {processes} ({row['device']}) | {' | '.join(map(str, cells))} | {row['seconds']:.0f} |")
     for side in ("weight", "activation"):
         rho, apart = compare(found[1], found[2], side)
         print(f"{side} indicators of two beside one: rank correlation {rho:.4f}, median difference {100 * apart:.2f} %")

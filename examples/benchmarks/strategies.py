@@ -93,7 +93,7 @@ def policy_of(
         options = {**options, "activation_bits": int(level["uniform"][-1])}
     widths = len({*level["candidates"].weight, *level["candidates"].activation})
     steps = max(args.search_steps // (widths + 1), 1) if strategy == "limpq" else args.search_steps
-    found = mpq.train_scores(
+    mpq.train_scores(
         cifar_train(seed, args.batch),
         strategy=strategy,
         strategy_options=options,
@@ -102,10 +102,12 @@ def policy_of(
         steps=steps,
         seed=seed,
     )
-    scores = reversed_scores(found.pairs) if row.startswith("reversed") else found.pairs
-    result = search_policy(
-        mpq.graph, scores, Budget(**level["budget"]), base_bytes=mpq.base_bytes(), sense=found.sense, strategy=strategy
-    )
+    budget = Budget(**level["budget"])
+    if row.startswith("reversed"):
+        scores = reversed_scores(mpq.score_table()[0])
+        result = search_policy(mpq.graph, scores, budget, base_bytes=mpq.base_bytes(), strategy="reversed")
+    else:
+        result = mpq.search(budget)
     return result.policy, time.perf_counter() - began
 
 

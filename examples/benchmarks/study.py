@@ -1,4 +1,4 @@
-"""Do learned indicators choose better widths than equal widths do? (issue A2)
+"""Do learned indicators choose better widths than equal widths do?
 
     python examples/benchmarks/study.py --task resnet20 --level W3A3 --seeds 3
     python examples/benchmarks/study.py --report
@@ -41,11 +41,11 @@ def indicators_of(mpq: HubMPQ, task: Task, learned: bool, seed: int, folder: Pat
         asked = {k: v for k, v in options.items() if k != "alpha"}
         settings = {**task.indicator_options, **(asked if learned else {"steps": 0})}
         began = time.perf_counter()
-        mpq.train_indicators(
+        found = mpq.train_indicators(
             task.train(seed), candidates=task.candidates, seed=seed, **{"steps": task.indicator_steps, **settings}
         )
-        told = {**mpq.indicators.provenance, "seconds": time.perf_counter() - began}
-        write_indicators(file, replace(mpq.indicators, provenance=told))
+        provenance = {**found.provenance, "seconds": time.perf_counter() - began}
+        write_indicators(file, replace(found, provenance=provenance))
     mpq.scores = read_indicators(file)
 
 
@@ -57,7 +57,7 @@ def policy_of(
     if method == "uniform":
         return Policy.uniform(mpq.graph, task.uniform(level)), 0.0, None
     indicators_of(mpq, task, method in ("mixed", "reversed"), seed, folder, options)
-    told = mpq.indicators.provenance
+    provenance = mpq.scores.provenance
     began = time.perf_counter()
     if method == "random":
         reference = mpq.search(**budget)
@@ -70,7 +70,7 @@ def policy_of(
         )
     else:
         result = mpq.search(**budget, alpha=options.get("alpha") if method == "mixed" else None)
-    return result.policy, told["seconds"] + time.perf_counter() - began, told["movement"]
+    return result.policy, provenance["seconds"] + time.perf_counter() - began, provenance["movement"]
 
 
 def run(task: Task, method: str, level: str, seed: int, folder: Path, options: dict[str, Any]) -> None:
@@ -158,22 +158,22 @@ def report(folder: Path) -> None:
 
 def movements(folder: Path, task: str) -> list[str]:
     """What the joint training changed: the scales against their start, the indicators against untrained ones."""
-    told: dict[str, list[dict[str, float]]] = {}
+    changes: dict[str, list[dict[str, float]]] = {}
     for file in sorted(folder.glob(f"{task}-learned-*.safetensors")):
         learned = read_indicators(file)
         for side, moved in learned.provenance["movement"].items():
-            told.setdefault(f"{side} scales", []).append(moved)
+            changes.setdefault(f"{side} scales", []).append(moved)
         start = file.with_name(file.name.replace("-learned-", "-untrained-"))
         if start.exists():
             untrained = read_indicators(start)
             for side in ("weight", "activation"):
-                told.setdefault(f"{side} indicators", []).append(
+                changes.setdefault(f"{side} indicators", []).append(
                     movement(getattr(untrained, side), getattr(learned, side))
                 )
     return [
         f"{what}: median change {100 * np.mean([m['median_change'] for m in found]):.1f} %, "
         f"rank correlation with the start {np.mean([m['rank_correlation'] for m in found]):.3f}"
-        for what, found in told.items()
+        for what, found in changes.items()
         if all(found)
     ]
 

@@ -249,10 +249,10 @@ def launched(count: int, port: int) -> list[str]:
     ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} if count > 1 else {} for r in range(count)]
     command = [*sys.orig_argv, "--child", "fit"]
     runs = [subprocess.Popen(command, env=common | rank, stdout=subprocess.PIPE, text=True) for rank in ranks]
-    told = [run.communicate()[0] for run in runs]
+    printed = [run.communicate()[0] for run in runs]
     if any(run.returncode for run in runs):
         raise SystemExit("a process failed")
-    return told
+    return printed
 
 
 def processes(options: argparse.Namespace) -> None:

@@ -41,11 +41,11 @@ def trace(
     left_out = _excluded(modules, exclude)
     order = list(dict.fromkeys(c.name for c in run.calls if weighty(modules[c.name])))
     names = [name for name in order if layer_kind(modules[name]) and name not in left_out]
-    held = {id(modules[name].weight) for name in names}
+    weights = {id(modules[name].weight) for name in names}
     names += [
         name
         for name, module in modules.items()  # T5's `shared` only lends its Parameter: replaced with the rest
-        if layer_kind(module) and name not in order and name not in left_out and id(module.weight) in held
+        if layer_kind(module) and name not in order and name not in left_out and id(module.weight) in weights
     ]
     macs: Counter[str] = Counter()
     for (where, _, _), count in run.macs.items():

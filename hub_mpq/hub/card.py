@@ -236,9 +236,9 @@ def _loading(repo_id: str, manifest: Manifest, facts: CardFacts) -> str:
         again = "HubMPQ.from_module(net, x)" if needs_net else f'HubMPQ.from_pretrained("{base}")'
         parts.append(
             _block(
-                "Another budget at once, with the indicators stored here:",
-                f'indicators = HubMPQ.from_pretrained("{repo_id}"{given}).indicators',
-                f'model = {again}.quantize(bitops="W3A3", indicators=indicators, train=loader)',
+                "Another budget at once, with the scores stored here:",
+                f'scores = HubMPQ.from_pretrained("{repo_id}"{given}).scores',
+                f'model = {again}.quantize(bitops="W3A3", indicators=scores, train=loader)',
             )
         )
     if exportable(manifest):

@@ -77,9 +77,9 @@ def _check_config(folder: Path, manifest: Manifest, kwargs: Mapping[str, Any]) -
         return  # whatever is wrong, building it says so too
     built = sum(t.numel() * t.element_size() for t in skeleton.state_dict().values())
     others = min(manifest.graph.other_bytes, (folder / PACKED).stat().st_size)
-    held = others + 4 * sum(layer.weight_count for layer in manifest.graph)
-    if built > 2 * held + 2**20:
-        raise PackedFormat(folder / CONFIG, f"builds a model of {built} bytes, its packed file holds one of {held}")
+    declared = others + 4 * sum(layer.weight_count for layer in manifest.graph)
+    if built > 2 * declared + 2**20:
+        raise PackedFormat(folder / CONFIG, f"builds a model of {built} bytes, its packed file holds one of {declared}")
 
 
 def load_packed(path: str | os.PathLike[str], skeleton: nn.Module) -> Manifest:

@@ -28,10 +28,10 @@ def origin_of(
     library = libraries.get(manifest.library)
     base = base_model or _hub_id(library, manifest.base_model)
     card = _base_card(base or manifest.base_model, manifest.revision, token)
-    told = library.card_data(config)
-    license = card.get("license") or told.get("license")
+    own = library.card_data(config)
+    license = card.get("license") or own.get("license")
     return Origin(
-        base, license if isinstance(license, str) else None, card.get("pipeline_tag") or told.get("pipeline_tag")
+        base, license if isinstance(license, str) else None, card.get("pipeline_tag") or own.get("pipeline_tag")
     )
 
 

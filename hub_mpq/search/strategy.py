@@ -23,8 +23,9 @@ from .scores import Scores
 class SearchStrategy(Hooks):
     """Base of all strategies. Its constructor takes the options a user may give, by keyword.
 
-    The driver (`train_scores`) sets `loss`, `limits`, `seed` and `searched` (names of the searched layers), then calls,
-    in this order, `loader`, `attach`, `calibrate`, the hooks of the training loop, `read_out`, `scores`.
+    The driver (`train_scores`) sets `seed`, `searched` (names of the searched layers), `limits` and, after `loader`,
+    `loss`. Then it calls, in this order, `attach`, `calibrate`, the hooks of the training loop, `read_out`,
+    `indicators` (which asks for `scores`), `inferred`, `details`.
 
     trains: False for scorers that are done after `calibrate`. batches: how many batches `calibrate` gets.
     sense: "min" when a smaller score is better. optimizer, lr, scale_lr, weight_decay: of the training.

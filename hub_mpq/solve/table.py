@@ -40,7 +40,7 @@ class ParsedTable:
 
 
 def parse(table: Mapping[str, Any]) -> ParsedTable:
-    """Check a table (DESIGN §3) and turn it into a ParsedTable; InvalidArgument names the layer at fault."""
+    """Check what `solve_table` takes and turn it into a ParsedTable; InvalidArgument names the layer at fault."""
     if not isinstance(table, Mapping):
         raise InvalidArgument(f"a table is a mapping with sense, layers and limits, not {type(table).__name__}")
     if table.get("sense") not in ("min", "max"):

@@ -96,7 +96,7 @@ def test_norms_of_timm():
 
 
 def test_mobilenet_v1_is_quantized_whole():
-    """shared/data: strided convolutions are Conv2dSame."""
+    """Strided convolutions are Conv2dSame."""
     from timm.models.efficientnet import _gen_mobilenet_v1
 
     net = _gen_mobilenet_v1("mobilenetv1_100", channel_multiplier=0.75, pad_type="same", bn_eps=1e-3)

@@ -14,13 +14,13 @@ from cli_toys import LOADING, MODEL, SKELETON, images
 def refused(result, *words):
     """One sentence on stderr that says these words, exit code 2, nothing on stdout. What has begun to train said so."""
     assert result.exit_code == 2, result.stdout + result.stderr
-    told = [line for line in result.stderr.splitlines() if not line.startswith(("warning: ", "hub-mpq: 1 process"))]
-    assert len(told) == 1, result.stderr
-    assert told[0].startswith("hub-mpq: ")
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("warning: ", "hub-mpq: 1 process"))]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("hub-mpq: ")
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
     for word in words:
-        assert word in told[0], told[0]
+        assert word in lines[0], lines[0]
 
 
 @pytest.fixture

@@ -119,8 +119,8 @@ def test_killed_20_times_and_resumed_the_indicators_are_equal_to_the_bit(start, 
     for found in ends:
         assert found.weight == expected.weight
         assert found.activation == expected.activation
-        for told in ("steps", "samples", "epoch_loss"):
-            assert found.provenance[told] == expected.provenance[told]
+        for key in ("steps", "samples", "epoch_loss"):
+            assert found.provenance[key] == expected.provenance[key]
     assert not states.exists()
     print(f"{kills} kills, {torn} of them while a state was written, at {len(met)} steps, {len(ends)} ends")
 
@@ -146,13 +146,13 @@ def small_disk(tmp_path):
 def refused_for_space(process, log, folder):
     """It ends with one sentence, and the last good state stays alone."""
     process.join()
-    told = log.read_text().splitlines()
-    assert process.exitcode == 2, told
-    assert "could not be written" in told[-1], told
-    assert "Traceback" not in "".join(told)
+    lines = log.read_text().splitlines()
+    assert process.exitcode == 2, lines
+    assert "could not be written" in lines[-1], lines
+    assert "Traceback" not in "".join(lines)
     (good,) = folder.glob("*/*-*")
     assert good.name.startswith("step-")
-    assert str(good) in told[-1]
+    assert str(good) in lines[-1]
 
 
 def test_files_that_cannot_grow_keep_the_last_good_state(start, folder, tmp_path):

@@ -61,9 +61,9 @@ def test_without_data_it_warns_and_calibrates(tmp_path):
     done = subprocess.run([sys.executable, "-m", "hub_mpq", *args], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["search"]["status"] == "optimal"  # nothing but the object on stdout
-    first, told = (line for line in done.stderr.splitlines() if not line.startswith(UNTESTED))
+    first, warning = (line for line in done.stderr.splitlines() if not line.startswith(UNTESTED))
     assert first == "hub-mpq: 1 process, device cpu"
-    assert told.startswith("warning: no data")
+    assert warning.startswith("warning: no data")
 
 
 def test_unlabelled_images_are_distilled(run, folder, tmp_path):

@@ -52,9 +52,9 @@ def test_ctrl_c_and_resume(run, folder, tmp_path):
     stopped = interrupted([*args, "--json"])
     assert stopped.returncode == 130
     assert stopped.stdout == ""
-    first, told = (line for line in stopped.stderr.splitlines() if not line.startswith(UNTESTED))
+    first, hint = (line for line in stopped.stderr.splitlines() if not line.startswith(UNTESTED))
     assert first == "hub-mpq: 1 process, device cpu"
-    assert "--resume" in told
+    assert "--resume" in hint
     assert not out.exists()
 
     again = run(*args)

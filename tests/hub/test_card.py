@@ -122,7 +122,8 @@ def test_how_it_was_made_is_what_was_recorded(hub, net, x, train):
     assert f"| search: gap | {search['gap']:.6g} |" in text
     assert f"| search: strategy | {search['strategy']} |" in text
     assert "| indicators: steps | 2 |" in text
-    assert "indicators=indicators" in text
+    assert ".scores\n" in text
+    assert "indicators=scores" in text
     assert "| finetune: steps | 3 |" in text
     assert "| finetune: lr | 0.0002 |" in text
     assert "| finetune: seed | 5 |" in text

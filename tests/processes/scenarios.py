@@ -191,9 +191,9 @@ def main() -> None:
     from hub_mpq.train.processes import describe
 
     folder = Path(sys.argv[1])
-    told = describe()
+    device = describe()
     chosen = sys.argv[2:] or list(SCENARIOS)
-    results = {"told": told, **{name: SCENARIOS[name](folder) for name in chosen}}
+    results = {"device": device, **{name: SCENARIOS[name](folder) for name in chosen}}
     (folder / f"{world()[0]}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
 

@@ -51,9 +51,9 @@ def quantized(folder):
 
 def test_the_whole_route_on_two_processes(folder, quantized):
     assert quantized.returncode == 0, quantized.stderr
-    told = json.loads(quantized.stdout)  # one object: one process speaks
-    assert told["search"]["status"] == "optimal"
-    assert told["metrics"]["quantized"]["samples"] == 24
+    report = json.loads(quantized.stdout)  # one object: one process speaks
+    assert report["search"]["status"] == "optimal"
+    assert report["metrics"]["quantized"]["samples"] == 24
     assert sorted(p.name for p in folder.iterdir()) == ["done.json", "out", "out.logs", "train"]
     assert (folder / "out" / "model.mpq.safetensors").is_file()
 

@@ -49,7 +49,7 @@ def one(tmp_path_factory):
 
 
 def test_there_are_two(two):
-    assert [result["told"] for result in two] == ["2 processes, device cpu, gloo"] * 2
+    assert [result["device"] for result in two] == ["2 processes, device cpu, gloo"] * 2
 
 
 @pytest.mark.parametrize("count", [str(count) for count in scenarios.COUNTS])

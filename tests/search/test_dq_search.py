@@ -45,9 +45,9 @@ def test_ties_that_hang_together_take_one_width(monkeypatch):
 
 def test_widths_over_a_byte_constraint_come_with_a_warning(net, train):
     mpq = HubMPQ.from_module(net, X)
-    with pytest.warns(UserWarning, match="weight_bytes=1, which is a soft constraint") as told:
+    with pytest.warns(UserWarning, match="weight_bytes=1, which is a soft constraint") as caught:
         mpq.train_scores(train, strategy="dq", strategy_options={"weight_bytes": 1}, steps=1)
-    assert len([w for w in told if "soft constraint" in str(w.message)]) == 1
+    assert len([w for w in caught if "soft constraint" in str(w.message)]) == 1
     options = {"activation_bytes": 1, "activation": "sum"}
     with pytest.warns(UserWarning, match="activation_bytes=1, which"):
         mpq.train_scores(train, strategy="dq", strategy_options=options, steps=1)
@@ -59,9 +59,9 @@ def test_widths_over_a_byte_constraint_come_with_a_warning(net, train):
 def test_a_byte_constraint_beside_a_budget_is_told_to_be_none(net, train):
     mpq = HubMPQ.from_module(net, X)
     options = {"strategy": "dq", "steps": 1, "budget": {"bitops": "W6A6"}}
-    with pytest.warns(UserWarning, match="held to the budget alone") as told:
+    with pytest.warns(UserWarning, match="held to the budget alone") as caught:
         mpq.train_scores(train, strategy_options={"weight_bytes": 669.6}, **options)
-    assert len([w for w in told if issubclass(w.category, UserWarning)]) == 1
+    assert len([w for w in caught if issubclass(w.category, UserWarning)]) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mpq.train_scores(train, **options)

@@ -121,9 +121,9 @@ def test_a_checkpoint_of_another_search_is_not_taken(net, train, tmp_path):
             raise KeyboardInterrupt
 
     def quantized(data, options, **more):
-        told = {"strategy_options": options, "indicator_options": {"steps": 4, "checkpoint_every": 1}}
+        options_of_search = {"strategy_options": options, "indicator_options": {"steps": 4, "checkpoint_every": 1}}
         mpq = HubMPQ.from_module(copy.deepcopy(net), X)
-        return mpq.quantize(strategy="dq", bitops="W3A3", train=data, epochs=0, **told, **more)
+        return mpq.quantize(strategy="dq", bitops="W3A3", train=data, epochs=0, **options_of_search, **more)
 
     with pytest.raises(KeyboardInterrupt):
         quantized(Stopped(), {}, checkpoint_dir=tmp_path)
