@@ -539,8 +539,9 @@ class HubMPQ(nn.Module):
             engine: How the trainings run (precision, memory, trackers).
         """
         whole = Budget.of(budget, limits)
-        learning = IndicatorOptions.of(indicator_options).filled(seed=seed, resume=resume)
-        tuning = FinetuneOptions.of(finetune_options).filled(epochs=epochs, steps=steps, seed=seed, resume=resume)
+        learning = IndicatorOptions.of(indicator_options, {"seed": seed, "resume": resume})
+        shared = {"epochs": epochs, "steps": steps, "seed": seed, "resume": resume}
+        tuning = FinetuneOptions.of(finetune_options, shared)
         tuned = train is not None and (tuning.epochs > 0 if tuning.steps is None else tuning.steps > 0)
         if tuned and engine is not None and engine.fsdp:
             raise InvalidArgument("fsdp trains indicators; fine-tuning runs without it, so give epochs=0")

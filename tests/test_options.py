@@ -66,8 +66,10 @@ def test_a_dataclass_a_mapping_and_keywords_say_the_same(mpq, train):
 
 
 def test_options_that_are_set_win_over_those_of_the_whole_call(mpq, train):
-    mpq.quantize(bitops="W4A4", train=train, epochs=5, finetune_options={"steps": 1})
-    assert mpq.history["finetune"]["steps"] == 1
+    mpq.quantize(bitops="W4A4", train=train, epochs=5, seed=7, finetune_options={"steps": 1})
+    assert mpq.history["finetune"] == {"steps": 1, "samples": 16, "epochs": 5, "seed": 7}
+    mpq.quantize(bitops="W4A4", train=train, seed=7, finetune_options={"steps": 1, "seed": 0})  # the default, asked for
+    assert mpq.history["finetune"] == {"steps": 1, "samples": 16}
 
 
 def test_pins_hold_for_one_call(net, train):

@@ -61,7 +61,7 @@ def pareto(
     budget: Budget | None,
     loading: o.NoWeights,
     indicators: o.Indicators = None,
-    limit: Annotated[str, typer.Option(help="bitops, size, weight_bits or activation_memory.")] = "bitops",
+    limit: Annotated[str, typer.Option(help="What to run over: bitops, size, weight_bits, …")] = "bitops",
     points: Annotated[int, typer.Option(help="Budgets between the least and the greatest.")] = 20,
     candidates: o.CandidateBits = None,
     alpha: o.Alpha = None,

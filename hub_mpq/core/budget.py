@@ -63,7 +63,7 @@ class Budget:
         if not given and not costs:
             raise InvalidArgument('no budget given: name at least one limit, for example bitops="W4A4"')
         if clash := sorted(set(costs or ()) & set(limits.names())):
-            raise InvalidArgument(f"cost {clash[0]!r} has the name of a built-in limit")
+            raise InvalidArgument(f"cost {clash[0]!r} has the name of a limit")
         parsed = {name: limits.get(name).parse(value) for name, value in given.items()}
         object.__setattr__(self, "given", given)
         object.__setattr__(self, "limits", parsed)

@@ -133,7 +133,9 @@ class Limit(ABC):
 
     def show(self, amount: float) -> str:
         """An amount for people: "30.1 KB"."""
-        return f"{human(amount)}{self.unit}" if len(self.unit) < 2 else f"{human(amount)} {self.unit}"
+        text = human(amount)
+        joined = not self.unit or (len(self.unit) == 1 and text[-1].isalpha())  # 1.2 KB, but 236 B and 1.2 K mJ
+        return f"{text}{self.unit}" if joined else f"{text} {self.unit}"
 
 
 limits: Registry[Limit] = Registry("limit", "hub_mpq.cost")

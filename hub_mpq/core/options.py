@@ -36,8 +36,18 @@ class Options:
     title: ClassVar[str] = ""
 
     @classmethod
-    def of(cls: type[O], options: O | Mapping[str, Any] | None = None, **changes: Any) -> O:
+    def of(
+        cls: type[O],
+        options: O | Mapping[str, Any] | None = None,
+        defaults: Mapping[str, Any] | None = None,
+        **changes: Any,
+    ) -> O:
         """Options as they are, a mapping of them, or None for the defaults; with `changes` in place.
+
+        Args:
+            options: The options.
+            defaults: Values for what `options` leaves out; of a dataclass, for its fields that are at their defaults.
+            changes: Single options by name.
 
         Raises:
             InvalidArgument: No such option; the error names the nearest one.
@@ -51,7 +61,9 @@ class Options:
                 near = difflib.get_close_matches(str(name), names, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}"
                 raise InvalidArgument(f"{cls.__name__} has no option {name!r}{hint}")
-        return replace(options, **given) if isinstance(options, cls) else cls(**given)  # type: ignore[type-var]
+        if isinstance(options, cls):
+            return replace(options.filled(**(defaults or {})), **given)  # type: ignore[type-var]
+        return cls(**{**(defaults or {}), **given})
 
     def filled(self: O, **values: Any) -> O:
         """The same options with `values` where a field is at its default."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ..core import FLOAT_BITS, Policy
+from ..core import FLOAT_BITS
 from ..core.library import libraries
 from ..cost.size import layer_nbytes
 from ..errors import PackedFormat
@@ -79,9 +78,8 @@ def predicted_nbytes(model: nn.Module, manifest: Manifest) -> int:
 
 def base_nbytes(model: nn.Module, manifest: Manifest) -> int:
     """Bytes of the packed file of a float `model` beside its searched layers, the same at every policy."""
-    policy = Policy.uniform(manifest.graph, "W2A2")
-    searched = sum(layer_nbytes(layer, policy.bits[layer.name]) for layer in manifest.graph.searched)
-    return predicted_nbytes(model, replace(manifest, policy=policy)) - searched
+    bits = manifest.policy.bits
+    return predicted_nbytes(model, manifest) - sum(layer_nbytes(x, bits[x.name]) for x in manifest.graph.searched)
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +18,6 @@ from ..train.hooks import Groups
 from ..train.processes import mean_rows
 from .loss_sensitivity import Rows, loss_sensitivity, probe_loss
 from .movement import movement
-from .scores import Scores, default_alpha, limpq_scores
 from .strategy import SearchStrategy, register_strategy
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -186,11 +184,6 @@ class LIMPQ(SearchStrategy):
         if self.indicator == "loss":
             weight, activation = self.sensitivity
         return Indicators(weight, activation, signed)
-
-    def scores(self, model: nn.Module) -> Scores:
-        """The indicators with the default α; `HubMPQ.search` takes another one."""
-        found = replace(self.indicators(model), provenance={"indicator": self.indicator})
-        return limpq_scores(found, self.graph, self.candidates, default_alpha(found))
 
     def details(self, model: nn.Module) -> dict[str, Any]:
         """The settings, and how far the scales moved."""

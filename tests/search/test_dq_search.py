@@ -100,7 +100,7 @@ def test_a_cost_of_the_users_may_not_have_the_name_of_a_limit(net, train, name):
     mpq = HubMPQ.from_module(net, X)
     row = {f"W{w}A{a}": 1.0 for w in range(2, 7) for a in range(2, 7)}
     table = {x.name: row for x in mpq.graph.searched}
-    with pytest.raises(InvalidArgument, match="name of a built-in limit"):
+    with pytest.raises(InvalidArgument, match="name of a limit"):
         mpq.train_scores(train, strategy="dq", steps=1, budget={"weight_bits": 4, "costs": {name: (9.0, table)}})
 
 
