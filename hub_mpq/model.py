@@ -48,8 +48,7 @@ from .pack import Manifest, read_indicators, write_indicators
 from .report import report
 from .search.candidates import CandidatesLike, resolve_candidates
 from .search.policy_search import inferred_policy, pareto_front, search_policy, usage_of
-from .search.problem import build
-from .search.scores import Scores, score_table
+from .search.scores import Scores, equal_scores, score_table
 from .search.strategy import infers_widths, strategy_named
 from .search.synthetic_data import synthetic_batch
 from .search.train_scores import train_scores
@@ -376,16 +375,9 @@ class HubMPQ(nn.Module):
         if learned:
             self._search(graph, budget, None, candidates)
             return
-        chosen = self._candidates(graph, candidates)
-        scores = {
-            layer.name: {
-                LayerBits(weight, activation): 0.0
-                for weight in chosen[layer.name].weight
-                for activation in ((FLOAT_BITS,) if layer.weight_only else chosen[layer.name].activation)
-            }
-            for layer in graph.searched
-        }
-        build(graph, scores, budget, base_bytes=self.base_bytes()).solve()
+        search_policy(
+            graph, equal_scores(graph, self._candidates(graph, candidates)), budget, base_bytes=self.base_bytes()
+        )
 
     def pareto(
         self,

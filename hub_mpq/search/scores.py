@@ -45,6 +45,18 @@ def scored_candidates(indicators: Indicators, graph: LayerGraph, *, weight_only:
     }
 
 
+def equal_scores(graph: LayerGraph, candidates: Mapping[str, Candidates]) -> Scores:
+    """{searched layer: {widths: 0}} of all candidates: for a search that only asks whether a budget can be met."""
+    return {
+        x.name: {
+            LayerBits(weight, activation): 0.0
+            for weight in candidates[x.name].weight
+            for activation in ((FLOAT_BITS,) if x.weight_only else candidates[x.name].activation)
+        }
+        for x in graph.searched
+    }
+
+
 def score_table(
     indicators: Indicators,
     graph: LayerGraph,
