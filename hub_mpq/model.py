@@ -44,7 +44,7 @@ from .hub.publish import publish
 from .hub.pull import packed_folder
 from .hub.remote import check_repo_id
 from .nn.packing import base_nbytes
-from .pack import Manifest, read_indicators, write_indicators
+from .pack import Manifest
 from .report import report
 from .search.candidates import CandidatesLike, resolve_candidates
 from .search.policy_search import inferred_policy, pareto_front, search_policy, usage_of
@@ -205,6 +205,10 @@ class HubMPQ(nn.Module):
         """`scores`, by the name that published cards use."""
         return self.scores
 
+    @indicators.setter
+    def indicators(self, value: Indicators | None) -> None:
+        self.scores = value
+
     # scores
 
     def train_indicators(
@@ -214,7 +218,7 @@ class HubMPQ(nn.Module):
         *,
         candidates: CandidatesLike = None,
         fixed: Pins | None = None,
-        engine: Engine | None = None,
+        engine: Engine | Options | None = None,
         **changes: Any,
     ) -> Indicators:
         """Learn every layer's importance at every candidate width by LIMPQ; it serves every later budget.
@@ -233,7 +237,7 @@ class HubMPQ(nn.Module):
         candidates: CandidatesLike = None,
         fixed: Pins | None = None,
         budget: Budget | Options | None = None,
-        engine: Engine | None = None,
+        engine: Engine | Options | None = None,
         **changes: Any,
     ) -> Indicators:
         """Let a strategy score the layers; later searches use the scores, which are stored with the model.
@@ -258,7 +262,7 @@ class HubMPQ(nn.Module):
             strategy=strategy,
             strategy_options=strategy_options,
             budget=Budget.of(budget, {}),
-            engine=engine,
+            engine=Engine.of(engine),
         )
 
     def _train_scores(
@@ -283,7 +287,7 @@ class HubMPQ(nn.Module):
             options,
             strategy=strategy,
             budget=budget,
-            base_bytes=self.base_bytes(),
+            base_bytes=self._base_bytes(graph),
             **more,
         )
         cls = strategy_named(strategy)
@@ -341,7 +345,7 @@ class HubMPQ(nn.Module):
             graph,
             table,
             budget,
-            base_bytes=self.base_bytes(),
+            base_bytes=self._base_bytes(graph),
             sense=scores.sense,
             strategy=scores.strategy,
             seed=scores.seed,
@@ -376,7 +380,10 @@ class HubMPQ(nn.Module):
             self._search(graph, budget, None, candidates)
             return
         search_policy(
-            graph, equal_scores(graph, self._candidates(graph, candidates)), budget, base_bytes=self.base_bytes()
+            graph,
+            equal_scores(graph, self._candidates(graph, candidates)),
+            budget,
+            base_bytes=self._base_bytes(graph),
         )
 
     def pareto(
@@ -387,6 +394,7 @@ class HubMPQ(nn.Module):
         *,
         alpha: float | None = None,
         candidates: CandidatesLike = None,
+        fixed: Pins | None = None,
         **limits: Any,
     ) -> list[SearchResult]:
         """Best policies along one limit.
@@ -395,16 +403,17 @@ class HubMPQ(nn.Module):
             limit: The limit to run over.
             points: How many budgets between the least and the greatest.
             budget: Other limits that hold at each point, whole or by name, as in `search`.
-            alpha, candidates: As in `search`.
+            alpha, candidates, fixed: As in `search`.
         """
-        table, _ = self.score_table(alpha, candidates)
+        graph = self._pinned(fixed)
+        table, _ = self._score_table(graph, alpha, candidates)
         scores: Any = self.scores
         return pareto_front(
-            self.graph,
+            graph,
             table,
             limit=limit,
             points=points,
-            base_bytes=self.base_bytes(),
+            base_bytes=self._base_bytes(graph),
             others=Budget.of(budget, limits),
             sense=scores.sense,
             strategy=scores.strategy,
@@ -444,6 +453,7 @@ class HubMPQ(nn.Module):
         per_channel: bool,
         reestimate_norms: bool,
     ) -> HubMPQ:
+        graph = graph.at(policy.bits)
         model = copy.deepcopy(self.float_model)
         data = [synthetic_batch(self.float_model, self.source.example)] if calibration is None else seeded(calibration)
         apply_policy(model, graph, policy, data, limit=batches, per_channel=per_channel)
@@ -460,7 +470,7 @@ class HubMPQ(nn.Module):
         train: Iterable[Any],
         options: FinetuneOptions | Options | None = None,
         *,
-        engine: Engine | None = None,
+        engine: Engine | Options | None = None,
         **changes: Any,
     ) -> TrainLog:
         """Train the quantized model in place.
@@ -495,7 +505,7 @@ class HubMPQ(nn.Module):
         val: Iterable[Any] | None = None,
         epochs: float = 1,
         steps: int | None = None,
-        strategy: str = "limpq",
+        strategy: str | None = None,
         strategy_options: Options | None = None,
         indicators: Indicators | None = None,
         indicator_options: IndicatorOptions | Options | None = None,
@@ -507,7 +517,7 @@ class HubMPQ(nn.Module):
         checkpoint_dir: str | Path | None = None,
         resume: bool = False,
         finetune_options: FinetuneOptions | Options | None = None,
-        engine: Engine | None = None,
+        engine: Engine | Options | None = None,
         **limits: Any,
     ) -> HubMPQ:
         """Scores, policy, quantizers in, fine-tuned: all in one call; returns self.
@@ -519,7 +529,7 @@ class HubMPQ(nn.Module):
                 warning.
             val: Labelled batches to measure on, before and after.
             epochs, steps: Length of fine-tuning (epochs=0: calibration only).
-            strategy, strategy_options: As in `train_scores`.
+            strategy, strategy_options: As in `train_scores`; by default the one that made `indicators`, else "limpq".
             indicators: Scores learned before.
             indicator_options: As in `train_scores`.
             alpha, candidates: As in `search`.
@@ -535,9 +545,13 @@ class HubMPQ(nn.Module):
         shared = {"epochs": epochs, "steps": steps, "seed": seed, "resume": resume}
         tuning = FinetuneOptions.of(finetune_options, shared)
         tuned = train is not None and (tuning.epochs > 0 if tuning.steps is None else tuning.steps > 0)
-        if tuned and engine is not None and engine.fsdp:
+        engine = Engine.of(engine)
+        if tuned and engine.fsdp:
             raise InvalidArgument("fsdp trains indicators; fine-tuning runs without it, so give epochs=0")
-        if whole is None and not infers_widths(strategy):
+        if indicators is not None and strategy not in (None, indicators.strategy):
+            raise InvalidArgument(f"the indicators are of strategy {indicators.strategy!r}, not of {strategy!r}")
+        strategy = strategy or (indicators.strategy if indicators is not None else "limpq")
+        if whole is None and (indicators.inferred is None if indicators is not None else not infers_widths(strategy)):
             Budget()  # none where one is needed must not cost a training first
         graph = self._pinned(fixed)
         if indicators is not None:
@@ -586,11 +600,7 @@ class HubMPQ(nn.Module):
     def _learn(
         self, graph: LayerGraph, train: Any, options: IndicatorOptions, candidates: CandidatesLike, **more: Any
     ) -> None:
-        """Scores for `quantize`: those that an interrupted run stored, else new ones, stored beside its states."""
-        stored = Path(f"{options.checkpoint_dir}.safetensors") if options.checkpoint_dir else None
-        if stored is not None and options.resume and stored.is_file():
-            self.scores = read_indicators(stored)
-            return
+        """Scores for `quantize`, from data or, with one warning, without."""
         if train is None:
             warnings.warn(
                 "no data and no stored indicators: searching and calibrating on synthetic inputs; pass train= for a "
@@ -599,13 +609,11 @@ class HubMPQ(nn.Module):
             )
             data = [synthetic_batch(self.float_model, self.source.example, options.seed)]
             if strategy_named(more["strategy"]).learned_once:
-                options = replace(options, steps=0, checkpoint_dir=None, resume=False)
+                options = IndicatorOptions.of(options, steps=0, checkpoint_dir=None, resume=False)
         else:
             first_batch(train)
             data = train
-        found = self._train_scores(graph, data, options, candidates, **more)
-        if stored is not None and train is not None:
-            on_main(lambda: write_indicators(stored, found))
+        self._train_scores(graph, data, options, candidates, **more)
 
     # what a policy costs
 

@@ -1,12 +1,24 @@
 """Options and pins of one call: typos are named, dataclasses and mappings are alike, nothing outlives the call."""
 
 import copy
+import pickle
 from dataclasses import replace
 
 import pytest
 import torch
 
-from hub_mpq import Budget, Engine, FinetuneOptions, HubMPQ, IndicatorOptions, LayerBits, MPQConfig
+from hub_mpq import (
+    Budget,
+    Engine,
+    FinetuneOptions,
+    HubMPQ,
+    IndicatorOptions,
+    Indicators,
+    LayerBits,
+    MPQConfig,
+    Policy,
+)
+from hub_mpq.cost import graph_bitops
 from hub_mpq.errors import HubMPQError, InvalidArgument
 from hub_mpq.pack import read_indicators, write_indicators
 
@@ -127,35 +139,138 @@ def test_a_file_of_scores_that_is_wrong_is_refused(mpq, tmp_path):
     found = replace(mpq.scores, pairs={"3": {LayerBits(2, 2): float("nan")}})
     with pytest.raises(InvalidArgument, match="pair/3"):
         write_indicators(tmp_path / "a.safetensors", found)
-    for wrong in ({"sense": "best"}, {"seed": "x"}, {"inferred": {"3": "W99"}}, {"inferred": 3}):
+    wrongs = ({"sense": "best"}, {"seed": "x"}, {"seed": True}, {"inferred": {"3": "W99"}}, {"inferred": 3})
+    for wrong in (*wrongs, {"strategy": 3}, {"strategy": "x" * 1000}, {"unit": {}}):
         bad = replace(mpq.scores, provenance={**mpq.scores.provenance, **wrong})
         write_indicators(tmp_path / "b.safetensors", bad)
         with pytest.raises(HubMPQError, match="provenance"):
             read_indicators(tmp_path / "b.safetensors")
 
 
-@pytest.mark.parametrize("strategy", ["limpq", "dq"])
-def test_a_run_that_is_resumed_while_it_fine_tunes_searches_no_more(net, train, strategy, tmp_path, monkeypatch):
-    """The scores lie beside the states, whatever strategy made them."""
+def test_a_resumed_run_of_other_settings_learns_its_own_scores(net, make_net, train, tmp_path):
+    """Whatever an earlier run with the same folder did, and for whatever network."""
+    options = {"bitops": "W3A3", "train": train, "epochs": 0, "checkpoint_dir": tmp_path}
+    first = HubMPQ.from_module(net, X).quantize(**options, indicator_options={"steps": 2})
+    again = HubMPQ.from_module(net, X).quantize(**options, indicator_options={"steps": 1, "seed": 7}, resume=True)
+    assert (again.scores.provenance["steps"], again.scores.seed) == (1, 7)
+    other = HubMPQ.from_module(make_net(1), X).quantize(**options, indicator_options={"steps": 2}, resume=True)
+    assert other.scores.weight != first.scores.weight
 
-    class Stopped:
-        """Batches that end in Ctrl-C once the quantizers are in."""
 
-        def __iter__(self):
-            for batch in train:
-                if mpq.policy is not None and mpq.model is not mpq.float_model and "search" in mpq.seconds:
-                    raise KeyboardInterrupt
-                yield batch
+@pytest.mark.parametrize("fixed", [{"3": "W8A8"}, {"0": None, "13": None}, {"*": None}])
+def test_a_size_holds_with_pins_of_the_call(net, train, fixed, tmp_path):
+    """The bytes of what a call pins or frees are counted once: by the search, in usage, and on the disk."""
+    mpq = HubMPQ.from_module(net, X)
+    mpq.train_indicators(train, steps=0, fixed={"*": None})
+    least = mpq.search(size="W2", fixed=fixed).usage["size"]
+    cap = least + 300
+    mpq.quantize(size=cap, train=train, epochs=0, fixed=fixed)
+    assert dict(mpq.result.usage.amounts) == dict(mpq.usage().amounts)
+    assert mpq.save_pretrained(tmp_path) == mpq.usage()["size"] <= cap
 
-        def __len__(self):
-            return len(train)
 
-    options = {"strategy": strategy, "bitops": "W3A3", "steps": 1, "indicator_options": {"steps": 1}}
-    mpq = HubMPQ.from_module(copy.deepcopy(net), X)
-    with pytest.raises(KeyboardInterrupt):
-        mpq.quantize(train=Stopped(), checkpoint_dir=tmp_path, **options)
-    found = mpq.scores
-    monkeypatch.setattr("hub_mpq.model.train_scores", None)
-    mpq = HubMPQ.from_module(copy.deepcopy(net), X)
-    mpq.quantize(train=train, checkpoint_dir=tmp_path, resume=True, **options)
-    assert mpq.scores == found
+def test_a_policy_costs_what_it_says_whatever_the_graph_pins(net, train, tmp_path):
+    mpq = HubMPQ.from_module(net, X)
+    assert {x.name for x in mpq.graph if x.fixed is not None} == {"0", "13"}
+    plain = Policy(dict.fromkeys(mpq.graph.names, LayerBits(4, 4)), mpq.graph.digest)
+    free = HubMPQ.from_module(net, X, fixed={"*": None})
+    usage = mpq.usage(plain)
+    for name in ("bitops", "compression", "activation_memory", "activation_peak"):
+        assert usage[name] == free.usage(plain)[name], name
+    assert usage["bitops"] == graph_bitops(mpq.graph, plain)
+    mpq.apply_policy(plain, train)
+    assert mpq.save_pretrained(tmp_path) == mpq.usage()["size"] == usage["size"]
+    again = HubMPQ.from_pretrained(tmp_path, module=copy.deepcopy(net))
+    assert dict(again.usage().amounts) == dict(mpq.usage().amounts)
+    assert again.graph["0"].fixed == LayerBits(4, 4)
+
+
+def test_indicators_of_another_strategy_than_asked_are_refused(mpq, train):
+    with pytest.raises(InvalidArgument, match="of strategy 'limpq', not of 'dq'"):
+        mpq.quantize(bitops="W4A4", train=train, epochs=0, strategy="dq", indicators=mpq.scores)
+    found = HubMPQ.from_module(mpq.float_model, X).train_scores(train, strategy="dq", steps=1)
+    mpq.quantize(train=train, epochs=0, indicators=found)  # their widths, since no budget is named
+    assert {n: b for n, b in mpq.policy.bits.items() if n in found.inferred} == found.inferred
+    for wrong in ({"zzz": "W4A4"}, dict.fromkeys(found.pairs, "W32A4")):
+        bad = replace(found, provenance={**found.provenance, "inferred": wrong})
+        with pytest.raises(InvalidArgument, match="not those of this model"):
+            mpq.quantize(train=train, epochs=0, indicators=bad)
+
+
+def test_weights_alone_stay_alone_with_scores_of_pairs(net, train):
+    pairs = {n: {LayerBits(2, 2): 2.0, LayerBits(4, 4): 1.0} for n in ("3", "6", "9")}
+    mpq = HubMPQ.from_module(net, X, weight_only=True)
+    mpq.scores = Indicators({}, {}, pairs=pairs, provenance={"strategy": "mine"})
+    with pytest.raises(InvalidArgument, match="no score"):
+        mpq.search(size="W4")
+    mpq.scores = Indicators({}, {}, pairs={n: {**row, LayerBits(3, 32): 5.0} for n, row in pairs.items()})
+    assert {str(mpq.search(size="W4").policy.bits[n]) for n in pairs} == {"W3A32"}
+
+
+def test_a_layer_that_was_pinned_when_scores_were_made_is_named(net, train):
+    mpq = HubMPQ.from_module(net, X)
+    mpq.train_scores(train, strategy="mse", fixed={"3": "W8A8"})
+    with pytest.raises(InvalidArgument, match="layer '3' has no score"):
+        mpq.search(bitops="W4A4")
+    assert mpq.pareto("bitops", 3, fixed={"3": "W8A8"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "words"),
+    [
+        (FinetuneOptions, {"steps": "3"}, "steps is a whole number or None, not '3'"),
+        (FinetuneOptions, {"steps": 2.5}, "steps is a whole number"),
+        (FinetuneOptions, {"epochs": float("nan")}, "epochs is a number, not nan"),
+        (FinetuneOptions, {"epochs": -1}, "epochs is a number of at least 0, not -1"),
+        (FinetuneOptions, {"lr": "x"}, "lr is a number"),
+        (FinetuneOptions, {"lr": -1}, "lr is a number of at least 0"),
+        (FinetuneOptions, {"smoothing": 5}, "smoothing is a number from 0 to 1"),
+        (FinetuneOptions, {"checkpoint_every": 0}, "checkpoint_every is a number of at least 1"),
+        (IndicatorOptions, {"distill": 2}, "distill is a number from 0 to 1"),
+        (IndicatorOptions, {"uniform": "no"}, "uniform is true or false"),
+        (IndicatorOptions, {"seed": 1.5}, "seed is a whole number"),
+        (IndicatorOptions, {"resume": "x"}, "resume is true or false"),
+        (IndicatorOptions, {"stepz": 3}, "did you mean 'steps'"),
+        (Engine, {"bf61": True}, "did you mean 'bf16'"),
+        (Engine, {"bf16": 1}, "bf16 is true or false"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_where_it_is_written(kind, values, words):
+    with pytest.raises(InvalidArgument, match=words):
+        kind(**values)
+    with pytest.raises(InvalidArgument, match=words):
+        kind.of(values)
+
+
+def test_an_engine_may_be_a_mapping(mpq, train):
+    mpq.quantize(bitops="W4A4", train=train, steps=1, engine={"log_every": 5})
+    with pytest.raises(InvalidArgument, match="options are Engine or a mapping"):
+        mpq.finetune(train, steps=1, engine=3)
+    with pytest.raises(InvalidArgument, match="'fb16'"):
+        mpq.train_indicators(train, steps=1, engine={"fb16": True})
+
+
+def test_a_dataclass_means_what_a_mapping_means(mpq, train):
+    for options in ({"epochs": 1, "seed": 0}, FinetuneOptions(epochs=1, seed=0)):
+        mpq.quantize(bitops="W4A4", train=train, epochs=0, seed=5, finetune_options=options)
+        assert mpq.history["finetune"]["steps"] == len(train)
+        assert "seed" not in mpq.history["finetune"]
+    assert copy.deepcopy(FinetuneOptions(steps=3)) == FinetuneOptions(steps=3)
+    assert pickle.loads(pickle.dumps(Engine(bf16=True))) == Engine(bf16=True)  # noqa: S301
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"costs": {"ms": 3}},
+        {"costs": {"ms": ("x", {})}},
+        {"costs": {"ms": (3, {"3": 5})}},
+        {"costs": {"ms": (float("nan"), {})}},
+        {"compression": float("inf")},
+        {"weight_bits": True},
+        {"weight_bits": float("nan")},
+    ],
+)
+def test_a_budget_that_cannot_be_is_refused_where_it_is_written(asked):
+    with pytest.raises(InvalidArgument):
+        Budget(**asked)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,7 +41,8 @@ def indicators(
     from ..train.processes import on_main
 
     with Run(output, settings, resume=resume) as run:
-        training = replace(training, seed=seed, checkpoint_dir=run.folder / "indicators", resume=run.resume)
+        states: dict[str, Any] = {"checkpoint_dir": run.folder / "indicators", "resume": run.resume}
+        training = IndicatorOptions.of(training, seed=seed, **states)
         found = mpq.train_indicators(train, training, candidates=widths, engine=engine)
         on_main(lambda: write_indicators(output, found))
     models.tell_corrupt(train)

@@ -32,7 +32,12 @@ Model = Annotated[
 ]
 CandidateBits = Annotated[Text, typer.Option("--candidates", help="Widths to choose from, such as 2,3,4,5,6.")]
 Alpha = Annotated[Number, typer.Option(help="Weight of the weight indicators; balanced when left out.")]
-Strategy = Annotated[str, typer.Option(help="limpq, dq, ebs, seam, bsq, gradient, hessian, mse, kl, or FILE.py:NAME.")]
+Strategy = Annotated[
+    Text,
+    typer.Option(
+        help="limpq (default), dq, ebs, seam, bsq, gradient, hessian, mse, kl, or FILE.py:NAME.", show_default=False
+    ),
+]
 StrategyOption = Annotated[list[str] | None, typer.Option("--strategy-option", help="KEY=VALUE for the strategy.")]
 Indicators = Annotated[File, typer.Option(help="Indicators trained before.")]
 

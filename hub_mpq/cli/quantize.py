@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +31,7 @@ def quantize(
     val: o.Val = None,
     candidates: o.CandidateBits = None,
     alpha: o.Alpha = None,
-    strategy: o.Strategy = "limpq",
+    strategy: o.Strategy = None,
     strategy_option: o.StrategyOption = None,
     indicators: o.Indicators = None,
     seed: o.Seed = 0,
@@ -44,9 +43,12 @@ def quantize(
     """Indicators, search, quantizers, fine-tuning and a packed folder, in one command."""
     from ..search.strategy import build_strategy, infers_widths
 
+    stored = models.read_indicators_of(indicators) if indicators is not None else None
+    strategy = strategy or (stored.strategy if stored is not None else "limpq")
     strategy_options = o.model_args_of(strategy_option, "--strategy-option")
-    build_strategy(strategy, strategy_options)  # an unknown name or option must not cost a model's loading first
-    if budget is None and not infers_widths(strategy):
+    if stored is None:
+        build_strategy(strategy, strategy_options)  # an unknown name or option must not cost a model's loading first
+    if budget is None and (stored.inferred is None if stored is not None else not infers_widths(strategy)):
         Budget()
     check_folder(output, overwrite, resume)
     o.check_plot(plot)
@@ -55,12 +57,22 @@ def quantize(
     mpq = models.load(model, loading)
     train = models.loader(mpq, data, reading, train=True, seed=seed) if data else None
     measured = models.loader(mpq, val, reading, train=False) if val else None
-    stored = models.read_indicators_of(indicators) if indicators is not None else None
     if budget is not None and stored is None:
         mpq.check_reachable(budget, candidates=widths, strategy=strategy)
+    from ..pack import read_indicators, write_indicators
     from ..train.processes import on_main
 
     with Run(output, settings, resume=resume) as run:
+        kept = run.folder / "scores.safetensors"
+        if stored is None and run.resume and kept.is_file():
+            stored = read_indicators(kept)
+        if stored is None and train is not None and mpq.scores is None:
+            states = {"checkpoint_dir": run.folder / "scores", "resume": run.resume}
+            learning = IndicatorOptions.of(training, {"checkpoint_every": tuning.checkpoint_every}, seed=seed, **states)
+            more: dict[str, Any] = {"strategy_options": strategy_options, "budget": budget, "engine": engine}
+            found = mpq.train_scores(train, learning, strategy=strategy, candidates=widths, **more)
+            on_main(lambda: write_indicators(kept, found))
+            stored = found
         mpq.quantize(
             budget,
             train=train,
@@ -68,7 +80,7 @@ def quantize(
             strategy=strategy,
             strategy_options=strategy_options,
             indicators=stored,
-            indicator_options=training.filled(checkpoint_every=tuning.checkpoint_every),
+            indicator_options=training,
             alpha=alpha,
             candidates=widths,
             seed=seed,
@@ -126,7 +138,8 @@ def finetune(
             if measured is not None:
                 mpq.evaluate(measured)
             mpq.apply_policy(chosen, train, reestimate_norms=False)
-        tuning = replace(tuning, seed=seed, checkpoint_dir=run.folder / "finetune", resume=run.resume)
+        states: dict[str, Any] = {"checkpoint_dir": run.folder / "finetune", "resume": run.resume}
+        tuning = FinetuneOptions.of(tuning, seed=seed, **states)
         mpq.finetune(train, tuning, engine=engine)
         if measured is not None:
             mpq.evaluate(measured)

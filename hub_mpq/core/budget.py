@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from ..errors import InvalidArgument
@@ -64,6 +66,9 @@ class Budget:
             raise InvalidArgument('no budget given: name at least one limit, for example bitops="W4A4"')
         if clash := sorted(set(costs or ()) & set(limits.names())):
             raise InvalidArgument(f"cost {clash[0]!r} has the name of a limit")
+        for name, cost in (costs or {}).items():
+            if not _is_cost(cost):
+                raise InvalidArgument(f'cost {name!r} is (maximum, {{layer: {{"W4A4": cost}}}}), not {str(cost)[:60]}')
         parsed = {name: limits.get(name).parse(value) for name, value in given.items()}
         object.__setattr__(self, "given", given)
         object.__setattr__(self, "limits", parsed)
@@ -97,3 +102,12 @@ class Budget:
 
     def __str__(self) -> str:
         return ", ".join([f"{name} {value}" for name, value in self.given.items()] + list(self.costs))
+
+
+def _is_cost(value: object) -> bool:
+    """Whether a value is a maximum and a table of costs."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        return False
+    cap, table = value
+    number = isinstance(cap, Real) and not isinstance(cap, bool) and math.isfinite(cap)
+    return number and isinstance(table, Mapping) and all(isinstance(row, Mapping) for row in table.values())

@@ -137,6 +137,11 @@ class LayerGraph:
             self, layers=tuple(replace(layer, tie=layer.tie or layer.activation_tie) for layer in self.layers)
         )
 
+    def at(self, bits: Mapping[str, LayerBits]) -> LayerGraph:
+        """The graph with its fixed layers at the widths of a policy, which may be others than the graph's own."""
+        layers = (x if x.fixed is None else replace(x, fixed=bits[x.name]) for x in self.layers)
+        return replace(self, layers=tuple(layers))
+
     @property
     def digest(self) -> str:
         """sha256 (hex) of the layers' names, kinds and shapes: two models with one digest take one policy."""

@@ -141,5 +141,5 @@ def register_library(library: L) -> L:
         ...         ...  # a hub_mpq.adapters.Source
         >>> toy = register_library(Toy())
     """
-    libraries.register(library.name, library)
+    libraries.register(getattr(library, "name", ""), library)
     return library

@@ -51,7 +51,8 @@ class Limit(ABC):
         label: What the amount is, for reports and the axis of a plot.
         help: One sentence for the command line.
         over: How the costs of layers combine: "sum", or "max" for a limit on the largest of them.
-        at_least: Whether the budget is a minimum that the policy must reach (a compression) instead of a maximum.
+        at_least: Whether the budget is a minimum that the policy must reach (a compression) instead of a maximum; `cap`
+            and `whole` then say which greatest cost of the layers that is.
         whole_numbers: Whether amounts are whole numbers (operations, bytes).
         level_parts: Parts that a level such as "W4A4" must name for this limit: "weight", "activation"; empty for a
             limit that takes absolute amounts only.
@@ -59,7 +60,7 @@ class Limit(ABC):
 
     name: str
     unit: str = ""
-    label: str
+    label: str = ""
     help: str = ""
     over: Literal["sum", "max"] = "sum"
     at_least: bool = False
@@ -142,6 +143,21 @@ limits: Registry[Limit] = Registry("limit", "hub_mpq.cost")
 """All limits, in the order in which usage and reports list them."""
 
 
+_TAKEN = """
+alpha as_json batch_size bf16 budget calibration candidates channels_last checkpoint_dir checkpoint_every
+checkpoint_path class_map cls compile costs cpu create_pr cycles cyclic_bits data distill ema engine epochs
+exclude export file finetune_options fixed float_copy folder format format_version fsdp gradient_bits
+gradient_checkpointing gradient_quantizer help indicator_epochs indicator_options indicator_steps indicators
+input_size json kwargs library limit limits local_files_only log_every log_with lr max_corrupt model model_arg
+named optimizer others output overwrite per_channel pin plot points policy pretrained processes quant_method
+reestimate_norms repo resume revision scale_lr searched_bitops seed self smoothing steps strategy
+strategy_option strategy_options sync_batch_norm tie_fused time_limit train val version weight_decay
+weight_only workers
+"""
+RESERVED = frozenset(_TAKEN.split())
+"""Names of arguments and options that stand beside the limits, which no limit can have."""
+
+
 def register_limit(limit: Limit | Callable[[], Limit]) -> Limit | Callable[[], Limit]:
     """Make a limit known to budgets, the solver, reports, plots and the command line; also a class decorator.
 
@@ -152,7 +168,8 @@ def register_limit(limit: Limit | Callable[[], Limit]) -> Limit | Callable[[], L
         What was given.
 
     Raises:
-        InvalidArgument: The name cannot be a keyword of `Budget`, or another limit has it.
+        InvalidArgument: The name cannot be a keyword of `Budget` (`RESERVED`), another limit has it, the limit lacks a
+            label, or it is a minimum without `cap` and `whole` of its own.
 
     Example:
         >>> @register_limit
@@ -163,7 +180,15 @@ def register_limit(limit: Limit | Callable[[], Limit]) -> Limit | Callable[[], L
         >>> mpq.search(energy=0.01)
     """
     made = limit if isinstance(limit, Limit) else limit()
-    if not isinstance(made, Limit) or not str(getattr(made, "name", "")).isidentifier() or made.name == "costs":
-        raise InvalidArgument(f"a limit is named by a Python identifier other than 'costs', not {made!r}")
-    limits.register(made.name, made)
+    name = getattr(made, "name", None)
+    if not isinstance(made, Limit) or not isinstance(name, str) or not name.isidentifier():
+        raise InvalidArgument(f"a limit is a Limit named by a Python identifier, not {made!r} named {name!r}")
+    if name in RESERVED or not made.label:
+        why = f"{name!r} is an argument or an option already" if name in RESERVED else "it has no label"
+        raise InvalidArgument(f"limit {name!r} cannot be registered: {why}")
+    if made.at_least and (made.over == "max" or type(made).cap is Limit.cap or type(made).whole is Limit.whole):
+        raise InvalidArgument(
+            f"limit {name!r} is a minimum (at_least): it needs cap and whole of its own, and over='sum'"
+        )
+    limits.register(name, made)
     return limit

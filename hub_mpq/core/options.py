@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -27,13 +30,37 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 
 
 class Options:
-    """Base of the dataclasses of options: made from a mapping or from keywords, with errors that name the field.
+    """Base of the dataclasses of options: names, types and ranges are checked, with errors that name the field.
 
     Attributes:
         title: What the options are about, over their part of a command's help.
     """
 
     title: ClassVar[str] = ""
+    _given: tuple[str, ...] = ()  # fields that were named when it was made, whatever their values
+
+    def __new__(cls: type[O], *_: Any, **given: Any) -> O:
+        names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        for name in given:
+            if name not in names:
+                near = difflib.get_close_matches(str(name), names, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}"
+                raise InvalidArgument(f"{cls.__name__} has no option {name!r}{hint}")
+        out = super().__new__(cls)
+        object.__setattr__(out, "_given", tuple(given))
+        return out
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # type: ignore[arg-type]
+            value, low, high = getattr(self, f.name), f.metadata.get("low"), f.metadata.get("high")
+            kinds = [_KINDS[name] for name in str(f.type).split(" | ") if name in _KINDS]
+            if not kinds:
+                continue
+            if not any(fits(value) for _, fits in kinds):
+                raise InvalidArgument(f"{f.name} is {' or '.join(words for words, _ in kinds)}, not {value!r}")
+            if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
+                ends = f"from {low} to {high}" if high is not None else f"of at least {low}"
+                raise InvalidArgument(f"{f.name} is a number {ends}, not {value!r}")
 
     @classmethod
     def of(
@@ -46,29 +73,23 @@ class Options:
 
         Args:
             options: The options.
-            defaults: Values for what `options` leaves out; of a dataclass, for its fields that are at their defaults.
+            defaults: Values for what `options` leaves out.
             changes: Single options by name.
 
         Raises:
-            InvalidArgument: No such option; the error names the nearest one.
+            InvalidArgument: No such option (the error names the nearest one), or a value out of range.
         """
-        if options is not None and not isinstance(options, (cls, Mapping)):
-            raise InvalidArgument(f"options are {cls.__name__} or a mapping, not {options!r}")
-        given = {**(options if isinstance(options, Mapping) else {}), **changes}
-        names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-        for name in given:
-            if name not in names:
-                near = difflib.get_close_matches(str(name), names, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}"
-                raise InvalidArgument(f"{cls.__name__} has no option {name!r}{hint}")
         if isinstance(options, cls):
-            return replace(options.filled(**(defaults or {})), **given)  # type: ignore[type-var]
-        return cls(**{**(defaults or {}), **given})
+            given = {name: getattr(options, name) for name in options._given}
+        elif options is None or isinstance(options, Mapping):
+            given = dict(options or {})
+        else:
+            raise InvalidArgument(f"options are {cls.__name__} or a mapping, not {options!r}")
+        return cls(**{**(defaults or {}), **given, **changes})
 
     def filled(self: O, **values: Any) -> O:
-        """The same options with `values` where a field is at its default."""
-        at_default = {f.name for f in fields(self) if getattr(self, f.name) == f.default}  # type: ignore[arg-type]
-        return replace(self, **{k: v for k, v in values.items() if k in at_default})  # type: ignore[type-var]
+        """The same options with `values` for those that were not given."""
+        return type(self).of(self, values)
 
     def changed(self) -> dict[str, Any]:
         """{option: value} of those that are not at their defaults and say how the result was made: for the card."""
@@ -79,13 +100,28 @@ class Options:
         }
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "None": ("None", lambda value: value is None),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "int": ("a whole number", lambda value: isinstance(value, Integral) and not isinstance(value, bool)),
+    "float": ("a number", _is_number),
+    "str": ("text", lambda value: isinstance(value, str)),
+    "Path": ("a path", lambda value: isinstance(value, os.PathLike)),
+}
+"""{type as fields name it: (in words, whether a value is of it)}; other types are not checked."""
+
+
 @dataclass(frozen=True)
 class _Length(Options):
     """How long a training is, and how it is repeated and resumed."""
 
     epochs: float = option(1, "Length in epochs.", low=0)
     steps: int | None = option(None, "Length in optimizer steps; wins over epochs.", low=0)
-    seed: int = option(0, "Seed of the training.", on_command_line=False)
+    seed: int = option(0, "Seed of the training.", low=0, on_command_line=False)
     checkpoint_dir: str | Path | None = option(None, "Folder of resumable states.", on_command_line=False, free=True)
     checkpoint_every: int = option(500, "Steps between states to go on from.", low=1, free=True)
     resume: bool = option(False, "Go on from the newest state.", on_command_line=False, free=True)
@@ -118,12 +154,12 @@ class IndicatorOptions(_Length):
 
     title = "Indicators"
 
-    share: float = option(1.0, "Part of each epoch's batches that is used.")
-    lr: float | None = option(None, "Learning rate of the weights.")
-    smoothing: float = option(0.1, "Label smoothing.")
+    share: float = option(1.0, "Part of each epoch's batches that is used.", low=0, high=1)
+    lr: float | None = option(None, "Learning rate of the weights.", low=0)
+    smoothing: float = option(0.1, "Label smoothing.", low=0, high=1)
     distill: float | None = option(None, "Weight of distillation from the float model.", low=0, high=1)
     preset: str = option("short", "short, or authors: LIMPQ's own settings for ImageNet-sized runs.", strategy="limpq")
-    scale_lr: float | None = option(None, "Learning rate of the scales.", strategy="limpq")
+    scale_lr: float | None = option(None, "Learning rate of the scales.", low=0, strategy="limpq")
     freeze_weights: bool = option(False, "Only scales and norms learn.", strategy="limpq")
     uniform: bool = option(True, "Train at the uniform widths too.", strategy="limpq")
     indicator: str | None = option(None, "What is read out: loss, or scale.", strategy="limpq")
@@ -171,10 +207,10 @@ class FinetuneOptions(_Length):
     title = "Fine-tuning"
 
     optimizer: str = option("adam", "adam or sgd.")
-    lr: float = option(1e-4, "Learning rate of the weights.")
-    scale_lr: float = option(1e-3, "Learning rate of the scales.")
-    weight_decay: float = option(1e-5, "Weight decay of the weights.")
-    smoothing: float = option(0.1, "Label smoothing.")
+    lr: float = option(1e-4, "Learning rate of the weights.", low=0)
+    scale_lr: float = option(1e-3, "Learning rate of the scales.", low=0)
+    weight_decay: float = option(1e-5, "Weight decay of the weights.", low=0)
+    smoothing: float = option(0.1, "Label smoothing.", low=0, high=1)
     distill: float | None = option(None, "Weight of distillation from the float model.", low=0, high=1)
     ema: float | None = option(None, "Decay of an average of the weights.", low=0, high=1)
     reestimate_norms: bool = option(True, "Re-estimate BatchNorm statistics afterwards.")

@@ -49,4 +49,4 @@ def register_runtime(runtime: R) -> R:
     Raises:
         InvalidArgument: The name is not a word, or another runtime has it.
     """
-    return runtimes.register(runtime.name, runtime)  # type: ignore[return-value]
+    return runtimes.register(getattr(runtime, "name", ""), runtime)  # type: ignore[return-value]

@@ -63,4 +63,4 @@ def register_task(task: T) -> T:
     Raises:
         InvalidArgument: The name is not a word, or another task has it.
     """
-    return tasks.register(task.name, task)  # type: ignore[return-value]
+    return tasks.register(getattr(task, "name", ""), task)  # type: ignore[return-value]

@@ -45,9 +45,12 @@ def parse_bytes(value: str | float, what: str = "size") -> float:
 def parse_ratio(value: str | float, what: str = "compression") -> float:
     """A plain number; "12.2x" is one too."""
     try:
-        return float(value.strip().lower().removesuffix("x") if isinstance(value, str) else value)
+        ratio = float(value.strip().lower().removesuffix("x") if isinstance(value, str) else value)
     except (TypeError, ValueError):
-        raise InvalidArgument(f"{what}: {value!r} is no number; write for example 12.2") from None
+        ratio = math.nan
+    if isinstance(value, bool) or not math.isfinite(ratio):
+        raise InvalidArgument(f"{what}: {value!r} is no number; write for example 12.2")
+    return ratio
 
 
 def human(amount: float) -> str:

@@ -44,7 +44,7 @@ def become_packed(model: Any, file: str, policy: Policy | LayerBits | None, dtyp
     known = set(model._keys_to_ignore_on_load_unexpected or ())
     model._keys_to_ignore_on_load_unexpected = known | {rf"(^|\.){re.escape(name)}$" for name in guards}
     for name in sorted(names, key=lambda n: manifest.graph[n].weight_owner is not None):
-        _swap(net, names, name, manifest, flat, dtype, file)
+        _replace_layer(net, names, name, manifest, flat, dtype, file)
     _check_covered(model, net, flat, manifest, names, file)
     _untie(model, net)
     return _manifest_of(manifest, names, net)
@@ -61,7 +61,7 @@ def _here(name: str, modules: Iterable[str], model: Any) -> str | None:
     return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None)
 
 
-def _swap(
+def _replace_layer(
     net: nn.Module,
     names: Mapping[str, str],
     name: str,

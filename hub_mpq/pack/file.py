@@ -15,7 +15,7 @@ from .layout import assemble, flatten
 from .manifest import PROVENANCE_RESERVE, Manifest
 from .tensor import PackedTensor, empty_packed
 
-CONTENT = "mpq-weights"
+WEIGHTS = "mpq-weights"
 Tensors = Mapping[str, PackedTensor | Tensor]
 
 
@@ -28,7 +28,7 @@ def header_nbytes(tensors: Tensors, manifest: Manifest) -> int:
     wide = {name: _at_eight_bits(value) for name, value in tensors.items()}
     spare = max(0, PROVENANCE_RESERVE - len(dump_json(dump_json(dict(manifest.provenance))).encode()))
     entries = header.place(container.describe(flatten(wide)))
-    size = header.rendered_nbytes(CONTENT, manifest.to_text(), entries) + spare
+    size = header.rendered_nbytes(WEIGHTS, manifest.to_text(), entries) + spare
     return 8 + -(-size // 8) * 8
 
 
@@ -60,7 +60,7 @@ def write_packed(path: str | os.PathLike[str], tensors: Tensors, manifest: Manif
             raise InvalidArgument(f"layer {name!r} is packed at {value.num_bits} bits, the policy says {level}")
     flat = flatten(tensors)
     assemble(flat, manifest)
-    return container.write(path, CONTENT, text, flat, header_nbytes(tensors, manifest) - 8)
+    return container.write(path, WEIGHTS, text, flat, header_nbytes(tensors, manifest) - 8)
 
 
 def read_packed(path: str | os.PathLike[str]) -> tuple[dict[str, PackedTensor | Tensor], Manifest]:
@@ -69,7 +69,7 @@ def read_packed(path: str | os.PathLike[str]) -> tuple[dict[str, PackedTensor | 
     PackedFormat, naming the file and where it applies the tensor, for any other content; OSError when it cannot be
     opened. The tensors share one buffer of the file's size; nothing else of that size is allocated.
     """
-    head, flat = container.read(path, CONTENT)
+    head, flat = container.read(path, WEIGHTS)
     try:
         manifest = Manifest.from_text(head.manifest)
         return assemble(flat, manifest), manifest
@@ -80,7 +80,7 @@ def read_packed(path: str | os.PathLike[str]) -> tuple[dict[str, PackedTensor | 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """The manifest alone: reads and verifies the header and the file's size, not the tensors."""
     try:
-        return Manifest.from_text(container.read_header(path, CONTENT).manifest)
+        return Manifest.from_text(container.read_header(path, WEIGHTS).manifest)
     except InvalidArgument as error:
         raise PackedFormat(path, str(error)) from None
 
@@ -92,6 +92,6 @@ def parse_manifest(first_bytes: bytes, file: str) -> Manifest:
     """
     try:
         size = header.header_nbytes_of(first_bytes[:8], len(first_bytes))
-        return Manifest.from_text(header.decode(first_bytes[:size], CONTENT).manifest)
+        return Manifest.from_text(header.decode(first_bytes[:size], WEIGHTS).manifest)
     except InvalidArgument as error:
         raise PackedFormat(file, str(error)) from None

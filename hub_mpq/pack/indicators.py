@@ -13,7 +13,7 @@ from ..errors import InvalidArgument, PackedFormat
 from . import container
 from .canonical import dump_json, load_json
 
-CONTENT = "mpq-indicators"
+INDICATORS = "mpq-indicators"
 
 
 def _rows(name: str, scales: Mapping[int, float]) -> Tensor:
@@ -72,12 +72,12 @@ def write_indicators(path: str | os.PathLike[str], indicators: Indicators) -> in
     text = dump_json(
         {"activation_signed": _signed(indicators.activation_signed), "provenance": dict(indicators.provenance)}
     )
-    return container.write(path, CONTENT, text, tensors, 0)
+    return container.write(path, INDICATORS, text, tensors, 0)
 
 
 def read_indicators(path: str | os.PathLike[str]) -> Indicators:
     """The inverse of write_indicators; PackedFormat when the file is torn, tampered with or of another format."""
-    head, tensors = container.read(path, CONTENT)
+    head, tensors = container.read(path, INDICATORS)
     try:
         tree = load_json(head.manifest, "the manifest")
         if not isinstance(tree, dict) or set(tree) != {"activation_signed", "provenance"}:
@@ -105,9 +105,15 @@ def read_indicators(path: str | os.PathLike[str]) -> Indicators:
 
 def _check_provenance(indicators: Indicators) -> None:
     """InvalidArgument for a provenance whose entries are not what `Indicators` reads from it."""
+    facts = indicators.provenance
+    for key, kind in (("strategy", str), ("unit", str), ("seed", int)):
+        if key in facts and (type(facts[key]) is not kind or len(str(facts[key])) > 200):
+            raise InvalidArgument(f"provenance: {key} is a short {kind.__name__}, not {str(facts[key])[:40]!r}")
     try:
-        indicators.seed, indicators.inferred  # noqa: B018 (they are parsed here)
+        indicators.inferred  # noqa: B018 (it is parsed here)
     except (TypeError, ValueError, AttributeError) as error:
         raise InvalidArgument(f"provenance: {error}") from None
+    if indicators.pairs and (indicators.weight or indicators.activation):
+        raise InvalidArgument("scores are of pairs of widths, or of weights and activations, not of both")
     if indicators.sense not in ("min", "max"):
         raise InvalidArgument(f"provenance: sense is min or max, not {indicators.sense[:40]!r}")

@@ -33,7 +33,7 @@ class DifferentiableCosts:
         return {name: evaluate(r, widths) / cap for name, (r, cap) in self.limits.items()}
 
     def over(self, widths: Widths, power: int = 1) -> Tensor:
-        """Σ over limits of relu(amount/cap − 1)^power;0 without limits. Relative: one strength fits all [ours]."""
+        """Σ over limits of relu(amount/cap − 1)^power; 0 without limits. Relative: one strength fits all [ours]."""
         terms = [torch.relu(ratio - 1) ** power for ratio in self.ratios(widths).values()]
         return torch.stack(terms).sum() if terms else torch.zeros(())
 

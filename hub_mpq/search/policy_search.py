@@ -7,8 +7,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from ..core import Budget, Indicators, LayerGraph, Limit, Policy, SearchResult, Usage, limits
+from ..core import FLOAT_BITS, Budget, Indicators, LayerGraph, Limit, Policy, SearchResult, Usage, limits
 from ..cost import CostTable, layer_bitops, limits_of
+from ..cost.size import layer_nbytes
 from ..errors import InfeasibleBudget, InvalidArgument
 from .problem import build
 from .scores import Scores
@@ -24,10 +25,15 @@ def usage_of(graph: LayerGraph, policy: Policy, budget: Budget | None, base_byte
         base_bytes: Bytes of the packed file beside the searched layers.
     """
     policy.check(graph)
+    there = graph.at(policy.bits)
+    for before, after in zip(graph, there, strict=True):
+        if before.fixed is not None and after.fixed is not None and before.fixed != after.fixed:
+            change = [layer_nbytes(x, x.fixed, input_zero_point=True) for x in (before, after) if x.fixed is not None]
+            base_bytes += change[1] - change[0]
     tables = [limit for limit, _ in limits_of(budget) if isinstance(limit, CostTable)] if budget else []
     amounts: dict[str, float] = {}
     for limit in (*limits, *tables):
-        amount = limit.of_policy(graph, policy, base_bytes)
+        amount = limit.of_policy(there, policy, base_bytes)
         if amount is not None:
             amounts[limit.name] = amount
     amounts["searched_bitops"] = sum(layer_bitops(layer, policy.bits[layer.name]) for layer in graph.searched)
@@ -76,6 +82,9 @@ def inferred_policy(graph: LayerGraph, indicators: Indicators) -> Policy:
         raise InvalidArgument(
             f"strategy {indicators.strategy!r} infers no widths: name a budget, for example bitops='W4A4'"
         )
+    searched = {layer.name for layer in graph.searched}
+    if not searched <= set(found) or any(found[name].weight == FLOAT_BITS for name in searched):
+        raise InvalidArgument("the widths that the scores say training settled on are not those of this model")
     return Policy({x.name: x.fixed or found[x.name] for x in graph}, graph.digest)
 
 

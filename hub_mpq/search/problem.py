@@ -60,7 +60,7 @@ class Problem:
         )
 
 
-def _parsed(graph: LayerGraph, budget: Budget) -> list[tuple[Limit, Value]]:
+def _checked_limits(graph: LayerGraph, budget: Budget) -> list[tuple[Limit, Value]]:
     """The limits of a budget; InvalidArgument for a table that does not fit the model."""
     found = limits_of(budget)
     for limit, _ in found:
@@ -74,7 +74,7 @@ def searched_limits(graph: LayerGraph, budget: Budget, base_bytes: int) -> dict[
 
     What strategies with a soft constraint aim at. Raises InvalidArgument as `build` does.
     """
-    return {x.name: (x, x.cap(graph, value, base_bytes)) for x, value in _parsed(graph, budget)}
+    return {x.name: (x, x.cap(graph, value, base_bytes)) for x, value in _checked_limits(graph, budget)}
 
 
 def build(graph: LayerGraph, scores: Scores, budget: Budget, *, base_bytes: int, sense: str = "min") -> Problem:
@@ -93,7 +93,7 @@ def build(graph: LayerGraph, scores: Scores, budget: Budget, *, base_bytes: int,
     """
     if not graph.searched:
         raise InvalidArgument("every layer is fixed: there is nothing to search")
-    parsed = _parsed(graph, budget)
+    parsed = _checked_limits(graph, budget)
     sums = {x.name: x for x, _ in parsed if x.over == "sum"}
     caps = {x.name: x.cap(graph, value, base_bytes) for x, value in parsed if x.over == "sum"}
     peaks = [(x, _peak(x, graph, value, base_bytes)) for x, value in parsed if x.over == "max"]

@@ -77,6 +77,12 @@ def score_table(
     Raises:
         InvalidArgument: A layer has no score at any candidate, or an alpha for another strategy than LIMPQ.
     """
+    there = {*indicators.weight, *indicators.pairs}
+    if missing := [layer.name for layer in graph.searched if layer.name not in there]:
+        raise InvalidArgument(
+            f"layer {missing[0]!r} has no score (perhaps it was fixed when they were learned): learn them again, or "
+            "pass fixed="
+        )
     if not indicators.pairs:
         chosen = candidates or scored_candidates(indicators, graph, weight_only=weight_only)
         used = default_alpha(indicators) if alpha is None else alpha
@@ -93,6 +99,8 @@ def score_table(
                 for bits, score in row.items()
                 if bits.weight in wanted.weight and bits.activation in (*wanted.activation, FLOAT_BITS)
             }
+        if weight_only:
+            row = {bits: score for bits, score in row.items() if bits.activation == FLOAT_BITS}
         if not row:
             raise InvalidArgument(f"layer {layer.name!r} has no score at these candidates; search with them")
         table[layer.name] = row

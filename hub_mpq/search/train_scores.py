@@ -69,7 +69,7 @@ def train_scores(
         raise InvalidArgument(f"strategy {name!r} searches the widths of inputs too; weights alone: limpq or a scorer")
     hooks.limits = searched_limits(graph, budget, base_bytes) if budget is not None else {}
     source = hooks.loader(train)
-    engine = engine or Engine()
+    engine = Engine.of(engine)
     accelerator = accelerator_of(engine, hooks.stage or name, seed=options.seed)
     hooks.check_processes(accelerator.num_processes)
     batches = first_batches(source, hooks.batches, accelerator, options.seed)

@@ -136,7 +136,7 @@ def finetune(
         raise InvalidArgument(f"distill is a weight from 0 to 1, not {distill}")
     if distill and teacher is None:
         raise InvalidArgument("distillation needs the float model, which a model loaded from packed weights lacks")
-    engine = engine or Engine()
+    engine = Engine.of(engine)
     if engine.fsdp:
         raise InvalidArgument("fsdp trains indicators; fine-tuning packs whole weights and runs without it")
     accelerator = accelerator_of(engine, "fine-tune", seed=o.seed)

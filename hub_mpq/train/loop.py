@@ -100,7 +100,7 @@ def fit(
     from huggingface_hub.utils import tqdm
 
     warn_if_untested("accelerate")
-    engine = engine or Engine()
+    engine = Engine.of(engine)
     accelerator = accelerator or accelerator_of(engine, label, seed=seed)
     check(engine, accelerator)
     hooks.check_processes(accelerator.num_processes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from typer.main import get_command
 
 import hub_mpq
 from hub_mpq import (
@@ -20,6 +22,7 @@ from hub_mpq import (
     LayerKind,
     Library,
     Limit,
+    MPQConfig,
     SearchStrategy,
     register_layer_kind,
     register_library,
@@ -212,6 +215,29 @@ def test_names_are_given_once(outside):
         register_limit(type("Mine", (Energy,), {"name": "bitops"}))
     with pytest.raises(InvalidArgument, match="identifier"):
         register_limit(type("Mine", (Energy,), {"name": "energy per day"}))
+    for name in ("alpha", "output", "searched_bitops"):
+        with pytest.raises(InvalidArgument, match="already"):
+            register_limit(type("Mine", (Energy,), {"name": name}))
+    with pytest.raises(InvalidArgument, match="no label"):
+        register_limit(type("Mine", (Energy,), {"name": "mine", "label": ""}))
+    for over in ("sum", "max"):
+        with pytest.raises(InvalidArgument, match="cap and whole of its own"):
+            register_limit(type("Mine", (Energy,), {"name": "mine", "at_least": True, "over": over}))
+
+
+def test_no_argument_or_option_can_be_the_name_of_a_limit():
+    """A new parameter that stands beside the limits has to be in the list."""
+    from hub_mpq.cli import app
+    from hub_mpq.core.limit import RESERVED
+
+    beside = [HubMPQ.search, HubMPQ.quantize, HubMPQ.pareto, HubMPQ.check_reachable, MPQConfig.__init__]
+    names = {name for function in (*beside, Budget.__init__, Budget.of) for name in signature(function).parameters}
+    for command in get_command(app).commands.values():
+        if not any(option.name == "bitops" for option in command.params):
+            continue
+        for option in command.params:
+            names |= {option.name, *(flag.lstrip("-").replace("-", "_") for flag in option.opts if flag[:2] == "--")}
+    assert names - set(limits.names()) - RESERVED == set()
 
 
 @dataclass
