@@ -453,6 +453,7 @@ class HubMPQ(nn.Module):
         per_channel: bool,
         reestimate_norms: bool,
     ) -> HubMPQ:
+        policy.check(graph)
         graph = graph.at(policy.bits)
         model = copy.deepcopy(self.float_model)
         data = [synthetic_batch(self.float_model, self.source.example)] if calibration is None else seeded(calibration)
@@ -548,7 +549,7 @@ class HubMPQ(nn.Module):
         engine = Engine.of(engine)
         if tuned and engine.fsdp:
             raise InvalidArgument("fsdp trains indicators; fine-tuning runs without it, so give epochs=0")
-        if indicators is not None and strategy not in (None, indicators.strategy):
+        if indicators is not None and strategy and strategy_named(strategy).name != indicators.strategy:
             raise InvalidArgument(f"the indicators are of strategy {indicators.strategy!r}, not of {strategy!r}")
         strategy = strategy or (indicators.strategy if indicators is not None else "limpq")
         if whole is None and (indicators.inferred is None if indicators is not None else not infers_widths(strategy)):

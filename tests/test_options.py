@@ -225,7 +225,7 @@ def test_a_layer_that_was_pinned_when_scores_were_made_is_named(net, train):
         (FinetuneOptions, {"lr": "x"}, "lr is a number"),
         (FinetuneOptions, {"lr": -1}, "lr is a number of at least 0"),
         (FinetuneOptions, {"smoothing": 5}, "smoothing is a number from 0 to 1"),
-        (FinetuneOptions, {"checkpoint_every": 0}, "checkpoint_every is a number of at least 1"),
+        (FinetuneOptions, {"checkpoint_every": 0}, "checkpoint_every is a whole number of at least 1, not 0"),
         (IndicatorOptions, {"distill": 2}, "distill is a number from 0 to 1"),
         (IndicatorOptions, {"uniform": "no"}, "uniform is true or false"),
         (IndicatorOptions, {"seed": 1.5}, "seed is a whole number"),

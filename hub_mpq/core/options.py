@@ -53,14 +53,16 @@ class Options:
     def __post_init__(self) -> None:
         for f in fields(self):  # type: ignore[arg-type]
             value, low, high = getattr(self, f.name), f.metadata.get("low"), f.metadata.get("high")
-            kinds = [_KINDS[name] for name in str(f.type).split(" | ") if name in _KINDS]
-            if not kinds:
+            kinds = [_KINDS.get(name) for name in str(f.type).split(" | ")]
+            if None in kinds:
                 continue
-            if not any(fits(value) for _, fits in kinds):
-                raise InvalidArgument(f"{f.name} is {' or '.join(words for words, _ in kinds)}, not {value!r}")
+            if not any(fits(value) for _, fits in kinds):  # type: ignore[misc]
+                wanted = " or ".join(words for words, _ in kinds)  # type: ignore[misc]
+                raise InvalidArgument(f"{f.name} is {wanted}, not {value!r}")
             if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
                 ends = f"from {low} to {high}" if high is not None else f"of at least {low}"
-                raise InvalidArgument(f"{f.name} is a number {ends}, not {value!r}")
+                kind = "a whole number" if isinstance(value, Integral) and "int" in str(f.type) else "a number"
+                raise InvalidArgument(f"{f.name} is {kind} {ends}, not {value!r}")
 
     @classmethod
     def of(

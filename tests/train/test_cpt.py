@@ -74,7 +74,7 @@ def test_bad_settings(net):
     ("options", "match"),
     [
         ({"cycles": 0}, "cycles is a whole number of at least 1, not 0"),
-        ({"cyclic_bits": 2.5}, r"2 to 8 bits, not 2\.5"),
+        ({"cyclic_bits": 2.5}, r"cyclic_bits is a whole number or None, not 2\.5"),
         ({"gradient_quantizer": "nonsense"}, "a gradient quantizer is one of .*, not 'nonsense'"),
     ],
 )
