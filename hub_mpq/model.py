@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 Pins = Mapping[str, LayerBits | str | None]
-Options = Mapping[str, Any]
+OptionsLike = Mapping[str, Any]
 
 
 class HubMPQ(nn.Module):
@@ -176,7 +176,7 @@ class HubMPQ(nn.Module):
         return cls(source, fixed=fixed, weight_only=weight_only, tie_fused=tie_fused)
 
     @classmethod
-    def _of_folder(cls, folder: Path, module: nn.Module | None, kwargs: Options) -> HubMPQ:
+    def _of_folder(cls, folder: Path, module: nn.Module | None, kwargs: OptionsLike) -> HubMPQ:
         source, manifest = load_folder(folder, module, kwargs)
         out = cls(source)
         out.policy, out._float, out.home = manifest.policy, (), folder
@@ -214,11 +214,11 @@ class HubMPQ(nn.Module):
     def train_indicators(
         self,
         train: Iterable[Any],
-        options: IndicatorOptions | Options | None = None,
+        options: IndicatorOptions | OptionsLike | None = None,
         *,
         candidates: CandidatesLike = None,
         fixed: Pins | None = None,
-        engine: Engine | Options | None = None,
+        engine: Engine | OptionsLike | None = None,
         **changes: Any,
     ) -> Indicators:
         """Learn every layer's importance at every candidate width by LIMPQ; it serves every later budget.
@@ -230,14 +230,14 @@ class HubMPQ(nn.Module):
     def train_scores(
         self,
         train: Iterable[Any],
-        options: IndicatorOptions | Options | None = None,
+        options: IndicatorOptions | OptionsLike | None = None,
         *,
         strategy: str = "limpq",
-        strategy_options: Options | None = None,
+        strategy_options: OptionsLike | None = None,
         candidates: CandidatesLike = None,
         fixed: Pins | None = None,
-        budget: Budget | Options | None = None,
-        engine: Engine | Options | None = None,
+        budget: Budget | OptionsLike | None = None,
+        engine: Engine | OptionsLike | None = None,
         **changes: Any,
     ) -> Indicators:
         """Let a strategy score the layers; later searches use the scores, which are stored with the model.
@@ -308,7 +308,7 @@ class HubMPQ(nn.Module):
 
     def search(
         self,
-        budget: Budget | Options | None = None,
+        budget: Budget | OptionsLike | None = None,
         *,
         alpha: float | None = None,
         candidates: CandidatesLike = None,
@@ -357,7 +357,7 @@ class HubMPQ(nn.Module):
 
     def check_reachable(
         self,
-        budget: Budget | Options | None = None,
+        budget: Budget | OptionsLike | None = None,
         *,
         candidates: CandidatesLike = None,
         fixed: Pins | None = None,
@@ -390,7 +390,7 @@ class HubMPQ(nn.Module):
         self,
         limit: str = "bitops",
         points: int = 20,
-        budget: Budget | Options | None = None,
+        budget: Budget | OptionsLike | None = None,
         *,
         alpha: float | None = None,
         candidates: CandidatesLike = None,
@@ -469,9 +469,9 @@ class HubMPQ(nn.Module):
     def finetune(
         self,
         train: Iterable[Any],
-        options: FinetuneOptions | Options | None = None,
+        options: FinetuneOptions | OptionsLike | None = None,
         *,
-        engine: Engine | Options | None = None,
+        engine: Engine | OptionsLike | None = None,
         **changes: Any,
     ) -> TrainLog:
         """Train the quantized model in place.
@@ -500,16 +500,16 @@ class HubMPQ(nn.Module):
 
     def quantize(
         self,
-        budget: Budget | Options | None = None,
+        budget: Budget | OptionsLike | None = None,
         *,
         train: Iterable[Any] | None = None,
         val: Iterable[Any] | None = None,
         epochs: float = 1,
         steps: int | None = None,
         strategy: str | None = None,
-        strategy_options: Options | None = None,
+        strategy_options: OptionsLike | None = None,
         indicators: Indicators | None = None,
-        indicator_options: IndicatorOptions | Options | None = None,
+        indicator_options: IndicatorOptions | OptionsLike | None = None,
         alpha: float | None = None,
         candidates: CandidatesLike = None,
         fixed: Pins | None = None,
@@ -517,8 +517,8 @@ class HubMPQ(nn.Module):
         seed: int = 0,
         checkpoint_dir: str | Path | None = None,
         resume: bool = False,
-        finetune_options: FinetuneOptions | Options | None = None,
-        engine: Engine | Options | None = None,
+        finetune_options: FinetuneOptions | OptionsLike | None = None,
+        engine: Engine | OptionsLike | None = None,
         **limits: Any,
     ) -> HubMPQ:
         """Scores, policy, quantizers in, fine-tuned: all in one call; returns self.
@@ -765,11 +765,12 @@ def _brief(facts: Any) -> Any:
     return {k: v for k, v in facts.items() if not isinstance(v, (Mapping, list)) and not k.endswith("seconds")}
 
 
-def _states_of(folder: str | Path, strategy: str, strategy_options: Options | None, budget: Budget | None) -> Path:
+def _states_of(folder: str | Path, strategy: str, strategy_options: OptionsLike | None, budget: Budget | None) -> Path:
     """Folder for the states of a search: by search, since the state of another one would load without a word, or fail
     in torch's."""
-    if strategy_named(strategy).learned_once:
-        return Path(folder) / "indicators"
+    cls = strategy_named(strategy)
+    if cls.learned_once:
+        return Path(folder) / (cls.stage or cls.name)
     limits = None if budget is None else [dict(budget.given), dict(budget.costs)]
     return Path(folder) / f"search-{_mark([strategy, strategy_options, limits])}"
 

@@ -255,6 +255,8 @@ def test_a_dataclass_means_what_a_mapping_means(mpq, train):
         mpq.quantize(bitops="W4A4", train=train, epochs=0, seed=5, finetune_options=options)
         assert mpq.history["finetune"]["steps"] == len(train)
         assert "seed" not in mpq.history["finetune"]
+    mpq.quantize(bitops="W4A4", train=train, epochs=0, finetune_options=FinetuneOptions(1))
+    assert mpq.history["finetune"]["steps"] == len(train)
     assert copy.deepcopy(FinetuneOptions(steps=3)) == FinetuneOptions(steps=3)
     assert pickle.loads(pickle.dumps(Engine(bf16=True))) == Engine(bf16=True)  # noqa: S301
 
@@ -274,3 +276,12 @@ def test_a_dataclass_means_what_a_mapping_means(mpq, train):
 def test_a_budget_that_cannot_be_is_refused_where_it_is_written(asked):
     with pytest.raises(InvalidArgument):
         Budget(**asked)
+
+
+def test_a_budget_cannot_be_changed_and_can_be_copied():
+    budget = Budget(bitops="W4A4", costs={"ms": (3, {"3": {"W4A4": 1.0}})})
+    for table in (budget.given, budget.limits, budget.costs):
+        with pytest.raises(TypeError):
+            table["bitops"] = "W2A2"
+    assert copy.deepcopy(budget) == pickle.loads(pickle.dumps(budget)) == budget  # noqa: S301
+    assert Budget.of(budget, {"bitops": "W2A2"}).given == {"bitops": "W2A2"}

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import InvalidArgument
@@ -70,9 +71,9 @@ class Budget:
             if not _is_cost(cost):
                 raise InvalidArgument(f'cost {name!r} is (maximum, {{layer: {{"W4A4": cost}}}}), not {str(cost)[:60]}')
         parsed = {name: limits.get(name).parse(value) for name, value in given.items()}
-        object.__setattr__(self, "given", given)
-        object.__setattr__(self, "limits", parsed)
-        object.__setattr__(self, "costs", dict(costs or {}))
+        object.__setattr__(self, "given", MappingProxyType(given))
+        object.__setattr__(self, "limits", MappingProxyType(parsed))
+        object.__setattr__(self, "costs", MappingProxyType(dict(costs or {})))
 
     @classmethod
     def of(cls, budget: Budget | Mapping[str, Any] | None, named: Mapping[str, Any]) -> Budget | None:
@@ -100,8 +101,15 @@ class Budget:
         """The same budget with one limit set to another value."""
         return type(self)(**{**self.given, name: value}, costs=self.costs)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made, (dict(self.given), dict(self.costs))  # a read-only mapping cannot be copied or pickled
+
     def __str__(self) -> str:
         return ", ".join([f"{name} {value}" for name, value in self.given.items()] + list(self.costs))
+
+
+def _made(given: Mapping[str, Any], costs: Costs) -> Budget:
+    return Budget(**given, costs=costs)
 
 
 def _is_cost(value: object) -> bool:

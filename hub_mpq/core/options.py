@@ -39,7 +39,7 @@ class Options:
     title: ClassVar[str] = ""
     _given: tuple[str, ...] = ()  # fields that were named when it was made, whatever their values
 
-    def __new__(cls: type[O], *_: Any, **given: Any) -> O:
+    def __new__(cls: type[O], *values: Any, **given: Any) -> O:
         names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
         for name in given:
             if name not in names:
@@ -47,7 +47,7 @@ class Options:
                 hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}"
                 raise InvalidArgument(f"{cls.__name__} has no option {name!r}{hint}")
         out = super().__new__(cls)
-        object.__setattr__(out, "_given", tuple(given))
+        object.__setattr__(out, "_given", (*names[: len(values)], *given))
         return out
 
     def __post_init__(self) -> None:

@@ -53,10 +53,6 @@ class Usage:
     def __getitem__(self, limit: str) -> float:
         return self.amounts[limit]
 
-    def within(self, limits: Mapping[str, float]) -> bool:
-        """True when every limit named is met."""
-        return all(self.amounts[name] <= cap for name, cap in limits.items())
-
 
 @dataclass(frozen=True)
 class SearchResult:
