@@ -19,7 +19,7 @@ from hub_mpq import (
     Policy,
 )
 from hub_mpq.cost import graph_bitops
-from hub_mpq.errors import HubMPQError, InvalidArgument
+from hub_mpq.errors import HubMPQError, InfeasibleBudget, InvalidArgument
 from hub_mpq.pack import read_indicators, write_indicators
 
 X = torch.zeros(1, 1, 8, 8)
@@ -163,6 +163,10 @@ def test_a_size_holds_with_pins_of_the_call(net, train, fixed, tmp_path):
     mpq = HubMPQ.from_module(net, X)
     mpq.train_indicators(train, steps=0, fixed={"*": None})
     least = mpq.search(size="W2", fixed=fixed).usage["size"]
+    fresh = HubMPQ.from_module(net, X)  # without scores it is asked of the candidates, of 2 bits and more too
+    fresh.check_reachable(size=least, fixed=fixed)
+    with pytest.raises(InfeasibleBudget):
+        fresh.check_reachable(size=least - 1, fixed=fixed)
     cap = least + 300
     mpq.quantize(size=cap, train=train, epochs=0, fixed=fixed)
     assert dict(mpq.result.usage.amounts) == dict(mpq.usage().amounts)

@@ -9,7 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from cli_toys import LOADING, MODEL, UNTESTED
+
+from hub_mpq.pack import read_indicators
 
 PRESSED = """
 import os, signal, sys
@@ -158,3 +161,26 @@ def test_a_process_that_ends_while_the_main_one_removes_the_states(tmp_path, mon
         monkeypatch.setattr(resume, "is_main", lambda: False)
         monkeypatch.setattr(Path, "glob", removed_before_it_is_listed)
     assert not run.folder.exists()
+
+
+@pytest.mark.parametrize("strategy", ["limpq", "dq"])
+def test_a_run_that_stopped_while_it_fine_tuned_searches_no_more(run, folder, tmp_path, monkeypatch, strategy):
+    """The scores lie beside the states, whatever strategy made them, until the run is done."""
+    args = ["quantize", *MODEL, "--data", folder, "--bitops", "W3A3", "--strategy", strategy, *LOADING]
+    args += ["--indicator-steps", "1", "--steps", "2", "--output", tmp_path / "out"]
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hub_mpq.model.finetune", stop)
+        stopped = run(*args)
+    assert (stopped.exit_code, "--resume" in stopped.stderr) == (130, True)
+    kept = read_indicators(tmp_path / "out.checkpoints" / "scores.safetensors")
+    assert kept.strategy == strategy
+    with monkeypatch.context() as patch:
+        patch.setattr("hub_mpq.model.train_scores", None)
+        done = run(*args, "--resume")
+    assert done.exit_code == 0, done.stderr
+    assert read_indicators(tmp_path / "out" / "indicators.safetensors") == kept
+    assert not (tmp_path / "out.checkpoints").exists()
