@@ -39,11 +39,20 @@ _FLOAT_FILES = (
 class MPQConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """What `quantization_config` says of a packed folder, and how to quantize a float model while it is loaded.
 
-    policy: a Policy, its dict, or a level ("W4A8") for all searched layers. Or a budget as in HubMPQ.search (bitops=,
-    size=, compression=, weight_bits=, activation_memory=): then the best policy within it is searched, with the
-    indicators stored beside the model or with data-free ones. calibration: batches for the scales of activations,
-    None for synthetic ones. per_channel: one weight scale per output channel. exclude: patterns of layers to leave
-    float. Only the policy is stored. Raises InvalidArgument unless there is a policy or a budget.
+    Only the policy is stored.
+
+    Args:
+        policy: A Policy, its dict, or a level ("W4A8") for all searched layers.
+        calibration: Batches for the scales of activations; None for synthetic ones.
+        per_channel: One weight scale per output channel, else one per tensor.
+        exclude: Patterns of layers to leave float.
+        quant_method, format_version: As config.json has them.
+        budget: In place of a policy: a Budget, or a mapping of limits. The best policy within it is searched, with the
+            scores stored beside the model or with data-free ones.
+        limits: Limits of the budget by name, as in `HubMPQ.search` (bitops=, size=, …).
+
+    Raises:
+        InvalidArgument: Neither a policy nor a budget, or both.
     """
 
     def __init__(
