@@ -299,10 +299,14 @@ class HubMPQ(nn.Module):
         return self._score_table(self.graph, alpha, candidates)
 
     def _score_table(self, graph: LayerGraph, alpha: float | None, candidates: CandidatesLike) -> tuple[Scores, float]:
+        chosen = None if candidates is None else self._candidates(graph, candidates)
+        return score_table(self._scores(), graph, chosen, alpha, weight_only=self.weight_only)
+
+    def _scores(self) -> Indicators:
+        """The scores; HubMPQError where there are none."""
         if self.scores is None:
             raise HubMPQError("there are no indicators yet; call train_indicators first, or quantize")
-        chosen = None if candidates is None else self._candidates(graph, candidates)
-        return score_table(self.scores, graph, chosen, alpha, weight_only=self.weight_only)
+        return self.scores
 
     # search
 
@@ -339,8 +343,8 @@ class HubMPQ(nn.Module):
         candidates: CandidatesLike,
         time_limit: float | None = None,
     ) -> SearchResult:
+        scores = self._scores()
         table, used = self._score_table(graph, alpha, candidates)
-        scores: Any = self.scores
         result = search_policy(
             graph,
             table,
@@ -406,8 +410,8 @@ class HubMPQ(nn.Module):
             alpha, candidates, fixed: As in `search`.
         """
         graph = self._pinned(fixed)
+        scores = self._scores()
         table, _ = self._score_table(graph, alpha, candidates)
-        scores: Any = self.scores
         return pareto_front(
             graph,
             table,
@@ -577,7 +581,7 @@ class HubMPQ(nn.Module):
             )
         # of several processes one searches: a time limit could end them at other policies
         result = None if whole is None else on_main(lambda: self._search(graph, whole, alpha, candidates))
-        policy = result.policy if result else inferred_policy(graph, self.scores)  # type: ignore[arg-type]
+        policy = result.policy if result else inferred_policy(graph, self._scores())
         # fine-tuning starts from the float BatchNorm (LIMPQ) and re-estimates at its end
         self._quantize_at(policy, graph, train, 4, per_channel, not tuned)
         self.result = result

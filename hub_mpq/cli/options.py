@@ -10,6 +10,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -136,7 +137,7 @@ class Command:
         for row in rows:
             grouped.setdefault(row.home, {})[row.field] = values[row.parameter.name]
         arguments: dict[str, Any] = {}
-        for name, annotation in self._parameters():
+        for name, annotation, _ in self._parameters:
             kind, _ = _group_of(annotation)
             if kind is Settings:
                 arguments[name] = Settings({r.parameter.name: values[r.parameter.name] for r in rows if not r.free})
@@ -148,13 +149,14 @@ class Command:
                 arguments[name] = grouped[name][name]
         self.function(**arguments)
 
-    def _parameters(self) -> Iterator[tuple[str, Any]]:
+    @cached_property
+    def _parameters(self) -> list[tuple[str, Any, Any]]:
+        """(name, annotation, default) of what the function takes."""
         hints = get_type_hints(self.function, include_extras=True)
-        return ((name, hints[name]) for name in inspect.signature(self.function).parameters)
+        return [(p.name, hints[p.name], p.default) for p in inspect.signature(self.function).parameters.values()]
 
     def _rows(self) -> Iterator[_Row]:
-        plain = inspect.signature(self.function).parameters
-        for name, annotation in self._parameters():
+        for name, annotation, default in self._parameters:
             kind, group = _group_of(annotation)
             if kind is Settings:
                 continue
@@ -166,7 +168,7 @@ class Command:
                 yield from _fields(kind, group, name)
             else:
                 free = FREE in get_args(annotation)[1:]
-                yield _row(name, annotation, plain[name].default, name, name, free)
+                yield _row(name, annotation, default, name, name, free)
 
 
 def _row(name: str, annotation: Any, default: Any, home: str, field: str, free: bool) -> _Row:

@@ -7,7 +7,19 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from ..core import FLOAT_BITS, Budget, Indicators, LayerGraph, Limit, Policy, SearchResult, Usage, limits
+from ..core import (
+    FLOAT_BITS,
+    Budget,
+    Indicators,
+    LayerBits,
+    LayerGraph,
+    LayerSpec,
+    Limit,
+    Policy,
+    SearchResult,
+    Usage,
+    limits,
+)
 from ..cost import CostTable, layer_bitops, limits_of
 from ..cost.size import layer_nbytes
 from ..errors import InfeasibleBudget, InvalidArgument
@@ -26,10 +38,8 @@ def usage_of(graph: LayerGraph, policy: Policy, budget: Budget | None, base_byte
     """
     policy.check(graph)
     there = graph.at(policy.bits)
-    for before, after in zip(graph, there, strict=True):
-        if before.fixed is not None and after.fixed is not None and before.fixed != after.fixed:
-            change = [layer_nbytes(x, x.fixed, input_zero_point=True) for x in (before, after) if x.fixed is not None]
-            base_bytes += change[1] - change[0]
+    # base_bytes holds the fixed layers at the graph's own widths
+    base_bytes += sum(_stored(layer, policy.bits[layer.name]) - _stored(layer, layer.fixed) for layer in graph)
     tables = [limit for limit, _ in limits_of(budget) if isinstance(limit, CostTable)] if budget else []
     amounts: dict[str, float] = {}
     for limit in (*limits, *tables):
@@ -38,6 +48,11 @@ def usage_of(graph: LayerGraph, policy: Policy, budget: Budget | None, base_byte
             amounts[limit.name] = amount
     amounts["searched_bitops"] = sum(layer_bitops(layer, policy.bits[layer.name]) for layer in graph.searched)
     return Usage(amounts)
+
+
+def _stored(layer: LayerSpec, bits: LayerBits | None) -> int:
+    """Bytes of a fixed layer in a packed file; 0 for a searched one."""
+    return 0 if layer.fixed is None or bits is None else layer_nbytes(layer, bits, input_zero_point=True)
 
 
 def search_policy(
