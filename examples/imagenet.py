@@ -23,6 +23,7 @@ from hub_mpq import Candidates, HubMPQ
 from hub_mpq.core import human
 from hub_mpq.data import data_config, image_loader
 from hub_mpq.report import table
+from hub_mpq.tasks import Classification
 from hub_mpq.train import Finetune, fit
 
 SMALL_MOBILENET = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear", "crop_pct": 0.875}
@@ -53,7 +54,7 @@ def joint_over_float(mpq: HubMPQ, batches: list[Any], rounds: int = 3) -> list[f
     ratios = []
     widths = len(Candidates().weight)
     for _ in range(rounds):
-        plain = Finetune(lr=1e-4, scale_lr=0.0, weight_decay=0.0, smoothing=0.1)
+        plain = Finetune(task=Classification(), lr=1e-4, scale_lr=0.0, weight_decay=0.0, smoothing=0.1)
         float_step = fit(copy.deepcopy(mpq.float_model), plain, batches, steps=len(batches)).step_seconds
         probe = HubMPQ(mpq.source)
         joint_step = probe.train_indicators(batches, steps=len(batches)).provenance["step_seconds"]

@@ -18,7 +18,8 @@ _LAZY = {
     **dict.fromkeys(["Limit", "register_limit"], "core"),
     **dict.fromkeys(["LayerKind", "register_layer_kind"], "core"),
     **dict.fromkeys(["Library", "register_library"], "core"),
-    **dict.fromkeys(["Task", "register_task"], "core"),
+    "Task": "tasks",
+    "register_task": "core",
     **dict.fromkeys(["Runtime", "register_runtime"], "core"),
     **dict.fromkeys(["SearchStrategy", "register_strategy"], "search.strategy"),
     "solve_table": "solve",
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from .core import Policy as Policy
     from .core import Runtime as Runtime
     from .core import SearchResult as SearchResult
-    from .core import Task as Task
     from .core import register_layer_kind as register_layer_kind
     from .core import register_library as register_library
     from .core import register_limit as register_limit
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from .search.strategy import SearchStrategy as SearchStrategy
     from .search.strategy import register_strategy as register_strategy
     from .solve import solve_table as solve_table
+    from .tasks import Task as Task
 
 
 def __getattr__(name: str) -> Any:

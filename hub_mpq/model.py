@@ -8,8 +8,9 @@ import hashlib
 import json
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,9 +53,9 @@ from .search.scores import Scores, equal_scores, score_table
 from .search.strategy import infers_widths, strategy_named
 from .search.synthetic_data import synthetic_batch
 from .search.train_scores import train_scores
+from .tasks import TaskLike, task_of
 from .train.apply_policy import apply_policy
-from .train.batch import labels_of
-from .train.batches import first_batch
+from .train.batches import first_batch, rereadable
 from .train.evaluate import evaluate
 from .train.finetune import finetune
 from .train.loop import TrainLog
@@ -80,14 +81,23 @@ class HubMPQ(nn.Module):
         metrics: {"float" | "quantized": figures}.
         history: How the quantized model came to be: {"search" | "finetune": facts}.
         seconds: {stage: wall time}.
+        task: What the model is for, a `Task` or its name; None: found out from the model and the batches.
     """
 
     def __init__(
-        self, source: Source, *, fixed: Pins | None = None, weight_only: bool = False, tie_fused: bool = False
+        self,
+        source: Source,
+        *,
+        task: TaskLike = None,
+        fixed: Pins | None = None,
+        weight_only: bool = False,
+        tie_fused: bool = False,
     ) -> None:
         super().__init__()
         self.model = source.model
         self.source = source
+        task_of(task, source.model)  # an unknown name is a mistake of this call
+        self.task = task
         self.weight_only = weight_only
         self.graph: LayerGraph = source.graph
         self.graph = self._pinned(fixed)
@@ -110,6 +120,7 @@ class HubMPQ(nn.Module):
         model_id: str | Path,
         *,
         module: nn.Module | None = None,
+        task: TaskLike = None,
         fixed: Pins | None = None,
         exclude: Iterable[str] = (),
         weight_only: bool = False,
@@ -129,6 +140,8 @@ class HubMPQ(nn.Module):
             model_id: A timm name, a Hugging Face id, "hf-hub:…", a local folder, or what save_pretrained or push_to_hub
                 wrote.
             module: The network itself, for a packed model that no hub can build.
+            task: What the model is for: a name such as "regression", or a `hub_mpq.Task`; None to find out from the
+                model and the batches.
             fixed: {name or pattern: "W8A8" or None} changes which layers keep their widths.
             exclude: Patterns of layers to leave float.
             weight_only: All inputs stay float, fixed layers' too.
@@ -143,10 +156,10 @@ class HubMPQ(nn.Module):
         where: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
         folder = packed_folder(model_id, **where) if pretrained else None
         if folder is not None:
-            return cls._of_folder(folder, module, kwargs)
+            return cls._of_folder(folder, module, task, kwargs)
         kwargs |= {key: value for key, value in where.items() if value}
         source = adapters.load(str(model_id), pretrained=pretrained, exclude=exclude, **kwargs)
-        out = cls(source, fixed=fixed, weight_only=weight_only, tie_fused=tie_fused)
+        out = cls(source, task=task, fixed=fixed, weight_only=weight_only, tie_fused=tie_fused)
         if Path(model_id).is_dir():
             out.home = Path(model_id)
             out.scores = read_folder_indicators(model_id)
@@ -159,6 +172,7 @@ class HubMPQ(nn.Module):
         example_input: Any,
         *,
         model_id: str | None = None,
+        task: TaskLike = None,
         fixed: Pins | None = None,
         exclude: Iterable[str] = (),
         weight_only: bool = False,
@@ -170,15 +184,15 @@ class HubMPQ(nn.Module):
             net: The network.
             example_input: One batch as it takes it.
             model_id: A name for it; the class's by default.
-            fixed, exclude, weight_only, tie_fused: As in `from_pretrained`.
+            task, fixed, exclude, weight_only, tie_fused: As in `from_pretrained`.
         """
         source = adapters.from_module(net, example_input, model_id=model_id, exclude=exclude)
-        return cls(source, fixed=fixed, weight_only=weight_only, tie_fused=tie_fused)
+        return cls(source, task=task, fixed=fixed, weight_only=weight_only, tie_fused=tie_fused)
 
     @classmethod
-    def _of_folder(cls, folder: Path, module: nn.Module | None, kwargs: OptionsLike) -> HubMPQ:
+    def _of_folder(cls, folder: Path, module: nn.Module | None, task: TaskLike, kwargs: OptionsLike) -> HubMPQ:
         source, manifest = load_folder(folder, module, kwargs)
-        out = cls(source)
+        out = cls(source, task=task)
         out.policy, out._float, out.home = manifest.policy, (), folder
         out.scores = read_folder_indicators(folder)
         out.metrics = {k: dict(v) for k, v in manifest.provenance.get("metrics", {}).items()}
@@ -218,6 +232,7 @@ class HubMPQ(nn.Module):
         *,
         candidates: CandidatesLike = None,
         fixed: Pins | None = None,
+        task: TaskLike = None,
         engine: Engine | OptionsLike | None = None,
         **changes: Any,
     ) -> Indicators:
@@ -225,7 +240,9 @@ class HubMPQ(nn.Module):
 
         Arguments as in `train_scores`.
         """
-        return self.train_scores(train, options, candidates=candidates, fixed=fixed, engine=engine, **changes)
+        return self.train_scores(
+            train, options, candidates=candidates, fixed=fixed, task=task, engine=engine, **changes
+        )
 
     def train_scores(
         self,
@@ -237,13 +254,15 @@ class HubMPQ(nn.Module):
         candidates: CandidatesLike = None,
         fixed: Pins | None = None,
         budget: Budget | OptionsLike | None = None,
+        task: TaskLike = None,
         engine: Engine | OptionsLike | None = None,
         **changes: Any,
     ) -> Indicators:
         """Let a strategy score the layers; later searches use the scores, which are stored with the model.
 
         Args:
-            train: Batches (inputs, labels), dicts with labels, or inputs alone, then by distillation.
+            train: Batches (inputs, labels), dicts with labels, or inputs alone, then by distillation. Several inputs
+                are ((first, second), labels). Tensors or arrays; labels also as lists.
             options: Length, learning rates and so on.
             strategy: "limpq", "dq", "ebs", "seam", "bsq", "gradient", "hessian", "mse", "kl", or one of your own,
                 "file.py:name".
@@ -251,6 +270,7 @@ class HubMPQ(nn.Module):
             candidates: Widths that layers may take.
             fixed: {name or pattern: "W8A8" or None} for this call.
             budget: What a strategy with a penalty aims at.
+            task: What the model is for; None for `self.task`, or to find out.
             engine: Precision, memory, trackers.
             changes: Single options by name, in place of those of `options`.
         """
@@ -262,6 +282,7 @@ class HubMPQ(nn.Module):
             strategy=strategy,
             strategy_options=strategy_options,
             budget=Budget.of(budget, {}),
+            task=task,
             engine=Engine.of(engine),
         )
 
@@ -274,6 +295,7 @@ class HubMPQ(nn.Module):
         *,
         strategy: str,
         budget: Budget | None,
+        task: TaskLike,
         **more: Any,
     ) -> Indicators:
         with torch.no_grad():
@@ -288,6 +310,7 @@ class HubMPQ(nn.Module):
             strategy=strategy,
             budget=budget,
             base_bytes=self._base_bytes(graph),
+            **self._told(task),
             **more,
         )
         cls = strategy_named(strategy)
@@ -456,14 +479,20 @@ class HubMPQ(nn.Module):
         batches: int,
         per_channel: bool,
         reestimate_norms: bool,
+        task: TaskLike = None,
     ) -> HubMPQ:
         policy.check(graph)
         graph = graph.at(policy.bits)
         model = copy.deepcopy(self.float_model)
-        data = [synthetic_batch(self.float_model, self.source.example)] if calibration is None else seeded(calibration)
-        apply_policy(model, graph, policy, data, limit=batches, per_channel=per_channel)
+        told = self._told(task)
+        data: Any = [synthetic_batch(self.float_model, self.source.example)]
+        if calibration is not None:
+            data = seeded(calibration)
+            if isinstance(data, Iterator):  # read once for scales and norms alike
+                data = list(islice(data, 16))
+        apply_policy(model, graph, policy, data, limit=batches, per_channel=per_channel, **told)
         if calibration is not None and reestimate_norms:
-            reestimate_batch_norm(model, seeded(calibration), limit=16)
+            reestimate_batch_norm(model, data, limit=16, **told)
         self.model, self.policy, self._policy_graph = model.eval(), policy, graph
         self.result, self.history = None, {}
         self.metrics.pop("quantized", None)
@@ -475,6 +504,7 @@ class HubMPQ(nn.Module):
         train: Iterable[Any],
         options: FinetuneOptions | OptionsLike | None = None,
         *,
+        task: TaskLike = None,
         engine: Engine | OptionsLike | None = None,
         **changes: Any,
     ) -> TrainLog:
@@ -483,6 +513,7 @@ class HubMPQ(nn.Module):
         Args:
             train: Batches as in `train_scores`.
             options: Length, learning rates and so on.
+            task: What the model is for; None for `self.task`, or to find out.
             engine: Precision, memory, compiler, trackers.
             changes: Single options by name, in place of those of `options`.
         """
@@ -491,14 +522,23 @@ class HubMPQ(nn.Module):
             raise HubMPQError("there is no policy yet; call quantize or apply_policy first")
         teacher = self._float[0] if self._float else None
         self.metrics.pop("quantized", None)  # they were the model's before
-        log = finetune(self.model, train, chosen, teacher=teacher, engine=engine)
+        log = finetune(self.model, train, chosen, teacher=teacher, engine=engine, **self._told(task))
         self.seconds["finetune"] = log.seconds
         self.history["finetune"] = {**chosen.changed(), "steps": log.steps, "samples": log.samples}
         return log
 
-    def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
-        """Top-1 / top-5, loss / perplexity, or fidelity to the float model when there are no labels."""
-        figures = evaluate(self.model, loader, reference=self._float[0] if self._float else None)
+    def evaluate(self, loader: Iterable[Any], *, task: TaskLike = None) -> dict[str, Any]:
+        """The task's metrics, or fidelity to the float model when there are no labels.
+
+        Args:
+            loader: Batches as in `train_scores`.
+            task: What the model is for; None for `self.task`, or to find out.
+
+        Returns:
+            {metric: value}, with the task's name as "task" and the number of "samples".
+        """
+        reference = self._float[0] if self._float else None
+        figures = evaluate(self.model, loader, reference=reference, **self._told(task))
         self.metrics["quantized" if self.policy is not None else "float"] = figures
         return figures
 
@@ -517,6 +557,7 @@ class HubMPQ(nn.Module):
         alpha: float | None = None,
         candidates: CandidatesLike = None,
         fixed: Pins | None = None,
+        task: TaskLike = None,
         per_channel: bool = True,
         seed: int = 0,
         checkpoint_dir: str | Path | None = None,
@@ -539,12 +580,15 @@ class HubMPQ(nn.Module):
             indicator_options: As in `train_scores`.
             alpha, candidates: As in `search`.
             fixed: {name or pattern: "W8A8" or None} for this policy.
+            task: What the model is for; None for `self.task`, or to find out.
             per_channel: One weight scale per output channel, else one per tensor.
             seed: Of every stage whose options name no other.
             checkpoint_dir, resume: Go on after an interruption.
             finetune_options: As in `finetune`.
             engine: How the trainings run (precision, memory, trackers).
         """
+        if train is not None:
+            rereadable(train)
         whole = Budget.of(budget, limits)
         learning = IndicatorOptions.of(indicator_options, {"seed": seed, "resume": resume})
         shared = {"epochs": epochs, "steps": steps, "seed": seed, "resume": resume}
@@ -564,8 +608,10 @@ class HubMPQ(nn.Module):
         learned = indicators is not None or self._serves(strategy, graph)
         if whole is not None:
             self._check_reachable(graph, whole, candidates, learned=learned)
-        if val is not None and "float" not in self.metrics and labels_of(first_batch(val)) is not None:
-            self.metrics["float"] = evaluate(self.float_model, val)
+        if val is not None:
+            rereadable(val, "val")
+            if "float" not in self.metrics and self._labelled(val, task):
+                self.metrics["float"] = evaluate(self.float_model, val, **self._told(task))
         if not learned:
             if checkpoint_dir:
                 learning = learning.filled(checkpoint_dir=_states_of(checkpoint_dir, strategy, strategy_options, whole))
@@ -577,23 +623,30 @@ class HubMPQ(nn.Module):
                 strategy=strategy,
                 strategy_options=strategy_options,
                 budget=whole,
+                task=task,
                 engine=engine,
             )
         # of several processes one searches: a time limit could end them at other policies
         result = None if whole is None else on_main(lambda: self._search(graph, whole, alpha, candidates))
         policy = result.policy if result else inferred_policy(graph, self._scores())
         # fine-tuning starts from the float BatchNorm (LIMPQ) and re-estimates at its end
-        self._quantize_at(policy, graph, train, 4, per_channel, not tuned)
+        self._quantize_at(policy, graph, train, 4, per_channel, not tuned, task)
         self.result = result
         self._tell_transformers()
         if train is not None and tuned:
             if checkpoint_dir:
                 # by policy: a state of other widths would load without a word
                 tuning = tuning.filled(checkpoint_dir=Path(checkpoint_dir) / f"finetune-{_mark(policy.to_dict())}")
-            self.finetune(train, tuning, engine=engine)
+            self.finetune(train, tuning, task=task, engine=engine)
         if val is not None:
-            self.evaluate(val)
+            self.evaluate(val, task=task)
         return self
+
+    def _labelled(self, loader: Iterable[Any], task: TaskLike) -> bool:
+        """Whether the first batch has labels."""
+        first = first_batch(loader)
+        told = self._told(task)
+        return task_of(told["task"], self.float_model, first, told["example"]).labels(first) is not None
 
     def _serves(self, strategy: str, graph: LayerGraph) -> bool:
         """Whether the scores that are there are what a strategy would learn once and for all budgets."""
@@ -744,6 +797,10 @@ class HubMPQ(nn.Module):
         return Manifest(base, source.revision, source.library, graph, policy, provenance)
 
     # what a call may change for itself
+
+    def _told(self, task: TaskLike) -> dict[str, Any]:
+        """What the functions below need to know of the task."""
+        return {"task": self.task if task is None else task, "example": self.source.example}
 
     def _pinned(self, fixed: Pins | None) -> LayerGraph:
         """The graph with layers pinned or freed for one call."""

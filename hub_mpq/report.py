@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .core import LayerGraph, Policy, Usage, human, limits
 from .cost.bitops import float_bitops, layer_bitops
@@ -23,7 +24,7 @@ def report(
     graph: LayerGraph,
     policy: Policy | None,
     usage: Usage | None,
-    metrics: Mapping[str, Mapping[str, float]],
+    metrics: Mapping[str, Mapping[str, Any]],
     seconds: Mapping[str, float],
 ) -> str:
     """Per layer and in all; layers left float and products of activations at the end."""
@@ -50,7 +51,12 @@ def report(
     for op in graph.floats:
         lines.append(f"float: {op.name} ({op.reason})")
     for which, figures in metrics.items():
-        lines.append(f"{which}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+        lines.append(f"{which}: " + figures_line(figures, ", "))
     if seconds:
         lines.append("seconds: " + ", ".join(f"{k} {v:.3g}" for k, v in seconds.items()))
     return "\n".join(lines)
+
+
+def figures_line(figures: Mapping[str, Any], between: str = "  ") -> str:
+    """Measured figures in one line; the task's name is text, the others numbers."""
+    return between.join(f"{k} {v}" if isinstance(v, str) else f"{k} {v:.4g}" for k, v in figures.items())

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from hub_mpq.data import data_config, image_loader
 from hub_mpq.errors import HubMPQError, InvalidArgument
+from hub_mpq.tasks import Classification
 from hub_mpq.train import Finetune, evaluate, fit
 
 CONFIG = data_config({"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}, (3, 16, 16))
@@ -169,7 +170,9 @@ def test_shards_train_as_a_stream(folder, tmp_path):
     loader = image_loader(f"wds/{shards(folder, tmp_path / 'shards')}:train", CONFIG, train=True, batch_size=4)
     assert len(loader) == 6
     net = nn.Sequential(nn.Flatten(), nn.Linear(768, 3))
-    log = fit(net, Finetune(lr=1e-3, scale_lr=1e-3, weight_decay=0.0, smoothing=0.0), loader, epochs=2)
+    log = fit(
+        net, Finetune(task=Classification(), lr=1e-3, scale_lr=1e-3, weight_decay=0.0, smoothing=0.0), loader, epochs=2
+    )
     assert log.steps == 12
     assert log.samples == 48
 
@@ -192,7 +195,7 @@ def test_a_stream_of_datasets_trains():
 
     stream = datasets.IterableDataset.from_generator(rows).map(lambda row: {"labels": row["label"]})
     loader = DataLoader(stream.remove_columns("label").with_format("torch"), batch_size=8)
-    hooks = Finetune(lr=0.1, scale_lr=1e-3, weight_decay=0.0, smoothing=0.0)
+    hooks = Finetune(task=Classification(), lr=0.1, scale_lr=1e-3, weight_decay=0.0, smoothing=0.0)
     log = fit(Net(), hooks, loader, steps=30)
     assert log.steps == 30
     assert log.epoch_loss[-1] < 1.0

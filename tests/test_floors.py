@@ -12,7 +12,7 @@ FLOOR = {
     "cost": 1,
     **dict.fromkeys(["quantizers", "solve", "pack"], 2),
     "nn": 3,
-    "adapters": 4,
+    **dict.fromkeys(["adapters", "tasks"], 4),
     "train": 5,
     **dict.fromkeys(["search", "export"], 6),
     **dict.fromkeys(["report", "plot"], 7),

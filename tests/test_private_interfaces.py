@@ -18,6 +18,7 @@ from torch import nn
 
 from hub_mpq import HubMPQ
 from hub_mpq.errors import HubMPQError, is_connection_error
+from hub_mpq.tasks import Classification
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / ".github" / "CONTRIBUTING.md"
@@ -387,7 +388,12 @@ def test_nothing_of_accelerates_autocast_stays_on_a_model(net, train, monkeypatc
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        fit(net, Finetune(lr=1e-3, scale_lr=1e-3, weight_decay=0.0, smoothing=0.0), train, steps=1)
+        fit(
+            net,
+            Finetune(task=Classification(), lr=1e-3, scale_lr=1e-3, weight_decay=0.0, smoothing=0.0),
+            train,
+            steps=1,
+        )
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     assert "forward" not in net.__dict__

@@ -19,6 +19,7 @@ from hub_mpq.core.library import libraries
 from hub_mpq.data import image_loader
 from hub_mpq.export.float_copy import float_copy_state
 from hub_mpq.hub.remote import hub_api
+from hub_mpq.tasks import Classification
 from hub_mpq.train import Finetune, fit
 from hub_mpq.train.processes import seeded
 from hub_mpq.versions import NEWEST_TESTED, warn_if_untested
@@ -118,7 +119,7 @@ def images(net, path):
 
 
 def train(net, path):
-    options = Finetune(lr=1e-3, scale_lr=1e-3, weight_decay=0.0, smoothing=0.0)
+    options = Finetune(task=Classification(), lr=1e-3, scale_lr=1e-3, weight_decay=0.0, smoothing=0.0)
     fit(net, options, [(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]))], steps=1)
 
 

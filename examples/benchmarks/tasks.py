@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hub_mpq import Candidates, HubMPQ
-from hub_mpq.train import Finetune, fit, forward, logits_of
+from hub_mpq.tasks import Classification
+from hub_mpq.train import Finetune, fit
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def _top1(loader: Iterable[Any]) -> Callable[[HubMPQ], tuple[list[Any], float]]:
     @torch.no_grad()
     def measure(mpq: HubMPQ) -> tuple[list[Any], float]:
         mpq.eval()
-        right = [(logits_of(forward(mpq, b)).argmax(-1) == b[1]).float().mul(100) for b in loader]
+        right = [(mpq(b[0]).argmax(-1) == b[1]).float().mul(100) for b in loader]
         items = torch.cat(right).tolist()
         return items, float(np.mean(items))
 
@@ -55,7 +56,8 @@ def _float_once(name: str, net: nn.Module, train: Callable[[], Iterable[Any]], *
     """`net` trained in float, once: the weights are kept in the cache folder."""
     file = images.cache_root() / f"{name}.safetensors"
     if not file.exists():
-        fit(net, Finetune(scale_lr=0.0, smoothing=0.0, lr=settings.pop("lr"), weight_decay=5e-4), train(), **settings)
+        plain = Finetune(task=Classification(), scale_lr=0.0, smoothing=0.0, lr=settings.pop("lr"), weight_decay=5e-4)
+        fit(net, plain, train(), **settings)
         save_file(net.state_dict(), file)
     net.load_state_dict(load_file(file))
     return net.eval()

@@ -49,6 +49,7 @@ from hub_mpq.core import Candidates
 from hub_mpq.nn.calibrate import sample_inputs
 from hub_mpq.quantizers import LSQ, compile_quantizers
 from hub_mpq.search.limpq import LIMPQ
+from hub_mpq.tasks import Classification
 from hub_mpq.train import Finetune, fit, forward
 
 CONTESTANTS = ("float", "formula", "torch", "hub_mpq", "compiled")
@@ -100,7 +101,7 @@ def network(options: argparse.Namespace) -> tuple[HubMPQ, Any]:
 def joint(mpq: HubMPQ, batch: Any, widths: Sequence[int], per_channel: bool) -> tuple[nn.Module, LIMPQ]:
     """A model at the start of joint training, at width 4, and its strategy."""
     model = copy.deepcopy(mpq.float_model)
-    loss = Finetune(lr=1e-4, scale_lr=1e-2, weight_decay=0.0, smoothing=0.1)
+    loss = Finetune(task=Classification(), lr=1e-4, scale_lr=1e-2, weight_decay=0.0, smoothing=0.1)
     strategy = LIMPQ(indicator="loss" if per_channel else "scale")
     strategy.loss = loss
     small = cut(batch, 2)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..report import figures_line
 from . import models, show
 from . import options as o
 from .launch import is_main
@@ -19,15 +20,14 @@ def evaluate(
     reading: o.DataOptions,
     as_json: o.Json = False,
 ) -> None:
-    """Top-1, top-5 and loss on labelled images, of a float model or a packed folder."""
+    """The metrics of the model's task on labelled images, of a float model or a packed folder."""
     mpq = models.load(model, loading)
     loader = models.loader(mpq, data, reading, train=False)
     figures = mpq.evaluate(loader)
     models.tell_corrupt(loader)
     if not is_main():
         return
-    text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-    show.emit(as_json, {"model": model, "quantized": mpq.policy is not None, **figures}, text)
+    show.emit(as_json, {"model": model, "quantized": mpq.policy is not None, **figures}, figures_line(figures))
 
 
 def demo(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..core import tasks
 from ..core.files import PACKED
 from ..errors import HubMPQError, InvalidArgument, PackedFormat
 from .launch import is_main
@@ -22,11 +23,14 @@ if TYPE_CHECKING:
 def load(model: str, options: ModelOptions, *, meta: bool = False) -> HubMPQ:
     """The model of a command. meta: its skeleton without weights or network; else on the GPU when there is one."""
     kwargs = model_args_of(options.model_arg)
+    if options.task is not None:
+        tasks.get(options.task)  # an unknown name must not cost a model's loading first
     exclude = options.exclude or ()
     searched: dict[str, Any] = {
         "fixed": pins_of(options.pin),
         "weight_only": options.weight_only,
         "tie_fused": options.tie_fused,
+        "task": options.task,
     }
     if options.library is not None:
         kwargs["library"] = options.library

@@ -61,6 +61,9 @@ class ModelOptions(Options):
     title = "Model"
 
     library: str | None = option(None, "Library of the model, such as timm or transformers, if its id does not tell.")
+    task: str | None = option(
+        None, "What the model is for, if it and its data do not tell: classification, regression, segmentation, …"
+    )
     input_size: str | None = option(None, "Other input than the model's own: 160, 160x192 or 3x160x192.")
     model_arg: list[str] | None = option(
         None, "KEY=VALUE for the model's constructor, such as num_classes=10. Repeatable."
@@ -98,7 +101,7 @@ class Group(NamedTuple):
     without: tuple[str, ...] = ()
 
 
-NoWeights = Annotated[ModelOptions, Group(without=("checkpoint_path", "pretrained"))]
+NoWeights = Annotated[ModelOptions, Group(without=("checkpoint_path", "pretrained", "task"))]
 """For commands that load no weights."""
 
 

@@ -10,7 +10,7 @@ from .limit import Limit, Reduction, Value, limits, register_limit
 from .options import Engine, FinetuneOptions, IndicatorOptions
 from .result import Policy, SearchResult, Usage
 from .runtime import Runtime, register_runtime, runtimes
-from .task import Task, register_task, tasks
+from .task import register_task, tasks
 from .tensor import QuantSpec
 from .units import human, parse_bytes, parse_count, parse_ratio
 
@@ -34,7 +34,6 @@ __all__ = [
     "Reduction",
     "Runtime",
     "SearchResult",
-    "Task",
     "Usage",
     "Value",
     "check_width",

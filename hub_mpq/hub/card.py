@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +22,25 @@ TEMPLATE = Path(__file__).with_name("card_template.md")
 MEASURES = {
     "top1": ("accuracy", "top-1 (%)"),
     "top5": ("accuracy", "top-5 (%)"),
+    "accuracy": ("accuracy", "accuracy (%)"),
+    "f1": ("f1", "F1 (%)"),
+    "mean_iou": ("mean_iou", "mean IoU (%)"),
+    "exact_match": ("exact_match", "exact match (%)"),
+    "pearson": ("pearsonr", "Pearson correlation"),
+    "r2": ("r_squared", "R²"),
+    "mse": ("mse", "mean squared error"),
+    "mae": ("mae", "mean absolute error"),
     "perplexity": ("perplexity", "perplexity"),
     "loss": ("loss", "loss"),
     "fidelity_db": ("snr", "signal to noise against the float model (dB)"),
+    "kl": ("kl_divergence", "KL divergence from the float model"),
     "agreement": ("agreement", "same answer as the float model (%)"),
     "spearman": ("spearmanr", "Spearman correlation (×100)"),
 }
 """{key of evaluate: (type in the front matter, column of the table)}; another key stands for itself."""
+
+NO_MEASURE = ("task", "samples")
+"""Keys of evaluate that are no figures of quality."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +132,7 @@ def _front_matter(repo_id: str, manifest: Manifest, facts: CardFacts) -> ModelCa
                 metric_value=value,
             )
             for key, value in figures.items()
-            if key != "samples"
+            if key not in NO_MEASURE
         ]
     known: dict[str, Any] = {
         "license": facts.license,
@@ -144,8 +156,8 @@ def _front_matter(repo_id: str, manifest: Manifest, facts: CardFacts) -> ModelCa
 
 def _figures(manifest: Manifest, facts: CardFacts) -> str:
     """One row a model that was measured; BitOps and bytes are computed, and of the packed file counted."""
-    metrics: Mapping[str, Mapping[str, float]] = manifest.provenance.get("metrics", {})
-    keys = [k for k in dict.fromkeys(k for row in metrics.values() for k in row) if k != "samples"]
+    metrics: Mapping[str, Mapping[str, Any]] = manifest.provenance.get("metrics", {})
+    keys = [k for k in dict.fromkeys(k for row in metrics.values() for k in row) if k not in NO_MEASURE]
     rows = []
     levels = [name for name in metrics if name not in ("float", "quantized", "float copy")]
     last = [name for name in ("float copy",) if name in metrics]
@@ -192,14 +204,16 @@ def _notes(manifest: Manifest, facts: CardFacts) -> str:
     out = []
     if metrics:
         where = f" of `{code(facts.dataset)}`" if facts.dataset else ""
-        out.append(f"Measured on {_list(sorted(samples))} samples{where}." if samples else "")
+        as_tasks = sorted({str(row["task"]) for row in metrics.values() if "task" in row})
+        how = f" as {_list(as_tasks)}" if as_tasks else ""
+        out.append(f"Measured on {_list(sorted(samples))} samples{where}{how}." if samples else "")
     if {FLOAT_COPY, PACKED} <= set(facts.nbytes):
         out.append("`model.safetensors` holds the same weights in float, and inputs of layers are not quantized there:")
         out.append("its figures are its own." if "float copy" in metrics else "it was not measured by itself.")
     return " ".join(part for part in out if part)
 
 
-def _list(values: list[int]) -> str:
+def _list(values: Sequence[int | str]) -> str:
     texts = [str(v) for v in values]
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}" if texts else "no"
 

@@ -59,7 +59,9 @@ def quantize_in_place(model: Any, config: Any, revision: str | None = None) -> M
             with torch.no_grad():
                 norms = norm_of(net, example)
             untrained = IndicatorOptions(steps=0)
-            scores = train_scores(net, graph, norms, [batch], resolve_candidates(graph, None), untrained)
+            scores = train_scores(
+                net, graph, norms, [batch], resolve_candidates(graph, None), untrained, example=example
+            )
         table, _ = score_table(scores, graph)
         base = base_nbytes(net, manifest)
         policy = search_policy(graph, table, config.budget, base_bytes=base, sense=scores.sense).policy
@@ -73,7 +75,7 @@ def quantize_in_place(model: Any, config: Any, revision: str | None = None) -> M
             stacklevel=2,
         )
     data = [batch] if config.calibration is None else config.calibration
-    apply_policy(net, graph, policy, data, per_channel=config.per_channel)
+    apply_policy(net, graph, policy, data, per_channel=config.per_channel, example=example)
     config.budget = config.calibration = None  # served; a copy of the config must not drag data along
     return Manifest(graph.model_id, graph.revision, graph.library, graph, policy, {"hub_mpq": __version__})
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..core.checks import whole
-from ..train.batch import forward, labels_of, logits_of, task_loss
 from .posttraining import PostTraining, noise, read
 from .strategy import register_strategy
 
@@ -20,7 +19,7 @@ class Hessian(PostTraining):
     the trace is that of an additive disturbance, per sample: ours].
 
     trace(H) ≈ mean of vᵀHv over `probes` draws of v in {−1, +1}, one double backward each. A negative estimate
-    counts as 0. Without labels the loss is ½·‖y − y₀‖²/rms(y₀)², y₀ the output itself, with JᵀJ for Hessian [ours].
+    counts as 0. Without labels the loss is the task's divergence from the output itself [ours].
     Raises InvalidArgument unless batches and probes are whole numbers of at least 1.
     """
 
@@ -85,10 +84,11 @@ class Hessian(PostTraining):
 
     def probe(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss whose Hessian counts, a mean over samples."""
-        if labels_of(batch) is not None:
-            return task_loss(model, batch)[0]
-        y = logits_of(forward(model, batch)).float()
-        return (y - y.detach()).square().sum() / (2 * y.detach().square().mean().clamp_min(1e-24) * len(y))
+        task = self.loss.task
+        if task.labels(batch) is not None:
+            return task.run(model, batch)[0]
+        output = task.forward(model, batch)
+        return task.distillation(output, output, batch)
 
     @staticmethod
     def _products(grads: Sequence[Tensor | None], leaves: Sequence[Tensor], generator: torch.Generator) -> list[float]:

@@ -16,7 +16,7 @@ from ..nn.quantize import quantize_with_lsq, quantized_layers
 from ..quantizers import LSQ
 from ..train.hooks import Groups
 from ..train.processes import mean_rows
-from .loss_sensitivity import Rows, loss_sensitivity, probe_loss
+from .loss_sensitivity import Rows, loss_sensitivity
 from .movement import movement
 from .strategy import SearchStrategy, register_strategy
 
@@ -163,7 +163,8 @@ class LIMPQ(SearchStrategy):
         self.set_widths(model, dict.fromkeys(self.layers, self.widths[-1]))  # the banks nearest to float
         with widths_off(model):
             normed = set(self.norms.values())
-            found = loss_sensitivity(self.layers, model, batches, lambda batch: probe_loss(model, batch), normed)
+            task = self.loss.task
+            found = loss_sensitivity(self.layers, model, batches, lambda batch: task.probe(model, batch), normed)
         self.sensitivity = mean_rows(found[0]), mean_rows(found[1])
 
     def _scales(self, which: str, *, start: bool = False) -> Rows:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantizers import LSQ
-from ..train.batch import forward, labels_of, logits_of, size_of, task_loss
+from ..tasks.batch import size_of
 
 Rows = dict[str, dict[int, float]]
 LEAST = 1e-30
@@ -95,13 +95,3 @@ def loss_sensitivity(
         {n: {b: max(v, LEAST) for b, v in row.items()} for n, row in rows.items()} for rows in (weight, activation)
     ]
     return floored[0], floored[1]
-
-
-def probe_loss(model: nn.Module, batch: Any, seed: int = 0) -> Tensor:
-    """The loss whose gradients count, a mean over samples: the task's; without labels n·y with a standard normal n,
-    whose squared gradients are on average those of the output's own squared error [ours]."""
-    if labels_of(batch) is not None:
-        return task_loss(model, batch)[0]
-    y = logits_of(forward(model, batch)).float()
-    n = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(y)
-    return (y / y.detach().square().mean().sqrt().clamp_min(1e-12) * n).sum() / len(y)

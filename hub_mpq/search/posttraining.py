@@ -13,8 +13,7 @@ from ..core.checks import whole
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
 from ..nn.quantize import quantize_with_lsq
 from ..quantizers import LSQ
-from ..train.batch import distillation_loss, forward, holds_classes, labels_of
-from .loss_sensitivity import Rows, at, loss_sensitivity, probe_loss
+from .loss_sensitivity import Rows, at, loss_sensitivity
 from .scores import Scores
 from .strategy import SearchStrategy, additive, register_strategy
 
@@ -93,8 +92,8 @@ class MSE(PostTraining):
 
 @register_strategy("kl")
 class KL(PostTraining):
-    """How far the output moves when one operand alone is quantized: KL divergence of class logits, else the squared
-    error relative to the output's power. One forward a layer, operand and width."""
+    """How far the output moves when one operand alone is quantized: the task's divergence, KL where there are classes,
+    else the squared error of all outputs in units of their variance. One forward a layer, operand and width."""
 
     unit = "divergence of the output"
 
@@ -103,26 +102,26 @@ class KL(PostTraining):
 
     @torch.no_grad()
     def measure(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
-        targets = [forward(model, batch) for batch in batches]
+        task = self.loss.task
+        targets = [task.forward(model, batch) for batch in batches]
         for name, row, quantizer, _ in self.quantizers():
             row[name] = {}
             for bits in quantizer.widths:
                 with at(quantizer, bits):
                     row[name][bits] = sum(
-                        float(distillation_loss(forward(model, b), t, classes=holds_classes(t, labels_of(b))))
+                        float(task.distillation(task.forward(model, b), t, b))
                         for b, t in zip(batches, targets, strict=True)
                     ) / len(batches)
 
 
 @register_strategy("gradient")
 class Gradient(PostTraining):
-    """The loss's growth by `loss_sensitivity`, from scales of least squared error.
-    Without labels the loss is n·y with a standard normal n, whose squared gradients are on average those of the
-    output's own squared error [ours]."""
+    """The loss's growth by `loss_sensitivity`, from scales of least squared error. Without labels the loss is that of
+    `Task.probe`."""
 
     unit = "squared change of the loss"
 
     def measure(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
         self.weight, self.activation = loss_sensitivity(
-            self.layers, model, batches, lambda batch: probe_loss(model, batch, self.seed), self.normed
+            self.layers, model, batches, lambda batch: self.loss.task.probe(model, batch, self.seed), self.normed
         )

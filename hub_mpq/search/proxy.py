@@ -10,7 +10,6 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from ..errors import InvalidArgument
-from ..train.batch import labels_of
 from .train_val_split import drawn
 
 
@@ -125,6 +124,6 @@ def class_loader(
     )
 
 
-def labels_in(batches: Iterable[Any]) -> int:
-    """The greatest label in a loader, −1 when there are none."""
-    return max((int(y.max()) for y in map(labels_of, batches) if y is not None and y.numel()), default=-1)
+def labels_in(labels: Iterable[Any]) -> int:
+    """The greatest of the labels of all batches, −1 when there are none."""
+    return max((int(y.max()) for y in labels if y is not None and y.numel()), default=-1)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..core import Candidates, LayerGraph
 from ..core.checks import number, whole
 from ..errors import InvalidArgument
-from ..train.batch import forward, labels_of, logits_of, to_device
+from ..tasks import to_device
 from ..train.hooks import Groups
 from .ebs import EBS, NETWORK
 from .proxy import class_loader, labels_in
@@ -96,14 +96,14 @@ class SEAM(EBS):
 
     def calibrate(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
         super().calibrate(model, batches, inputs)
-        labels = labels_of(batches[0])
-        if labels is None or labels.is_floating_point() or labels.dim() != 1:
+        labels = self.loss.task.labels(batches[0])
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 1:
             raise InvalidArgument("seam needs one class label a sample in its proxy data")
         if self.loss.distill:
             raise InvalidArgument("seam learns from labels alone; leave distill out")
         self.check_head(model, batches[0])
         if self.share is None:
-            self.renew_head(model, max(labels_in(self.source) + 1, 2))
+            self.renew_head(model, max(labels_in(map(self.loss.task.labels, self.source)) + 1, 2))
         model.get_submodule(self.head).register_forward_pre_hook(self._keep)
 
     @torch.no_grad()
@@ -118,7 +118,7 @@ class SEAM(EBS):
         training = model.training
         model.eval()
         try:
-            classes = logits_of(forward(model, batch)).shape[-1]
+            classes = self.loss.task.head(self.loss.task.forward(model, batch)).shape[-1]
         finally:
             model.train(training)
             for handle in handles:
@@ -161,8 +161,8 @@ class SEAM(EBS):
                 for batch in self.source:
                     batch = to_device(batch, device)
                     with torch.no_grad():
-                        forward(model, batch)
-                    x, labels = seen.pop(), labels_of(batch)
+                        self.loss.task.forward(model, batch)
+                    x, labels = seen.pop(), self.loss.task.labels(batch)
                     loss = F.cross_entropy(head(x).float(), labels)
                     seen.clear()
                     optimizer.zero_grad()
@@ -183,11 +183,10 @@ class SEAM(EBS):
 
     def losses(self, model: nn.Module, batch: Any, rng: random.Random) -> Iterator[tuple[Tensor, Groups]]:
         self._draw(rng)
-        logits = logits_of(forward(model, batch))
-        labels = labels_of(batch)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.loss.smoothing)
+        labels = self.loss.task.labels(batch)
+        loss, _ = self.loss.task.run(model, batch, self.loss.smoothing)
         features = self._features.pop()
-        margin = margin_loss(features.flatten(1), labels, self.margin)  # type: ignore[arg-type]
+        margin = margin_loss(features.flatten(1), labels, self.margin)
         yield loss + self.discriminability * margin, (*NETWORK, "strengths")
         yield self.penalty(), "prices"
 

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..train.batch import forward
-
 STEPS = 20
 BATCH = 8
 
@@ -66,7 +64,7 @@ def _match_statistics(model: nn.Module, norms: list[nn.modules.batchnorm._BatchN
         with torch.enable_grad():
             for _ in range(STEPS):
                 losses.clear()
-                forward(model, x)
+                model(x)
                 (grad,) = torch.autograd.grad(torch.stack(losses).mean(), [x])
                 x.grad = grad
                 optimizer.step()

@@ -13,12 +13,12 @@ from torch import nn
 from ..core import Budget, Candidates, Engine, IndicatorOptions, Indicators, LayerGraph
 from ..errors import InvalidArgument
 from ..nn.calibrate import sample_inputs
-from ..train.batch import forward, labels_of
-from ..train.batches import first_batches
+from ..tasks import Pair, TaskLike, task_of
+from ..train.batches import first_batches, rereadable
 from ..train.engine import accelerator_of
 from ..train.finetune import Finetune
 from ..train.loop import fit
-from ..train.processes import share_samples
+from ..train.processes import share_samples, together
 from .problem import searched_limits
 from .strategy import build_strategy, strategy_named
 
@@ -35,6 +35,8 @@ def train_scores(
     strategy_options: Mapping[str, Any] | None = None,
     budget: Budget | None = None,
     base_bytes: int = 0,
+    task: TaskLike = None,
+    example: Any = None,
     engine: Engine | None = None,
 ) -> Indicators:
     """Scores of every searched layer, by a strategy of the registry; `model` itself stays as it is.
@@ -53,6 +55,8 @@ def train_scores(
         strategy_options: For the strategy's constructor.
         budget: What strategies with a penalty aim at while they train.
         base_bytes: Bytes of the packed file beside the searched layers.
+        task: What the model is for; None to find out from it and the first batch.
+        example: One input as the network takes it, which says how many inputs a batch has.
         engine: Precision, memory, trackers.
 
     Raises:
@@ -68,17 +72,20 @@ def train_scores(
     if hooks.trains and not hooks.weights_alone and any(c.float_inputs for c in candidates.values()):
         raise InvalidArgument(f"strategy {name!r} searches the widths of inputs too; weights alone: limpq or a scorer")
     hooks.limits = searched_limits(graph, budget, base_bytes) if budget is not None else {}
+    rereadable(train)
     source = hooks.loader(train)
     engine = Engine.of(engine)
     accelerator = accelerator_of(engine, hooks.stage or name, seed=options.seed)
     hooks.check_processes(accelerator.num_processes)
     batches = first_batches(source, hooks.batches, accelerator, options.seed)
+    known = together(lambda: task_of(task, model, half(batches[0]), example))
     distill = options.distill
     if distill is None:
-        distill = 1.0 if labels_of(batches[0]) is None and labels_of(half(batches[0])) is None else 0.0
+        distill = 1.0 if known.labels(batches[0]) is None else 0.0
     teacher = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False) if distill else None
     student = copy.deepcopy(model).requires_grad_(True).to(accelerator.device)
     hooks.loss = Finetune(
+        task=known,
         lr=hooks.lr if options.lr is None else options.lr,
         scale_lr=hooks.scale_lr,
         weight_decay=hooks.weight_decay,
@@ -87,12 +94,12 @@ def train_scores(
         distill=distill,
     )
     reading = [layer.name for layer in graph.searched if not layer.weight_only]
-    inputs = share_samples(sample_inputs(student, [half(batch) for batch in batches], forward, reading))
+    inputs = share_samples(sample_inputs(student, [half(batch) for batch in batches], known.forward, reading))
     searched = {layer.name: candidates[layer.name] for layer in graph.searched}
     hooks.attach(student, graph, searched, norms)
     hooks.calibrate(student, batches, inputs)
     provenance: dict[str, Any] = {"strategy": name, "unit": hooks.unit, "sense": hooks.sense, "seed": options.seed}
-    provenance |= {"distill": distill, "processes": accelerator.num_processes, "steps": 0}
+    provenance |= {"task": known.name, "distill": distill, "processes": accelerator.num_processes, "steps": 0}
     if hooks.trains and options.steps != 0:
         log = fit(
             student,
@@ -123,5 +130,4 @@ def train_scores(
 
 def half(batch: Any) -> Any:
     """The training half of a pair of batches; a plain batch as it is."""
-    paired = isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[0], (tuple, list, Mapping))
-    return batch[0] if paired else batch
+    return batch.train if isinstance(batch, Pair) else batch

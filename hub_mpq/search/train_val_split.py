@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampl
 from torch.utils.data.dataloader import default_collate
 
 from ..errors import InvalidArgument
+from ..tasks import Pair
 from ..train.batches import has_length
 
 
@@ -58,8 +59,8 @@ class _PairCollate:
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
 
-    def __call__(self, items: list[tuple[Any, Any]]) -> tuple[Any, Any]:
-        return _alone(self.collate([item[0] for item in items])), _alone(self.collate([item[1] for item in items]))
+    def __call__(self, items: list[tuple[Any, Any]]) -> Pair:
+        return Pair(self.collate([item[0] for item in items]), self.collate([item[1] for item in items]))
 
 
 class SplitBatches:
@@ -70,17 +71,12 @@ class SplitBatches:
         if hasattr(loader, "set_epoch"):
             self.set_epoch = loader.set_epoch
 
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+    def __iter__(self) -> Iterator[Pair]:
         for batch in self.loader:
-            yield _alone(_cut(batch, 0)), _alone(_cut(batch, 1))
+            yield Pair(_cut(batch, 0), _cut(batch, 1))
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
-
-
-def _alone(half: Any) -> Any:
-    """A half that no one takes for inputs beside labels."""
-    return (half,) if isinstance(half, Tensor) else half
 
 
 def _cut(batch: Any, part: int) -> Any:

@@ -12,7 +12,7 @@ from ..core import LayerGraph, Policy
 from ..errors import InvalidArgument
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs
 from ..nn.quantize import quantize_to_policy
-from .batch import forward, to_device
+from ..tasks import TaskLike, task_of, to_device
 
 
 def apply_policy(
@@ -23,6 +23,8 @@ def apply_policy(
     *,
     limit: int = 4,
     per_channel: bool = True,
+    task: TaskLike = None,
+    example: Any = None,
 ) -> None:
     """Give a float model the quantizers of a policy, in place, calibrated on a few batches.
 
@@ -33,6 +35,8 @@ def apply_policy(
         batches: What the scales of activations are calibrated on.
         limit: How many batches are looked at.
         per_channel: One weight scale per output channel, else one per tensor.
+        task: What the model is for, which says what of a batch is an input; None to find out from the model.
+        example: One input as the network takes it, which says how many inputs a batch has.
 
     Raises:
         PolicyMismatch: The policy is for another graph.
@@ -43,6 +47,7 @@ def apply_policy(
     taken = [to_device(batch, device) for batch in islice(batches, limit)]
     if not taken:
         raise InvalidArgument("the calibration data are empty")
+    known = task_of(task, model, example=example)
     quantize_to_policy(model, graph, policy, per_channel=per_channel)
     calibrate_weights(model, mse=True)
-    calibrate_inputs(model, sample_inputs(model, taken, forward), mse=True)
+    calibrate_inputs(model, sample_inputs(model, taken, known.forward), mse=True)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ..errors import HubMPQError, InvalidArgument
-from .batch import labels_of, size_of, to_device
+from ..tasks.batch import size_of, to_device
 from .processes import is_sharded, least, most, own_share, raise_together, total, unshared, world
 
 
@@ -35,8 +34,18 @@ def has_length(loader: Any) -> bool:
     return True
 
 
+def rereadable(loader: Iterable[Any], name: str = "train") -> None:
+    """Raise InvalidArgument for an iterator that gives its batches once: every stage reads them from the start."""
+    if isinstance(loader, Iterator):
+        raise InvalidArgument(
+            f"{name} is an iterator that can be read once only, and its batches are read several times; give a list, a "
+            "DataLoader, or an object whose __iter__ starts again"
+        )
+
+
 def first_batch(loader: Iterable[Any]) -> Any:
     """The first batch of a loader; InvalidArgument when there is none."""
+    rereadable(loader, "the data")
     for batch in loader:
         return batch
     raise InvalidArgument("the data loader is empty")
@@ -76,9 +85,12 @@ def set_epoch(loader: Any, epoch: int) -> None:
             return
 
 
-def feed(loader: Any, per_epoch: int, start: int, device: torch.device) -> Iterator[Fed]:
+def feed(
+    loader: Any, per_epoch: int, start: int, device: torch.device, count: Callable[[Any], float] = size_of
+) -> Iterator[Fed]:
     """Batches without end, from optimizer step `start` on; all processes take one at a time, together.
 
+    count: items that the loss of a batch is a mean over.
     A process whose part of an epoch is shorter than `per_epoch` takes an earlier batch again at weight zero. What goes
     wrong with one process's data is raised in all of them.
     """
@@ -88,7 +100,7 @@ def feed(loader: Any, per_epoch: int, start: int, device: torch.device) -> Itera
         epoch, index, batch, mine, size = 0, 0, None, 0.0, 0
         try:
             epoch, index, batch, real = next(batches)
-            mine, size = (loss_weight(batch), size_of(batch)) if real else (0.0, 0)
+            mine, size = (count(batch), size_of(batch)) if real else (0.0, 0)
         except HubMPQError as found:
             error = found
         if world()[1] == 1:
@@ -99,19 +111,6 @@ def feed(loader: Any, per_epoch: int, start: int, device: torch.device) -> Itera
         if failed:
             raise_together(error)
         yield Fed(epoch, index, batch, mine * world()[1] / max(weights, 1e-30), int(samples))
-
-
-def loss_weight(batch: Any) -> float:
-    """What a loss is a mean over: samples; of token labels, those that count (-100 does not)."""
-    labels = labels_of(batch)
-    if (
-        isinstance(batch, Mapping)
-        and isinstance(labels, Tensor)
-        and labels.dim() > 1
-        and not labels.is_floating_point()
-    ):
-        return float((labels != -100).sum())
-    return float(size_of(batch))
 
 
 def _batches(loader: Any, per_epoch: int, start: int, device: torch.device) -> Iterator[tuple[int, int, Any, bool]]:

@@ -1,45 +1,81 @@
-"""Measure a model: top-1 / top-5, loss and perplexity, or fidelity to the float model."""
+"""Measure a model: the metrics of its task, or fidelity to the float model."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import HubMPQError, InvalidArgument
-from .batch import forward, labels_of, logits_of, size_of, to_device
+from ..tasks import Task, TaskLike, task_of, to_device
+from ..tasks.batch import size_of
+from ..tasks.task import Sums
 from .processes import each, own_share, raise_together, total, world
+from .random_draws import replayed, rng_state
+
+Figures = dict[str, Any]
+"""{metric: value}, with "task" and "samples"."""
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: Iterable[Any], *, reference: nn.Module | None = None) -> dict[str, float]:
-    """Metrics over all samples of `loader`, in percent where they are shares.
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    reference: nn.Module | None = None,
+    task: TaskLike = None,
+    example: Any = None,
+) -> Figures:
+    """Metrics over all items of `loader`, in percent where they are shares.
 
-    Class labels (one a sample): top1, top5 and loss. Dicts on which the model computes a loss: loss, perplexity.
-    No labels: needs `reference` (the float model) and gives fidelity, the signal-to-noise ratio of the output in dB,
-    and agreement of the arg max. Raises InvalidArgument for an empty loader or one without labels or reference.
     Launched as several processes, all must call it; each measures its part and all get the figures of the whole.
+
+    Args:
+        model: The network.
+        loader: Batches. With labels: the task's metrics. Without: `fidelity_db`, the signal-to-noise ratio of all
+            outputs against the reference's, and for classes `kl` and `agreement` of the arg max.
+        reference: The float network, for batches without labels.
+        task: What the model is for; None to find out from it and the first batch.
+        example: One input as the network takes it, which says how many inputs a batch has.
+
+    Returns:
+        The metrics, the task's name as "task", and the number of "samples".
+
+    Raises:
+        InvalidArgument: An empty loader, no label that counts, neither labels nor a reference, labels that fit no task
+            or several.
     """
     from huggingface_hub.utils import tqdm
 
     training = model.training
     model.eval()
     device = next(model.parameters()).device
-    sums: dict[str, float] = {}
-    count = 0.0
+    sums: Sums = {}
+    samples = 0.0
+    known: Task | None = None
     failed: HubMPQError | None = None
-    mine = own_share(loader) if world()[1] > 1 else loader  # alone, the order does not matter
     try:
-        for batch in tqdm(mine, desc="evaluate", unit="batch", leave=False, disable=True if world()[0] else None):
-            batch = to_device(batch, device)
-            rows = _measure(model, batch, reference)
-            size = size_of(batch)
-            count += size
-            for name, value in rows.items():
-                sums[name] = sums.get(name, 0.0) + value * size
+        mine = iter(own_share(loader) if world()[1] > 1 else loader)  # alone, the order does not matter
+        first = next(mine, None)
+        if first is not None:
+            known = task_of(task, model, first, example)
+            batches = tqdm(
+                chain([first], mine),
+                total=len(loader) if hasattr(loader, "__len__") and world()[1] == 1 else None,
+                desc="evaluate",
+                unit="batch",
+                leave=False,
+                disable=True if world()[0] else None,
+            )
+            for batch in batches:
+                batch = to_device(batch, device)
+                for name, (value, count) in measure(known, model, batch, reference).items():
+                    before = sums.get(name, (0.0, 0.0))
+                    sums[name] = (before[0] + value, before[1] + count)
+                samples += size_of(batch)
     except HubMPQError as error:
         failed = error
     finally:
@@ -47,45 +83,27 @@ def evaluate(model: nn.Module, loader: Iterable[Any], *, reference: nn.Module | 
     raise_together(failed)
     if world()[1] > 1:
         names = sorted({name for found in each(sorted(sums)) for name in found})
-        count, *values = total(count, *(sums.get(name, 0.0) for name in names))
-        sums = dict(zip(names, values, strict=True))
-    if not count:
+        flat = [x for name in names for x in sums.get(name, (0.0, 0.0))]
+        samples, *flat = total(samples, *flat)
+        sums = {name: (flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(names)}
+        known = known or task_of(task, model, example=example)
+    if not samples or known is None:
         raise InvalidArgument("the data loader is empty")
-    out = {name: value / count for name, value in sums.items()}
-    if "perplexity" in out:
-        out["perplexity"] = math.exp(min(out["loss"], 700.0))
-    if "noise" in out:
-        out["fidelity_db"] = -10 * math.log10(max(out.pop("noise"), 1e-30))
-    return {**out, "samples": float(count)}
+    figures = known.figures(sums)
+    if not figures:
+        raise InvalidArgument(f"no label counts: all of them are {known.ignore_index} (ignore_index)")
+    return {"task": known.name, **figures, "samples": float(samples)}
 
 
-def _measure(model: nn.Module, batch: Any, reference: nn.Module | None) -> dict[str, float]:
-    labels = labels_of(batch)
-    if labels is None:
-        if reference is None:
-            raise InvalidArgument(
-                "the batches have no labels: accuracy cannot be measured, only fidelity to a float model"
-            )
-        output, target = forward(model, batch), forward(reference, batch)
-        s, t = logits_of(output).float(), logits_of(target).float()
-        return {
-            "noise": float((s - t).square().sum() / t.square().sum().clamp_min(1e-30)),
-            "agreement": float((s.argmax(-1) == t.argmax(-1)).float().mean()) * 100,
-        }
-    output = forward(model, batch, labels=True)
-    loss = getattr(output, "loss", None)
-    logits = logits_of(output).float()
-    if labels.dim() != 1 or labels.is_floating_point() or logits.dim() != 2:
-        if loss is None:
-            raise InvalidArgument(
-                f"labels of shape {tuple(labels.shape)} fit no metric for logits {tuple(logits.shape)}"
-            )
-        return {"loss": float(loss), "perplexity": 0.0}
-    if int(labels.max()) >= logits.shape[-1]:
-        raise InvalidArgument(f"label {int(labels.max())} is outside the model's {logits.shape[-1]} classes")
-    ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
-    return {
-        "top1": float(ranked[:, 0].float().mean()) * 100,
-        "top5": float(ranked.any(-1).float().mean()) * 100,
-        "loss": float(torch.nn.functional.cross_entropy(logits, labels)),
-    }
+def measure(task: Task, model: nn.Module, batch: Any, reference: nn.Module | None) -> Sums:
+    """{metric: (sum, count)} of one batch."""
+    labels = task.labels(batch)
+    if labels is not None:
+        return task.metrics(task.forward(model, batch, labelled=True), labels)
+    if reference is None:
+        raise InvalidArgument("the batches have no labels: accuracy cannot be measured, only fidelity to a float model")
+    device = next(model.parameters()).device
+    before = rng_state(device)
+    output = task.forward(model, batch)
+    wanted = replayed(lambda: task.forward(reference, batch), device, before)
+    return task.fidelity(output, wanted, task.mask(batch))

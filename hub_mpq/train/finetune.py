@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core import Engine, FinetuneOptions
 from ..errors import InvalidArgument
 from ..quantizers import LSQ
-from .batch import distillation_loss, forward, holds_classes, labels_of, task_loss
+from ..tasks import Task, TaskLike, task_of
 from .batches import first_batch
 from .cpt import CyclicPrecision, check_cycles
 from .engine import accelerator_of
@@ -20,7 +20,8 @@ from .gradient_quantizers import GradientQuantization, check_kind
 from .hooks import Hooks
 from .loop import TrainLog, fit
 from .norms import reestimate_batch_norm
-from .processes import own_share
+from .processes import own_share, together
+from .random_draws import replayed, rng_state
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
@@ -37,9 +38,9 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 
 class Finetune(Hooks):
-    """Cross-entropy (or the model's own loss), distillation from a teacher, or both.
+    """The task's loss, distillation from a teacher, or both.
 
-    distill: weight of the distillation loss in [0, 1]; 1 needs no labels.
+    task: bound to the model. distill: weight of the distillation loss in [0, 1]; 1 needs no labels.
     average: an AveragedModel that follows the weights (EMA), or None. cyclic, gradients: schedules of cyclic precision
     and of quantized gradients, or None.
     """
@@ -47,6 +48,7 @@ class Finetune(Hooks):
     def __init__(
         self,
         *,
+        task: Task,
         lr: float,
         scale_lr: float,
         weight_decay: float,
@@ -57,6 +59,7 @@ class Finetune(Hooks):
         cyclic: CyclicPrecision | None = None,
         gradients: GradientQuantization | None = None,
     ) -> None:
+        self.task = task
         self.lr, self.scale_lr, self.weight_decay, self.smoothing = lr, scale_lr, weight_decay, smoothing
         self.teacher, self.distill, self.average = teacher, distill, average
         self.cyclic, self.gradients = cyclic, gradients
@@ -80,19 +83,22 @@ class Finetune(Hooks):
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss of one forward pass."""
-        if self.teacher is None or (self.distill < 1 and labels_of(batch) is not None):
-            loss, output = task_loss(model, batch, self.smoothing)
-        else:
-            loss, output = torch.zeros(()), forward(model, batch)
         if self.teacher is None or self.distill <= 0:
-            return loss
+            return self.task.run(model, batch, self.smoothing)[0]
+        share = self.distill if self.task.labels(batch) is not None else 1.0
+        device = next(self.teacher.parameters()).device
+        before = rng_state(device)
+        if share < 1:
+            loss, output = self.task.run(model, batch, self.smoothing)
+        else:
+            loss, output = None, self.task.forward(model, batch)
         with torch.no_grad():
-            target = forward(self.teacher, batch)
-        labels = labels_of(batch)
-        share = self.distill if labels is not None else 1.0
-        return (1 - share) * loss.to(next(iter(model.parameters())).device) + share * distillation_loss(
-            output, target, classes=holds_classes(output, labels)
-        )
+            target = replayed(lambda: self.task.forward(self.teacher, batch), device, before)
+        distilled = share * self.task.distillation(output, target, batch)
+        return distilled if loss is None else (1 - share) * loss + distilled
+
+    def items(self, batch: Any) -> float:
+        return self.task.items(batch)
 
     def stateful(self) -> list[Any]:
         return [] if self.average is None else [self.average]
@@ -107,6 +113,8 @@ def finetune(
     train: Iterable[Any],
     options: FinetuneOptions | Mapping[str, Any] | None = None,
     *,
+    task: TaskLike = None,
+    example: Any = None,
     teacher: nn.Module | None = None,
     engine: Engine | None = None,
     **changes: Any,
@@ -117,6 +125,8 @@ def finetune(
         model: The quantized model.
         train: Batches as in `HubMPQ.finetune`.
         options: Length, learning rates and so on.
+        task: What the model is for; None to find out from it and the first batch.
+        example: One input as the network takes it, which says how many inputs a batch has.
         teacher: The float model, for distillation.
         engine: Precision, memory, compiler, trackers.
         changes: Single options by name, in place of those of `options`.
@@ -129,9 +139,10 @@ def finetune(
     check_cycles(o.cycles)
     check_kind(o.gradient_quantizer)
     first = first_batch(train)
+    known = together(lambda: task_of(task, model, first, example))
     distill = o.distill
     if distill is None:
-        distill = 1.0 if labels_of(first) is None else 0.0
+        distill = 1.0 if known.labels(first) is None else 0.0
     if not 0 <= distill <= 1:
         raise InvalidArgument(f"distill is a weight from 0 to 1, not {distill}")
     if distill and teacher is None:
@@ -153,6 +164,7 @@ def finetune(
     if o.gradient_bits is not None:
         gradients = GradientQuantization(model, o.gradient_bits, o.gradient_quantizer, o.seed)
     hooks = Finetune(
+        task=known,
         lr=o.lr,
         scale_lr=o.scale_lr,
         weight_decay=o.weight_decay,
@@ -189,6 +201,6 @@ def finetune(
             found = average.module.state_dict()
             model.load_state_dict({k: v for k, v in found.items() if v.is_floating_point()}, strict=False)
     if o.reestimate_norms:
-        reestimate_batch_norm(model, own_share(train, seed=o.seed))
+        reestimate_batch_norm(model, own_share(train, seed=o.seed), task=known)
     model.eval()
     return log

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import InvalidArgument
+from ..tasks.batch import size_of
 
 Groups = str | tuple[str, ...] | None
 """Names of the optimizer groups that a loss trains; None: all of them."""
@@ -53,6 +54,10 @@ class Hooks:
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """The optimizer has stepped: projections, averages."""
+
+    def items(self, batch: Any) -> float:
+        """Items that the loss of a batch is a mean over; they weigh the batches of several processes."""
+        return float(size_of(batch))
 
     def stateful(self) -> list[Any]:
         """Objects beside the model with state_dict and load_state_dict that a checkpoint must hold."""

@@ -126,7 +126,7 @@ def fit(
         )
         stop = stack.enter_context(StopOnSignal(active=store is not None))
         stack.enter_context(bar)
-        batches = feed(loader, per_epoch, start, accelerator.device)
+        batches = feed(loader, per_epoch, start, accelerator.device, hooks.items)
         seen = 0
         for step in range(start, length):
             fed = next(batches)

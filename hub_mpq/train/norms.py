@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .batch import forward, to_device
+from ..tasks import TaskLike, task_of, to_device
 from .processes import world
 
 
 @torch.no_grad()
-def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], *, limit: int = 32) -> int:
+def reestimate_batch_norm(
+    model: nn.Module, batches: Iterable[Any], *, limit: int = 32, task: TaskLike = None, example: Any = None
+) -> int:
     """Replace running statistics by their plain average over up to `limit` batches (of each process, where there are
     several); returns how many were used.
 
@@ -38,9 +40,10 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], *, limit: in
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average
     used = 0
+    known = task_of(task, model, example=example)
     try:
         for batch in chain([first], islice(iterator, limit - 1)):
-            forward(model, to_device(batch, next(model.parameters()).device))
+            known.forward(model, to_device(batch, next(model.parameters()).device))
             used += 1
     finally:
         for norm, (momentum, _) in zip(norms, kept, strict=True):

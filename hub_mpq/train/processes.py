@@ -234,6 +234,18 @@ def agreed(error: HubMPQError) -> HubMPQError:
     return error
 
 
+def together(function: Callable[[], T]) -> T:
+    """What `function` gives in each process; what it raises in any of them is raised in all."""
+    found: list[T] = []
+    failed: HubMPQError | None = None
+    try:
+        found.append(function())
+    except HubMPQError as error:
+        failed = error
+    raise_together(failed)
+    return found[0]
+
+
 def raise_together(error: HubMPQError | None) -> None:
     """Raise in all processes what any of them met; nothing when none did."""
     if world()[1] == 1:

@@ -24,6 +24,7 @@ from hub_mpq import (
     Limit,
     MPQConfig,
     SearchStrategy,
+    Task,
     register_layer_kind,
     register_library,
     register_limit,
@@ -96,6 +97,17 @@ class Energy(Limit):
         return 100 + 0.5 * layer.macs * bits.weight * bits.activation
 
 
+class Ranks(Task):
+    """The class number as the distance from the expected one: absolute error, in ranks."""
+
+    name = "ranks"
+
+    def item_loss(self, output, labels, smoothing=0.0):
+        classes = torch.arange(output.shape[1], dtype=torch.float32)
+        values = ((output.softmax(1) * classes).sum(1) - labels).abs()
+        return values, labels >= 0
+
+
 @pytest.fixture
 def outside():
     """Everything registered, and forgotten afterwards."""
@@ -111,6 +123,7 @@ def outside():
     )
     register_library(Toys())
     register_limit(Energy)
+    register_task(Ranks())
 
     @register_strategy("narrowest-first")
     class NarrowestFirst(SearchStrategy):
@@ -134,6 +147,7 @@ def outside():
     libraries.unregister("toys")
     limits.unregister("energy")
     strategies.unregister("narrowest-first")
+    tasks.unregister("ranks")
 
 
 def test_the_whole_route(outside, tmp_path):
@@ -156,6 +170,29 @@ def test_the_whole_route(outside, tmp_path):
     assert (again.scores.unit, again.scores.sense) == ("preference", "max")
     with pytest.raises(InfeasibleBudget, match=r"energy <= 1 \(least reachable"):
         mpq.search(energy=1)
+
+
+def test_a_task_is_known_by_its_name(outside, run, tmp_path):
+    y = torch.tensor([0, 1, 2, -1])
+    mpq = HubMPQ.from_pretrained("toys:tiny", pretrained=False, task="ranks")
+    mpq.quantize(bitops="W3A3", train=[(X, y)], epochs=0, indicator_options={"steps": 2})
+    assert mpq.scores.provenance["task"] == "ranks"
+    before = mpq.evaluate([(X, y)])
+    with torch.no_grad():
+        wanted = ((mpq(X).softmax(1) * torch.arange(3)).sum(1) - y).abs()[:3].mean()
+    assert before["loss"] == pytest.approx(float(wanted), rel=1e-5)
+    mpq.finetune([(X, y)], epochs=30, lr=1e-2)
+    assert mpq.evaluate([(X, y)])["loss"] < before["loss"]
+    mpq.save_pretrained(tmp_path / "out")
+    assert "quantized: task ranks, loss" in mpq.report()
+    for arguments in (
+        ("evaluate", tmp_path / "out"),
+        ("quantize", "toys:tiny", "--bitops", "W4A4", "-o", tmp_path / "x"),
+    ):
+        refused = run(*arguments, "--data", tmp_path, "--task", "rank")
+        assert refused.exit_code == 2
+        assert "unknown task 'rank'; known:" in refused.stderr
+        assert "ranks" in refused.stderr
 
 
 def test_a_front_and_its_picture(outside, tmp_path):
@@ -246,13 +283,14 @@ class Named:
 
 
 @pytest.mark.parametrize(
-    ("register", "registry", "sort"), [(register_task, tasks, "task"), (register_runtime, runtimes, "runtime")]
+    ("register", "registry", "sort", "known"),
+    [(register_task, tasks, "task", "classification, .*mine"), (register_runtime, runtimes, "runtime", "mine")],
 )
-def test_tasks_and_runtimes_are_found_by_name(register, registry, sort):
+def test_tasks_and_runtimes_are_found_by_name(register, registry, sort, known):
     mine = register(Named("mine"))
     try:
         assert registry.get("mine") is mine
-        with pytest.raises(InvalidArgument, match=f"unknown {sort} 'yours'; known: mine"):
+        with pytest.raises(InvalidArgument, match=f"unknown {sort} 'yours'; known: {known}"):
             registry.get("yours")
         with pytest.raises(InvalidArgument, match=f"a {sort} 'mine' is registered already"):
             register(type("Other", (), {"name": "mine"})())

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from hub_mpq.tasks import Classification
 from hub_mpq.train.processes import world
 
 _spec = importlib.util.spec_from_file_location("toys", Path(__file__).parents[1] / "conftest.py")
@@ -16,7 +17,7 @@ _spec.loader.exec_module(_toys)
 _net = _toys._net
 
 X = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-STILL = {"lr": 0.0, "scale_lr": 0.0, "weight_decay": 0.0, "smoothing": 0.1}
+STILL = {"task": Classification(), "lr": 0.0, "scale_lr": 0.0, "weight_decay": 0.0, "smoothing": 0.1}
 COUNTS = (44, 36)  # with 16 a step: a last step of 12 (8 and 4 on two processes) and of 4 (4 and none)
 
 

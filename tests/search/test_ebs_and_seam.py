@@ -15,6 +15,7 @@ from hub_mpq.errors import InvalidArgument
 from hub_mpq.search.candidates import resolve_candidates
 from hub_mpq.search.ebs import EBS, NETWORK
 from hub_mpq.search.seam import SEAM, margin_loss
+from hub_mpq.tasks import Classification
 from hub_mpq.train.finetune import Finetune
 
 X = torch.zeros(1, 1, 8, 8)
@@ -29,7 +30,7 @@ def others(**more):
 def attached(strategy, net, batch, names=("3", "6", "9")):
     """`strategy` on a copy of `net`, ready for its losses."""
     mpq, student = HubMPQ.from_module(net, X), copy.deepcopy(net)
-    strategy.loss = Finetune(lr=1e-4, scale_lr=1e-2, weight_decay=0.0, smoothing=0.1)
+    strategy.loss = Finetune(task=Classification(), lr=1e-4, scale_lr=1e-2, weight_decay=0.0, smoothing=0.1)
     strategy.attach(student, mpq.graph, resolve_candidates(mpq.graph, [2, 3, 5]), {})
     strategy.calibrate(student, [batch], {name: torch.rand(64) for name in names})
     return student

@@ -14,6 +14,7 @@ from hub_mpq.quantizers import LSQ
 from hub_mpq.search.limpq import LIMPQ
 from hub_mpq.search.loss_sensitivity import like, loss_sensitivity
 from hub_mpq.search.movement import movement, rank_correlation
+from hub_mpq.tasks import Classification
 from hub_mpq.train import Finetune
 
 X = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -21,7 +22,7 @@ X = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 def attached(net, **options):
     mpq = HubMPQ.from_module(net, X)
-    loss = Finetune(lr=1e-3, scale_lr=1e-2, weight_decay=0.0, smoothing=0.0)
+    loss = Finetune(task=Classification(), lr=1e-3, scale_lr=1e-2, weight_decay=0.0, smoothing=0.0)
     strategy = LIMPQ(**options)
     strategy.loss = loss
     model = copy.deepcopy(net)

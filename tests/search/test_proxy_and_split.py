@@ -21,7 +21,7 @@ from hub_mpq.search.ebs import falling
 from hub_mpq.search.proxy import class_loader
 from hub_mpq.search.seam import margin_loss
 from hub_mpq.search.train_val_split import train_val_split
-from hub_mpq.train.batch import size_of
+from hub_mpq.tasks.batch import size_of
 
 X = torch.zeros(1, 1, 8, 8)
 

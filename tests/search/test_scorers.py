@@ -14,7 +14,8 @@ from hub_mpq.search.candidates import resolve_candidates
 from hub_mpq.search.hessian import Hessian
 from hub_mpq.search.loss_sensitivity import at
 from hub_mpq.search.posttraining import KL, MSE
-from hub_mpq.train import forward
+from hub_mpq.tasks import Classification
+from hub_mpq.train import Finetune
 
 SCORERS = ("gradient", "hessian", "mse", "kl")
 ROWS = 8
@@ -32,7 +33,9 @@ def measured(strategy, net, batch):
     """The scorer after it has measured one batch, and the sample of what layer "2" reads."""
     mpq = HubMPQ.from_module(net, batch[0][:1])
     assert [x.name for x in mpq.graph.searched] == ["2"]
-    inputs = sample_inputs(net, [batch], forward, ["2"])
+    inputs = sample_inputs(net, [batch], Classification().forward, ["2"])
+    rates = {"lr": 0.0, "scale_lr": 0.0, "weight_decay": 0.0, "smoothing": 0.0}
+    strategy.loss = Finetune(task=Classification(), **rates)
     strategy.attach(net, mpq.graph, resolve_candidates(mpq.graph, [2, 4]), {})
     strategy.calibrate(net, [batch], inputs)
     return strategy, inputs["2"]

@@ -10,10 +10,11 @@ from torch.utils.data import DataLoader
 
 from hub_mpq.data.order import Shuffled
 from hub_mpq.errors import TrainingDiverged
+from hub_mpq.tasks import Classification
 from hub_mpq.train import Finetune, evaluate, fit
 from hub_mpq.train.processes import own_share
 
-RATES = {"lr": 1e-2, "scale_lr": 1e-3, "weight_decay": 0.0, "smoothing": 0.0}
+RATES = {"task": Classification(), "lr": 1e-2, "scale_lr": 1e-3, "weight_decay": 0.0, "smoothing": 0.0}
 
 
 def hooks():

@@ -18,7 +18,8 @@ from hub_mpq.nn.banks import add_banks
 from hub_mpq.nn.calibrate import sample_inputs
 from hub_mpq.quantizers import LSQ
 from hub_mpq.search.limpq import LIMPQ
-from hub_mpq.train import Finetune, fit, forward
+from hub_mpq.tasks import Classification
+from hub_mpq.train import Finetune, fit
 from hub_mpq.train.engine import check, synced_norms
 from hub_mpq.train.finetune import finetune
 from hub_mpq.train.processes import make_accelerator
@@ -52,7 +53,7 @@ def trained(net, batches, engine, example=X, **options):
     strategy.loss = Finetune(**MOVES)
     norms = {"4": "3", "7": "6"} if isinstance(net, nn.Sequential) else {}
     strategy.attach(model, mpq.graph, {x.name: Candidates.of([2, 4]) for x in mpq.graph.searched}, norms)
-    strategy.calibrate(model, batches, sample_inputs(model, batches[:1], forward))
+    strategy.calibrate(model, batches, sample_inputs(model, batches[:1], Classification().forward))
     strategy.outputs.clear()
     strategy.inputs.clear()
     return strategy, model, fit(model, strategy, batches, steps=2, engine=engine)

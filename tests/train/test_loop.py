@@ -7,7 +7,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hub_mpq.errors import InvalidArgument, TrainingDiverged
-from hub_mpq.train import Finetune, Hooks, evaluate, fit, task_loss
+from hub_mpq.tasks import Classification
+from hub_mpq.train import Finetune, Hooks, evaluate, fit
 from hub_mpq.train.checkpoint import Checkpoints
 from hub_mpq.train.finetune import finetune
 from hub_mpq.train.norms import reestimate_batch_norm
@@ -15,7 +16,9 @@ from hub_mpq.train.processes import make_accelerator
 
 
 def hooks(**changes):
-    return Finetune(**{"lr": 1e-2, "scale_lr": 1e-3, "weight_decay": 0.0, "smoothing": 0.0, **changes})
+    return Finetune(
+        task=Classification(), **{"lr": 1e-2, "scale_lr": 1e-3, "weight_decay": 0.0, "smoothing": 0.0, **changes}
+    )
 
 
 def state(model):
@@ -65,7 +68,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(net, data, tmp_
 
     twin = copy.deepcopy(net)
     fit(net, hooks(), loader(), steps=14, seed=3)
-    broken = Interrupted(lr=1e-2, scale_lr=1e-3, weight_decay=0.0, smoothing=0.0)
+    broken = Interrupted(task=Classification(), lr=1e-2, scale_lr=1e-3, weight_decay=0.0, smoothing=0.0)
     with pytest.raises(KeyboardInterrupt, match="step 5"):
         fit(twin, broken, loader(), steps=14, seed=3, checkpoint_dir=tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
@@ -123,7 +126,7 @@ def test_several_passes_add_their_gradients(train):
         twin = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
         nn.init.constant_(twin[1].weight, 0.01)
         nn.init.zeros_(twin[1].bias)
-        still = kind(lr=0.0, scale_lr=0.0, weight_decay=0.0, smoothing=0.0)
+        still = kind(task=Classification(), lr=0.0, scale_lr=0.0, weight_decay=0.0, smoothing=0.0)
         fit(twin, still, [(torch.ones(len(labels), 1, 8, 8), labels)], steps=1)
     torch.testing.assert_close(seen[0], 2 * seen[1])
 
@@ -135,7 +138,7 @@ def test_nan_stops_names_the_step_and_keeps_the_checkpoint(net, train, tmp_path)
                 with torch.no_grad():
                     model[0].weight.fill_(math.nan)
 
-    bad = Poison(lr=1e-3, scale_lr=1e-3, weight_decay=0.0, smoothing=0.0)
+    bad = Poison(task=Classification(), lr=1e-3, scale_lr=1e-3, weight_decay=0.0, smoothing=0.0)
     with pytest.raises(TrainingDiverged, match=r"step 3.*step-00000002") as caught:
         fit(net, bad, train, steps=10, checkpoint_dir=tmp_path, checkpoint_every=2)
     assert caught.value.step == 3
@@ -155,9 +158,9 @@ def test_empty_data_are_refused(net, loader):
 def test_labels_that_do_not_fit_are_refused(net):
     x = torch.zeros(2, 1, 8, 8)
     with pytest.raises(InvalidArgument, match="no labels"):
-        task_loss(net, x)
-    with pytest.raises(InvalidArgument, match="fit"):
-        task_loss(net, (x, torch.tensor([0, 9])))
+        Classification().run(net, x)
+    with pytest.raises(InvalidArgument, match="label 9 is outside"):
+        Classification().run(net, (x, torch.tensor([0, 9])))
     with pytest.raises(InvalidArgument, match="outside"):
         evaluate(net, [(x, torch.tensor([0, 9]))])
     with pytest.raises(InvalidArgument, match="no labels"):

@@ -1,0 +1,36 @@
+"""Tasks: what a batch, a label, a loss, an output and a metric are."""
+
+from .batch import Pair, to_device
+from .classification import Classification
+from .detect import TaskLike, task_of
+from .embedding import Embedding
+from .heads import Heads
+from .multi_label import MultiLabel
+from .own import Contrastive, Detection, Own
+from .question_answering import QuestionAnswering
+from .regression import Regression
+from .segmentation import Segmentation
+from .task import Task
+from .tokens import CausalLM, MaskedLM, Seq2SeqLM, TokenClassification
+
+__all__ = [
+    "CausalLM",
+    "Classification",
+    "Contrastive",
+    "Detection",
+    "Embedding",
+    "Heads",
+    "MaskedLM",
+    "MultiLabel",
+    "Own",
+    "Pair",
+    "QuestionAnswering",
+    "Regression",
+    "Segmentation",
+    "Seq2SeqLM",
+    "Task",
+    "TaskLike",
+    "TokenClassification",
+    "task_of",
+    "to_device",
+]

@@ -1,0 +1,225 @@
+"""How a batch is handed to a network: which parts are inputs, and which are labels."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..errors import InvalidArgument
+
+FORMS = "give inputs alone, (inputs, labels), or a dict; several inputs as ((first, second), labels)"
+PLAIN_LABELS = ("target", "targets", "y")
+"""Where networks of no library are often given their labels, beside a task's own keys."""
+
+
+class Parts(NamedTuple):
+    """Positional and keyword arguments of a forward, and labels (None: the batch has none)."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    labels: Any
+
+
+class Pair(NamedTuple):
+    """Two batches of one step: one to train on, and one held out."""
+
+    train: Any
+    held: Any
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a network's forward takes.
+
+    Attributes:
+        model: Name of the network's class, for errors.
+        positional: How many inputs a batch without names has.
+        required: How many of them the forward insists on.
+        most: How many positional arguments it takes at most.
+        names: Its keyword arguments.
+        open: Whether it takes any other keyword too.
+        pretrained: Whether it is a model of transformers: its keywords are fixed, whatever it takes beside them.
+    """
+
+    model: str = "the model"
+    positional: int = 1
+    required: int = 1
+    most: int = 1
+    names: tuple[str, ...] = ()
+    open: bool = True
+    pretrained: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module, example: Any = None) -> Signature:
+        """The signature of a network.
+
+        Args:
+            model: The network.
+            example: One input as it takes it, if there is one: a tensor, a tuple of arguments or a dict.
+        """
+        found = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters.values()
+        plain = [p for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        required = max(sum(p.default is p.empty for p in plain), 1)
+        several = isinstance(example, Sequence) and not isinstance(example, (str, Tensor))
+        return cls(
+            model=type(model).__name__,
+            positional=len(example) if several else required,
+            required=required,
+            most=10**6 if any(p.kind is p.VAR_POSITIONAL for p in found) else len(plain),
+            names=tuple(p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)),
+            open=any(p.kind is p.VAR_KEYWORD for p in found),
+            pretrained=hasattr(model, "config") and hasattr(model, "base_model_prefix"),
+        )
+
+    def split(self, batch: Any, label_keys: Sequence[str]) -> Parts:
+        """Inputs and labels of a batch.
+
+        Args:
+            batch: A tensor or array (inputs alone), a tuple (inputs, labels) or a dict of keyword arguments with
+                labels under one of `label_keys`.
+            label_keys: Keys of labels.
+
+        Raises:
+            InvalidArgument: The batch has a part that is neither an input nor labels.
+        """
+        if isinstance(batch, Pair):
+            batch = batch.train
+        if isinstance(batch, Mapping):
+            return self._of_mapping(batch, label_keys)
+        if not isinstance(batch, (tuple, list)):
+            return Parts(*self._inputs(batch, label_keys), None)
+        if not batch:
+            raise InvalidArgument(f"a batch is empty; {FORMS}")
+        nested = isinstance(batch[0], (tuple, list, Mapping))
+        if not nested and self.positional > 1:
+            if len(batch) == self.positional + 1:
+                return Parts(*self._inputs(batch[:-1], label_keys), labels_from(batch[-1]))
+            if len(batch) == self.positional and self.required < len(batch) == 2:
+                raise InvalidArgument(
+                    "a batch of two tensors may be two inputs, or an input and its labels; "
+                    "write ((first, second),) or ((first, second), labels)"
+                )
+            if len(batch) == self.positional:
+                return Parts(*self._inputs(batch, label_keys), None)
+        if len(batch) > 2:
+            count = "1 input" if self.positional == 1 else f"{self.positional} inputs"
+            raise InvalidArgument(f"a batch has {len(batch)} parts, and {self.model} takes {count}; {FORMS}")
+        labels = labels_from(batch[1]) if len(batch) == 2 else None
+        return Parts(*self._inputs(batch[0], label_keys), labels)
+
+    def _inputs(self, part: Any, label_keys: Sequence[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if isinstance(part, Mapping):
+            found = self._of_mapping(part, label_keys)
+            if found.labels is not None:
+                raise InvalidArgument("labels stand both in the dict of inputs and beside it")
+            return found.args, found.kwargs
+        if isinstance(part, (tuple, list)) and (len(part) <= self.most or self.positional > 1):
+            if not self.required <= len(part) <= self.most:
+                raise InvalidArgument(f"a batch has {len(part)} inputs, and {self.model} takes {self.positional}")
+            return tuple(as_tensors(x) for x in part), {}
+        if not tree_leaves_of(part, (Tensor, np.ndarray)):
+            raise InvalidArgument(f"a batch of type {type(part).__name__} holds no tensor; {FORMS}")
+        return (as_tensors(part),), {}
+
+    def _of_mapping(self, batch: Mapping[str, Any], label_keys: Sequence[str]) -> Parts:
+        keys = (*label_keys, *(k for k in PLAIN_LABELS if not self.pretrained and k not in self.names))
+        labels = {k: labels_from(v) for k, v in batch.items() if k in keys and v is not None}
+        inputs = {k: as_tensors(v) for k, v in batch.items() if k not in keys}
+        unknown = [
+            k
+            for k, v in inputs.items()
+            if k not in self.names
+            and (not self.open or (self.pretrained and not isinstance(v, (bool, int, float, type(None)))))
+        ]
+        if unknown:
+            takes = ", ".join(n for n in self.names if n not in keys)
+            raise InvalidArgument(
+                f"the batch has {', '.join(map(repr, unknown))}, which {self.model} does not take (it takes {takes}) "
+                f"and which is no label here ({', '.join(keys)}); leave it out, or name your labels by label_keys="
+            )
+        if not labels:
+            return Parts((), inputs, None)
+        return Parts((), inputs, next(iter(labels.values())) if len(labels) == 1 else labels)
+
+
+def tree_leaves_of(tree: Any, kinds: type | tuple[type, ...]) -> list[Any]:
+    """Leaves of a nested batch that are of some types."""
+    if isinstance(tree, Mapping):  # transformers' BatchEncoding is no dict
+        return [leaf for value in tree.values() for leaf in tree_leaves_of(value, kinds)]
+    if isinstance(tree, (tuple, list)):
+        return [leaf for value in tree for leaf in tree_leaves_of(value, kinds)]
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, kinds)]
+
+
+def as_tensors(tree: Any) -> Any:
+    """A nested batch with NumPy's arrays of numbers as tensors; the rest as it is."""
+    if isinstance(tree, np.ndarray) and tree.dtype.kind in "biuf":
+        return torch.as_tensor(tree)
+    if isinstance(tree, Mapping):
+        return {k: as_tensors(v) for k, v in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(as_tensors(v) for v in tree))
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(as_tensors(v) for v in tree)
+    return tree
+
+
+def labels_from(value: Any) -> Any:
+    """Labels as tensors: arrays and lists of numbers are converted; of tuples, lists and dicts, each part.
+
+    Raises:
+        InvalidArgument: Labels that are not numbers.
+    """
+    if value is None or isinstance(value, (Tensor, bool)):
+        return value
+    if isinstance(value, np.ndarray) or np.isscalar(value):
+        array = np.asarray(value)
+        if array.dtype.kind not in "biuf":
+            raise InvalidArgument(f"labels are numbers, not {str(value)[:40]!r}")
+        return torch.as_tensor(array)
+    if isinstance(value, Mapping):
+        return {k: labels_from(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        numbers = _numbers(value)
+        return [labels_from(v) for v in value] if numbers is None else numbers
+    raise InvalidArgument(f"labels are tensors, arrays or lists of numbers, not {type(value).__name__}")
+
+
+def _numbers(value: Sequence[Any]) -> Tensor | None:
+    """A list of numbers, or of lists of them of one length, as a tensor; None for anything else."""
+    leaves = tree_leaves(list(value))
+    if not leaves or not all(isinstance(x, (bool, int, float)) for x in leaves):
+        return None
+    try:
+        return torch.tensor(value)
+    except ValueError:
+        return None
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch with all its tensors and arrays on a device."""
+    if isinstance(batch, (Tensor, np.ndarray)):
+        found = as_tensors(batch)
+        return found.to(device) if isinstance(found, Tensor) else found
+    if isinstance(batch, Mapping):
+        return {k: to_device(v, device) for k, v in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(v, device) for v in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(to_device(v, device) for v in batch)
+    return batch
+
+
+def size_of(batch: Any) -> int:
+    """Samples in a batch, the first axis of its first tensor; of a pair, in both."""
+    if isinstance(batch, Pair):
+        return size_of(batch.train) + size_of(batch.held)
+    first = next((x for x in tree_leaves_of(batch, (Tensor, np.ndarray)) if x.ndim), None)
+    return 1 if first is None else int(first.shape[0])

@@ -1,0 +1,111 @@
+"""Base of all tasks whose output is a distribution over classes, for every sample, token or pixel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import InvalidArgument
+from .task import Sums, Task, total
+
+
+class Classes(Task):
+    """Cross-entropy over the last axis of the logits; KL divergence from the float model's distribution.
+
+    A subclass brings logits and labels together in `logits` and `aligned`.
+    """
+
+    def logits(self, output: Any) -> Tensor:
+        """[batch, …, classes]."""
+        return self.head(output)
+
+    def aligned(self, labels: Any, logits: Tensor) -> Tensor:
+        """Labels as the logits have them: [batch, …] of class numbers.
+
+        Raises:
+            InvalidArgument: They do not fit.
+        """
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != logits.shape[:-1]:
+            raise misfit(self.name, labels, logits)
+        counted = labels[labels != self.ignore_index]
+        if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < logits.shape[-1]:
+            wrong = int(counted.min()) if int(counted.min()) < 0 else int(counted.max())
+            raise InvalidArgument(
+                f"label {wrong} is outside the model's {logits.shape[-1]} classes; "
+                f"{self.ignore_index} marks items to leave out (ignore_index= changes that)"
+            )
+        return labels.long()
+
+    def counted(self, labels: Tensor) -> Tensor:
+        """Mask of the labels that count."""
+        return labels != self.ignore_index
+
+    def items(self, batch: Any) -> float:
+        labels = self.labels(batch)
+        if not isinstance(labels, Tensor) or labels.is_floating_point():
+            return super().items(batch)
+        return float(self.counted(labels).sum())
+
+    def item_loss(self, output: Any, labels: Any, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        logits = self.logits(output)
+        classes = self.aligned(labels, logits)
+        if logits.shape[-1] < 2:
+            raise InvalidArgument(
+                f"task {self.name!r} needs two classes or more, and the output has one value an item: give "
+                "task='multi-label' for one yes-or-no label, or task='regression'"
+            )
+        loss = F.cross_entropy(
+            logits.flatten(0, -2).float(),
+            classes.flatten(),
+            reduction="none",
+            ignore_index=self.ignore_index,
+            label_smoothing=smoothing,
+        )
+        return loss.view(classes.shape), classes != self.ignore_index
+
+    def divergence(self, output: Any, reference: Any, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        s, t = self.logits(output).float(), self.logits(reference).detach().float()
+        if s.shape[-1] < 2:
+            return super().divergence(output, reference, mask)
+        values = F.kl_div(F.log_softmax(s, -1), F.log_softmax(t, -1), reduction="none", log_target=True).sum(-1)
+        return values, self.places(mask, values)
+
+    def places(self, mask: Tensor | None, values: Tensor) -> Tensor:
+        """The mask of tokens as one of items."""
+        if mask is not None and mask.shape == values.shape:
+            return mask.bool()
+        return torch.ones_like(values, dtype=torch.bool)
+
+    def sample(self, output: Any, generator: torch.Generator) -> Tensor:
+        logits = self.logits(output).detach()
+        p = logits.float().softmax(-1).flatten(0, -2).cpu()
+        drawn = torch.multinomial(p, 1, generator=generator)[:, 0]
+        return drawn.view(logits.shape[:-1]).to(logits.device)
+
+    def metrics(self, output: Any, labels: Any) -> Sums:
+        logits = self.logits(output)
+        classes, found = self.aligned(labels, logits), super().metrics(output, labels)
+        counted = classes != self.ignore_index
+        right = (logits.argmax(-1) == classes) & counted
+        return {"accuracy": (100 * total(right), float(counted.sum())), **found}
+
+    def fidelity(self, output: Any, reference: Any, mask: Tensor | None = None) -> Sums:
+        s, t = self.logits(output), self.logits(reference)
+        sums = super().fidelity(output, reference, mask)
+        if s.shape[-1] < 2:
+            return sums
+        values, counted = self.divergence(output, reference, mask)
+        same = (s.argmax(-1) == t.argmax(-1)) & counted
+        kept = float(counted.sum())
+        return {**sums, "kl": (total(values * counted), kept), "agreement": (100 * total(same), kept)}
+
+
+def misfit(task: str, labels: Any, output: Tensor) -> InvalidArgument:
+    """The error for labels that a task cannot place."""
+    said = f"of type {type(labels).__name__}"
+    if isinstance(labels, Tensor):
+        said = f"of shape {tuple(labels.shape)} ({str(labels.dtype).removeprefix('torch.')})"
+    return InvalidArgument(f"labels {said} do not fit task {task!r} for an output of shape {tuple(output.shape)}")

@@ -1,0 +1,53 @@
+"""A task from a user's own functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidArgument
+from .batch import size_of
+from .task import Sums, Task
+
+
+class Custom(Task):
+    """See `Task.custom`."""
+
+    def __init__(
+        self,
+        loss: Callable[[Any, Any], Tensor] | None,
+        *,
+        targets: Callable[[Any], Mapping[str, Tensor]] | None,
+        metrics: Callable[[Any, Any], Mapping[str, Any]] | None,
+        label_keys: Sequence[str] | None,
+        name: str,
+    ) -> None:
+        super().__init__(label_keys=label_keys)
+        self.name = name
+        self._loss, self._targets, self._metrics = loss, targets, metrics
+
+    def targets(self, output: Any) -> Mapping[str, Tensor]:
+        return super().targets(output) if self._targets is None else self._targets(output)
+
+    def item_loss(self, output: Any, labels: Any, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        if self._loss is None:
+            return super().item_loss(output, labels, smoothing)
+        values = self._loss(output, labels)
+        if not isinstance(values, Tensor) or values.dim() > 1:
+            raise InvalidArgument("the loss of a custom task gives a scalar tensor, or one value per sample")
+        values = values.reshape(-1)
+        return values, torch.ones_like(values, dtype=torch.bool)
+
+    def metrics(self, output: Any, labels: Any) -> Sums:
+        size = float(size_of(labels))
+        sums: Sums = {}
+        if self._loss is not None:
+            sums["loss"] = (float(self.loss(output, labels)) * size, size)
+        for name, value in (self._metrics(output, labels) if self._metrics is not None else {}).items():
+            sums[name] = (
+                (float(value[0]), float(value[1])) if isinstance(value, (tuple, list)) else (float(value) * size, size)
+            )
+        return sums

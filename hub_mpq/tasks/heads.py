@@ -1,0 +1,95 @@
+"""Several outputs with labels of their own, each of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidArgument
+from .outputs import tensors_in
+from .task import Sums, Task
+
+
+class Heads(Task):
+    """The sum of one task's loss per output. Labels are nested as the outputs are, in tuples or dicts.
+
+    Args:
+        heads: {path of the output, as in `tensors_in`: its task}.
+    """
+
+    name = "heads"
+
+    def __init__(self, heads: Mapping[str, Task], **options: Any) -> None:
+        super().__init__(**options)
+        self.heads = dict(heads)
+
+    def _each(self, output: Any, labels: Any = None) -> list[tuple[str, Task, Tensor, Any]]:
+        found, wanted = tensors_in(output), leaves(labels)
+        for key in self.heads:
+            if key not in found or (labels is not None and key not in wanted):
+                raise InvalidArgument(
+                    f"no {'output' if key not in found else 'label'} is called {key!r}; there are "
+                    f"{', '.join(found if key not in found else wanted)}"
+                )
+        return [(key, task, found[key], wanted.get(key)) for key, task in self.heads.items()]
+
+    def item_loss(self, output: Any, labels: Any, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """One value per sample: the sum of its losses at all outputs."""
+        rows, masks = [], []
+        for _, task, head, wanted in self._each(output, labels):
+            values, mask = task.item_loss(head, wanted, smoothing)
+            share = mask.flatten(1).sum(1).clamp_min(1) if mask.dim() > 1 else 1
+            kept = torch.where(mask, values, torch.zeros_like(values))
+            rows.append((kept.flatten(1).sum(1) if kept.dim() > 1 else kept) / share)
+            masks.append(mask.flatten(1).any(1) if mask.dim() > 1 else mask)
+        return torch.stack(rows).sum(0), torch.stack(masks).any(0)
+
+    def loss(self, output: Any, labels: Any, smoothing: float = 0.0) -> Tensor:
+        """The sum of the outputs' own means."""
+        each = [task.loss(head, wanted, smoothing) for _, task, head, wanted in self._each(output, labels)]
+        return torch.stack(each).sum()
+
+    def divergence(self, output: Any, reference: Any, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One value per sample: the mean of its outputs' distances."""
+        rows = []
+        for (_, task, head, _), (_, _, wanted, _) in zip(self._each(output), self._each(reference), strict=True):
+            values, kept = task.divergence(head, wanted, mask)
+            values = torch.where(kept, values, torch.zeros_like(values))
+            rows.append(values.flatten(1).mean(1) if values.dim() > 1 else values)
+        values = torch.stack(rows).mean(0)
+        return values, torch.ones_like(values, dtype=torch.bool)
+
+    def sample(self, output: Any, generator: torch.Generator) -> Any:
+        drawn = {key: task.sample(head, generator) for key, task, head, _ in self._each(output)}
+        return None if any(labels is None for labels in drawn.values()) else drawn
+
+    def metrics(self, output: Any, labels: Any) -> Sums:
+        """Each output's metrics under its path."""
+        sums: Sums = {}
+        for key, task, head, wanted in self._each(output, labels):
+            sums |= {f"{key}/{name}": pair for name, pair in task.metrics(head, wanted).items()}
+        return sums
+
+    def figures(self, sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+        found = super().figures({k: v for k, v in sums.items() if k.partition("/")[0] not in self.heads})
+        for key, task in self.heads.items():
+            mine = {k.removeprefix(f"{key}/"): v for k, v in sums.items() if k.startswith(f"{key}/")}
+            found |= {f"{key}/{name}": value for name, value in task.figures(mine).items()}
+        return found
+
+
+def leaves(labels: Any, prefix: str = "") -> dict[str, Any]:
+    """{path: labels} of nested labels, with paths as `tensors_in` gives them."""
+    if isinstance(labels, Mapping):
+        parts: Any = labels.items()
+    elif isinstance(labels, (tuple, list)):
+        parts = ((str(i), part) for i, part in enumerate(labels))
+    else:
+        return {prefix or "output": labels}
+    found: dict[str, Any] = {}
+    for key, part in parts:
+        found |= leaves(part, f"{prefix}.{key}" if prefix else str(key))
+    return found

@@ -1,0 +1,54 @@
+"""Answers that are a span of the text: where it starts and where it ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.task import register_task
+from ..errors import InvalidArgument
+from .classes import Classes
+from .task import Sums, total
+
+
+class QuestionAnswering(Classes):
+    """Labels: a dict of `start_positions` and `end_positions`, [batch] each. A position behind the text does not count,
+    as in transformers. An item is one end of one sample's answer: [batch, 2]."""
+
+    name = "question-answering"
+    label_keys = ("start_positions", "end_positions")
+
+    def logits(self, output: Any) -> Tensor:
+        """[batch, 2, tokens]."""
+        start, end = (getattr(output, f"{side}_logits", None) for side in ("start", "end"))
+        if start is None or end is None:
+            raise InvalidArgument("question answering needs an output with start_logits and end_logits")
+        return torch.stack([start, end], 1)
+
+    def aligned(self, labels: Any, logits: Tensor) -> Tensor:
+        if not isinstance(labels, dict) or set(labels) != set(QuestionAnswering.label_keys):
+            raise InvalidArgument("question answering needs both start_positions and end_positions")
+        ends = [labels[key] for key in QuestionAnswering.label_keys]
+        ends = [x.squeeze(-1) if x.dim() > 1 else x for x in ends]
+        found = torch.stack(ends, 1)
+        return super().aligned(torch.where(found >= logits.shape[-1], self.ignore_index, found), logits)
+
+    def places(self, mask: Tensor | None, values: Tensor) -> Tensor:
+        return torch.ones_like(values, dtype=torch.bool)
+
+    def sample(self, output: Any, generator: torch.Generator) -> Any:
+        drawn = super().sample(output, generator)
+        return dict(zip(QuestionAnswering.label_keys, drawn.unbind(1), strict=True))
+
+    def metrics(self, output: Any, labels: Any) -> Sums:
+        """Exact matches of both ends and accuracy of single ends, in percent, and the loss."""
+        logits = self.logits(output)
+        wanted = self.aligned(labels, logits)
+        counted = (wanted != self.ignore_index).all(1)
+        exact = (logits.argmax(-1) == wanted).all(1) & counted
+        return {"exact_match": (100 * total(exact), float(counted.sum())), **super().metrics(output, labels)}
+
+
+register_task(QuestionAnswering())

@@ -1,0 +1,72 @@
+"""A class for every pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..core.task import register_task
+from .classes import Classes, misfit
+from .task import Sums, T
+
+
+class Segmentation(Classes):
+    """Logits [batch, classes, height, width], labels [batch, height, width] (an axis of one channel may stand between).
+
+    Logits of another size are resized to the labels', bilinearly, as transformers does.
+    """
+
+    name = "segmentation"
+
+    def bind(self: T, model: nn.Module, example: Any = None) -> T:
+        out = super().bind(model, example)
+        chosen = getattr(getattr(model, "config", None), "semantic_loss_ignore_index", None)
+        if isinstance(chosen, int) and out.ignore_index == -100:  # type: ignore[attr-defined]
+            out.ignore_index = chosen  # type: ignore[attr-defined]
+        return out
+
+    def logits(self, output: Any) -> Tensor:
+        return self.head(output).movedim(1, -1)
+
+    def sized(self, output: Any, labels: Any) -> Tensor:
+        """Logits [batch, height, width, classes] of the labels' size."""
+        maps = self.head(output)
+        if not isinstance(labels, Tensor) or labels.dim() not in (maps.dim(), maps.dim() - 1):
+            raise misfit(self.name, labels, maps)
+        size = labels.shape[-(maps.dim() - 2) :]
+        if maps.shape[2:] != size and maps.dim() == 4:
+            maps = F.interpolate(maps.float(), size=tuple(size), mode="bilinear", align_corners=False)
+        return maps.movedim(1, -1)
+
+    def aligned(self, labels: Any, logits: Tensor) -> Tensor:
+        if isinstance(labels, Tensor) and labels.dim() == logits.dim() and labels.shape[1] == 1:
+            labels = labels.squeeze(1)
+        return super().aligned(labels, logits)
+
+    def item_loss(self, output: Any, labels: Any, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        return super().item_loss(self.sized(output, labels).movedim(-1, 1), labels, smoothing)
+
+    def metrics(self, output: Any, labels: Any) -> Sums:
+        """Accuracy of the pixels and the mean over classes of intersection over union, in percent, and the loss."""
+        logits = self.sized(output, labels)
+        wanted = self.aligned(labels, logits)
+        counted = wanted != self.ignore_index
+        classes = logits.shape[-1]
+        pairs = wanted[counted] * classes + logits.argmax(-1)[counted]
+        table = torch.bincount(pairs, minlength=classes * classes).view(classes, classes).double()
+        hits, union = table.diagonal(), table.sum(0) + table.sum(1) - table.diagonal()
+        sums = super().metrics(logits.movedim(-1, 1), labels)
+        rows = zip(hits.tolist(), union.tolist(), strict=True)
+        return {**sums, **{f"_iou/{c}": (100 * hit, whole) for c, (hit, whole) in enumerate(rows)}}
+
+    def figures(self, sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+        found = super().figures(sums)
+        each = [found.pop(name) for name in list(found) if name.startswith("_iou/")]
+        return {**({"mean_iou": sum(each) / len(each)} if each else {}), **found}
+
+
+register_task(Segmentation())

@@ -1,0 +1,281 @@
+"""What a task is: how batches are read, and what losses, distances and metrics are made of."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidArgument
+from .batch import Parts, Signature, size_of
+from .outputs import mean, power, squared_error, tensors_in
+
+T = TypeVar("T", bound="Task")
+Sums = dict[str, tuple[float, float]]
+"""{metric: (sum, count)}: they add up over batches of any size and over processes."""
+
+
+class Task:
+    """What a model is for: its batches, its labels, its loss, what is compared of its outputs, and its metrics.
+
+    A task of your own overrides `item_loss`, and `metrics` where the loss alone says too little. `register_task` makes
+    an object known by its name; `Task.custom` makes one from functions.
+
+    Items are what losses and metrics are means over: samples, tokens, pixels or labels. Every method that gives one
+    value per item gives [batch, …] and a mask of the same shape, of those that count.
+
+    Args:
+        ignore_index: Label that is left out of losses, metrics and counts.
+        label_keys: Keys of labels in a dict; None for the task's own.
+        output: Which part of the network's output the labels are for, a key or a position; None where there is
+            only one, or where the model of transformers says so.
+
+    Attributes:
+        name: Name of the task, as `task=` and `--task`.
+        label_keys: Keys of labels in a dict.
+        signature: What the forward of the network takes; set by `bind`.
+    """
+
+    name: str = ""
+    label_keys: tuple[str, ...] = ("labels", "label")
+
+    def __init__(
+        self,
+        *,
+        ignore_index: int = -100,
+        label_keys: Sequence[str] | None = None,
+        output: str | int | None = None,
+    ) -> None:
+        self.ignore_index, self.output = ignore_index, output
+        if label_keys is not None:
+            self.label_keys = (label_keys,) if isinstance(label_keys, str) else tuple(label_keys)
+        self.signature: Signature = Signature()
+
+    @staticmethod
+    def custom(
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        *,
+        targets: Callable[[Any], Mapping[str, Tensor]] | None = None,
+        metrics: Callable[[Any, Any], Mapping[str, Any]] | None = None,
+        label_keys: Sequence[str] | None = None,
+        name: str = "custom",
+    ) -> Task:
+        """A task from functions.
+
+        Args:
+            loss: loss(output, labels), a scalar or one value per sample; None for a task that is only distilled.
+            targets: targets(output), {name: tensor} to compare with the float model; None for all tensors.
+            metrics: metrics(output, labels), {metric: mean over the batch, or (sum, count)}; None for the loss alone.
+            label_keys: Keys of labels in a dict.
+            name: What `evaluate` calls it.
+
+        Example:
+            >>> Task.custom(lambda output, labels: (output - labels).abs().mean())
+        """
+        from .custom import Custom
+
+        return Custom(loss, targets=targets, metrics=metrics, label_keys=label_keys, name=name)
+
+    def bind(self: T, model: nn.Module, example: Any = None) -> T:
+        """This task for one network, whose forward says what is an input.
+
+        Args:
+            model: The network.
+            example: One input as it takes it, where there is one.
+        """
+        out = copy.copy(self)
+        out.signature = Signature.of(model, example)
+        return out
+
+    # the batch
+
+    def parts(self, batch: Any) -> Parts:
+        """Arguments and labels of a batch. Raises InvalidArgument for a part that has no place."""
+        return self.signature.split(batch, self.label_keys)
+
+    def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of the forward."""
+        found = self.parts(batch)
+        return found.args, found.kwargs
+
+    def labels(self, batch: Any) -> Any:
+        """Labels of a batch, of any nesting; None when it has none."""
+        return self.parts(batch).labels
+
+    def arguments(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """As `inputs`, with what the forward needs of the labels to compute a loss of its own."""
+        return self.inputs(batch)
+
+    def forward(self, model: nn.Module, batch: Any, *, labelled: bool = False) -> Any:
+        """The network's own output on a batch.
+
+        Args:
+            model: The network, wrapped or not.
+            batch: One batch.
+            labelled: Pass labels on where the task's loss is the network's own.
+
+        Raises:
+            InvalidArgument: The network cannot be called like this.
+        """
+        args, kwargs = self.arguments(batch) if labelled else self.inputs(batch)
+        try:
+            return model(*args, **kwargs)
+        except TypeError as error:
+            raise InvalidArgument(f"{self.signature.model} can't be called on this batch: {error}") from error
+
+    def mask(self, batch: Any) -> Tensor | None:
+        """Which tokens of a batch are no padding, [batch, tokens]; None when it does not say."""
+        found = self.inputs(batch)[1].get("attention_mask")
+        return found.bool() if isinstance(found, Tensor) and found.dim() == 2 else None
+
+    def items(self, batch: Any) -> float:
+        """Items that the loss of a batch is a mean over."""
+        return float(size_of(batch))
+
+    # the output
+
+    def head(self, output: Any) -> Tensor:
+        """The tensor that labels are for.
+
+        Raises:
+            InvalidArgument: The output holds several, or none.
+        """
+        found = tensors_in(output)
+        if self.output is not None:
+            if str(self.output) not in found:
+                raise InvalidArgument(f"the output has no {self.output!r}; it has {', '.join(found) or 'no tensor'}")
+            return found[str(self.output)]
+        if "logits" in found:
+            return found["logits"]
+        if len(found) != 1:
+            raise InvalidArgument(
+                f"the output holds {', '.join(found) or 'no tensor'}: say which the labels are for, as in "
+                f"{type(self).__name__}(output=…), or give Task.custom(loss=…)"
+            )
+        return next(iter(found.values()))
+
+    def targets(self, output: Any) -> Mapping[str, Tensor]:
+        """{name: tensor} of everything that distillation, sensitivity and fidelity compare; all count alike.
+
+        Raises:
+            InvalidArgument: The output holds no tensor.
+        """
+        found = tensors_in(output)
+        if not found:
+            raise InvalidArgument(f"an output of type {type(output).__name__} holds no tensor to compare")
+        if any("logits" in name for name in found):  # what a head has read is no result
+            return {name: x for name, x in found.items() if not name.endswith("hidden_state")}
+        return found
+
+    def item_loss(self, output: Any, labels: Any, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """(loss of every item, mask of those that count).
+
+        Args:
+            output: What the network returned.
+            labels: As `labels` gave them.
+            smoothing: Label smoothing, for classes.
+
+        Raises:
+            InvalidArgument: Labels that do not fit the output.
+        """
+        raise InvalidArgument(f"task {self.name!r} has no loss; leave the labels out, or give another task")
+
+    def divergence(self, output: Any, reference: Any, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(distance of every item from the float model's output, mask of those that count).
+
+        Here: the squared error of each target in units of its variance, the mean over all targets, one value per
+        sample. Tasks with classes: the KL divergence of each item.
+
+        Args:
+            output, reference: What the quantized and the float network returned; the reference gets no gradient.
+            mask: Tokens that are no padding, as `mask` gave it.
+        """
+        found, wanted = self.targets(output), self.targets(reference)
+        rows = [squared_error(found[name], wanted[name], mask) for name in wanted]
+        if len({row.shape for row in rows}) > 1:  # outputs that are no rows of samples
+            rows = [row.mean()[None] for row in rows]
+        values = torch.stack(rows).mean(0)
+        return values, torch.ones_like(values, dtype=torch.bool)
+
+    def sample(self, output: Any, generator: torch.Generator) -> Any:
+        """Labels drawn from the model's own distribution; None for a task without one.
+
+        Args:
+            output: What the network returned.
+            generator: A generator on the CPU.
+        """
+        return None
+
+    # what is built from these
+
+    def loss(self, output: Any, labels: Any, smoothing: float = 0.0) -> Tensor:
+        """The loss of a batch: the mean over the items that count."""
+        return mean(*self.item_loss(output, labels, smoothing))
+
+    def run(self, model: nn.Module, batch: Any, smoothing: float = 0.0) -> tuple[Tensor, Any]:
+        """(loss, output) on a batch. Raises InvalidArgument when it has no labels, or ones that do not fit."""
+        labels = self.labels(batch)
+        if labels is None:
+            raise InvalidArgument("the batches have no labels; give (inputs, labels), a dict with 'labels', or distill")
+        output = self.forward(model, batch, labelled=True)
+        return self.loss(output, labels, smoothing), output
+
+    def distillation(self, output: Any, reference: Any, batch: Any) -> Tensor:
+        """How far an output is from the float model's: the mean divergence of the items that count."""
+        return mean(*self.divergence(output, reference, self.mask(batch)))
+
+    def probe(self, model: nn.Module, batch: Any, seed: int = 0) -> Tensor:
+        """The loss whose gradients say how much an error in a layer matters, a mean over samples.
+
+        The task's own where there are labels. Without: the loss for labels drawn from the model's distribution
+        (the Fisher information); where there is none, Σ n·y over all targets with standard normal n, whose squared
+        gradients are on average those of the targets' squared error [ours].
+        """
+        if self.labels(batch) is not None:
+            return self.run(model, batch)[0]
+        output = self.forward(model, batch)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = self.sample(output, generator)
+        if drawn is not None:
+            return self.loss(output, drawn)
+        total = torch.zeros(())
+        found = self.targets(output)
+        for y in found.values():
+            n = torch.randn(y.shape, generator=generator).to(y.device)
+            total = total.to(y.device) + (y.float() * n).sum() / power(y.detach()).sqrt() / size_of(batch)
+        return total / math.sqrt(len(found))
+
+    # figures
+
+    def metrics(self, output: Any, labels: Any) -> Sums:
+        """{metric: (sum, count)} of a batch."""
+        values, mask = self.item_loss(output, labels)
+        return {"loss": (total(torch.where(mask, values, torch.zeros_like(values))), float(mask.sum()))}
+
+    def fidelity(self, output: Any, reference: Any, mask: Tensor | None = None) -> Sums:
+        """{metric: (sum, count)} of how close a batch's output is to the float model's."""
+        sums: Sums = {}
+        found = self.targets(output)
+        for name, y in self.targets(reference).items():
+            x, y = found[name].double(), y.double()
+            if mask is not None and y.dim() > mask.dim() and y.shape[: mask.dim()] == mask.shape:
+                x, y = x[mask], y[mask]
+            sums[f"noise/{name}"] = (total((x - y).square()), total(y.square()))
+        return sums
+
+    def figures(self, sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+        """Metrics of a whole data set from what all its batches added up to."""
+        found = {name: value / count for name, (value, count) in sums.items() if count}
+        noise = [found.pop(name) for name in list(found) if name.startswith("noise/")]
+        if noise:
+            found["fidelity_db"] = -10 * math.log10(max(sum(noise) / len(noise), 1e-30))
+        return found
+
+
+def total(x: Tensor) -> float:
+    """Sum of a tensor in double precision."""
+    return float(x.double().sum())
