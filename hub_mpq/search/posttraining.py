@@ -13,6 +13,7 @@ from ..core.checks import whole
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
 from ..nn.quantize import quantize_with_lsq
 from ..quantizers import LSQ
+from ..train.random_draws import fixed_draws
 from .loss_sensitivity import Rows, at, loss_sensitivity
 from .scores import Scores
 from .strategy import SearchStrategy, additive, register_strategy
@@ -103,15 +104,20 @@ class KL(PostTraining):
     @torch.no_grad()
     def measure(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
         task = self.loss.task
-        targets = [task.forward(model, batch) for batch in batches]
+        targets = [self._output(model, batch) for batch in batches]
         for name, row, quantizer, _ in self.quantizers():
             row[name] = {}
             for bits in quantizer.widths:
                 with at(quantizer, bits):
                     row[name][bits] = sum(
-                        float(task.distillation(task.forward(model, b), t, b))
+                        float(task.distillation(self._output(model, b), t, b))
                         for b, t in zip(batches, targets, strict=True)
                     ) / len(batches)
+
+    def _output(self, model: nn.Module, batch: Any) -> Any:
+        """On the same random numbers each time, where the model draws some."""
+        with fixed_draws(next(model.parameters()).device, self.seed):
+            return self.loss.task.forward(model, batch)
 
 
 @register_strategy("gradient")

@@ -71,7 +71,7 @@ class Classes(Task):
         if s.shape[-1] < 2:
             return super().divergence(output, reference, mask)
         values = F.kl_div(F.log_softmax(s, -1), F.log_softmax(t, -1), reduction="none", log_target=True).sum(-1)
-        return values, self.places(mask, values)
+        return self.with_others(values, output, reference, mask), self.places(mask, values)
 
     def places(self, mask: Tensor | None, values: Tensor) -> Tensor:
         """The mask of tokens as one of items."""

@@ -78,7 +78,7 @@ def task_of(task: TaskLike, model: nn.Module, batch: Any = None, example: Any = 
     finally:
         model.train(training)
     first = next(iter(tree_leaves_of(any_labels.inputs(batch), Tensor)), None)
-    found = by_labels(output, any_labels.labels(batch), first, likely=name)
+    found = by_labels(output, any_labels.labels(batch), first)
     return found.bind(model, example)
 
 
@@ -130,14 +130,13 @@ def _check_mask(task: Task, batch: Any) -> None:
         )
 
 
-def by_labels(output: Any, labels: Any, inputs: Tensor | None = None, likely: str | None = None) -> Task:
+def by_labels(output: Any, labels: Any, inputs: Tensor | None = None) -> Task:
     """The task that labels and an output of a network fit, where only one does.
 
     Args:
         output: What the network returned.
         labels: Labels as tensors, nested as the outputs or one for all.
         inputs: The first input, to know labels that repeat it (causal language models).
-        likely: The task that the model's class names, where labels may say otherwise.
 
     Raises:
         InvalidArgument: Several tasks fit, or none; the error names the choices.
@@ -161,8 +160,6 @@ def by_labels(output: Any, labels: Any, inputs: Tensor | None = None, likely: st
             "says which it is for, as in hub_mpq.tasks.Classification(output=…), or Task.custom(loss=…)"
         )
     choices = fitting(head, labels, inputs)
-    if len(choices) > 1 and likely in choices and not labels.is_floating_point():
-        choices = [likely]
     if len(choices) != 1:
         raise _unsure(head, labels, choices)
     return tasks.get(choices[0])  # type: ignore[no-any-return]

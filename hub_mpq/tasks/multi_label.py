@@ -48,7 +48,7 @@ class MultiLabel(Task):
         s, t = self.head(output).float(), self.head(reference).detach().float()
         p = t.sigmoid()
         values = p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - p) * (F.logsigmoid(-t) - F.logsigmoid(-s))
-        return values, torch.ones_like(values, dtype=torch.bool)
+        return self.with_others(values, output, reference, mask), torch.ones_like(values, dtype=torch.bool)
 
     def sample(self, output: Any, generator: torch.Generator) -> Tensor:
         p = self.head(output).detach().float().sigmoid()

@@ -27,6 +27,9 @@ class QuestionAnswering(Classes):
             raise InvalidArgument("question answering needs an output with start_logits and end_logits")
         return torch.stack([start, end], 1)
 
+    def beside(self, output: Any) -> dict[str, Tensor]:
+        return {}
+
     def aligned(self, labels: Any, logits: Tensor) -> Tensor:
         if not isinstance(labels, dict) or set(labels) != set(QuestionAnswering.label_keys):
             raise InvalidArgument("question answering needs both start_positions and end_positions")

@@ -171,6 +171,20 @@ class Task:
             return {name: x for name, x in found.items() if not name.endswith("hidden_state")}
         return found
 
+    def beside(self, output: Any) -> dict[str, Tensor]:
+        """Targets that the labels are not for."""
+        head = self.head(output)
+        return {name: x for name, x in self.targets(output).items() if x is not head}
+
+    def with_others(self, values: Tensor, output: Any, reference: Any, mask: Tensor | None) -> Tensor:
+        """Distances of the head's items, averaged with those of their sample's other outputs."""
+        wanted = self.beside(reference)
+        if not wanted:
+            return values
+        found = self.targets(output)
+        rows = torch.stack([squared_error(found[name], x, mask) for name, x in wanted.items()]).sum(0)
+        return (values + rows.view(-1, *[1] * (values.dim() - 1))) / (1 + len(wanted))
+
     def item_loss(self, output: Any, labels: Any, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """(loss of every item, mask of those that count).
 

@@ -14,7 +14,7 @@ from ..tasks import Task, TaskLike, task_of, to_device
 from ..tasks.batch import size_of
 from ..tasks.task import Sums
 from .processes import each, own_share, raise_together, total, world
-from .random_draws import replayed, rng_state
+from .random_draws import fixed_draws
 
 Figures = dict[str, Any]
 """{metric: value}, with "task" and "samples"."""
@@ -70,9 +70,9 @@ def evaluate(
                 leave=False,
                 disable=True if world()[0] else None,
             )
-            for batch in batches:
+            for i, batch in enumerate(batches):
                 batch = to_device(batch, device)
-                for name, (value, count) in measure(known, model, batch, reference).items():
+                for name, (value, count) in measure(known, model, batch, reference, i).items():
                     before = sums.get(name, (0.0, 0.0))
                     sums[name] = (before[0] + value, before[1] + count)
                 samples += size_of(batch)
@@ -95,15 +95,17 @@ def evaluate(
     return {"task": known.name, **figures, "samples": float(samples)}
 
 
-def measure(task: Task, model: nn.Module, batch: Any, reference: nn.Module | None) -> Sums:
-    """{metric: (sum, count)} of one batch."""
+def measure(task: Task, model: nn.Module, batch: Any, reference: nn.Module | None, seed: int = 0) -> Sums:
+    """{metric: (sum, count)} of one batch. A model that draws random numbers in its forward draws those of `seed`, and
+    so does the reference."""
     labels = task.labels(batch)
+    device = next(model.parameters()).device
+    with fixed_draws(device, seed):
+        output = task.forward(model, batch, labelled=labels is not None)
     if labels is not None:
-        return task.metrics(task.forward(model, batch, labelled=True), labels)
+        return task.metrics(output, labels)
     if reference is None:
         raise InvalidArgument("the batches have no labels: accuracy cannot be measured, only fidelity to a float model")
-    device = next(model.parameters()).device
-    before = rng_state(device)
-    output = task.forward(model, batch)
-    wanted = replayed(lambda: task.forward(reference, batch), device, before)
+    with fixed_draws(device, seed):
+        wanted = task.forward(reference, batch)
     return task.fidelity(output, wanted, task.mask(batch))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -20,6 +21,14 @@ def rng_state(device: torch.device) -> State:
 
 def _same(a: State, b: State) -> bool:
     return all(x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(a, b, strict=True))
+
+
+@contextmanager
+def fixed_draws(device: torch.device, seed: int) -> Iterator[None]:
+    """Within it torch draws what follows from `seed`; afterwards it goes on as if nothing had been drawn."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def replayed(run: Callable[[], T], device: torch.device, before: State) -> T:

@@ -219,7 +219,13 @@ def test_an_output_with_features_beside_the_logits_needs_a_word():
     net, y = seeded(Both).eval(), torch.arange(128) % 4
     with pytest.raises(InvalidArgument, match=r"holds 0, 1.*Classification\(output=…\)"):
         HubMPQ.from_module(net, X[:1]).evaluate([(X, y)])
-    found = HubMPQ.from_module(net, X[:1], task=Classification(output=0)).evaluate([(X, y)])
+    task = Classification(output=0)
+    found = HubMPQ.from_module(net, X[:1], task=task).evaluate([(X, y)])
+    logits = torch.zeros(4, 3)
+    moved = task.distillation(
+        (logits, torch.ones(4, 2)), (logits, torch.tensor([[1.0, 1], [1, 1], [1, 1], [1, 0]])), X[:4]
+    )
+    assert float(moved) > 0.1  # the features are outputs too
     with torch.no_grad():
         assert found["loss"] == pytest.approx(float(F.cross_entropy(net(X)[0], y)), rel=1e-5)
 
@@ -296,6 +302,9 @@ def test_the_float_and_the_quantized_model_see_the_same_random_masks():
     assert min(mpq.evaluate([x])["fidelity_db"] for _ in range(3)) > apart + 10
     log = mpq.finetune([x], steps=3, lr=0.0, scale_lr=0.0, reestimate_norms=False)
     assert log.epoch_loss[0] < 0.05
+    # scores compare a quantized and a float run too: the narrow width costs more, whatever the masks were
+    row = mpq.train_scores([x], strategy="kl", candidates=[2, 8]).pairs
+    assert all(scores[min(scores)] > 5 * scores[max(scores)] for scores in row.values())
 
 
 def test_a_network_whose_dropout_draws_other_numbers_is_not_distilled():
