@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..core import FLOAT_BITS, LayerBits, LayerSpec
 from ..errors import UnsupportedLayer
 from ..pack import PackedTensor
+from ..quantizers.base import keep_dtype
 from ..quantizers.fake_quantize import fake_quantize
 from ..versions import warn_if_untested
 from .layers import QuantConv1D, QuantConv2d, QuantLinear, take_over
@@ -68,12 +69,8 @@ class PackedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
         """Casts to another float type (`.to(torch.bfloat16)`) leave the scales float32, or the grid would move."""
-        scales = {k: v for k in ("weight_scale", "input_scale") if (v := self._buffers.get(k)) is not None}
-        for name, scale in scales.items():
-            self._buffers[name] = scale.view(torch.int32)
-        super()._apply(fn, recurse)
-        for name in scales:
-            self._buffers[name] = self._buffers[name].view(torch.float32)
+        scales = (self._buffers.get(name) for name in ("weight_scale", "input_scale"))
+        super()._apply(keep_dtype(fn, scales), recurse)
         return self
 
     def extra_repr(self) -> str:

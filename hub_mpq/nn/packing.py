@@ -15,7 +15,7 @@ from ..pack import Manifest, PackedTensor, empty_packed, file_nbytes, layout, pa
 from ..pack.layout import key as part_key
 from ..quantizers import LSQ
 from .packed import packed_layers
-from .quantize import quantized_layers
+from .quantize import check_finite, quantized_layers
 
 QUANTIZER_KEYS = (".weight_quantizer.", ".input_quantizer.")
 """Parts of state-dict keys that belong to quantizers: a file holds them in its own words."""
@@ -23,7 +23,11 @@ QUANTIZER_KEYS = (".weight_quantizer.", ".input_quantizer.")
 
 @torch.no_grad()
 def packed_tensors(model: nn.Module, manifest: Manifest) -> dict[str, PackedTensor | Tensor]:
-    """What a packed file holds: integers of the quantized weights, scales, and every other tensor as it is."""
+    """What a packed file holds: integers of the quantized weights, scales, and every other tensor as it is.
+
+    Raises InvalidArgument for a quantized weight or its bias that is not finite.
+    """
+    check_finite(model, [name for name, _ in quantized_layers(model)])
     graph = manifest.graph
     out: dict[str, PackedTensor | Tensor] = {}
     skip: set[str] = set()

@@ -17,7 +17,8 @@ class BitPlanes(nn.Module):
     dropping a plane changes no value, not even its last bit. One plane above the n that start is kept for carries:
     n planes of [0, 2] reach 2·(2^n − 1). `low`, `high`: planes low … high−1 are alive; those below are zero and
     the grid is step·2^low; those above are zero. Dropped planes keep their place, so that shapes, and with them
-    checkpoints, stay [ours].
+    checkpoints, stay [ours]. The planes of a weight of zeros start with the range of a layer that is initialised anew,
+    1/sqrt(fan-in), or no step could leave zero [ours].
     """
 
     low: Tensor
@@ -26,7 +27,8 @@ class BitPlanes(nn.Module):
 
     def __init__(self, weight: Tensor, count: int) -> None:
         super().__init__()
-        top = weight.detach().abs().max().clamp_min(1e-12)
+        top = weight.detach().float().abs().max()
+        top = torch.where(top > 0, top, (weight.numel() / len(weight)) ** -0.5)
         self.register_buffer("step", top / (2**count - 1))
         self.register_buffer("low", torch.zeros((), dtype=torch.int64))
         self.register_buffer("high", torch.tensor(count))
