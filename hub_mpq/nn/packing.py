@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,9 +88,40 @@ def base_nbytes(model: nn.Module, manifest: Manifest) -> int:
     return predicted_nbytes(model, manifest) - sum(layer_nbytes(x, bits[x.name]) for x in manifest.graph.searched)
 
 
+def config_of(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config`, naming the dtype that the model's quantized layers compute in, where it names one."""
+    found = [module.weight.dtype for _, module in quantized_layers(model)]
+    found += [module.compute.dtype for _, module in packed_layers(model)]
+    told = {"dtype": str(found[0]).removeprefix("torch.")} if found and config.get("dtype") else {}
+    return {**config, **told}
+
+
+def _take_dtypes(model: nn.Module, tensors: Mapping[str, PackedTensor | Tensor]) -> None:
+    """Cast a model's tensors to what the file says, and its quantized weights, of which no dtype is stored, to that of
+    their bias, else to the commonest of the file."""
+    dtypes = {
+        key: tensor.dtype
+        for key, tensor in tensors.items()
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not key.endswith("input_scale")
+    }
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and key in dtypes:
+            tensor.data = tensor.data.to(dtypes[key])
+    ((common, _),) = Counter(dtypes.values()).most_common(1) or [(None, 0)]
+    for name, module in quantized_layers(model):
+        module.weight.data = module.weight.data.to(dtypes.get(part_key(name, "bias"), common))
+
+
 @torch.no_grad()
-def load_quantized(path: object, model: nn.Module, tensors: Mapping[str, PackedTensor | Tensor]) -> None:
-    """Fill a quantized model with packed tensors: weights on their grids, scales, everything else."""
+def load_quantized(
+    path: object, model: nn.Module, tensors: Mapping[str, PackedTensor | Tensor], *, cast: bool = False
+) -> None:
+    """Fill a quantized model with packed tensors: weights on their grids, scales, everything else.
+
+    cast: the model's tensors keep their dtypes; else they take those of the file.
+    """
+    if not cast:
+        _take_dtypes(model, tensors)
     rest = dict(tensors)
     for name, module in quantized_layers(model):
         packed = rest.pop(name, None)

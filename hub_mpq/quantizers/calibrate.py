@@ -58,6 +58,14 @@ def weight_scale_mse(weight: Tensor, bits: int, *, axis: int | None = 0) -> Tens
 
 
 @torch.no_grad()
+def weight_range(weight: Tensor) -> Tensor:
+    """The largest magnitude, float32 []; of a weight of zeros 1/sqrt(fan-in), the range of a layer that is initialised
+    anew, so that a quantizer whose range does not follow the weight can leave zero [our construction]."""
+    top = weight.detach().float().abs().max()
+    return torch.where(top > 0, top, (weight.numel() / len(weight)) ** -0.5)
+
+
+@torch.no_grad()
 def activation_scale(sample: Tensor, bits: int, *, mse: bool) -> tuple[Tensor, int]:
     """(scale [1], zero point) of an activation from a sample of its values, any shape.
 

@@ -17,7 +17,7 @@ from .fake_quantize import quantize
 from .fake_quantize_kernels import Grid, to_int, wide
 
 NO_START = 2.0**-100
-"""A weight whose scale is this or less has no start: see LSQ."""
+"""The start of the scale of weights that are all zero: see LSQ."""
 HEADROOM = 1.1
 FLOOR = 2.0**-20
 
@@ -27,8 +27,10 @@ def _numbers(tensor: Tensor) -> list[int]:
     return out
 
 
-def _lacks_start(base: Tensor) -> bool:
-    return bool((base <= NO_START).any())
+def _without_start(base: Tensor) -> list[Tensor] | None:
+    """The channels of every width that have no start; None when all have one."""
+    found = base < 2 * NO_START
+    return [row.nonzero().view(-1) for row in found] if bool(found.any()) else None
 
 
 class LSQ(Quantizer):
@@ -63,7 +65,7 @@ class LSQ(Quantizer):
         self.shift = nn.Parameter(torch.zeros(len(self.widths), channels, dtype=torch.float32))
         self.register_buffer("base", torch.ones(len(self.widths), channels, dtype=torch.float32))
         self.register_buffer("zero_points", torch.zeros(len(self.widths), dtype=torch.int32))
-        self._zeros, self._without_start = LastRead(_numbers), LastRead(_lacks_start)
+        self._zeros, self._without_start = LastRead(_numbers), LastRead(_without_start)
         self._specs = [QuantSpec(b, signed, signed, "channel" if channels > 1 else "tensor", axis) for b in self.widths]
         self._index: int | None = 0
         self._narrow: int | None = None
@@ -117,21 +119,24 @@ class LSQ(Quantizer):
         return None if self._index is None else self._grid(x)
 
     @torch.no_grad()
-    def _follow(self, weight: Tensor) -> None:
-        """Set the scales in force of weights without a start."""
-        row, size = self._index or 0, wide(weight).abs()
-        others = [d for d in range(size.dim()) if d != self.axis % size.dim()]
-        top = size.amax().reshape(1) if self.base.shape[1] == 1 else size.amax(others) if others else size
-        base, shift = self.base[row], self.shift[row]
+    def _follow(self, weight: Tensor, channels: Tensor) -> None:
+        """Set the scales in force of the channels without a start."""
+        row, axis = self._index or 0, self.axis % weight.dim()
+        if self.base.shape[1] == 1:
+            top = wide(weight).abs().amax().reshape(1)
+        else:
+            top = wide(weight.index_select(axis, channels)).abs().movedim(axis, 0).reshape(len(channels), -1).amax(1)
+        base = self.base[row, channels]
         scale = torch.where(top > 0, top.to(base) * (HEADROOM / max(self._specs[row].qmax, 1)), base)
-        moved = scale.log() - base.log() if self.log else scale - base
-        self.shift[row] = torch.where(base <= NO_START, moved, shift)
+        self.shift[row, channels] = scale.log() - base.log() if self.log else scale - base
 
     def _grid(self, x: Tensor) -> tuple[Tensor, Grid]:
         spec = self._specs[self._index or 0]
         # a compiler that traces takes what the last plain run left
-        if self.signed and not torch.compiler.is_compiling() and self._without_start(self.base):
-            self._follow(x)
+        if self.signed and not torch.compiler.is_compiling():
+            channels = self._without_start(self.base)
+            if channels is not None and len(channels[self._index or 0]):
+                self._follow(x, channels[self._index or 0])
         scale, z = self.scale, self.zero_point
         if self._narrow is not None and 2 <= self._narrow < spec.num_bits:
             full, spec = spec, replace(spec, num_bits=self._narrow)

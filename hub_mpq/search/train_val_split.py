@@ -63,7 +63,10 @@ class _PairCollate:
 
 
 class SplitBatches:
-    """Each batch of a loader cut in two. For loaders that are no DataLoader: the halves of a fixed list stay apart."""
+    """Each batch of a loader cut in two. For loaders that are no DataLoader: the halves of a fixed list stay apart.
+
+    A batch of one sample, the last of many, is trained on; beside it the held-out half before comes again.
+    """
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = loader
@@ -71,8 +74,15 @@ class SplitBatches:
             self.set_epoch = loader.set_epoch
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        held: Any = None
         for batch in self.loader:
-            yield _alone(_cut(batch, 0)), _alone(_cut(batch, 1))
+            try:
+                train, held = _alone(_cut(batch, 0)), _alone(_cut(batch, 1))
+            except InvalidArgument:
+                if held is None:
+                    raise
+                train = _alone(batch)
+            yield train, held
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
