@@ -51,7 +51,7 @@ class PackedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight in the dtype that the model computes in, made anew at each call."""
-        return self.packed.dequantize().to(self.compute.dtype)
+        return self.packed.dequantize(self.compute.dtype)
 
     def weight_quantizer(self, weight: Tensor) -> Tensor:
         """The weight is on its grid already."""
@@ -108,7 +108,7 @@ class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override]
         rows = PackedTensor(
             table.weight_packed[ids], scale, (ids.numel(), self.shape[1]), table.num_bits, self.kind, zero
         )
-        return rows.dequantize().to(self.compute.dtype).view(*input.shape, self.shape[1])
+        return rows.dequantize(self.compute.dtype).view(*input.shape, self.shape[1])
 
 
 def packed_layer(
@@ -149,7 +149,7 @@ def float_layer(module: PackedLayer, dtype: torch.dtype, weight: nn.Parameter | 
         out._buffers.pop(name, None)
     for name in ("kind", "shape", "bits", "float_class", "owner"):
         out.__dict__.pop(name, None)
-    shared = nn.Parameter(module.packed.dequantize().to(dtype)) if weight is None else weight
+    shared = nn.Parameter(module.packed.dequantize(dtype)) if weight is None else weight
     out._parameters = {"weight": shared, **out._parameters}
     return out
 
