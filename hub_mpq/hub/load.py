@@ -85,7 +85,8 @@ def _check_config(folder: Path, manifest: Manifest, kwargs: Mapping[str, Any]) -
 def load_packed(path: str | os.PathLike[str], skeleton: nn.Module, *, cast: bool = False) -> Manifest:
     """Turn `skeleton` (the float model, any weights) into the packed model at `path`, in place.
 
-    cast: to the dtypes of `skeleton`; else it takes those of the file. Raises PackedFormat for a bad file, PolicyMismatch when the file is for another model.
+    cast: to the dtypes of `skeleton`; else it takes those of the file. Raises PackedFormat for a bad file,
+    PolicyMismatch when the file is for another model.
     """
     tensors, manifest = read_packed(path)
     modules = dict(skeleton.named_modules())

@@ -107,9 +107,10 @@ def _take_dtypes(model: nn.Module, tensors: Mapping[str, PackedTensor | Tensor])
     for key, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and key in dtypes:
             tensor.data = tensor.data.to(dtypes[key])
-    ((common, _),) = Counter(dtypes.values()).most_common(1) or [(None, 0)]
+    common = [dtype for dtype, _ in Counter(dtypes.values()).most_common(1)]
     for name, module in quantized_layers(model):
-        module.weight.data = module.weight.data.to(dtypes.get(part_key(name, "bias"), common))
+        known = dtypes.get(part_key(name, "bias"), *common)
+        module.weight.data = module.weight.data.to(known or module.weight.dtype)
 
 
 @torch.no_grad()

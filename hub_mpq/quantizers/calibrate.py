@@ -72,7 +72,7 @@ def activation_scale(sample: Tensor, bits: int, *, mse: bool) -> tuple[Tensor, i
     mse False: LIMPQ's start 2·mean|x|/sqrt(Qp), the zero point of least squared error at that scale.
     mse True: scale and zero point of least squared error together.
     A sample without negative values has zero point 0; else the codes 0 … 2^b−1 are shifted by it. One of zeros alone
-    (behind a layer that starts at zero) tells neither size nor sign: a range of length 1 around zero [our construction].
+    (behind a layer that starts at zero) tells neither size nor sign: a range of 1 around zero [our construction].
     """
     x = sample.detach().float().flatten()
     x = x[torch.isfinite(x)]

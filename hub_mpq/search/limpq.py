@@ -175,7 +175,8 @@ class LIMPQ(SearchStrategy):
             quantizer = getattr(module, which)
             if isinstance(quantizer, LSQ):
                 # per channel: the root mean square, so that one number stands for the layer
-                table = (quantizer.base if start else quantizer.scales).detach().double().square().mean(1).sqrt().tolist()
+                scales = (quantizer.base if start else quantizer.scales).detach().double()
+                table = scales.square().mean(1).sqrt().tolist()
                 out[name] = dict(zip(quantizer.widths, table, strict=True))
         return out
 
