@@ -77,7 +77,7 @@ class PackedTensor:
         return (values.t() if _transposed(self.kind) else values).contiguous().view(self.weight_shape)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(integer − zero point)·scale, of `weight_shape`, multiplied in float32; in float64 where that is asked for."""
+        """(integer − zero point)·scale, of `weight_shape`, multiplied in float32, or float64 if that is asked for."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         rows = channel_count(self.kind, self.weight_shape)
         values = self._values()
