@@ -129,7 +129,8 @@ class HubMPQ(nn.Module):
         Args:
             model_id: A timm name, a Hugging Face id, "hf-hub:…", a local folder, or what save_pretrained or push_to_hub
                 wrote.
-            module: The network itself, for a packed model that no hub can build.
+            module: The network itself, for a packed model that no hub can build. A copy of it is filled, in the dtypes
+                that the model was saved in.
             fixed: {name or pattern: "W8A8" or None} changes which layers keep their widths.
             exclude: Patterns of layers to leave float.
             weight_only: All inputs stay float, fixed layers' too.
