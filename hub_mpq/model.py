@@ -6,6 +6,7 @@ import copy
 import glob
 import hashlib
 import json
+import math
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -139,7 +140,8 @@ class HubMPQ(nn.Module):
         Args:
             model_id: A timm name, a Hugging Face id, "hf-hub:…", a local folder, or what save_pretrained or push_to_hub
                 wrote.
-            module: The network itself, for a packed model that no hub can build.
+            module: The network itself, for a packed model that no hub can build. A copy of it is filled, in the dtypes
+                that the model was saved in.
             task: What the model is for: a name such as "regression", or a `hub_mpq.Task`; None to find out from the
                 model and the batches.
             fixed: {name or pattern: "W8A8" or None} changes which layers keep their widths.
@@ -677,14 +679,14 @@ class HubMPQ(nn.Module):
 
     def usage(self, policy: Policy | LayerBits | str | None = None) -> Usage:
         """Whole-model cost of a policy (default: the one applied)."""
-        graph = self.graph
+        graph, model = self.graph, None
         if policy is None:
-            policy, graph = self.policy, self._policy_graph or self.graph
+            policy, graph, model = self.policy, self._policy_graph or self.graph, self.model
         if policy is None:
             raise HubMPQError("there is no policy yet")
         if not isinstance(policy, Policy):
             policy = Policy.uniform(graph, policy)
-        return usage_of(graph, policy, None, self._base_bytes(graph))
+        return usage_of(graph, policy, None, self._base_bytes(graph, model))
 
     def report(self) -> str:
         """Widths and costs per layer and in all, accuracy before and after, seconds of each stage."""
@@ -703,8 +705,8 @@ class HubMPQ(nn.Module):
         """Bytes of the packed file beside the searched layers, the same at every policy."""
         return self._base_bytes(self.graph)
 
-    def _base_bytes(self, graph: LayerGraph) -> int:
-        model = self._float[0] if self._float else self.model
+    def _base_bytes(self, graph: LayerGraph, model: nn.Module | None = None) -> int:
+        model = model or (self._float[0] if self._float else self.model)
         return base_nbytes(model, self._manifest(Policy.uniform(graph, "W2A2"), graph))
 
     # saving and publishing
@@ -779,7 +781,9 @@ class HubMPQ(nn.Module):
             prepare(self.model, self._manifest(self.policy))
 
     def _manifest(self, policy: Policy, graph: LayerGraph | None = None) -> Manifest:
-        provenance: dict[str, Any] = {"hub_mpq": __version__, "metrics": self.metrics, **self.history}
+        # a loss that is NaN has no place in JSON
+        metrics = {of: {k: v for k, v in found.items() if math.isfinite(v)} for of, found in self.metrics.items()}
+        provenance: dict[str, Any] = {"hub_mpq": __version__, "metrics": metrics, **self.history}
         if self.result is not None:
             found = self.result
             provenance["search"] = {

@@ -305,3 +305,92 @@ def test_pins_that_no_layer_can_keep_are_refused():
         HubMPQ.from_module(Tied().eval(), ids, fixed={"head": None})
     with pytest.raises(InvalidArgument, match="exclude"):
         HubMPQ.from_module(Tied().eval(), ids, fixed={"body": "A8"})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_leaves_the_grids_and_is_what_is_saved(dtype, mpq, net, train, tmp_path):
+    mpq.apply_policy("W8A8", train)
+    before, scale = mpq(X), mpq.model[3].weight_quantizer.scale.detach().clone()
+    mpq.model.to(dtype)
+    assert torch.equal(mpq.model[3].weight_quantizer.scale, scale)
+    got = mpq(X.to(dtype))
+    assert got.dtype == dtype
+    assert (got.double() - before).norm() / before.norm() < 0.05
+    assert mpq.save_pretrained(tmp_path) == mpq.usage()["size"]
+    again = HubMPQ.from_pretrained(tmp_path, module=net)
+    assert torch.equal(again(X.to(dtype)), got)
+    assert net[3].weight.dtype == torch.float32, "the module that was given is copied"
+
+
+def test_a_network_without_bias_is_loaded_in_the_commonest_dtype_of_its_file(tmp_path):
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    net = nn.Sequential(nn.Linear(6, 6, bias=False), nn.LayerNorm(6), nn.Linear(6, 3, bias=False)).eval()
+    mpq = HubMPQ.from_module(net, x).apply_policy("W4A8", [x])
+    mpq.model.bfloat16()
+    mpq.save_pretrained(tmp_path)
+    again = HubMPQ.from_pretrained(tmp_path, module=net)
+    assert torch.equal(again(x.bfloat16()), mpq(x.bfloat16()))
+
+
+@pytest.mark.parametrize(("layer", "part"), [("3", "weight"), ("13", "bias")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_no_grid_holds_are_refused_by_their_layer(value, layer, part, net, train, tmp_path):
+    mpq = HubMPQ.from_module(net, X[:1]).apply_policy("W4A4", train)
+    for model in (mpq.model, net):
+        getattr(model.get_submodule(layer), part).data.view(-1)[1] = value
+    refused = pytest.raises(InvalidArgument, match=f"layer '{layer}' can't be quantized: its {part} holds NaN")
+    with refused:
+        mpq.save_pretrained(tmp_path)
+    with refused:
+        mpq.apply_policy("W4A4", train)
+    for strategy in ("limpq", "mse", "dq"):
+        with refused:
+            mpq.train_scores(train, strategy=strategy, steps=1)
+    with refused:
+        mpq.quantize(train=train, val=train, bitops="W4A4")
+
+
+def test_a_loss_that_is_no_number_does_not_keep_a_model_from_being_saved(mpq, net, train, tmp_path):
+    mpq.apply_policy("W4A4", train)
+    mpq.metrics["quantized"] = {"top1": 20.0, "loss": float("nan")}
+    mpq.save_pretrained(tmp_path)
+    assert HubMPQ.from_pretrained(tmp_path, module=net).metrics == {"quantized": {"top1": 20.0}}
+
+
+class Branch(nn.Module):
+    """A branch that starts at zero, as LoRA's, ControlNet's and zero-initialised residual blocks do."""
+
+    def __init__(self, zero):
+        super().__init__()
+        self.stem, self.zero, self.head = nn.Linear(8, 16), zero, nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        return self.head(x + self.zero(x))
+
+
+@pytest.mark.parametrize(
+    ("zero", "level"), [("linear", "W4A8"), ("linear", "W1A4"), ("lora", "W4A4"), ("lora", "W2A8"), ("two", "W4A4")]
+)
+@pytest.mark.parametrize("lr", [1e-5, 1e-2])
+def test_a_layer_of_zeros_leaves_zero(zero, level, lr, tmp_path):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 8, generator=g)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        last = nn.Linear(16, 16)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        before = {"lora": [nn.Linear(16, 16)], "two": [], "linear": []}[zero]
+        net = Branch(nn.Sequential(*before, last, *([nn.Linear(16, 16)] if zero == "two" else []))).eval()
+    name = f"zero.{len(before)}"
+    mpq = HubMPQ.from_module(net, x[:1]).apply_policy(level, [x])
+    layer = mpq.model.get_submodule(name)
+    assert layer.weight_quantizer(layer.weight).abs().max() < 1e-25
+    mpq.finetune([(x, torch.arange(32) % 3)], steps=5, lr=lr)
+    on_grid = layer.weight_quantizer(layer.weight)
+    assert layer.weight.abs().max() > lr
+    assert (on_grid - layer.weight).norm() < layer.weight.norm()
+    assert on_grid.abs().max().item() == pytest.approx(layer.weight.abs().max().item(), rel=0.2)
+    mpq.save_pretrained(tmp_path)
+    assert torch.equal(HubMPQ.from_pretrained(tmp_path, module=net)(x), mpq(x))

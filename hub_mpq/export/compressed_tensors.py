@@ -16,7 +16,7 @@ from ..core import FLOAT_BITS
 from ..core.files import CONFIG
 from ..core.library import libraries
 from ..errors import HubMPQError
-from ..nn.packing import packed_tensors
+from ..nn.packing import config_of, packed_tensors
 from ..pack import Manifest, PackedTensor, pack_weight
 from ..pack.atomic import write_atomic
 from ..pack.layout import key
@@ -111,7 +111,7 @@ def export_compressed(
         state[key(module, "weight_scale")] = scale[:, None]
         state[key(module, "weight_shape")] = torch.tensor(layer.weight_shape)
         groups.setdefault(words.num_bits, []).append(layer.name)
-    public = {k: v for k, v in config.items() if k not in ("_name_or_path", "quantization_config")}
+    public = {k: v for k, v in config_of(model, config).items() if k not in ("_name_or_path", "quantization_config")}
     public["quantization_config"] = _quantization(groups)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

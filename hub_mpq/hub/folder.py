@@ -15,7 +15,7 @@ from torch import nn
 from ..core import Indicators
 from ..core.files import CONFIG, INDICATORS, PACKED
 from ..errors import HubMPQError
-from ..nn.packing import packed_tensors
+from ..nn.packing import config_of, packed_tensors
 from ..pack import Manifest, read_indicators, write_indicators, write_packed
 
 
@@ -48,7 +48,7 @@ def save_folder(
     try:
         for name, content in (extra or {}).items():
             (work / name).write_bytes(content)
-        public = {k: v for k, v in config.items() if k != "_name_or_path"}  # a path on this machine
+        public = {k: v for k, v in config_of(model, config).items() if k != "_name_or_path"}  # a path on this machine
         text = json.dumps({**public, "quantization_config": quantization}, indent=2, sort_keys=True) + "\n"
         (work / CONFIG).write_text(text)
         if indicators is not None:

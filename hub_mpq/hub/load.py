@@ -28,7 +28,7 @@ def load_folder(folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any
     Args:
         folder: What save_pretrained wrote.
         module: The network for a model that no library can build; it is copied, not changed.
-        kwargs: Arguments of the library's `load`.
+        kwargs: Arguments of the library's `load`. With a dtype the model computes in it, else in what it was saved in.
 
     Returns:
         The quantized model with where it comes from, and what its file says.
@@ -52,7 +52,7 @@ def load_folder(folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any
     else:
         net = copy.deepcopy(module)
         source = Source(net, manifest.base_model, manifest.revision, ModuleLibrary.name, (), manifest.graph)
-    load_packed(folder / PACKED, source.model)
+    load_packed(folder / PACKED, source.model, cast=not {"dtype", "torch_dtype"}.isdisjoint(kwargs))
     source.model.eval()
     return replace(source, graph=manifest.graph, model_id=manifest.base_model, revision=manifest.revision), manifest
 
@@ -82,10 +82,11 @@ def _check_config(folder: Path, manifest: Manifest, kwargs: Mapping[str, Any]) -
         raise PackedFormat(folder / CONFIG, f"builds a model of {built} bytes, its packed file holds one of {declared}")
 
 
-def load_packed(path: str | os.PathLike[str], skeleton: nn.Module) -> Manifest:
+def load_packed(path: str | os.PathLike[str], skeleton: nn.Module, *, cast: bool = False) -> Manifest:
     """Turn `skeleton` (the float model, any weights) into the packed model at `path`, in place.
 
-    Raises PackedFormat for a bad file, PolicyMismatch when the file is for another model.
+    cast: to the dtypes of `skeleton`; else it takes those of the file. Raises PackedFormat for a bad file,
+    PolicyMismatch when the file is for another model.
     """
     tensors, manifest = read_packed(path)
     modules = dict(skeleton.named_modules())
@@ -94,5 +95,5 @@ def load_packed(path: str | os.PathLike[str], skeleton: nn.Module) -> Manifest:
     if wrong:
         raise PolicyMismatch((), wrong)
     quantize_to_policy(skeleton, manifest.graph, manifest.policy)
-    load_quantized(path, skeleton, tensors)
+    load_quantized(path, skeleton, tensors, cast=cast)
     return manifest

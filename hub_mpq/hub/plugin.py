@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -177,8 +176,21 @@ def _attach(model: Any, manifest: Manifest, quantizer: Any) -> None:
     model.config.quantization_config = quantizer.quantization_config
     model.is_quantized = True
     model.quantization_method = quantizer.quantization_config.quant_method
-    model.save_pretrained = MethodType(save_pretrained, model)
-    model.push_to_hub = MethodType(push_to_hub, model)
+    model.save_pretrained = _Method(save_pretrained, model)
+    model.push_to_hub = _Method(push_to_hub, model)
+
+
+class _Method:
+    """A method of one model that goes along when the model is copied or pickled.
+
+    A bound method is pickled by its name alone, and in the copy that is the class's own: transformers'.
+    """
+
+    def __init__(self, function: Callable[..., Any], model: Any) -> None:
+        self.__func__, self.__self__, self.__doc__ = function, model, function.__doc__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__func__(self.__self__, *args, **kwargs)
 
 
 def _detach(model: Any) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..core import FLOAT_BITS, LayerBits, LayerSpec
 from ..errors import UnsupportedLayer
 from ..pack import PackedTensor
+from ..quantizers.base import keep_dtype
 from ..quantizers.fake_quantize import fake_quantize
 from ..versions import warn_if_untested
 from .layers import QuantConv1D, QuantConv2d, QuantLinear, take_over
@@ -50,7 +51,7 @@ class PackedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight in the dtype that the model computes in, made anew at each call."""
-        return self.packed.dequantize().to(self.compute.dtype)
+        return self.packed.dequantize(self.compute.dtype)
 
     def weight_quantizer(self, weight: Tensor) -> Tensor:
         """The weight is on its grid already."""
@@ -68,12 +69,8 @@ class PackedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
         """Casts to another float type (`.to(torch.bfloat16)`) leave the scales float32, or the grid would move."""
-        scales = {k: v for k in ("weight_scale", "input_scale") if (v := self._buffers.get(k)) is not None}
-        for name, scale in scales.items():
-            self._buffers[name] = scale.view(torch.int32)
-        super()._apply(fn, recurse)
-        for name in scales:
-            self._buffers[name] = self._buffers[name].view(torch.float32)
+        scales = (self._buffers.get(name) for name in ("weight_scale", "input_scale"))
+        super()._apply(keep_dtype(fn, scales), recurse)
         return self
 
     def extra_repr(self) -> str:
@@ -111,7 +108,7 @@ class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override]
         rows = PackedTensor(
             table.weight_packed[ids], scale, (ids.numel(), self.shape[1]), table.num_bits, self.kind, zero
         )
-        return rows.dequantize().to(self.compute.dtype).view(*input.shape, self.shape[1])
+        return rows.dequantize(self.compute.dtype).view(*input.shape, self.shape[1])
 
 
 def packed_layer(
@@ -152,7 +149,7 @@ def float_layer(module: PackedLayer, dtype: torch.dtype, weight: nn.Parameter | 
         out._buffers.pop(name, None)
     for name in ("kind", "shape", "bits", "float_class", "owner"):
         out.__dict__.pop(name, None)
-    shared = nn.Parameter(module.packed.dequantize().to(dtype)) if weight is None else weight
+    shared = nn.Parameter(module.packed.dequantize(dtype)) if weight is None else weight
     out._parameters = {"weight": shared, **out._parameters}
     return out
 

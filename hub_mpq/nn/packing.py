@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from ..pack import Manifest, PackedTensor, empty_packed, file_nbytes, layout, pa
 from ..pack.layout import key as part_key
 from ..quantizers import LSQ
 from .packed import packed_layers
-from .quantize import quantized_layers
+from .quantize import check_finite, quantized_layers
 
 QUANTIZER_KEYS = (".weight_quantizer.", ".input_quantizer.")
 """Parts of state-dict keys that belong to quantizers: a file holds them in its own words."""
@@ -23,7 +25,11 @@ QUANTIZER_KEYS = (".weight_quantizer.", ".input_quantizer.")
 
 @torch.no_grad()
 def packed_tensors(model: nn.Module, manifest: Manifest) -> dict[str, PackedTensor | Tensor]:
-    """What a packed file holds: integers of the quantized weights, scales, and every other tensor as it is."""
+    """What a packed file holds: integers of the quantized weights, scales, and every other tensor as it is.
+
+    Raises InvalidArgument for a quantized weight or its bias that is not finite.
+    """
+    check_finite(model, [name for name, _ in quantized_layers(model)])
     graph = manifest.graph
     out: dict[str, PackedTensor | Tensor] = {}
     skip: set[str] = set()
@@ -82,9 +88,41 @@ def base_nbytes(model: nn.Module, manifest: Manifest) -> int:
     return predicted_nbytes(model, manifest) - sum(layer_nbytes(x, bits[x.name]) for x in manifest.graph.searched)
 
 
+def config_of(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config`, naming the dtype that the model's quantized layers compute in, where it names one."""
+    found = [module.weight.dtype for _, module in quantized_layers(model)]
+    found += [module.compute.dtype for _, module in packed_layers(model)]
+    told = {"dtype": str(found[0]).removeprefix("torch.")} if found and config.get("dtype") else {}
+    return {**config, **told}
+
+
+def _take_dtypes(model: nn.Module, tensors: Mapping[str, PackedTensor | Tensor]) -> None:
+    """Cast a model's tensors to what the file says, and its quantized weights, of which no dtype is stored, to that of
+    their bias, else to the commonest of the file."""
+    dtypes = {
+        key: tensor.dtype
+        for key, tensor in tensors.items()
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not key.endswith("input_scale")
+    }
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and key in dtypes:
+            tensor.data = tensor.data.to(dtypes[key])
+    common = [dtype for dtype, _ in Counter(dtypes.values()).most_common(1)]
+    for name, module in quantized_layers(model):
+        known = dtypes.get(part_key(name, "bias"), *common)
+        module.weight.data = module.weight.data.to(known or module.weight.dtype)
+
+
 @torch.no_grad()
-def load_quantized(path: object, model: nn.Module, tensors: Mapping[str, PackedTensor | Tensor]) -> None:
-    """Fill a quantized model with packed tensors: weights on their grids, scales, everything else."""
+def load_quantized(
+    path: object, model: nn.Module, tensors: Mapping[str, PackedTensor | Tensor], *, cast: bool = False
+) -> None:
+    """Fill a quantized model with packed tensors: weights on their grids, scales, everything else.
+
+    cast: the model's tensors keep their dtypes; else they take those of the file.
+    """
+    if not cast:
+        _take_dtypes(model, tensors)
     rest = dict(tensors)
     for name, module in quantized_layers(model):
         packed = rest.pop(name, None)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..core import FLOAT_BITS, LayerGraph, LayerSpec, Policy
 from ..core.layer_kind import layer_kinds
-from ..errors import PolicyMismatch, UnsupportedLayer
+from ..errors import InvalidArgument, PolicyMismatch, UnsupportedLayer
 from ..quantizers import LSQ
 from ..versions import warn_if_untested
 from .layers import take_over
@@ -17,6 +18,23 @@ from .types import layer_kind
 
 Quantizers = tuple[nn.Module, nn.Module | None]
 """(quantizer of the weight, quantizer of the input or None for a float input)."""
+
+
+@torch.no_grad()
+def check_finite(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse layers whose parameters have no place on a grid.
+
+    Args:
+        model: The model.
+        names: Its layers to look at.
+
+    Raises:
+        InvalidArgument: A weight or bias holds NaN or an infinite value.
+    """
+    for name in names:
+        for part, parameter in model.get_submodule(name).named_parameters(recurse=False):
+            if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
+                raise InvalidArgument(f"layer {name!r} can't be quantized: its {part} holds NaN or infinite values")
 
 
 def quantize_layer(module: nn.Module, name: str, weight: nn.Module, activation: nn.Module | None) -> nn.Module:

@@ -76,14 +76,15 @@ class PackedTensor:
         values = self._values()
         return (values.t() if _transposed(self.kind) else values).contiguous().view(self.weight_shape)
 
-    def dequantize(self) -> Tensor:
-        """(integer − zero point)·scale, float32 of `weight_shape`."""
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(integer − zero point)·scale, of `weight_shape`, multiplied in float32, or float64 if that is asked for."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
         rows = channel_count(self.kind, self.weight_shape)
         values = self._values()
-        out = values.reshape(rows, values.numel() // max(rows, 1)).to(torch.float32)
+        out = values.reshape(rows, values.numel() // max(rows, 1)).to(wide)
         if self.weight_zero_point is not None:
-            out.sub_(self.weight_zero_point.to(torch.float32)[:, None])
-        out.mul_(self.weight_scale[:, None])
+            out.sub_(self.weight_zero_point.to(wide)[:, None])
+        out = out.mul_(self.weight_scale[:, None]).to(dtype)
         return out.t().contiguous() if _transposed(self.kind) else out.reshape(self.weight_shape)
 
 

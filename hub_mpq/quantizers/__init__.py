@@ -1,7 +1,7 @@
 """Quantizers, one parametrization a file. The same code serves search, fine-tuning and packing."""
 
 from .base import Quantizer
-from .calibrate import activation_scale, weight_scale_mse, weight_scale_sigma
+from .calibrate import activation_scale, weight_range, weight_scale_mse, weight_scale_sigma
 from .fake_quantize import fake_quantize
 from .fake_quantize_kernels import to_int
 from .lsq import LSQ, compile_quantizers
@@ -13,6 +13,7 @@ __all__ = [
     "compile_quantizers",
     "fake_quantize",
     "to_int",
+    "weight_range",
     "weight_scale_mse",
     "weight_scale_sigma",
 ]

@@ -3,10 +3,47 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
 from ..core import QuantSpec
+
+T = TypeVar("T")
+
+
+class LastRead(Generic[T]):
+    """What `read` says of a tensor, remembered off the CPU: reading waits for a GPU, and would at every step.
+
+    It is read again once the tensor is another one (`load_state_dict(assign=True)`, `functional_call`) or was written
+    to. Copies remember nothing.
+    """
+
+    def __init__(self, read: Callable[[Tensor], T]) -> None:
+        self.read = read
+        self.last: tuple[Tensor, int, T] | None = None
+
+    def __call__(self, tensor: Tensor) -> T:
+        if tensor.device.type == "cpu" or tensor.is_inference():  # made in inference_mode it has no version
+            return self.read(tensor)
+        if self.last is None or self.last[0] is not tensor or self.last[1] != tensor._version:
+            self.last = (tensor, tensor._version, self.read(tensor))
+        return self.last[2]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.read,)
+
+
+def keep_dtype(fn: Callable[[Tensor], Tensor], tensors: Iterable[Tensor | None]) -> Callable[[Tensor], Tensor]:
+    """`fn`, as `Module._apply` gets it, that moves these tensors to another device but casts none of them."""
+    kept = {id(tensor) for tensor in tensors}
+
+    def apply(tensor: Tensor) -> Tensor:
+        out = fn(tensor)
+        return tensor.to(out.device) if id(tensor) in kept and out.dtype != tensor.dtype else out
+
+    return apply
 
 
 class Quantizer(nn.Module, ABC):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .calibrate import weight_range
 from .fake_quantize import straight
 
 SMALL = 1e-8
@@ -17,7 +18,7 @@ class BitPlanes(nn.Module):
     dropping a plane changes no value, not even its last bit. One plane above the n that start is kept for carries:
     n planes of [0, 2] reach 2·(2^n − 1). `low`, `high`: planes low … high−1 are alive; those below are zero and
     the grid is step·2^low; those above are zero. Dropped planes keep their place, so that shapes, and with them
-    checkpoints, stay [ours].
+    checkpoints, stay [ours]. A weight of zeros has the range that `weight_range` says.
     """
 
     low: Tensor
@@ -26,8 +27,7 @@ class BitPlanes(nn.Module):
 
     def __init__(self, weight: Tensor, count: int) -> None:
         super().__init__()
-        top = weight.detach().abs().max().clamp_min(1e-12)
-        self.register_buffer("step", top / (2**count - 1))
+        self.register_buffer("step", weight_range(weight) / (2**count - 1))
         self.register_buffer("low", torch.zeros((), dtype=torch.int64))
         self.register_buffer("high", torch.tensor(count))
         self.planes = nn.Parameter(torch.zeros(2, count + 1, *weight.shape, dtype=torch.float32))

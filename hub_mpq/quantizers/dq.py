@@ -114,7 +114,7 @@ class DQ(nn.Module):
         # one sign bit and no code but the sign's is no uniform grid: the least signed width is 2
         self.signed, self.bounds = signed, (max(bounds[0], 1 + signed), max(bounds[1], 1 + signed))
         self.parametrization, self.grid, self.power_of_two_step = parametrization, grid, power_of_two_step
-        self.least = 1e-12 if grid == "uniform" else 2.0**-100  # of a parameter; OCTAVES below any range
+        self.least = 2.0**-100  # of a parameter; OCTAVES below any range
         for name in parametrization.split("-"):
             self.register_parameter(name, nn.Parameter(torch.ones(())))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,10 +11,26 @@ from torch import Tensor, nn
 
 from ..core import QuantSpec
 from ..errors import InvalidArgument
-from .base import Quantizer
+from .base import LastRead, Quantizer, keep_dtype
 from .compiled import compiler_works
 from .fake_quantize import quantize
 from .fake_quantize_kernels import Grid, to_int, wide
+
+NO_START = 2.0**-100
+"""The start of the scale of weights that are all zero: see LSQ."""
+HEADROOM = 1.1
+FLOOR = 2.0**-20
+
+
+def _numbers(tensor: Tensor) -> list[int]:
+    out: list[int] = tensor.tolist()
+    return out
+
+
+def _without_start(base: Tensor) -> list[Tensor] | None:
+    """The channels of every width that have no start; None when all have one."""
+    found = base < 2 * NO_START
+    return [row.nonzero().view(-1) for row in found] if bool(found.any()) else None
 
 
 class LSQ(Quantizer):
@@ -29,7 +45,12 @@ class LSQ(Quantizer):
 
     compiled: large tensors go through the compiled passes; `compile_quantizers` sets it.
 
-    `base` is the start (a buffer), `shift` how far training went from it. Shapes [len(widths), channels].
+    `base` is the start (a buffer), `shift` how far training went from it. Shapes [len(widths), channels], both float32
+    whatever the model is cast to.
+
+    A weight (or a channel of one) that is all zero tells no start. Its base is NO_START, and its scale follows what
+    the weight becomes: 1.1·max|w|/qmax of the weight at hand, so that training can leave zero by steps of any size;
+    the tenth keeps the largest element inside the range, where it has a gradient [our construction].
     """
 
     base: Tensor
@@ -41,10 +62,10 @@ class LSQ(Quantizer):
     ) -> None:
         super().__init__()
         self.widths, self.signed, self.axis, self.log = tuple(widths), signed, axis, log
-        self.shift = nn.Parameter(torch.zeros(len(self.widths), channels))
-        self.register_buffer("base", torch.ones(len(self.widths), channels))
+        self.shift = nn.Parameter(torch.zeros(len(self.widths), channels, dtype=torch.float32))
+        self.register_buffer("base", torch.ones(len(self.widths), channels, dtype=torch.float32))
         self.register_buffer("zero_points", torch.zeros(len(self.widths), dtype=torch.int32))
-        self._zero_cache: tuple[int, list[int]] = (-1, [])
+        self._zeros, self._without_start = LastRead(_numbers), LastRead(_without_start)
         self._specs = [QuantSpec(b, signed, signed, "channel" if channels > 1 else "tensor", axis) for b in self.widths]
         self._index: int | None = 0
         self._narrow: int | None = None
@@ -75,7 +96,7 @@ class LSQ(Quantizer):
     def _scales(self, rows: int | slice) -> Tensor:
         base, shift = self.base[rows], self.shift[rows]
         # the floor only guards linear steps past zero; nothing is capped from above
-        return base * shift.exp() if self.log else (base + shift).clamp_min(1e-8)
+        return base * shift.exp() if self.log else torch.maximum(base + shift, base * FLOOR)
 
     @property
     def scale(self) -> Tensor:
@@ -83,18 +104,13 @@ class LSQ(Quantizer):
 
     @property
     def zero_point(self) -> int:
-        if self.zero_points.is_inference():  # made in inference_mode: it has no version
-            return int(self.zero_points[self._index or 0])
-        version = self.zero_points._version
-        if self._zero_cache[0] != version:  # reading a tensor would wait for a GPU at every step
-            self._zero_cache = (version, self.zero_points.tolist())
-        return self._zero_cache[1][self._index or 0]
+        return 0 if self.signed else self._zeros(self.zero_points)[self._index or 0]
 
     @torch.no_grad()
     def init(self, bits: int, scale: Tensor, zero_point: int = 0) -> None:
         """Set the start of one width; `scale` [channels] or [1], above zero."""
         row = self.widths.index(bits)
-        self.base[row] = scale.to(self.base).clamp_min(1e-8)
+        self.base[row] = scale.to(self.base).clamp_min(torch.finfo(torch.float32).tiny)
         self.shift[row] = 0
         self.zero_points[row] = zero_point
 
@@ -102,8 +118,25 @@ class LSQ(Quantizer):
         """(scale shaped to broadcast against `x`, the grid in force); None when `x` passes through."""
         return None if self._index is None else self._grid(x)
 
+    @torch.no_grad()
+    def _follow(self, weight: Tensor, channels: Tensor) -> None:
+        """Set the scales in force of the channels without a start."""
+        row, axis = self._index or 0, self.axis % weight.dim()
+        if self.base.shape[1] == 1:
+            top = wide(weight).abs().amax().reshape(1)
+        else:
+            top = wide(weight.index_select(axis, channels)).abs().movedim(axis, 0).reshape(len(channels), -1).amax(1)
+        base = self.base[row, channels]
+        scale = torch.where(top > 0, top.to(base) * (HEADROOM / max(self._specs[row].qmax, 1)), base)
+        self.shift[row, channels] = scale.log() - base.log() if self.log else scale - base
+
     def _grid(self, x: Tensor) -> tuple[Tensor, Grid]:
         spec = self._specs[self._index or 0]
+        # a compiler that traces takes what the last plain run left
+        if self.signed and not torch.compiler.is_compiling():
+            channels = self._without_start(self.base)
+            if channels is not None and len(channels[self._index or 0]):
+                self._follow(x, channels[self._index or 0])
         scale, z = self.scale, self.zero_point
         if self._narrow is not None and 2 <= self._narrow < spec.num_bits:
             full, spec = spec, replace(spec, num_bits=self._narrow)
@@ -125,6 +158,11 @@ class LSQ(Quantizer):
     def to_int(self, x: Tensor) -> Tensor:
         scale, grid = self._grid(x)
         return to_int(wide(x), scale, grid.low, grid.high, binary=grid.binary).to(torch.int16)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LSQ:
+        """Casts to another float type (`.to(torch.bfloat16)`) leave the scales float32, or the grid would move."""
+        super()._apply(keep_dtype(fn, (self.base, self.shift, self.shift.grad)), recurse)
+        return self
 
     def extra_repr(self) -> str:
         return f"widths={self.widths}, signed={self.signed}, channels={self.base.shape[1]}"

@@ -14,7 +14,7 @@ from ..core import FLOAT_BITS, Candidates, LayerBits, LayerGraph, Limit, limits,
 from ..core.checks import number, whole
 from ..errors import InvalidArgument
 from ..nn.quantize import quantize_layers
-from ..quantizers import activation_scale, weight_scale_mse
+from ..quantizers import activation_scale, weight_range, weight_scale_mse
 from ..quantizers.dq import DQ
 from ..train.hooks import Groups
 from .differentiable_costs import DifferentiableCosts
@@ -102,7 +102,8 @@ class DQSearch(SearchStrategy):
             q = layer.weight_quantizer
             bits = self._start(q)
             codes = max(2 ** (min(bits, 8) - 1) - 1, 1)
-            q.init(bits, weight_scale_mse(layer.weight, min(bits, 8), axis=None)[0] * codes)
+            top = weight_scale_mse(layer.weight, min(bits, 8), axis=None)[0] * codes
+            q.init(bits, top if bool(layer.weight.any()) else weight_range(layer.weight))
             q = layer.input_quantizer
             if q is None:
                 continue

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..core import FLOAT_BITS, Candidates, Indicators, LayerGraph
@@ -14,6 +15,7 @@ from ..nn.banks import add_banks, select_bank
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
 from ..nn.quantize import quantize_with_lsq, quantized_layers
 from ..quantizers import LSQ
+from ..quantizers.lsq import NO_START
 from ..train.hooks import Groups
 from ..train.processes import mean_rows
 from .loss_sensitivity import Rows, loss_sensitivity
@@ -151,7 +153,7 @@ class LIMPQ(SearchStrategy):
         for name, module in self.layers.items():
             for side, q in (("weight", module.weight_quantizer), ("activation", module.input_quantizer)):
                 if isinstance(q, LSQ):
-                    moved = (q.scales.detach() / q.base).mean(1).tolist()
+                    moved = torch.where(q.base > NO_START, q.scales.detach() / q.base, 1.0).mean(1).tolist()
                     out |= {f"scale/{side}/{name}/{bits}": x for bits, x in zip(q.widths, moved, strict=True)}
         return out
 
@@ -174,7 +176,8 @@ class LIMPQ(SearchStrategy):
             quantizer = getattr(module, which)
             if isinstance(quantizer, LSQ):
                 # per channel: the root mean square, so that one number stands for the layer
-                table = (quantizer.base if start else quantizer.scales).detach().square().mean(1).sqrt().tolist()
+                scales = (quantizer.base if start else quantizer.scales).detach().double()
+                table = scales.square().mean(1).sqrt().tolist()
                 out[name] = dict(zip(quantizer.widths, table, strict=True))
         return out
 
@@ -189,7 +192,11 @@ class LIMPQ(SearchStrategy):
     def details(self, model: nn.Module) -> dict[str, Any]:
         """The settings, and how far the scales moved."""
         sides = {"weight": "weight_quantizer", "activation": "input_quantizer"}
-        moved = {side: movement(self._scales(which, start=True), self._scales(which)) for side, which in sides.items()}
+        moved = {}
+        for side, which in sides.items():
+            start = {n: row for n, row in self._scales(which, start=True).items() if min(row.values()) > NO_START}
+            end = self._scales(which)
+            moved[side] = movement(start, {name: end[name] for name in start})
         return {
             "indicator": self.indicator,
             "preset": self.preset,

@@ -30,7 +30,8 @@ def like(moved: Tensor, y: Tensor) -> Tensor:
     """`moved` with each channel's mean and deviation (dimension 1) brought to those of `y`, as a BatchNorm that reads
     it will once it has seen it."""
     dims = [d for d in range(y.dim()) if d != 1]
-    deviation = y.std(dims, correction=0, keepdim=True) / moved.std(dims, correction=0, keepdim=True).clamp_min(1e-12)
+    spread = moved.std(dims, correction=0, keepdim=True)
+    deviation = torch.where(spread > 0, y.std(dims, correction=0, keepdim=True) / spread, 0.0)
     return (moved - moved.mean(dims, keepdim=True)) * deviation + y.mean(dims, keepdim=True)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from ..core import Budget, Candidates, Engine, IndicatorOptions, Indicators, LayerGraph
 from ..errors import InvalidArgument
 from ..nn.calibrate import sample_inputs
+from ..nn.quantize import check_finite
 from ..tasks import Pair, TaskLike, task_of
 from ..train.batches import first_batches, rereadable
 from ..train.engine import accelerator_of
@@ -60,11 +61,13 @@ def train_scores(
         engine: Precision, memory, trackers.
 
     Raises:
-        InvalidArgument: Nothing is searched, an option the strategy does not have, or data it cannot use.
+        InvalidArgument: Nothing is searched, an option the strategy does not have, data it cannot use, or a layer's
+            weight that holds NaN or infinite values.
     """
     began = time.perf_counter()
     if not graph.searched:
         raise InvalidArgument("every layer is fixed: there is nothing to search")
+    check_finite(model, graph.names)
     options = options or IndicatorOptions()
     name = strategy_named(strategy).name
     hooks = build_strategy(strategy, {**options.of_strategy(name), **(strategy_options or {})})

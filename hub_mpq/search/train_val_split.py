@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, Subset
@@ -64,7 +65,10 @@ class _PairCollate:
 
 
 class SplitBatches:
-    """Each batch of a loader cut in two. For loaders that are no DataLoader: the halves of a fixed list stay apart."""
+    """Each batch of a loader cut in two. For loaders that are no DataLoader: the halves of a fixed list stay apart.
+
+    A batch of one sample, the last of many, is trained on; beside it the held-out half before comes again.
+    """
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = loader
@@ -72,24 +76,32 @@ class SplitBatches:
             self.set_epoch = loader.set_epoch
 
     def __iter__(self) -> Iterator[Pair]:
+        held: Any = None
         for batch in self.loader:
-            yield Pair(_cut(batch, 0), _cut(batch, 1))
+            try:
+                train, held = _cut(batch, 0), _cut(batch, 1)
+            except InvalidArgument:
+                if held is None:
+                    raise
+                train = batch
+            yield Pair(train, held)
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
 
 
 def _cut(batch: Any, part: int) -> Any:
-    if isinstance(batch, Tensor):
-        if batch.dim() and len(batch) < 2:
-            raise InvalidArgument("a split into training and held-out data needs batches of at least 2 samples")
-        middle = len(batch) // 2 if batch.dim() else 0
-        return batch if not batch.dim() else batch[middle:] if part else batch[:middle]
+    """Half of a batch: of every tensor and array, and of lists with an entry a sample (labels, detection's dicts)."""
     if isinstance(batch, Mapping):
         return {k: _cut(v, part) for k, v in batch.items()}
-    if isinstance(batch, (tuple, list)):
+    if isinstance(batch, (tuple, list)) and any(isinstance(v, (Tensor, np.ndarray, tuple)) for v in batch):
         return tuple(_cut(v, part) for v in batch)
-    return batch
+    if not isinstance(batch, (Tensor, np.ndarray, list)) or getattr(batch, "ndim", 1) == 0:
+        return batch
+    if len(batch) < 2:
+        raise InvalidArgument("a split into training and held-out data needs batches of at least 2 samples")
+    middle = len(batch) // 2
+    return batch[middle:] if part else batch[:middle]
 
 
 def train_val_split(loader: Iterable[Any], seed: int) -> Iterable[Any]:

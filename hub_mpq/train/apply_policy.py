@@ -11,7 +11,7 @@ from torch import nn
 from ..core import LayerGraph, Policy
 from ..errors import InvalidArgument
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs
-from ..nn.quantize import quantize_to_policy
+from ..nn.quantize import check_finite, quantize_to_policy
 from ..tasks import TaskLike, task_of, to_device
 
 
@@ -40,9 +40,10 @@ def apply_policy(
 
     Raises:
         PolicyMismatch: The policy is for another graph.
-        InvalidArgument: There is no batch.
+        InvalidArgument: There is no batch, or a layer's weight holds NaN or infinite values.
     """
     policy.check(graph)
+    check_finite(model, graph.names)
     device = next(model.parameters()).device
     taken = [to_device(batch, device) for batch in islice(batches, limit)]
     if not taken:

@@ -22,6 +22,7 @@ from .batches import Fed, batches_per_epoch, feed, has_length, prepared, set_epo
 from .checkpoint import Checkpoints, StopOnSignal
 from .engine import accelerator_of, applied, autocast, check, placed
 from .hooks import Hooks
+from .norms import single_values_allowed
 from .processes import agreed, total
 from .shard import Spread
 from .track import Tracks
@@ -113,6 +114,7 @@ def fit(
         # what reads the loader next, calibration say, must not depend on whether this process trained or resumed
         stack.callback(set_epoch, loader, 0)
         stack.enter_context(applied(engine, model))
+        stack.enter_context(single_values_allowed(model))
         spread = Spread(model, accelerator, sharded=engine.fsdp)
         stack.callback(spread.release)
         opt = spread.prepare(_optimizer(optimizer, hooks.parameter_groups(model)))

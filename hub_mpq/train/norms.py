@@ -1,62 +1,142 @@
-"""Re-estimate BatchNorm statistics: quantized activations have other means and variances than float ones."""
+"""Re-estimate BatchNorm statistics, since quantized activations have other means and variances than float ones; and
+let BatchNorm train on batches that have no statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import chain, islice
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..tasks import TaskLike, task_of, to_device
-from .processes import world
+from .processes import total, world
+
+
+class _Statistics:
+    """Count, mean and sum of squared deviations of every channel that a norm read, over batches of any sizes."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.count = 0.0
+        self.mean, self.squares = torch.zeros_like(like), torch.zeros_like(like)
+
+    def add(self, x: Tensor) -> None:
+        """Take in a batch [N, C, …] (the parallel formula of Chan et al., which does not cancel)."""
+        count = _values(x)
+        if not count:
+            return
+        x = x if x.dtype == torch.float64 else x.float()
+        var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
+        whole = self.count + count
+        off = mean - self.mean
+        self.mean = self.mean + off * (count / whole)
+        self.squares = self.squares + count * var + off.square() * (self.count * count / whole)
+        self.count = whole
+
+    def of_all_processes(self) -> None:
+        """Become the statistics of what all processes read."""
+        from accelerate.utils import reduce
+
+        (whole,) = total(self.count)
+        mean = reduce(self.mean * (self.count / max(whole, 1.0)), "sum")
+        self.squares = reduce(self.squares + self.count * (self.mean - mean).square(), "sum")
+        self.mean, self.count = mean, whole
+
+
+def _values(x: Tensor) -> int:
+    """How many values of each channel a batch [N, C, …] has."""
+    return x.numel() // max(x.shape[1], 1)
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))  # type: ignore[no-any-return]
+
+
+@contextmanager
+def single_values_allowed(model: nn.Module) -> Iterator[None]:
+    """While training, a BatchNorm takes its running statistics for a batch with one value of each channel (a last batch
+    of one sample): such a batch has no variance, and torch refuses it."""
+    lent: set[nn.Module] = set()
+
+    def before(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if norm.training and _values(_input(args, kwargs)) == 1:
+            norm.training = False
+            lent.add(norm)
+
+    def after(norm: nn.Module, *_: Any) -> None:
+        if norm in lent:
+            lent.remove(norm)
+            norm.training = True
+
+    handles = []
+    for norm in model.modules():
+        # a synchronized norm has the values of the other processes' batches too
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not isinstance(norm, nn.SyncBatchNorm):
+            handles.append(norm.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(norm.register_forward_hook(after, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
 def reestimate_batch_norm(
     model: nn.Module, batches: Iterable[Any], *, limit: int = 32, task: TaskLike = None, example: Any = None
 ) -> int:
-    """Replace running statistics by their plain average over up to `limit` batches (of each process, where there are
-    several); returns how many were used.
+    """Replace running statistics by those of all values that a norm reads in up to `limit` batches of each process.
+
+    Mean and unbiased variance as if the batches were one (the law of total variance): each counts by its samples, and
+    one of a single sample by its mean. While they run, norms normalise by the batch.
 
     A folded BatchNorm (identity statistics of a model whose convolutions hold the affine part) must not be
-    re-estimated: such a norm has mean 0 and variance 1 throughout and is left alone.
+    re-estimated: such a norm has mean 0 and variance 1 throughout and is left alone. So is one that nothing reached.
+
+    Returns:
+        How many batches this process used.
     """
-    iterator = iter(batches)
-    first = next(iterator, None)
     norms = [
         m
         for m in model.modules()
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats and not is_folded(m)
     ]
-    if not norms or first is None:
+    if not norms:
         return 0
-    kept = [(m.momentum, m.training) for m in norms]
+    seen = {norm: _Statistics(norm.running_mean) for norm in norms}
+    handles = [
+        norm.register_forward_pre_hook(lambda m, a, k: seen[m].add(_input(a, k)), with_kwargs=True) for norm in norms
+    ]
+    kept = [(m.momentum, m.training, m.running_mean.clone(), m.running_var.clone()) for m in norms]
     training = model.training
     model.eval()
     for norm in norms:
         norm.train()
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
+        norm.num_batches_tracked.zero_()
+        norm.momentum = None  # cumulative average, for a single value on the way
     used = 0
     known = task_of(task, model, example=example)
     try:
-        for batch in chain([first], islice(iterator, limit - 1)):
-            known.forward(model, to_device(batch, next(model.parameters()).device))
-            used += 1
+        with single_values_allowed(model):
+            for batch in islice(batches, limit):
+                known.forward(model, to_device(batch, next(model.parameters()).device))
+                used += 1
     finally:
-        for norm, (momentum, _) in zip(norms, kept, strict=True):
-            norm.momentum = momentum
+        for handle in handles:
+            handle.remove()
         model.train(training)
-        for norm, (_, was) in zip(norms, kept, strict=True):
-            norm.training = was
-    if world()[1] > 1:
-        from accelerate.utils import reduce
-
-        for norm in norms:
-            for name in ("running_mean", "running_var"):
-                getattr(norm, name).copy_(reduce(getattr(norm, name), "mean"))
+        for norm, (momentum, was, mean, var) in zip(norms, kept, strict=True):
+            norm.momentum, norm.training = momentum, was
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(var)
+    for norm, found in seen.items():
+        if world()[1] > 1:
+            found.of_all_processes()
+        if found.count > 1:
+            norm.running_mean.copy_(found.mean)
+            norm.running_var.copy_(found.squares / (found.count - 1))
     return used
 
 

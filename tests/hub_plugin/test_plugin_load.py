@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -67,6 +69,59 @@ def test_bfloat16_and_device_map(kind, tmp_path):
     assert torch.equal(case.logits(model), case.logits(own))
     later = case.cls.from_pretrained(case.folder).to(torch.bfloat16)
     assert torch.equal(case.logits(later), case.logits(model)), "a cast after loading must leave the scales alone"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_that_was_cast_is_saved_as_it_is(dtype, tmp_path):
+    case = pack(tmp_path, "classifier")
+    case.mpq.to(dtype)  # layers with quantizers, inside of a parent
+    scales = {p.dtype for n, p in case.mpq.named_parameters() if "quantizer" in n}
+    assert scales == {torch.float32}
+    packed = case.cls.from_pretrained(case.folder).to(dtype)
+    for name, model in (("hub", case.mpq), ("net", case.mpq.model), ("packed", packed)):
+        model.save_pretrained(tmp_path / name)
+        assert case.logits(model).dtype == dtype
+        for again in (HubMPQ.from_pretrained(tmp_path / name), case.cls.from_pretrained(tmp_path / name)):
+            assert case.logits(again).dtype == dtype
+            assert torch.equal(case.logits(again), case.logits(model))
+    assert case.logits(HubMPQ.from_pretrained(tmp_path / "hub", dtype=torch.float32)).dtype == torch.float32
+
+
+def stored(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))  # noqa: S301
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, stored, lambda m: pickled(copy.deepcopy(m))])
+def test_a_copy_saves_and_pushes_itself(copied, bert, tmp_path):
+    for kind, model in (("quantized", bert.mpq.model), ("packed", bert.cls.from_pretrained(bert.folder))):
+        twin = copied(model)
+        assert torch.equal(bert.logits(twin), bert.logits(model))
+        assert twin.save_pretrained.__self__ is twin.push_to_hub.__self__ is twin
+        with torch.no_grad():
+            twin.cls.predictions.bias += 1
+        twin.save_pretrained(tmp_path / kind)
+        assert {p.name for p in (tmp_path / kind).iterdir()} == {CONFIG, PACKED}
+        assert torch.equal(bert.logits(bert.cls.from_pretrained(tmp_path / kind)), bert.logits(twin))
+        assert not torch.equal(bert.logits(twin), bert.logits(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, stored])
+def test_a_copy_of_hub_mpq_is_independent(copied, bert, tmp_path):
+    before = bert.logits()
+    twin = copied(bert.mpq)
+    with torch.no_grad():
+        twin.model.cls.predictions.bias += 1
+    twin.save_pretrained(tmp_path)
+    assert torch.equal(bert.logits(), before)
+    assert torch.equal(bert.logits(HubMPQ.from_pretrained(tmp_path)), bert.logits(twin))
+    assert torch.equal(bert.logits(twin.apply_policy(twin.policy)), before)
 
 
 def test_generate(gpt2):

@@ -11,7 +11,7 @@ from hub_mpq.nn.banks import add_banks, select_bank
 from hub_mpq.nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs, widths_off
 from hub_mpq.nn.quantize import quantize_layer, quantize_to_policy, quantize_with_lsq, quantized_layers
 from hub_mpq.quantizers import LSQ
-from hub_mpq.train import forward
+from hub_mpq.tasks import Embedding
 
 X = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -41,7 +41,7 @@ def test_uniform_8_bits_is_close_and_2_bits_is_not(net):
         model = copy.deepcopy(net)
         quantize_to_policy(model, graph, Policy.uniform(graph, level))
         calibrate_weights(model, mse=True)
-        calibrate_inputs(model, sample_inputs(model, [X], forward), mse=True)
+        calibrate_inputs(model, sample_inputs(model, [X], Embedding().forward), mse=True)
         errors[level] = (model(X) - net(X)).norm() / net(X).norm()
     assert errors["W8A8"] < errors["W4A4"] / 4
     assert errors["W4A4"] < errors["W2A2"] / 2

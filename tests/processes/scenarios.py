@@ -21,7 +21,8 @@ from hub_mpq.errors import HubMPQError, InvalidArgument
 from hub_mpq.nn.calibrate import sample_inputs
 from hub_mpq.search.limpq import LIMPQ
 from hub_mpq.search.train_scores import train_scores
-from hub_mpq.train import Finetune, evaluate, fit, forward
+from hub_mpq.train import Finetune, evaluate, fit
+from hub_mpq.train.norms import reestimate_batch_norm
 from hub_mpq.train.processes import own_share, world
 
 
@@ -63,7 +64,7 @@ def gradients(folder):
         strategy.loss = Finetune(**STILL)
         strategy.attach(model, graph, {x.name: Candidates.of([2, 4]) for x in graph.searched}, {"4": "3", "7": "6"})
         known = [samples(32).tensors[0]]
-        strategy.calibrate(model, known, sample_inputs(model, known, forward))
+        strategy.calibrate(model, known, sample_inputs(model, known, strategy.loss.task.forward))
         log = fit(model, strategy, loader(count), epochs=1)
         out[str(count)] = {
             "grads": strategy.grads,
@@ -102,7 +103,10 @@ def measured(folder):
     figures = evaluate(_net(), loader(44))
     fidelity = evaluate(_net(1), [batch[0] for batch in loader(44)][:3], reference=_net())
     lists = len(list(own_share([1, 2, 3, 4, 5])))
-    return {"labels": figures, "fidelity": fidelity, "list": lists}
+    net, x = _net(), samples(44).tensors[0]
+    reestimate_batch_norm(net, own_share(x.split([16, 1, 3, 8, 16])))
+    norm = [net[1].running_mean.tolist(), net[1].running_var.tolist()]
+    return {"labels": figures, "fidelity": fidelity, "list": lists, "norm": norm}
 
 
 def bars(folder):

@@ -130,6 +130,13 @@ def test_a_measurement_is_of_all_samples_once(one, two):
     assert [result["measured"]["list"] for result in two] == [3, 2]
 
 
+def test_norms_count_every_sample_once(one, two):
+    """35 of them in one process, 9 in the other."""
+    assert two[0]["measured"]["norm"] == two[1]["measured"]["norm"]
+    for got, want in zip(two[0]["measured"]["norm"], one["measured"]["norm"], strict=True):
+        assert got == pytest.approx(want, rel=1e-4, abs=1e-6)
+
+
 def test_one_process_shows_progress(two):
     assert two[0]["bars"] == [None, None]
     assert two[1]["bars"] == [True, True]

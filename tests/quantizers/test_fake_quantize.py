@@ -1,12 +1,15 @@
 """The fused quantizer against the plain formula, differentiated by autograd."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
 
 from hub_mpq.errors import InvalidArgument
 from hub_mpq.quantizers import LSQ, activation_scale, fake_quantize, weight_scale_mse, weight_scale_sigma
+from hub_mpq.quantizers.base import LastRead
 
 
 def plain(x, s, low, high, factor=1.0):
@@ -151,8 +154,163 @@ def test_signed_activations_get_a_zero_point_and_others_none():
     assert q(skewed).min() < 0
 
 
-def test_constant_input_does_not_break_calibration():
-    scale, zero = activation_scale(torch.zeros(10), 4, mse=True)
-    assert scale.item() > 0
-    assert zero == 0
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("value", [1.0, -1.0, 3e-9, -3e-9, -1e-20])
+def test_a_constant_input_of_either_sign_keeps_its_value(value, bits):
+    q = LSQ((bits,), signed=False)
+    q.init(bits, *activation_scale(torch.full((10,), value), bits, mse=True))
+    assert q(torch.full((1,), value)).item() == pytest.approx(value, rel=1e-6)
+    assert q(torch.zeros(1)).item() == 0
+
+
+def test_an_input_of_zeros_alone_tells_neither_size_nor_sign():
+    for x in (torch.zeros(10), torch.zeros(0), torch.tensor([math.nan])):
+        scale, zero = activation_scale(x, 4, mse=True)
+        assert scale.item() == pytest.approx(1 / 15)
+        assert zero == 8
+    assert activation_scale(torch.zeros(10), 1, mse=True)[1] == 0
     assert weight_scale_mse(torch.zeros(2, 3), 4).gt(0).all()
+
+
+@pytest.mark.parametrize("unit", [2.0**-30, 2.0**-90, 2.0**60])
+def test_scales_are_relative_to_their_tensor(unit):
+    """A power of two rounds nothing, so that the scales are the same to the bit."""
+    w = case((6, 40), dtype=torch.float32)
+    w[3] = 0
+    live = [0, 1, 2, 4, 5]
+    for bits in (1, 2, 4, 8):
+        for axis in (0, None):
+            rows = live if axis == 0 else [0]
+            got, want = weight_scale_mse(w * unit, bits, axis=axis), weight_scale_mse(w, bits, axis=axis)
+            assert torch.equal(got[rows], want[rows] * unit)
+        assert torch.equal(weight_scale_sigma(w * unit, bits), weight_scale_sigma(w, bits) * unit)
+        for mse in (True, False):
+            (got, zero), (want, same) = (activation_scale(x, bits, mse=mse) for x in (w * unit, w))
+            assert torch.equal(got, want * unit)
+            assert zero == same
+    for log in (True, False):
+        q = LSQ((4,), signed=True, channels=6, log=log)
+        q.init(4, weight_scale_mse(w * unit, 4))
+        got, want = (q(w * unit) / unit)[live], fake_quantize(w, weight_scale_mse(w, 4)[:, None], -8, 7)[live]
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_tiny_tensors_of_every_dtype_lose_no_more_than_others(dtype):
+    def lost(unit):
+        w = (case((6, 40)) * unit).to(dtype)
+        q, x = LSQ((8,), signed=True, channels=6), LSQ((8,), signed=False)
+        q.init(8, weight_scale_mse(w, 8))
+        x.init(8, *activation_scale(w, 8, mse=True))
+        return [((f(w) - w).double() / unit).norm().item() for f in (q, x)]
+
+    assert lost(1e-9) == pytest.approx(lost(1.0), rel=0.05)
+
+
+def test_a_linear_step_past_zero_stops_at_a_part_of_the_start():
+    q = LSQ((4,), signed=True, log=False)
+    q.init(4, torch.tensor([1e-9]))
+    with torch.no_grad():
+        q.shift.fill_(-1.0)
+    assert 0 < q.scale.item() < 1e-14
+
+
+@pytest.mark.parametrize("log", [True, False])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("step", [1e-6, 1e-2])
+def test_weights_of_zeros_leave_zero_by_steps_of_any_size(step, bits, channels, log):
+    q = LSQ((bits, 5), signed=True, channels=channels, log=log)
+    q.set_width(bits)
+    w, target = torch.zeros(3, 7, requires_grad=True), case((3, 7), dtype=torch.float32)
+    q.init(bits, weight_scale_mse(w, bits, axis=0 if channels > 1 else None))
+    assert q(w).abs().max() < 1e-25
+    optimizer = torch.optim.Adam([w, q.shift], lr=step)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (q(w) - target).square().sum().backward()
+        assert w.grad.ne(0).all(), "an element beyond the range would have no gradient"
+        optimizer.step()
+    assert q(w).abs().max().item() == pytest.approx(w.abs().max().item(), rel=0.5 if bits < 4 else 0.1)
+    assert torch.equal(q(w), q.to_int(w) * (q.scale if channels == 1 else q.scale[:, None]))
+    again = LSQ((bits,), signed=True, channels=channels)
+    again.init(bits, q.scale)
+    assert torch.equal(again(q(w)), q(w))
+
+
+def test_a_dead_channel_leaves_zero_and_the_others_learn_their_scale():
+    w = case((3, 7), dtype=torch.float32)
+    w[1] = 0
+    q = LSQ((4,), signed=True, channels=3)
+    q.init(4, weight_scale_mse(w, 4))
+    before = q.scale.detach().clone()
+    w[1] = 1e-7
+    assert torch.equal(q(w)[[0, 2]], fake_quantize(w, before[:, None], -8, 7)[[0, 2]])
+    assert q(w)[1].tolist() == pytest.approx([1e-7] * 7, rel=0.1)
+    assert torch.equal(q.scale[[0, 2]], before[[0, 2]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_casts_leave_the_scales_float32(dtype):
+    q = LSQ((4,), signed=True, channels=2)
+    q.init(4, torch.tensor([0.1, 1e-9]))
+    before = q.scale.detach().clone()
+    q.shift.grad = torch.ones_like(q.shift)
+    parent = torch.nn.Sequential(torch.nn.Sequential(q), torch.nn.Linear(2, 2))
+    for cast in (lambda m: m.to(dtype), lambda m: m.to("cpu", dtype), lambda m: m.type(dtype)):
+        assert cast(parent) is parent
+        assert parent[1].weight.dtype == dtype
+        assert {q.base.dtype, q.shift.dtype, q.shift.grad.dtype} == {torch.float32}
+        assert torch.equal(q.scale, before)
+    assert q.to("meta").base.is_meta
+    assert q.base.dtype == torch.float32
+
+
+def test_scales_are_float32_whatever_the_default_dtype(monkeypatch):
+    torch.set_default_dtype(torch.float64)
+    try:
+        q = LSQ((4,), signed=False)
+        q.init(4, *activation_scale(torch.rand(10), 4, mse=True))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert q.scale.dtype == torch.float32
+
+
+def test_the_zero_point_is_that_of_the_state_in_use():
+    q = LSQ((4,), signed=False)
+    q.init(4, torch.tensor([0.1]), 3)
+    other = LSQ((4,), signed=False)
+    other.init(4, torch.tensor([0.1]), 5)
+    state = other.state_dict()
+    assert state["zero_points"]._version == q.zero_points._version, "what a memory could mistake for the same"
+    x = torch.tensor([-1.0])
+    assert q(x).item() == pytest.approx(-0.3)
+    assert torch.func.functional_call(q, state, (x,)).item() == pytest.approx(-0.5)
+    assert q(x).item() == pytest.approx(-0.3)
+    q.load_state_dict(state, assign=True)
+    assert q(x).item() == pytest.approx(-0.5)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(q)))  # noqa: S301
+    twin.zero_points.data.fill_(7)
+    assert (twin.zero_point, q.zero_point) == (7, 5)
+
+
+def test_off_the_cpu_a_tensor_is_read_again_once_it_is_another_or_was_written():
+    class Stub:
+        """What is asked of a tensor on a GPU."""
+
+        device, inference, _version = torch.device("cuda"), False, 0
+
+        def is_inference(self):
+            return self.inference
+
+    reads = []
+    read = LastRead(lambda tensor: reads.append(tensor) or len(reads))
+    a, b = Stub(), Stub()
+    assert [read(a), read(a), read(b), read(b), read(a)] == [1, 1, 2, 2, 3]
+    a._version = 1
+    assert [read(a), read(a)] == [4, 4]
+    assert copy.deepcopy(LastRead(len)).read is len
+    twin = copy.copy(read)
+    assert twin(a) == 5, "a copy remembers nothing"
+    b.inference = True  # without a version
+    assert [read(b), read(b)] == [6, 7]

@@ -199,3 +199,12 @@ def test_seam_does_not_distil(net, train):
 def test_option_values_that_mean_nothing_are_refused(name, options, match, net, train):
     with pytest.raises(InvalidArgument, match=match):
         HubMPQ.from_module(net, X).train_scores(train, strategy=name, strategy_options=options, steps=1)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (4, 1)])
+def test_halves_of_one_sample_train_a_batch_norm(sizes):
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    batches = [(torch.randn(n, 6, generator=torch.Generator().manual_seed(n)), torch.arange(n) % 3) for n in sizes]
+    mpq = HubMPQ.from_module(net.eval(), torch.zeros(1, 6))
+    mpq.train_scores(batches, strategy="ebs", steps=2)
+    assert all(torch.tensor(list(row.values())).isfinite().all() for row in mpq.scores.pairs.values())

@@ -54,6 +54,13 @@ def test_lists_of_batches_are_cut_in_two():
         list(train_val_split([torch.zeros(1, 3)], 0))
 
 
+def test_a_last_batch_of_one_is_trained_on_and_never_held_out():
+    ((_, held), (one, again)) = train_val_split([(torch.arange(4), torch.arange(4)), (torch.ones(1), torch.ones(1))], 0)
+    assert one[0].tolist() == [1]
+    assert again is held
+    assert again[0].tolist() == [2, 3]
+
+
 def test_a_share_of_every_class_in_batches_of_classes_times_samples():
     found = class_loader(loader(500, 20), 0.1, None, 5, seed=1)
     seen = set()

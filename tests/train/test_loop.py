@@ -11,7 +11,7 @@ from hub_mpq.tasks import Classification
 from hub_mpq.train import Finetune, Hooks, evaluate, fit
 from hub_mpq.train.checkpoint import Checkpoints
 from hub_mpq.train.finetune import finetune
-from hub_mpq.train.norms import reestimate_batch_norm
+from hub_mpq.train.norms import reestimate_batch_norm, single_values_allowed
 from hub_mpq.train.processes import make_accelerator
 
 
@@ -263,3 +263,78 @@ def test_an_average_leaves_integers_alone(net, train):
         net[3].input_quantizer.zero_points.fill_(value)
         finetune(net, train, steps=6, lr=1e-4, ema=0.9999, reestimate_norms=False)
         assert net[3].input_quantizer.zero_point == value
+
+
+class Two(nn.Module):
+    """Two norms, of which one reads [N, C] and one [N, C, 1, 1]."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.BatchNorm1d(6), nn.BatchNorm2d(6)
+        for norm in (self.a, self.b):  # mean 0 and variance 1 would be a folded norm
+            norm.running_mean.fill_(0.5)
+
+    def forward(self, x):
+        return self.a(x) + self.b(x[:, :, None, None])[:, :, 0, 0]
+
+
+@pytest.mark.parametrize("sizes", [(8, 8, 1), (1, 8, 8), (8, 2, 7), (3, 1, 1, 12), (17,)])
+def test_batch_norm_reestimation_is_that_of_all_samples_at_once(sizes):
+    x = torch.randn(17, 6, generator=torch.Generator().manual_seed(0)) * 3 + torch.arange(17.0)[:, None]
+    net = Two()
+    assert reestimate_batch_norm(net, x.split(sizes)) == len(sizes)
+    for norm in (net.a, net.b):
+        torch.testing.assert_close(norm.running_mean, x.mean(0))
+        torch.testing.assert_close(norm.running_var, x.var(0))
+        assert norm.momentum == 0.1
+        assert not norm._forward_pre_hooks
+        assert not norm._forward_hooks
+
+
+def test_tiny_activations_have_their_own_variance():
+    x = torch.randn(17, 6, generator=torch.Generator().manual_seed(0)) * 1e-12
+    net = Two()
+    reestimate_batch_norm(net, x.split(8))
+    torch.testing.assert_close(net.a.running_var, x.var(0), rtol=1e-4, atol=0)
+
+
+def test_statistics_that_nothing_renews_stay():
+    net = nn.ModuleDict({"used": nn.BatchNorm1d(3), "idle": nn.BatchNorm1d(3)})
+    for norm in net.values():
+        norm.running_mean.fill_(0.5)
+    net.forward = lambda x: net["used"](x)
+    assert reestimate_batch_norm(net, [torch.randn(8, 3)]) == 1
+    assert net["idle"].running_mean.tolist() == [0.5] * 3
+    assert net["used"].running_mean.ne(0.5).all()
+    before = net["used"].running_mean.clone()
+    assert reestimate_batch_norm(net, [torch.randn(1, 3)]) == 1, "one value has no variance"
+    assert torch.equal(net["used"].running_mean, before)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(6), nn.GroupNorm(2, 6), nn.LayerNorm(6)])
+def test_a_last_batch_of_one_sample_trains_too(norm):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 6), norm, nn.GELU(), nn.Linear(6, 3))
+    g = torch.Generator().manual_seed(1)
+    batches = [(torch.randn(n, 4, generator=g), torch.randint(0, 3, (n,), generator=g)) for n in (8, 1)]
+    log = fit(net, hooks(), batches[:1], steps=1)
+    seen = None if not isinstance(norm, nn.BatchNorm1d) else norm.running_mean.clone()
+    before = net[0].weight.clone()
+    log = fit(net, hooks(), batches[1:], steps=1)
+    assert log.samples == 1
+    assert not torch.equal(net[0].weight, before), "it has a gradient"
+    if seen is not None:
+        assert torch.equal(norm.running_mean, seen), "and no statistics"
+        assert not norm._forward_pre_hooks
+    assert math.isfinite(finetune(net, batches, epochs=1).epoch_loss[0])
+
+
+def test_a_norm_is_in_training_again_after_a_single_value_even_if_it_fails():
+    norm = nn.BatchNorm1d(3)
+    net = nn.Sequential(norm, nn.Linear(3, 2))
+    with single_values_allowed(net):
+        with pytest.raises(RuntimeError):
+            norm(torch.zeros(1, 5))
+        assert norm.training
+        assert torch.equal(norm(torch.zeros(1, 3)), norm.eval()(torch.zeros(1, 3)))
