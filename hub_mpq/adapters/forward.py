@@ -42,10 +42,11 @@ class Call:
 
 @dataclass
 class ForwardRecord:
-    """`calls` in order; `macs` as in MacCounter; `batch`: samples the forward ran on."""
+    """`calls` in order; `macs` and `uses` as in MacCounter; `batch`: samples the forward ran on."""
 
     calls: list[Call] = field(default_factory=list)
     macs: Counter[tuple[str, str, bool]] = field(default_factory=Counter)
+    uses: set[tuple[str, tuple[str, ...]]] = field(default_factory=set)
     batch: int = 1
 
 
@@ -169,6 +170,7 @@ def _hooked(
         finally:
             for handle in handles:
                 handle.remove()
+    run.uses = counter.uses
     run.macs = Counter({part: count for part, count in counter.macs.items() if part[0] not in own_macs})
     run.macs.update({(name, "", False): count for name, count in own_macs.items()})
     return run

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..core import FLOAT_BITS, LayerBits, LayerGraph, Policy
 from ..errors import PackedFormat, PolicyMismatch
+from ..nn.layers import pad_only
 from ..nn.packed import PackedLayer, float_layer, packed_layer, packed_layers
 from ..pack import Manifest, read_packed
 from ..pack.layout import INPUT_PARTS, WEIGHT_PARTS, flatten, key
@@ -45,6 +46,7 @@ def become_packed(model: Any, file: str, policy: Policy | LayerBits | None, dtyp
     model._keys_to_ignore_on_load_unexpected = known | {rf"(^|\.){re.escape(name)}$" for name in guards}
     for name in sorted(names, key=lambda n: manifest.graph[n].weight_owner is not None):
         _replace_layer(net, names, name, manifest, flat, dtype, file)
+    pad_only(net, PackedLayer)
     _check_covered(model, net, flat, manifest, names, file)
     _untie(model, net)
     return _manifest_of(manifest, names, net)

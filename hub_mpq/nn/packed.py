@@ -8,6 +8,7 @@ functions, so that it can use the same forward.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from ..errors import UnsupportedLayer
 from ..pack import PackedTensor
 from ..quantizers.fake_quantize import fake_quantize
 from ..versions import warn_if_untested
-from .layers import QuantConv1D, QuantConv2d, QuantLinear, take_over
+from .layers import QuantConv1D, QuantConv2d, QuantLinear, call_only, first_operand, take_over
 from .types import layer_kind
 
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "input_scale", "input_zero_point")
@@ -103,15 +104,15 @@ class PackedConv1D(PackedLayer):
 class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override]
     """Unpacks only the rows it is asked for."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        table = self.packed
-        scale, zero, ids = table.weight_scale, table.weight_zero_point, input.reshape(-1)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        table, given = self.packed, first_operand(args, kwargs)
+        scale, zero, ids = table.weight_scale, table.weight_zero_point, given.reshape(-1)
         if scale.numel() > 1:
             scale, zero = scale[ids], None if zero is None else zero[ids]
         rows = PackedTensor(
             table.weight_packed[ids], scale, (ids.numel(), self.shape[1]), table.num_bits, self.kind, zero
         )
-        return rows.dequantize().to(self.compute.dtype).view(*input.shape, self.shape[1])
+        return rows.dequantize().to(self.compute.dtype).view(*given.shape, self.shape[1])
 
 
 def packed_layer(
@@ -141,6 +142,7 @@ def packed_layer(
         if name in parts:
             out.register_buffer(name, parts[name].to(device))
     out.register_buffer("compute", torch.empty(0, dtype=dtype, device=device), persistent=False)
+    call_only(out)
     out._is_hf_initialized = True  # transformers must not draw random weights into it
     return out
 
@@ -148,6 +150,7 @@ def packed_layer(
 def float_layer(module: PackedLayer, dtype: torch.dtype, weight: nn.Parameter | None = None) -> nn.Module:
     """The float form of a packed layer, of its first type; `weight`: a Parameter to share, else the dequantized one."""
     out = take_over(module.float_class, module)
+    call_only(out, False)
     for name in (*_PARTS, "compute"):
         out._buffers.pop(name, None)
     for name in ("kind", "shape", "bits", "float_class", "owner"):
