@@ -343,6 +343,7 @@ class HubMPQ(nn.Module):
         candidates: CandidatesLike,
         time_limit: float | None = None,
     ) -> SearchResult:
+        graph.check_layers()
         scores = self._scores()
         table, used = self._score_table(graph, alpha, candidates)
         result = search_policy(

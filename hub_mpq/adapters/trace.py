@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core import FloatOp, LayerBits, LayerGraph, LayerKind, LayerSpec
 from ..errors import InvalidArgument
+from ..nn.packed import packed_layers
+from ..nn.quantize import quantized_layers
 from ..nn.types import layer_kind
 from .float_ops import float_ops, replaced_parameters, weighty
 from .forward import Example, ForwardRecord, call, tensors_of, watched_forward
@@ -87,7 +89,13 @@ def build_graph(
     head: Sequence[str] | None = None,
     exclude: Iterable[str] = (),
 ) -> LayerGraph:
-    """The LayerGraph of a model; arguments as in `trace`."""
+    """The LayerGraph of a model; arguments as in `trace`.
+
+    Raises:
+        InvalidArgument: The model is quantized already.
+    """
+    if found := [name for name, _ in (*quantized_layers(model), *packed_layers(model))]:
+        raise InvalidArgument(f"the model is quantized already (layer {found[0]!r}); quantize its float model anew")
     layers, floats = trace(model, example, head=head, exclude=exclude)
     first = next(iter(tensors_of(example)), None)
     replaced = replaced_parameters(dict(model.named_modules()), {layer.name for layer in layers})

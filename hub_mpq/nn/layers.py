@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import InvalidArgument
 from ..quantizers import LSQ
 from .fused import Convolution, Operation, Product, quantized
 
@@ -25,6 +26,21 @@ def take_over(cls: type[nn.Module], module: nn.Module) -> Any:
     out = cls.__new__(cls)
     out.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()})
     return out
+
+
+def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` in the place of a layer, under all the names that the model knows it by.
+
+    Raises:
+        InvalidArgument: The model is that layer itself.
+    """
+    if not name:
+        raise InvalidArgument(f"a {type(model).__name__} alone can't be replaced in place; give nn.Sequential(net)")
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is old:
+                setattr(parent, key, new)
 
 
 def first_operand(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:

@@ -12,7 +12,7 @@ from ..core.layer_kind import layer_kinds
 from ..errors import PolicyMismatch, UnsupportedLayer
 from ..quantizers import LSQ
 from ..versions import warn_if_untested
-from .layers import call_only, pad_only, take_over
+from .layers import call_only, pad_only, replace_layer, take_over
 from .types import layer_kind
 
 Quantizers = tuple[nn.Module, nn.Module | None]
@@ -73,12 +73,11 @@ def quantize_layers(
     chosen = [layer for layer in graph if layer.name in names]
     weights: dict[str, nn.Module] = {}
     for layer in sorted(chosen, key=lambda x: x.weight_owner is not None):
-        parent, _, leaf = layer.name.rpartition(".")
-        owner = model.get_submodule(parent)
-        module = getattr(owner, leaf)
+        module = model.get_submodule(layer.name)
         weight, inputs = make(layer, module)
         weights[layer.name] = weight = weights.get(layer.weight_owner or "", weight)
-        setattr(owner, leaf, quantize_layer(module, layer.name, weight, None if layer.weight_only else inputs))
+        new = quantize_layer(module, layer.name, weight, None if layer.weight_only else inputs)
+        replace_layer(model, layer.name, new)
     pad_only(model, _classes())
     return {layer.name: model.get_submodule(layer.name) for layer in chosen}
 

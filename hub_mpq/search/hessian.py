@@ -57,7 +57,9 @@ class Hessian(PostTraining):
             return (x + moved[name],), {}
 
         handles = [
-            m.register_forward_pre_hook(lambda m, args, kwargs, name=n: disturb(m, args, kwargs, name), with_kwargs=True)
+            m.register_forward_pre_hook(
+                lambda m, args, kwargs, name=n: disturb(m, args, kwargs, name), with_kwargs=True
+            )
             for n, m in self.layers.items()
             if m.input_quantizer is not None
         ]

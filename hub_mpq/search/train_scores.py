@@ -59,8 +59,7 @@ def train_scores(
         InvalidArgument: Nothing is searched, an option the strategy does not have, or data it cannot use.
     """
     began = time.perf_counter()
-    if not graph.searched:
-        raise InvalidArgument("every layer is fixed: there is nothing to search")
+    graph.check_layers()
     options = options or IndicatorOptions()
     name = strategy_named(strategy).name
     hooks = build_strategy(strategy, {**options.of_strategy(name), **(strategy_options or {})})

@@ -36,8 +36,9 @@ def apply_policy(
 
     Raises:
         PolicyMismatch: The policy is for another graph.
-        InvalidArgument: There is no batch.
+        InvalidArgument: There is no batch, or no layer that can be quantized.
     """
+    graph.check_layers(searched=False)
     policy.check(graph)
     device = next(model.parameters()).device
     taken = [to_device(batch, device) for batch in islice(batches, limit)]
