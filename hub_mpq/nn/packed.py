@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core import FLOAT_BITS, LayerBits, LayerSpec
 from ..errors import UnsupportedLayer
 from ..pack import PackedTensor
-from ..quantizers.fake_quantize import fake_quantize
+from ..quantizers.fake_quantize import fake_quantize, quantize_traced
 from ..versions import warn_if_untested
 from .layers import QuantConv1D, QuantConv2d, QuantLinear, call_only, first_operand, take_over
 from .types import layer_kind
@@ -63,9 +63,11 @@ class PackedLayer(nn.Module):
         return None if self.bits.activation == FLOAT_BITS else self._on_grid
 
     def _on_grid(self, x: Tensor) -> Tensor:
-        zero = self._buffers.get("input_zero_point")
+        zero, top = self._buffers.get("input_zero_point"), 2**self.bits.activation - 1
+        if torch.compiler.is_compiling() and zero is not None:
+            return quantize_traced(x, self._buffers["input_scale"].reshape(1), -zero, top - zero)
         low = 0 if zero is None else -int(zero)
-        return fake_quantize(x, self._buffers["input_scale"].reshape(1), low, low + 2**self.bits.activation - 1)
+        return fake_quantize(x, self._buffers["input_scale"].reshape(1), low, low + top)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
         """Casts to another float type (`.to(torch.bfloat16)`) leave the scales float32, or the grid would move."""
