@@ -69,11 +69,9 @@ def _check_names(flat: Mapping[str, Tensor], manifest: Manifest, packed: Mapping
     bits = manifest.policy.bits
     for name, tensor in flat.items():
         layer, _, part = name.rpartition(".")
-        if layer not in bits:  # a module of the user's own, which may use these words
-            continue
         if part in WEIGHT_PARTS and layer not in packed:
             raise InvalidArgument(f"tensor {name!r}: the policy packs no weight of layer {layer!r}")
-        if part in INPUT_PARTS and bits[layer].activation == FLOAT_BITS:
+        if part in INPUT_PARTS and (layer not in bits or bits[layer].activation == FLOAT_BITS):
             raise InvalidArgument(f"tensor {name!r}: the policy quantizes no input of layer {layer!r}")
         if part == "weight" and layer in packed and tensor.numel():
             raise InvalidArgument(f"tensor {name!r}: a float weight beside the packed one")
