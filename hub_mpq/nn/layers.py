@@ -56,7 +56,7 @@ def _called(_module: nn.Module, _args: Any) -> None:
     """A forward pre-hook that does nothing."""
 
 
-def call_only(layer: nn.Module, called: bool = True) -> None:
+def call_only(layer: nn.Module, on: bool = True) -> None:
     """Keep nn.TransformerEncoderLayer from reading the weight of a layer instead of calling it.
 
     In eval mode without gradients it computes all of its layers from their weights in one operator. It does not where
@@ -64,12 +64,13 @@ def call_only(layer: nn.Module, called: bool = True) -> None:
 
     Args:
         layer: A quantized or packed layer.
-        called: False ends it.
+        on: False ends it.
     """
-    if called:
-        layer._forward_pre_hooks["hub_mpq"] = _called
+    hooks: dict[Any, Any] = layer._forward_pre_hooks
+    if on:
+        hooks["hub_mpq"] = _called
     else:
-        layer._forward_pre_hooks.pop("hub_mpq", None)
+        hooks.pop("hub_mpq", None)
 
 
 def pad_only(model: nn.Module, layers: type | tuple[type, ...]) -> None:
