@@ -175,7 +175,7 @@ def _used_outside(modules: dict[str, nn.Module], run: ForwardRecord) -> set[str]
     out: set[str] = set()
     for part, running in run.uses:
         owner, _, key = part.rpartition(".")
-        mine = holders.get(id(modules[owner]._parameters.get(key)), set())
+        mine = holders.get(id(getattr(modules[owner], key, None)), set())
         if not mine & set(running):
             out |= mine
     return out

@@ -190,3 +190,11 @@ def test_a_functional_head_is_one_network_in_onnx(tmp_path):
     (found,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
     with torch.no_grad():
         assert torch.allclose(torch.from_numpy(found), mpq.model(X), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_modules_of_torchscript_are_read_too():
+    net = torch.jit.trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), X)
+    layers, floats = trace(net, X[:1])
+    assert not layers
+    assert [op.reason for op in floats if op.weight_count] == ["no quantized form of TracedModule is known"]
