@@ -368,6 +368,7 @@ class HubMPQ(nn.Module):
         candidates: CandidatesLike,
         time_limit: float | None = None,
     ) -> SearchResult:
+        graph.check_layers()
         scores = self._scores()
         table, used = self._score_table(graph, alpha, candidates)
         result = search_policy(
@@ -782,7 +783,10 @@ class HubMPQ(nn.Module):
 
     def _manifest(self, policy: Policy, graph: LayerGraph | None = None) -> Manifest:
         # a loss that is NaN has no place in JSON
-        metrics = {of: {k: v for k, v in found.items() if math.isfinite(v)} for of, found in self.metrics.items()}
+        metrics = {
+            of: {k: v for k, v in found.items() if isinstance(v, str) or math.isfinite(v)}
+            for of, found in self.metrics.items()
+        }
         provenance: dict[str, Any] = {"hub_mpq": __version__, "metrics": metrics, **self.history}
         if self.result is not None:
             found = self.result

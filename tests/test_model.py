@@ -394,3 +394,42 @@ def test_a_layer_of_zeros_leaves_zero(zero, level, lr, tmp_path):
     assert on_grid.abs().max().item() == pytest.approx(layer.weight.abs().max().item(), rel=0.2)
     mpq.save_pretrained(tmp_path)
     assert torch.equal(HubMPQ.from_pretrained(tmp_path, module=net)(x), mpq(x))
+
+
+class OwnLinear(nn.Linear):
+    """A type that has no quantized form."""
+
+
+def test_a_network_without_a_layer_to_quantize_is_refused():
+    net = nn.Sequential(OwnLinear(4, 4), nn.ReLU(), OwnLinear(4, 2))
+    x = torch.randn(3, 4)
+    mpq = HubMPQ.from_module(net, x)
+    assert [op.name for op in mpq.graph.floats] == ["0", "2"]
+    words = "no layer of 'Sequential' can be quantized; 2: OwnLinear is nn.Linear with a type of its own"
+    for step in (
+        lambda: mpq.apply_policy("W4A4", [x]),
+        lambda: mpq.quantize(bitops="W4A4", train=[(x, torch.zeros(3, dtype=torch.long))]),
+        lambda: mpq.search(bitops="W4A4"),
+        lambda: mpq.train_indicators([x]),
+        lambda: mpq.check_reachable(bitops="W4A4"),
+    ):
+        with pytest.raises(InvalidArgument, match=words):
+            step()
+    assert mpq.policy is None
+
+
+def test_a_network_that_is_quantized_already_is_refused(mpq, net, train):
+    mpq.apply_policy("W4A4", train)
+    with pytest.raises(InvalidArgument, match="quantized already"):
+        HubMPQ.from_module(mpq.model, X[:1])
+    inside = nn.Sequential(nn.Identity(), mpq.model)
+    with pytest.raises(InvalidArgument, match=r"quantized already \(layer '1\."):
+        HubMPQ.from_module(inside, X[:1])
+    assert mpq.apply_policy("W2A2", train).policy  # from its own float model
+
+
+def test_a_network_that_is_one_layer_is_refused():
+    x = torch.randn(3, 4)
+    mpq = HubMPQ.from_module(nn.Linear(4, 2), x)
+    with pytest.raises(InvalidArgument, match=r"nn.Sequential\(net\)"):
+        mpq.apply_policy("W4A4", [x])

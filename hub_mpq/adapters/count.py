@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _GROUPED = ("_grouped_mm", "grouped_mm_fallback")
 """torch's product with stacked matrices, and what transformers runs where torch has no kernel for it."""
@@ -39,6 +40,13 @@ def operands_and_macs(name: str, args: tuple[Any, ...], out: Any) -> tuple[tuple
     return (), 0
 
 
+def reads_values(func: Any, name: str) -> bool:
+    """Whether an aten operator uses the values of its tensors, not only their shape, dtype or memory."""
+    returns, changes = func._schema.returns, func._schema.is_mutable
+    views = not changes and any(r.alias_info is not None for r in returns)
+    return not (views or name.startswith("new_") or name.endswith("_like"))
+
+
 def storage_key(tensor: Tensor) -> int:
     """Equal for a tensor and its views."""
     return int(tensor.untyped_storage()._cdata)
@@ -59,21 +67,27 @@ def _grouped_product(
 class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts products while it is entered.
 
-    `where`: a list whose last entry names the running module. `known`: {storage key: name} of Parameters and buffers.
+    `where`: names of the running modules, the innermost last. `known`: {storage key: name} of Parameters and buffers.
     `stand_ins`: the tensors have shapes but no values of their own (meta, or zeros that take no memory). Kernels of
     grouped products refuse such tensors for their dtype or their strides, so those are not run then.
     `macs`: {(module name, name of the Parameter or buffer that takes part or "", fused attention): MACs}.
+    `uses`: (name of a Parameter or buffer whose values an operator reads, names of the modules that run then).
     """
 
     def __init__(self, where: list[str], known: dict[int, str], *, stand_ins: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.where, self.known, self.stand_ins = where, known, stand_ins
         self.macs: Counter[tuple[str, str, bool]] = Counter()
+        self.uses: set[tuple[str, tuple[str, ...]]] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = func._schema.name.partition("::")[2]
         run = _grouped_product if self.stand_ins and name in _GROUPED else func
         out = run(*args, **(kwargs or {}))
+        if reads_values(func, name):
+            given = (x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+            used = (self.known[key] for x in given if (key := storage_key(x)) in self.known)
+            self.uses.update((part, tuple(self.where)) for part in used)
         tensors, macs = operands_and_macs(name, args, out)
         if macs:
             part = next((self.known[key] for t in tensors if (key := storage_key(t)) in self.known), "")

@@ -42,10 +42,11 @@ class Call:
 
 @dataclass
 class ForwardRecord:
-    """`calls` in order; `macs` as in MacCounter; `batch`: samples the forward ran on."""
+    """`calls` in order; `macs` and `uses` as in MacCounter; `batch`: samples the forward ran on."""
 
     calls: list[Call] = field(default_factory=list)
     macs: Counter[tuple[str, str, bool]] = field(default_factory=Counter)
+    uses: set[tuple[str, tuple[str, ...]]] = field(default_factory=set)
     batch: int = 1
 
 
@@ -164,11 +165,14 @@ def _hooked(
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
                 handles.append(module.register_forward_hook(after))
             known = {storage_key(tensor): name for name, tensor in named.items()}
+            held = Counter(storage_key(tensor) for tensor in named.values())
             with MacCounter(where, known, stand_ins=stand_ins) as counter:
                 forward()
         finally:
             for handle in handles:
                 handle.remove()
+    # of Parameters that are views of one buffer none is known to be the one that was read
+    run.uses = {(part, running) for part, running in counter.uses if held[storage_key(named[part])] == 1}
     run.macs = Counter({part: count for part, count in counter.macs.items() if part[0] not in own_macs})
     run.macs.update({(name, "", False): count for name, count in own_macs.items()})
     return run

@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core import FloatOp, LayerBits, LayerGraph, LayerKind, LayerSpec
 from ..errors import InvalidArgument
+from ..nn.packed import packed_layers
+from ..nn.quantize import quantized_layers
 from ..nn.types import layer_kind
 from .float_ops import float_ops, replaced_parameters, weighty
 from .forward import Example, ForwardRecord, call, tensors_of, watched_forward
@@ -38,7 +40,8 @@ def trace(
     """
     run = watched_forward(model, example)
     modules = dict(model.named_modules())
-    left_out = _excluded(modules, exclude)
+    excluded = _excluded(modules, exclude)
+    left_out = excluded | _used_outside(modules, run)
     order = list(dict.fromkeys(c.name for c in run.calls if weighty(modules[c.name])))
     names = [name for name in order if layer_kind(modules[name]) and name not in left_out]
     weights = {id(modules[name].weight) for name in names}
@@ -73,7 +76,7 @@ def trace(
         )
         for name in names
     )
-    return layers, float_ops(modules, run, names, left_out)
+    return layers, float_ops(modules, run, names, excluded)
 
 
 def build_graph(
@@ -86,7 +89,13 @@ def build_graph(
     head: Sequence[str] | None = None,
     exclude: Iterable[str] = (),
 ) -> LayerGraph:
-    """The LayerGraph of a model; arguments as in `trace`."""
+    """The LayerGraph of a model; arguments as in `trace`.
+
+    Raises:
+        InvalidArgument: The model is quantized already.
+    """
+    if found := [name for name, _ in (*quantized_layers(model), *packed_layers(model))]:
+        raise InvalidArgument(f"the model is quantized already (layer {found[0]!r}); quantize its float model anew")
     layers, floats = trace(model, example, head=head, exclude=exclude)
     first = next(iter(tensors_of(example)), None)
     replaced = replaced_parameters(dict(model.named_modules()), {layer.name for layer in layers})
@@ -151,6 +160,25 @@ def _excluded(modules: dict[str, nn.Module], patterns: Iterable[str]) -> set[str
         out.update(found)
     weights = {id(modules[name]._parameters.get("weight")) for name in out} - {id(None)}
     return out | {name for name in layers if id(modules[name]._parameters.get("weight")) in weights}
+
+
+def _used_outside(modules: dict[str, nn.Module], run: ForwardRecord) -> set[str]:
+    """Layers whose weight an operator read while no quantizable layer that holds it ran: it would read the float one.
+
+    A tied head that is no layer (x @ embedding.weight.T), another weight that is made from it, a layer of another type
+    that shares it.
+    """
+    holders: dict[int, set[str]] = defaultdict(set)
+    for name, module in modules.items():
+        if layer_kind(module):
+            holders[id(module.weight)].add(name)
+    out: set[str] = set()
+    for part, running in run.uses:
+        owner, _, key = part.rpartition(".")
+        mine = holders.get(id(getattr(modules[owner], key, None)), set())
+        if not mine & set(running):
+            out |= mine
+    return out
 
 
 def _owners(modules: dict[str, nn.Module], names: Iterable[str]) -> dict[str, str]:

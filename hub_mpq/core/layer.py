@@ -91,10 +91,26 @@ class LayerGraph:
     def searched(self) -> tuple[LayerSpec, ...]:
         return tuple(layer for layer in self.layers if layer.fixed is None)
 
+    def check_layers(self, *, searched: bool = True) -> None:
+        """Raise InvalidArgument, with the reasons, when no layer can be quantized.
+
+        Args:
+            searched: Also raise when all layers are fixed.
+        """
+        if not self.layers:
+            kept = {op.reason: op.name for op in self.floats if op.weight_count}
+            why = "".join(f"; {name}: {reason}" for reason, name in list(kept.items())[:2])
+            raise InvalidArgument(f"no layer of {self.model_id!r} can be quantized{why}")
+        if searched and not self.searched:
+            raise InvalidArgument("every layer is fixed: there is nothing to search")
+
     def match(self, pattern: str) -> tuple[str, ...]:
         """Names of the layers a glob pattern matches; InvalidArgument when it matches none."""
         names = tuple(name for name in self.names if fnmatch.fnmatchcase(name, pattern))
         if not names:
+            for op in self.floats:
+                if op.weight_count and fnmatch.fnmatchcase(op.name, pattern):
+                    raise InvalidArgument(f"layer pattern {pattern!r}: {op.name!r} stays float, {op.reason}")
             some = ", ".join(self.names[:4])
             raise InvalidArgument(f"layer pattern {pattern!r} matches none of the {len(self)} layers ({some}, …)")
         return names

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..core.library import Library
 from ..nn.packed import packed_layers
-from ..nn.packing import QUANTIZER_KEYS
+from ..nn.packing import float_state, layer_names
 from ..nn.quantize import quantized_layers
 from ..pack.layout import INPUT_PARTS, WEIGHT_PARTS, key
 
@@ -24,14 +24,16 @@ def float_copy_state(model: nn.Module, library: Library) -> dict[str, Tensor]:
         model: The quantized network, with quantizers or with packed weights.
         library: The library whose files have these names.
     """
-    state = {k: v for k, v in model.state_dict().items() if not any(part in f".{k}" for part in QUANTIZER_KEYS)}
-    for name, module in quantized_layers(model):
-        state[key(name, "weight")] = module.weight_quantizer(module.weight)
-    for name, module in packed_layers(model):
-        for part in (*WEIGHT_PARTS, *INPUT_PARTS):
-            state.pop(key(name, part), None)
-        if not module.owner:
-            state[key(name, "weight")] = module.weight
+    state = float_state(model)
+    quantized, packed = dict(quantized_layers(model)), dict(packed_layers(model))
+    weights = {name: module.weight_quantizer(module.weight) for name, module in quantized.items()}
+    weights |= {name: module.weight for name, module in packed.items() if not module.owner}
+    for name, first in layer_names(model, [*quantized, *packed]).items():
+        if first in packed:
+            for part in (*WEIGHT_PARTS, *INPUT_PARTS):
+                state.pop(key(name, part), None)
+        if first in weights:
+            state[key(name, "weight")] = weights[first]
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     state = {k: v for k, v in state.items() if tied.get(k) not in state}
     state = library.names_on_disk(model, state)

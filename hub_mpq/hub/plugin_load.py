@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..core import FLOAT_BITS, LayerBits, LayerGraph, Policy
 from ..errors import PackedFormat, PolicyMismatch
+from ..nn.layers import pad_only, replace_layer
 from ..nn.packed import PackedLayer, float_layer, packed_layer, packed_layers
 from ..pack import Manifest, read_packed
 from ..pack.layout import INPUT_PARTS, WEIGHT_PARTS, flatten, key
@@ -45,6 +46,7 @@ def become_packed(model: Any, file: str, policy: Policy | LayerBits | None, dtyp
     model._keys_to_ignore_on_load_unexpected = known | {rf"(^|\.){re.escape(name)}$" for name in guards}
     for name in sorted(names, key=lambda n: manifest.graph[n].weight_owner is not None):
         _replace_layer(net, names, name, manifest, flat, dtype, file)
+    pad_only(net, PackedLayer)
     _check_covered(model, net, flat, manifest, names, file)
     _untie(model, net)
     return _manifest_of(manifest, names, net)
@@ -82,9 +84,7 @@ def _replace_layer(
         if not isinstance(owner, PackedLayer):
             raise PackedFormat(file, f"layer {name!r} shares the weight of {layer.weight_owner!r}, which is not loaded")
     parts = {p: flat[f"{name}.{p}"].to("meta") for p in (*WEIGHT_PARTS, *INPUT_PARTS) if f"{name}.{p}" in flat}
-    parent, _, leaf = names[name].rpartition(".")
-    packed = packed_layer(here, layer, bits, parts, dtype=dtype, owner=owner)
-    setattr(net.get_submodule(parent), leaf, packed)
+    replace_layer(net, names[name], packed_layer(here, layer, bits, parts, dtype=dtype, owner=owner))
 
 
 def _check_covered(
@@ -161,5 +161,4 @@ def to_float(model: nn.Module, dtype: torch.dtype) -> None:
     for name, module in sorted(packed_layers(model), key=lambda item: bool(item[1].owner)):
         shared = made[id(module.owner[0])].weight if module.owner else None
         made[id(module)] = float_layer(module, dtype, shared)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, made[id(module)])
+        replace_layer(model, name, made[id(module)])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantizers import LSQ, activation_scale, weight_scale_mse, weight_scale_sigma
+from .layers import first_operand
 from .quantize import quantized_layers
 
 _SAMPLE = 1 << 16  # values kept per layer and batch: enough for a scale, little to hold
@@ -60,10 +61,10 @@ def sample_inputs(
     handles = []
     for name in names:
 
-        def hook(_module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-            samples.setdefault(name, []).append(_thin(args[0]))
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+            samples.setdefault(name, []).append(_thin(first_operand(args, kwargs)))
 
-        handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
+        handles.append(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
     training = model.training
     model.eval()
     try:

@@ -6,12 +6,14 @@ Their constructors never run: `take_over` fills a layer from the float one. Then
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import InvalidArgument
 from ..quantizers import LSQ
 from .fused import Convolution, Operation, Product, quantized
 
@@ -24,6 +26,58 @@ def take_over(cls: type[nn.Module], module: nn.Module) -> Any:
     out = cls.__new__(cls)
     out.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()})
     return out
+
+
+def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` in the place of a layer, under all the names that the model knows it by.
+
+    Raises:
+        InvalidArgument: The model is that layer itself.
+    """
+    if not name:
+        raise InvalidArgument(f"a {type(model).__name__} alone can't be replaced in place; give nn.Sequential(net)")
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is old:
+                setattr(parent, key, new)
+
+
+def first_operand(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a layer was called on, by position or by keyword.
+
+    The types of one kind name it differently (`input`, `x`, `hidden_states`), so any name will do.
+    """
+    operand: Tensor = (*args, *kwargs.values())[0]
+    return operand
+
+
+def _called(_module: nn.Module, _args: Any) -> None:
+    """A forward pre-hook that does nothing."""
+
+
+def call_only(layer: nn.Module, on: bool = True) -> None:
+    """Keep nn.TransformerEncoderLayer from reading the weight of a layer instead of calling it.
+
+    In eval mode without gradients it computes all of its layers from their weights in one operator. It does not where
+    one of them has a hook. The key is no number, so that no other hook, of an unpickled layer for example, replaces it.
+
+    Args:
+        layer: A quantized or packed layer.
+        on: False ends it.
+    """
+    hooks: dict[Any, Any] = layer._forward_pre_hooks
+    if on:
+        hooks["hub_mpq"] = _called
+    else:
+        hooks.pop("hub_mpq", None)
+
+
+def pad_only(model: nn.Module, layers: type | tuple[type, ...]) -> None:
+    """Keep each nn.TransformerEncoder that holds one of `layers` from handing them nested tensors."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, layers) for m in module.modules()):
+            module.use_nested_tensor = False
 
 
 def operands(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +123,8 @@ class QuantConv2d(nn.Conv2d):
         """Whether the input is padded to TensorFlow's SAME, as timm's Conv2dSame computes it."""
         return self.float_class.__name__ == "Conv2dSame"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = first_operand(args, kwargs)
         # one image without a batch axis goes the plain way
         if x.dim() == 4 and (out := _fused(self, _convolution(self), x)) is not None:
             return out
@@ -91,7 +146,8 @@ class QuantLinear(nn.Linear):
     weight_quantizer: Any
     input_quantizer: Any
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = first_operand(args, kwargs)
         if (out := _fused(self, Product(), x)) is not None:
             return out
         x, weight = operands(self, x)
@@ -107,7 +163,8 @@ class QuantConv1D(nn.Module):
     weight_quantizer: Any
     input_quantizer: Any
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = first_operand(args, kwargs)
         if (out := _fused(self, Product(transposed=True), x)) is not None:
             return out
         x, weight = operands(self, x)
@@ -120,8 +177,8 @@ class QuantEmbedding(nn.Embedding):
     weight_quantizer: Any
     input_quantizer: Any
 
-    def forward(self, input: Tensor) -> Tensor:
-        table = self.weight_quantizer(self.weight)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        ids, table = first_operand(args, kwargs), self.weight_quantizer(self.weight)
         return F.embedding(
-            input, table, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
+            ids, table, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
         )

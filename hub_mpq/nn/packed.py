@@ -8,6 +8,7 @@ functions, so that it can use the same forward.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,9 @@ from ..core import FLOAT_BITS, LayerBits, LayerSpec
 from ..errors import UnsupportedLayer
 from ..pack import PackedTensor
 from ..quantizers.base import keep_dtype
-from ..quantizers.fake_quantize import fake_quantize
+from ..quantizers.fake_quantize import fake_quantize, quantize_traced
 from ..versions import warn_if_untested
-from .layers import QuantConv1D, QuantConv2d, QuantLinear, take_over
+from .layers import QuantConv1D, QuantConv2d, QuantLinear, call_only, first_operand, take_over
 from .types import layer_kind
 
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "input_scale", "input_zero_point")
@@ -63,9 +64,11 @@ class PackedLayer(nn.Module):
         return None if self.bits.activation == FLOAT_BITS else self._on_grid
 
     def _on_grid(self, x: Tensor) -> Tensor:
-        zero = self._buffers.get("input_zero_point")
+        zero, top = self._buffers.get("input_zero_point"), 2**self.bits.activation - 1
+        if torch.compiler.is_compiling() and zero is not None:
+            return quantize_traced(x, self._buffers["input_scale"].reshape(1), -zero, top - zero)
         low = 0 if zero is None else -int(zero)
-        return fake_quantize(x, self._buffers["input_scale"].reshape(1), low, low + 2**self.bits.activation - 1)
+        return fake_quantize(x, self._buffers["input_scale"].reshape(1), low, low + top)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
         """Casts to another float type (`.to(torch.bfloat16)`) leave the scales float32, or the grid would move."""
@@ -100,15 +103,15 @@ class PackedConv1D(PackedLayer):
 class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override]
     """Unpacks only the rows it is asked for."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        table = self.packed
-        scale, zero, ids = table.weight_scale, table.weight_zero_point, input.reshape(-1)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        table, given = self.packed, first_operand(args, kwargs)
+        scale, zero, ids = table.weight_scale, table.weight_zero_point, given.reshape(-1)
         if scale.numel() > 1:
             scale, zero = scale[ids], None if zero is None else zero[ids]
         rows = PackedTensor(
             table.weight_packed[ids], scale, (ids.numel(), self.shape[1]), table.num_bits, self.kind, zero
         )
-        return rows.dequantize(self.compute.dtype).view(*input.shape, self.shape[1])
+        return rows.dequantize(self.compute.dtype).view(*given.shape, self.shape[1])
 
 
 def packed_layer(
@@ -138,6 +141,7 @@ def packed_layer(
         if name in parts:
             out.register_buffer(name, parts[name].to(device))
     out.register_buffer("compute", torch.empty(0, dtype=dtype, device=device), persistent=False)
+    call_only(out)
     out._is_hf_initialized = True  # transformers must not draw random weights into it
     return out
 
@@ -145,6 +149,7 @@ def packed_layer(
 def float_layer(module: PackedLayer, dtype: torch.dtype, weight: nn.Parameter | None = None) -> nn.Module:
     """The float form of a packed layer, of its first type; `weight`: a Parameter to share, else the dequantized one."""
     out = take_over(module.float_class, module)
+    call_only(out, False)
     for name in (*_PARTS, "compute"):
         out._buffers.pop(name, None)
     for name in ("kind", "shape", "bits", "float_class", "owner"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +19,24 @@ from ..quantizers import LSQ
 from .packed import packed_layers
 from .quantize import check_finite, quantized_layers
 
-QUANTIZER_KEYS = (".weight_quantizer.", ".input_quantizer.")
-"""Parts of state-dict keys that belong to quantizers: a file holds them in its own words."""
+
+def layer_names(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
+    """{name: the layer's first name} for each name that the model knows one of the layers by."""
+    first = {model.get_submodule(name): name for name in layers}
+    return {name: first[m] for name, m in model.named_modules(remove_duplicate=False) if m in first}
+
+
+def float_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without what its quantizers hold: a file has that in its own words."""
+    names = layer_names(model, [name for name, _ in quantized_layers(model)])
+    mine = tuple(part_key(name, part) for name in names for part in ("weight_quantizer.", "input_quantizer."))
+    return {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(mine)}
+
+
+def _stored_state(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
+    """`float_state` with one name for each of the layers."""
+    others = tuple(part_key(name, "") for name, first in layer_names(model, layers).items() if name != first)
+    return {key: tensor for key, tensor in float_state(model).items() if not key.startswith(others)}
 
 
 @torch.no_grad()
@@ -33,22 +49,25 @@ def packed_tensors(model: nn.Module, manifest: Manifest) -> dict[str, PackedTens
     graph = manifest.graph
     out: dict[str, PackedTensor | Tensor] = {}
     skip: set[str] = set()
+    layers: list[str] = []
     for name, module in quantized_layers(model):
-        skip.add(f"{name}.weight")
+        layers.append(name)
+        skip.add(part_key(name, "weight"))
         q = module.weight_quantizer
         if graph[name].weight_owner is None:
             integers = q.to_int(module.weight).cpu()
             out[name] = pack_weight(integers, q.scale.detach().cpu(), graph[name].kind, q.spec.num_bits)
         if module.input_quantizer is not None:
-            out[f"{name}.input_scale"] = module.input_quantizer.scale.detach().cpu()
+            out[part_key(name, "input_scale")] = module.input_quantizer.scale.detach().cpu()
             zero = torch.tensor([module.input_quantizer.zero_point], dtype=torch.int32)
-            out[f"{name}.input_zero_point"] = zero
+            out[part_key(name, "input_zero_point")] = zero
     for name, module in packed_layers(model):
+        layers.append(name)
         if not module.owner:
             out[name] = module.packed
             skip |= {part_key(name, part) for part in module.packed.parts()}
-    for key, tensor in model.state_dict().items():
-        if key not in skip and not any(part in f".{key}" for part in QUANTIZER_KEYS):
+    for key, tensor in _stored_state(model, layers).items():
+        if key not in skip:
             out[key] = tensor.detach().cpu()
     return out | _guard(manifest, "cpu")
 
@@ -76,8 +95,8 @@ def predicted_nbytes(model: nn.Module, manifest: Manifest) -> int:
         if level.activation != FLOAT_BITS:
             out[f"{layer.name}.input_scale"] = torch.empty(1, device="meta")
             out[f"{layer.name}.input_zero_point"] = torch.empty(1, dtype=torch.int32, device="meta")
-    for key, tensor in model.state_dict().items():
-        if key not in skip and not any(part in f".{key}" for part in QUANTIZER_KEYS):
+    for key, tensor in _stored_state(model, [n for n in graph.names if bits[n].weight != FLOAT_BITS]).items():
+        if key not in skip:
             out[key] = torch.empty_like(tensor, device="meta")
     return file_nbytes(out | _guard(manifest, "meta"), manifest)
 
@@ -136,13 +155,13 @@ def load_quantized(
                         other.weight_quantizer = fresh
                 q = fresh
             q.init(packed.num_bits, packed.weight_scale)
-        rest[f"{name}.weight"] = module.weight
+        rest[part_key(name, "weight")] = module.weight
         if module.input_quantizer is not None:
-            scale = rest.pop(f"{name}.input_scale")
-            zero = rest.pop(f"{name}.input_zero_point", torch.zeros(1))
+            scale = rest.pop(part_key(name, "input_scale"))
+            zero = rest.pop(part_key(name, "input_zero_point"), torch.zeros(1))
             module.input_quantizer.init(module.input_quantizer.widths[0], scale.reshape(1), int(zero))
-    own = model.state_dict()
-    expected = {k for k in own if not any(part in f".{k}" for part in QUANTIZER_KEYS)}
+    own = _stored_state(model, [name for name, _ in quantized_layers(model)])
+    expected = set(own)
     missing, extra = expected - set(rest), set(rest) - expected
     if missing or extra:
         raise PackedFormat(path, f"tensors missing {sorted(missing)[:4]}, unknown {sorted(extra)[:4]}")

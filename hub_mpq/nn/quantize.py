@@ -13,7 +13,7 @@ from ..core.layer_kind import layer_kinds
 from ..errors import InvalidArgument, PolicyMismatch, UnsupportedLayer
 from ..quantizers import LSQ
 from ..versions import warn_if_untested
-from .layers import take_over
+from .layers import call_only, pad_only, replace_layer, take_over
 from .types import layer_kind
 
 Quantizers = tuple[nn.Module, nn.Module | None]
@@ -57,6 +57,7 @@ def quantize_layer(module: nn.Module, name: str, weight: nn.Module, activation: 
         raise UnsupportedLayer(name, type(module).__qualname__)
     out = take_over(kind.quantized_class, module)
     out.float_class = type(module)
+    call_only(out)
     device = module.weight.device
     out.weight_quantizer = weight.to(device)
     out.input_quantizer = None if activation is None else activation.to(device)
@@ -90,12 +91,12 @@ def quantize_layers(
     chosen = [layer for layer in graph if layer.name in names]
     weights: dict[str, nn.Module] = {}
     for layer in sorted(chosen, key=lambda x: x.weight_owner is not None):
-        parent, _, leaf = layer.name.rpartition(".")
-        owner = model.get_submodule(parent)
-        module = getattr(owner, leaf)
+        module = model.get_submodule(layer.name)
         weight, inputs = make(layer, module)
         weights[layer.name] = weight = weights.get(layer.weight_owner or "", weight)
-        setattr(owner, leaf, quantize_layer(module, layer.name, weight, None if layer.weight_only else inputs))
+        new = quantize_layer(module, layer.name, weight, None if layer.weight_only else inputs)
+        replace_layer(model, layer.name, new)
+    pad_only(model, _classes())
     return {layer.name: model.get_submodule(layer.name) for layer in chosen}
 
 
@@ -161,7 +162,11 @@ def quantize_to_policy(model: nn.Module, graph: LayerGraph, policy: Policy, *, p
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """(name, layer) of every layer that carries quantizers, in module order."""
-    classes = tuple(kind.quantized_class for kind in layer_kinds)
+    classes = _classes()
     for name, module in model.named_modules():
         if isinstance(module, classes):
             yield name, module
+
+
+def _classes() -> tuple[type, ...]:
+    return tuple(kind.quantized_class for kind in layer_kinds)

@@ -90,6 +90,15 @@ def _cells(stream: Tensor, rows: int, groups: int, num_bits: int) -> Tensor:
     return cells
 
 
+def _unpack_traced(words: Tensor, num_bits: int, count: int) -> Tensor:
+    """`unpack_bits` in plain operators, for torch.compile and torch.export."""
+    at = torch.arange(count, device=words.device) * num_bits
+    word, shift = at // 32, at % 32
+    wide = torch.nn.functional.pad(words.to(torch.int64) & 0xFFFFFFFF, (0, 1))  # a code may end in the next word
+    codes = (wide[..., word] >> shift) | (wide[..., word + 1] << (32 - shift))
+    return (codes & ((1 << num_bits) - 1)).to(torch.uint8)
+
+
 def unpack_bits(words: Tensor, num_bits: int, count: int) -> Tensor:
     """Codes, uint8 [..., count], of int32 words [..., ceil(count·b/32)]: the inverse of pack_bits at offset 0."""
     bits = check_width(num_bits)
@@ -98,6 +107,8 @@ def unpack_bits(words: Tensor, num_bits: int, count: int) -> Tensor:
         raise InvalidArgument(
             f"{count} values of {bits} bits take {word_count(count, bits)} int32 words, not {have} of {words.dtype}"
         )
+    if torch.compiler.is_compiling():
+        return _unpack_traced(words, bits, count)
     stream = words.contiguous().view(torch.uint8)
     if words.numel() == 0:
         return torch.empty(*lead, count, dtype=torch.uint8, device=words.device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .fake_quantize_kernels import Grid, on_grid, pull_back
+from .fake_quantize_kernels import Grid, on_grid, pull_back, to_int, wide
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -40,6 +40,21 @@ def fake_quantize(
 ) -> Tensor:
     """`quantize` with the parts of its grid written out."""
     return quantize(x, scale, Grid(low, high, binary, grad_factor))
+
+
+def quantize_traced(
+    x: Tensor, scale: Tensor, low: Tensor, high: Tensor, *, binary: bool = False, factor: Tensor | float = 1.0
+) -> Tensor:
+    """`quantize` in plain operators, for torch.compile and torch.export: there the ends of a grid with a zero point are
+    tensors whose values are not known."""
+    v = wide(x) / scale
+    codes = to_int(wide(x), scale, low, high, binary=binary).detach()
+    rounded = (codes * scale).detach()
+    if not torch.is_grad_enabled():
+        return rounded.to(x.dtype)
+    damped = scale * factor + (scale - scale * factor).detach()
+    inside = torch.where((v > low) & (v < high), wide(x) - v.detach() * damped, torch.zeros_like(v))
+    return straight(inside + codes * damped, rounded).to(x.dtype)
 
 
 def straight(value: Tensor, rounded: Tensor) -> Tensor:

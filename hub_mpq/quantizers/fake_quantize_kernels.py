@@ -41,7 +41,7 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def to_int(x: Tensor, scale: Tensor, low: int, high: int, *, binary: bool = False) -> Tensor:
+def to_int(x: Tensor, scale: Tensor, low: int | Tensor, high: int | Tensor, *, binary: bool = False) -> Tensor:
     """Integers of `x` on the grid `scale`, as a float tensor of x's shape; see Grid. `scale` broadcasts against `x`."""
     if binary:
         return torch.where(x < 0, -1.0, 1.0).to(x.dtype)

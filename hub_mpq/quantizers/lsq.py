@@ -13,7 +13,7 @@ from ..core import QuantSpec
 from ..errors import InvalidArgument
 from .base import LastRead, Quantizer, keep_dtype
 from .compiled import compiler_works
-from .fake_quantize import quantize
+from .fake_quantize import quantize, quantize_traced
 from .fake_quantize_kernels import Grid, to_int, wide
 
 NO_START = 2.0**-100
@@ -141,16 +141,36 @@ class LSQ(Quantizer):
         if self._narrow is not None and 2 <= self._narrow < spec.num_bits:
             full, spec = spec, replace(spec, num_bits=self._narrow)
             scale, z = scale * (full.qmax / spec.qmax), round(z * spec.qmax / full.qmax)
-        if spec.granularity == "channel":
-            scale = scale.view([-1 if d == self.axis % x.dim() else 1 for d in range(x.dim())])
         low, high = spec.qmin - z, spec.qmax - z
-        # n counts the elements one scale serves: per sample for an activation, so that the gradient
-        # does not depend on how a batch is spread over processes
-        n = x.numel() // (scale.numel() if self.signed else max(len(x), 1))
-        factor = 1 / math.sqrt(max(n, 1) * max(abs(low), high))
-        return scale, Grid(low, high, spec.binary, factor, self.compiled)
+        factor = 1 / math.sqrt(self._served(x, scale) * max(abs(low), high))
+        return self._spread(x, scale), Grid(low, high, spec.binary, factor, self.compiled)
+
+    def _spread(self, x: Tensor, scale: Tensor) -> Tensor:
+        """A scale shaped to broadcast against `x`."""
+        if self.base.shape[1] == 1:
+            return scale
+        return scale.view([-1 if d == self.axis % x.dim() else 1 for d in range(x.dim())])
+
+    def _served(self, x: Tensor, scale: Tensor) -> int:
+        """How many elements one scale serves: per sample for an activation, so that the gradient does not depend on how
+        a batch is spread over processes."""
+        return max(x.numel() // (scale.numel() if self.signed else max(len(x), 1)), 1)
+
+    def _traced(self, x: Tensor) -> Tensor:
+        """`forward` for a compiler, which cannot look at the zero points."""
+        row = self._index or 0
+        full = spec = self._specs[row]
+        scale, z = self.scale, self.zero_points[row]
+        if self._narrow is not None and 2 <= self._narrow < full.num_bits:
+            spec = replace(full, num_bits=self._narrow)
+            scale, z = scale * (full.qmax / spec.qmax), (z * spec.qmax / full.qmax).round()
+        low, high = spec.qmin - z, spec.qmax - z
+        factor = (self._served(x, scale) * torch.maximum(low.abs(), high)).rsqrt()
+        return quantize_traced(x, self._spread(x, scale), low, high, binary=spec.binary, factor=factor)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and self._index is not None:
+            return self._traced(x)
         operand = self.operand(x)
         return x if operand is None else quantize(x, *operand)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.checks import whole
+from ..nn.layers import first_operand
 from .posttraining import PostTraining, noise, read
 from .strategy import register_strategy
 
@@ -49,12 +50,15 @@ class Hessian(PostTraining):
         generator = torch.Generator().manual_seed(self.seed)
         moved: dict[str, Tensor] = {}
 
-        def disturb(_m: nn.Module, args: tuple[Any, ...], name: str) -> tuple[Any, ...]:
-            moved[name] = torch.zeros_like(args[0], requires_grad=True)
-            return (args[0] + moved[name], *args[1:])
+        def disturb(_m: nn.Module, args: Any, kwargs: Any, name: str) -> tuple[tuple[Tensor], dict[str, Any]]:
+            x = first_operand(args, kwargs)
+            moved[name] = torch.zeros_like(x, requires_grad=True)
+            return (x + moved[name],), {}
 
         handles = [
-            m.register_forward_pre_hook(lambda mod, args, name=n: disturb(mod, args, name))
+            m.register_forward_pre_hook(
+                lambda m, args, kwargs, name=n: disturb(m, args, kwargs, name), with_kwargs=True
+            )
             for n, m in self.layers.items()
             if m.input_quantizer is not None
         ]

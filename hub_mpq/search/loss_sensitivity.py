@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.layers import first_operand
 from ..quantizers import LSQ
 from ..tasks.batch import size_of
 
@@ -76,12 +77,14 @@ def loss_sensitivity(
     handles = []
     for name, module in layers.items():
 
-        def keep(_m: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
+        def keep(
+            _m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, name: str = name
+        ) -> None:
             if output.requires_grad:
-                x = args[0].detach()
+                x = first_operand(args, kwargs).detach()
                 output.register_hook(lambda grad: add(name, x, grad))
 
-        handles.append(module.register_forward_hook(keep))
+        handles.append(module.register_forward_hook(keep, with_kwargs=True))
     try:
         for batch in batches:
             factor = size_of(batch) / len(batches)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core import Budget, LayerBits, LayerGraph, Limit, Value
 from ..cost import CostTable, limits_of
-from ..errors import InfeasibleBudget, InvalidArgument
+from ..errors import InfeasibleBudget
 from ..solve import Solution, solve_table
 from .scores import Scores
 from .tied_layers import merge_inputs
@@ -91,8 +91,7 @@ def build(graph: LayerGraph, scores: Scores, budget: Budget, *, base_bytes: int,
         InvalidArgument: A limit that makes no sense for this model.
         InfeasibleBudget: A limit on the largest layer that no width meets.
     """
-    if not graph.searched:
-        raise InvalidArgument("every layer is fixed: there is nothing to search")
+    graph.check_layers()
     parsed = _checked_limits(graph, budget)
     sums = {x.name: x for x, _ in parsed if x.over == "sum"}
     caps = {x.name: x.cap(graph, value, base_bytes) for x, value in parsed if x.over == "sum"}

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..core import Candidates, LayerGraph
 from ..core.checks import number, whole
 from ..errors import InvalidArgument
+from ..nn.layers import first_operand
 from ..tasks import to_device
 from ..train.hooks import Groups
 from .ebs import EBS, NETWORK
@@ -104,7 +105,7 @@ class SEAM(EBS):
         self.check_head(model, batches[0])
         if self.share is None:
             self.renew_head(model, max(labels_in(map(self.loss.task.labels, self.source)) + 1, 2))
-        model.get_submodule(self.head).register_forward_pre_hook(self._keep)
+        model.get_submodule(self.head).register_forward_pre_hook(self._keep, with_kwargs=True)
 
     @torch.no_grad()
     def check_head(self, model: nn.Module, batch: Any) -> None:
@@ -151,7 +152,11 @@ class SEAM(EBS):
         device = head.weight.device
         optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
         seen: list[Tensor] = []
-        handle = head.register_forward_pre_hook(lambda _m, args: seen.append(args[0].detach()))
+
+        def see(_m: nn.Module, args: Any, kwargs: Any) -> None:
+            seen.append(first_operand(args, kwargs).detach())
+
+        handle = head.register_forward_pre_hook(see, with_kwargs=True)
         training = model.training
         model.eval()
         steps = 0
@@ -178,8 +183,8 @@ class SEAM(EBS):
             model.train(training)
             optimizer.zero_grad(set_to_none=True)  # else the search's first step had it in its gradient
 
-    def _keep(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._features = [args[0]]
+    def _keep(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._features = [first_operand(args, kwargs)]
 
     def losses(self, model: nn.Module, batch: Any, rng: random.Random) -> Iterator[tuple[Tensor, Groups]]:
         self._draw(rng)

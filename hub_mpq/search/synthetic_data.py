@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.layers import first_operand
+
 STEPS = 20
 BATCH = 8
 
@@ -47,8 +49,8 @@ def _match_statistics(model: nn.Module, norms: list[nn.modules.batchnorm._BatchN
     device = next(model.parameters()).device
     losses: list[Tensor] = []
 
-    def hook(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].float()
+    def hook(norm: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        x = first_operand(args, kwargs).float()
         axes = [d for d in range(x.dim()) if d != 1]
         sigma = norm.running_var.clamp_min(1e-8).sqrt()
         mean = (x.mean(axes) - norm.running_mean) / sigma
@@ -57,7 +59,7 @@ def _match_statistics(model: nn.Module, norms: list[nn.modules.batchnorm._BatchN
 
     training = model.training
     model.eval()
-    handles = [norm.register_forward_pre_hook(hook) for norm in norms]
+    handles = [norm.register_forward_pre_hook(hook, with_kwargs=True) for norm in norms]
     x = batch.to(device).requires_grad_(True)
     optimizer = torch.optim.Adam([x], lr=0.1)
     try:

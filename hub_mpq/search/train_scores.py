@@ -65,8 +65,7 @@ def train_scores(
             weight that holds NaN or infinite values.
     """
     began = time.perf_counter()
-    if not graph.searched:
-        raise InvalidArgument("every layer is fixed: there is nothing to search")
+    graph.check_layers()
     check_finite(model, graph.names)
     options = options or IndicatorOptions()
     name = strategy_named(strategy).name

@@ -40,8 +40,10 @@ def apply_policy(
 
     Raises:
         PolicyMismatch: The policy is for another graph.
-        InvalidArgument: There is no batch, or a layer's weight holds NaN or infinite values.
+        InvalidArgument: There is no batch, no layer that can be quantized, or a layer's weight that holds NaN or
+            infinite values.
     """
+    graph.check_layers(searched=False)
     policy.check(graph)
     check_finite(model, graph.names)
     device = next(model.parameters()).device

@@ -68,6 +68,13 @@ def test_quantize_refuses(run, here, folder, more, words):
     assert os.listdir(here) == []
 
 
+def test_a_model_without_a_layer_to_quantize(run, here, folder):
+    model = [*quantize("--bitops", "W4A4", "--data", folder), "--exclude", "*"]
+    refused(run(*model), "no layer of", "can be quantized", "excluded by the user")
+    assert not list(here.iterdir())
+    assert run("inspect", *SKELETON, "--exclude", "*").exit_code == 0
+
+
 def test_a_bad_budget_costs_no_model_and_no_training(run, here, folder, monkeypatch):
     import hub_mpq.cli.models
     import hub_mpq.model

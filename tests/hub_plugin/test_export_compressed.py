@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from plugin_toys import build, pack, python
+import transformers
+from plugin_toys import IDS, SMALL, TEXT, build, pack, python
 from safetensors.torch import load_file, save_file
 
 from hub_mpq import HubMPQ, LayerBits, Policy
@@ -99,3 +100,33 @@ def test_a_format_in_the_table_is_one_that_export_writes(net, monkeypatch, tmp_p
     assert manifest.policy == mpq.policy
     with pytest.raises(InvalidArgument, match="known: compressed-tensors, onnx, toy"):
         mpq.export(tmp_path, "gguf")
+
+
+def test_weights_that_are_used_outside_their_layers_are_one_network(tmp_path):
+    """MobileBERT's head multiplies by a concatenation of weights, Gemma's shares that of an embedding that scales."""
+    from hub_mpq.core.library import libraries
+    from hub_mpq.export.float_copy import float_copy_state
+
+    text = {**SMALL, **TEXT}
+    small = {"embedding_size": 16, "intra_bottleneck_size": 16, "num_feedforward_networks": 2}
+    for cls, config in (
+        (transformers.MobileBertForMaskedLM, transformers.MobileBertConfig(**text, **small)),
+        (transformers.GemmaForCausalLM, transformers.GemmaConfig(**text, num_key_value_heads=2, head_dim=16)),
+    ):
+        torch.manual_seed(0)
+        where = tmp_path / cls.__name__
+        cls(config).save_pretrained(where / "float")
+        mpq = HubMPQ.from_pretrained(where / "float", weight_only=True, sequence_length=12)
+        mpq.apply_policy("W3A32")
+        mpq.save_pretrained(where / "packed")
+        mpq.export(where / "exported", "compressed-tensors")
+        plain = cls(config).eval()
+        plain.load_state_dict(float_copy_state(mpq.model, libraries.get("transformers")), strict=False)
+        plain.tie_weights()
+        with torch.no_grad():
+            want = mpq.model(**IDS).logits
+            assert torch.equal(HubMPQ.from_pretrained(where / "packed").model(**IDS).logits, want)
+            assert torch.equal(cls.from_pretrained(where / "packed")(**IDS).logits, want)
+            assert torch.equal(plain(**IDS).logits, want)
+            assert torch.equal(cls.from_pretrained(where / "exported")(**IDS).logits, want)
+            assert not torch.allclose(mpq.float_model(**IDS).logits, want, rtol=0.01)

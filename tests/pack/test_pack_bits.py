@@ -88,3 +88,14 @@ def test_a_gpu_gives_the_same_words_and_codes(bits):
     words = pack_bits(codes, bits)
     assert torch.equal(pack_bits(codes.cuda(), bits).cpu(), words)
     assert torch.equal(unpack_bits(words.cuda(), bits, 45).cpu(), codes)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_a_compiler_unpacks_the_same_codes(bits, monkeypatch):
+    """There unpack_bits runs in plain operators."""
+    for shape in ((1,), (31,), (3, 37), (2, 64), (0, 5), (2, 0)):
+        codes = torch.randint(0, 1 << bits, shape, generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
+        words = pack_bits(codes, bits)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            assert torch.equal(unpack_bits(words, bits, shape[-1]), codes)
