@@ -136,6 +136,9 @@ class TransformersLibrary(Library):
             preprocess["sequence_length"] = example["input_ids"].shape[1]
         return Source(model, model_id, revision, self.name, on_device, graph, preprocess, config.to_dict())
 
+    def example_arguments(self, input_shape: tuple[int, ...]) -> Mapping[str, Any]:
+        return {"sequence_length": input_shape[0]} if len(input_shape) == 1 and input_shape[0] > 0 else {}
+
     def image_preprocess(self, source: Source) -> Mapping[str, Any]:
         """Mean, std and interpolation of the image processor; {} with a warning when there is none."""
         if len(source.graph.input_shape) != 3:

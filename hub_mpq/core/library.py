@@ -69,6 +69,14 @@ class Library(ABC):
             HubMPQError: Files cannot be had.
         """
 
+    def example_arguments(self, input_shape: tuple[int, ...]) -> Mapping[str, Any]:
+        """Keyword arguments of `load` that give a model the example input that it was saved with.
+
+        Args:
+            input_shape: Shape of one sample of the model's first input, as a packed file tells it.
+        """
+        return {}
+
     def image_preprocess(self, source: Any) -> Mapping[str, Any]:
         """How images are prepared for a model.
 

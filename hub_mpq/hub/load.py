@@ -46,7 +46,7 @@ def load_folder(folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any
                 f"{folder} holds a network that no hub can build; pass it: from_pretrained(…, module=net)"
             )
         given = {name: value for name, value in kwargs.items() if name != "library"}  # the file says which
-        given = {**library.folder_defaults, **given}
+        given = {**library.folder_defaults, **library.example_arguments(manifest.graph.input_shape), **given}
         _check_config(folder, manifest, given)
         source = adapters.load(str(folder), pretrained=False, library=library.name, **given)
     else:

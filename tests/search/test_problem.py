@@ -130,15 +130,13 @@ def test_memory_of_a_tensor_that_several_layers_read(inputs, pin):
     scores = scores_of(graph)
     pinned = {x.name: x.fixed for x in graph if x.fixed}
     readers = [x.name for x in graph.searched]
-    for budget in ({"activation_memory": "A3"}, {"activation_memory": 64 + 19}, {"activation_memory": 64 + 13 + 50}):
-        try:
-            result = search_policy(graph, scores, Budget(**budget), base_bytes=0)
-        except InfeasibleBudget as error:  # the pinned reader's 50 or 19 bytes and the other 13
-            least = {None: 13, "W4A3": 19, "W4A8": 63}[pin]
-            assert error.least["activation_memory"] == 64 + least > budget["activation_memory"]
-            continue
-        cap = budget["activation_memory"]
-        cap = usage_of(graph, Policy.uniform(graph, "W3A3"), None, 0)["activation_memory"] if cap == "A3" else cap
+    least = 64 + {None: 13, "W4A3": 19, "W4A8": 13 + 50}[pin]
+    with pytest.raises(InfeasibleBudget) as caught:
+        search_policy(graph, scores, Budget(activation_memory=least - 1), base_bytes=0)
+    assert caught.value.least["activation_memory"] == least
+    level = usage_of(graph, Policy.uniform(graph, "W3A3"), None, 0)["activation_memory"]
+    for limit, cap in (("A3", level), (least, least), (64 + 13 + 50, 64 + 13 + 50)):
+        result = search_policy(graph, scores, Budget(activation_memory=limit), base_bytes=0)
         best = None
         for combo in itertools.product(*(scores[n] for n in readers)):
             policy = Policy({**pinned, **dict(zip(readers, combo, strict=True))}, graph.digest)
