@@ -114,10 +114,12 @@ def _front_limit(name: str) -> Limit:
 
 def _ends(graph: LayerGraph, scores: Scores, limit: Limit, base_bytes: int) -> tuple[float, float]:
     """Least and greatest whole-model amount of a limit over the available widths."""
-    ends = []
-    for end in (min, max):
-        at = [(x, end(scores[x.name], key=lambda bits, x=x: limit.of_layer(x, bits))) for x in graph.searched]
-        ends.append(limit.whole(graph, limit.together(at, fixed_of(graph)), base_bytes))
+    fixed = fixed_of(graph)
+    costs = [(x, {bits: limit.of_layer(x, bits) for bits in scores[x.name]}) for x in graph.searched]
+    ends = [
+        limit.whole(graph, limit.together([(x, end(row, key=row.__getitem__)) for x, row in costs], fixed), base_bytes)
+        for end in (min, max)
+    ]
     if None in ends:
         raise InvalidArgument(f"{limit.name} means nothing for this model: no layer is searched")
     return ends[0], ends[1]  # type: ignore[return-value]

@@ -153,6 +153,7 @@ SIZES = [
     ("test_vit", {"img_size": (96, 64)}),
     ("test_vit", {"img_size": 64, "dynamic_img_size": True}),
     ("test_vit", {"input_size": (3, 96, 96), "dynamic_img_size": True}),
+    ("test_vit", {"reg_tokens": 2}),
     ("test_efficientnet", {"in_chans": 1}),
     ("test_resnet", {"global_pool": "", "num_classes": 0, "input_size": (3, 32, 32)}),
 ]

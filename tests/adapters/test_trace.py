@@ -241,6 +241,28 @@ def test_fused_operators_count_as_their_parts():
         assert sum(counter.macs.values()) == 8 + 16 + 7 * 16 + 7 * 16
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape", "macs"),
+    [
+        (
+            nn.Conv2d(8, 12, (3, 5), stride=(2, 3), padding=(1, 2), dilation=(2, 1), groups=4),
+            (8, 17, 23),
+            12 * 8 * 8 * 30,
+        ),
+        (nn.Conv2d(4, 4, 3, padding="same", padding_mode="reflect"), (4, 7, 7), 4 * 49 * 36),
+        (nn.ConvTranspose2d(4, 6, 3, stride=3, groups=2, output_padding=1), (4, 5, 5), 100 * 3 * 9),
+        (nn.ConvTranspose1d(4, 6, 5, stride=2), (4, 11), 44 * 6 * 5),
+        (nn.Conv1d(4, 6, 3, dilation=2, groups=2), (4, 20), 6 * 16 * 2 * 3),
+        (nn.Conv3d(2, 4, (1, 3, 3), stride=(1, 2, 2)), (2, 4, 9, 9), 4 * 64 * 18),
+        (nn.Linear(8, 5), (3, 7, 8), 21 * 40),
+        (nn.GRU(8, 6, num_layers=2, batch_first=True), (5, 8), 5 * 3 * 6 * (14 + 12)),
+    ],
+)
+def test_layers_of_every_form_follow_the_closed_form(layer, shape, macs):
+    layers, floats = trace(nn.Sequential(layer), torch.randn(2, *shape))
+    assert [x.macs for x in (*layers, *floats)] == [macs]
+
+
 @pytest.mark.parametrize("length", [5, 40])  # torch multiplies matrices for the longer one
 def test_distances_and_bilinear_layers_count(length):
     class Net(nn.Module):

@@ -121,7 +121,7 @@ def test_who_reads_an_input_first_is_written_where_it_is_not_the_layer_itself(tm
     again = replace(manifest, graph=replace(GRAPH, layers=layers))
     assert again.to_text().count("input_owner") == 1
     assert Manifest.from_text(again.to_text()) == again
-    with pytest.raises(InvalidArgument, match="expected text"):
+    with pytest.raises(InvalidArgument, match="manifest is wrong"):
         Manifest.from_text(again.to_text().replace('"fixed","input_owner"', '"input_owner","fixed"'))
 
 
