@@ -87,6 +87,24 @@ def test_tables_tell_what_a_number_means_without_any_name():
     assert made["steps"] == 4
 
 
+class Bags(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(30, 8), nn.Linear(8, 3)
+        self.register_buffer("map", torch.arange(50)[None] % 30)
+
+    def forward(self, raw):
+        return self.head(self.bag(self.map.expand(len(raw), -1).gather(1, raw.clone())))
+
+
+def test_any_way_to_look_up_is_seen():
+    made = synthetic_batch(Bags(), (torch.tensor([[1, 49, 2, 30]]),))
+    assert made.shape == (BATCH, 4)
+    assert 30 < made.max() < 50
+    bag = nn.EmbeddingBag(30, 8)
+    assert 4 < len(synthetic_batch(bag, (torch.tensor([[1, 2, 3]]),)).unique()) <= 30
+
+
 class Two(nn.Module):
     def __init__(self):
         super().__init__()
