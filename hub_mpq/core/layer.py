@@ -153,6 +153,25 @@ class LayerGraph:
         layers = (x if x.fixed is None else replace(x, fixed=bits[x.name]) for x in self.layers)
         return replace(self, layers=tuple(layers))
 
+    def counted_on(self, other: LayerGraph) -> LayerGraph:
+        """The same layers with the counts of another graph of this model, which was traced on another input."""
+        layers = {layer.name: layer for layer in other}
+        work = {(op.name, op.kind): op.macs for op in other.floats}
+
+        def layer(x: LayerSpec) -> LayerSpec:
+            new = layers.get(x.name, x)
+            return replace(x, macs=new.macs, activation_count=new.activation_count)
+
+        def macs(op: FloatOp) -> int:  # the other graph may quantize what this one excludes
+            return work.get((op.name, op.kind), layers[op.name].macs if op.name in layers else op.macs)
+
+        return replace(
+            self,
+            input_shape=other.input_shape,
+            layers=tuple(map(layer, self.layers)),
+            floats=tuple(replace(op, macs=macs(op)) for op in self.floats),
+        )
+
     @property
     def digest(self) -> str:
         """sha256 (hex) of the layers' names, kinds and shapes: two models with one digest take one policy."""

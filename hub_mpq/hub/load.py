@@ -54,7 +54,11 @@ def load_folder(folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any
         source = Source(net, manifest.base_model, manifest.revision, ModuleLibrary.name, (), manifest.graph)
     load_packed(folder / PACKED, source.model)
     source.model.eval()
-    return replace(source, graph=manifest.graph, model_id=manifest.base_model, revision=manifest.revision), manifest
+    graph = manifest.graph
+    if kwargs and source.graph.input_shape != graph.input_shape:  # the caller gave another one
+        graph = graph.counted_on(source.graph)
+        manifest = replace(manifest, graph=graph)
+    return replace(source, graph=graph, model_id=manifest.base_model, revision=manifest.revision), manifest
 
 
 def library_of(manifest: Manifest, file: str | os.PathLike[str]) -> Library:

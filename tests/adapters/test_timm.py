@@ -207,6 +207,25 @@ def test_a_folder_that_does_not_tell_its_input_size_has_that_of_its_packed_file(
     assert again.source.config["pretrained_cfg"]["input_size"] == [3, 64, 64]
 
 
+def test_a_packed_model_that_is_given_another_input_size_counts_at_that(tmp_path):
+    def fresh(size):
+        return HubMPQ.from_pretrained(
+            "test_resnet",
+            pretrained=False,
+            input_size=(3, size, size),
+            exclude=["layer2.0.conv2"],
+            fixed={"conv1.0": None},
+        )
+
+    mpq = fresh(64).apply_policy("W4A6")
+    mpq.save_pretrained(tmp_path)
+    again, other = HubMPQ.from_pretrained(tmp_path, input_size=(3, 96, 96)), fresh(96)
+    assert again.graph.input_shape == (3, 96, 96)
+    assert again.usage().amounts == {**other.apply_policy("W4A6").usage().amounts, "size": again.usage()["size"]}
+    assert {op.name: op.macs for op in again.graph.floats} == {op.name: op.macs for op in other.graph.floats}
+    assert again.graph.floats
+
+
 def test_what_timm_does_not_have():
     with pytest.raises(InvalidArgument, match="unknown model 'resnet81'; did you mean resnet18"):
         load("resnet81")

@@ -254,6 +254,8 @@ def test_the_sequence_length_that_a_model_was_given_is_saved(folder, tmp_path):
     assert again.usage().amounts == mpq.usage().amounts
     longer = HubMPQ.from_pretrained(tmp_path / "packed", sequence_length=12)
     assert longer.source.example["input_ids"].shape == (1, 12)
+    assert longer.graph.input_shape == (12,)
+    assert sum(x.macs for x in longer.graph) > sum(x.macs for x in again.graph)
 
 
 @pytest.mark.parametrize(
