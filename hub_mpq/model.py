@@ -720,7 +720,7 @@ class HubMPQ(nn.Module):
         if self.policy is None:
             raise HubMPQError("there is no policy yet; call quantize or apply_policy before saving")
         source = self.source
-        extra = local_preprocess(self.home, source.library)
+        extra = local_preprocess(self.home, source.library, self.graph.input_shape)
         return save_folder(folder, self.model, self._manifest(self.policy), source.config, self.scores, extra)
 
     def push_to_hub(

@@ -77,6 +77,8 @@ OPERATORS = {
     **dict.fromkeys(["baddbmm", "addbmm"], ("self", "batch1", "batch2")),
     **dict.fromkeys(["convolution", "_convolution"], ("input", "weight", "bias", "stride", "padding", "dilation")),
     **dict.fromkeys(["cudnn_convolution", "mkldnn_convolution"], ("self", "weight")),
+    **dict.fromkeys(["_cdist_forward", "_euclidean_dist"], ("x1", "x2")),
+    "_trilinear": ("i1", "i2", "i3"),
     "mkldnn_rnn_layer": ("input", "weight0", "weight1"),
     **dict.fromkeys(["_cudnn_rnn", "miopen_rnn"], ("input", "weight")),
     **{

@@ -18,7 +18,8 @@ def operands_and_macs(name: str, args: tuple[Any, ...], out: Any) -> tuple[tuple
     """The multiplied tensors and the MACs of one aten operator; ((), 0) for one that multiplies no matrices.
 
     A convolution counts its real output area (floored), kernel and input channels per group; a transposed one its
-    input area. Attention counts both products, masked or not. Additions and element-wise work count nothing.
+    input area. Attention counts both products, masked or not, a bilinear layer its weights once for each row, a table
+    of distances a product of both sides. Additions and element-wise work count nothing.
     """
     if name in _GROUPED:  # each row meets one of the stacked matrices
         a, b = args[:2]
@@ -34,6 +35,10 @@ def operands_and_macs(name: str, args: tuple[Any, ...], out: Any) -> tuple[tuple
     if name.startswith("_scaled_dot_product"):
         q, k, v = args[:3]  # [batch, heads, length, features]
         return (q, k, v), q.numel() * k.shape[-2] + q.shape[:-1].numel() * k.shape[-2] * v.shape[-1]
+    if name in ("_cdist_forward", "_euclidean_dist"):
+        return (args[0], args[1]), out.numel() * args[0].shape[-1]
+    if name == "_trilinear":  # of nn.Bilinear: its weight [outputs, first features, second features] is in the middle
+        return args[:3], out.numel() * args[1].shape[1:].numel()
     if name in ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn"):  # x [time, batch, features], then its weights
         weights = args[1:3] if name == "mkldnn_rnn_layer" else tuple(w for w in args[1] if w.ndim == 2)
         return (args[0], *weights), args[0].shape[:-1].numel() * sum(w.numel() for w in weights)

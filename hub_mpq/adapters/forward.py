@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..errors import HubMPQError
+from ..errors import HubMPQError, InvalidArgument
 from ..nn.types import layer_kind
 from ..versions import warn_if_untested
 from .count import MacCounter, storage_key
@@ -76,7 +77,8 @@ def watched_forward(model: nn.Module, example: Example) -> ForwardRecord:
 
     A model whose forward looks at values runs on its own Parameters; one that is on meta itself runs on zeros that
     take no memory, and then on as many samples as the example has, where one alone does not do.
-    Raises HubMPQError when no way of running it works, with the model's own message.
+    Raises HubMPQError when no way of running it works, with the model's own message, InvalidArgument for an example
+    that lacks its batch axis.
     """
     warn_if_untested("torch")
     batch = batch_size(example)
@@ -89,6 +91,8 @@ def watched_forward(model: nn.Module, example: Example) -> ForwardRecord:
                 run = way(model, sample)
                 run.batch = batch_size(sample)
                 return run
+            except _NoBatch as error:
+                raise InvalidArgument(str(error)) from None
             except Exception as error:  # a model may raise anything on meta tensors or on a batch of one
                 errors.append(error)
     said = f"{type(errors[-1]).__name__}: {str(errors[-1]).strip().partition(chr(10))[0]}"
@@ -97,7 +101,7 @@ def watched_forward(model: nn.Module, example: Example) -> ForwardRecord:
 
 def _as_is(model: nn.Module, example: Example) -> ForwardRecord:
     named = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-    return _hooked(model, named, lambda: call(model, example))
+    return _hooked(model, named, example, lambda: call(model, example))
 
 
 def _on_meta(model: nn.Module, example: Example) -> ForwardRecord:
@@ -114,7 +118,9 @@ def _instead(model: nn.Module, example: Example, stand_in: Callable[[Tensor], Te
     swapped = {name: stand_in(tensor) for name, tensor in named.items()}
     example = tree_map(lambda x: _moved(x, device) if isinstance(x, Tensor) else x, example)
     args, kwargs = _arguments(example)
-    return _hooked(model, swapped, lambda: torch.func.functional_call(model, swapped, args, kwargs), stand_ins=True)
+    return _hooked(
+        model, swapped, example, lambda: torch.func.functional_call(model, swapped, args, kwargs), stand_ins=True
+    )
 
 
 def _moved(x: Tensor, device: str) -> Tensor:
@@ -124,10 +130,32 @@ def _moved(x: Tensor, device: str) -> Tensor:
 _NO_INPUT = (None, None, 0, None)
 
 
+class _NoBatch(Exception):
+    """A layer takes the example itself for one sample without a batch axis."""
+
+
+def _check_batch_axis(module: nn.Module, x: Tensor, first: Tensor) -> None:
+    """Raise _NoBatch where it is certain: what a layer reads has the shape of the example's first tensor and as many
+    axes as one sample has. (A layer may well read samples one by one, but then they have an axis less.)"""
+    sample = len(module.kernel_size) + 1 if isinstance(module, _ConvNd) else 1 if isinstance(module, nn.Linear) else 0
+    if x.ndim == sample and x.shape == first.shape:
+        raise _NoBatch(
+            f"the example input must have a batch dimension in front: {type(module).__name__} reads it as one sample "
+            f"of {sample} dimension{'s' * (sample > 1)}"
+        )
+
+
 def _hooked(
-    model: nn.Module, named: Mapping[str, Tensor], forward: Callable[[], Any], *, stand_ins: bool = False
+    model: nn.Module,
+    named: Mapping[str, Tensor],
+    example: Example,
+    forward: Callable[[], Any],
+    *,
+    stand_ins: bool = False,
 ) -> ForwardRecord:
     run, where = ForwardRecord(), [""]
+    args, kwargs = _arguments(example)  # a list of tensors may well be samples, each without a batch axis
+    first = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)][:1]
     names = {module: name for name, module in model.named_modules()}
     tokens: WeakIdKeyDictionary = WeakIdKeyDictionary()
     fresh = itertools.count()
@@ -146,6 +174,8 @@ def _hooked(
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         where.append(names[module])
         inputs = tensors_of((args, kwargs))
+        if inputs and first:
+            _check_batch_axis(module, inputs[0], first[0])
         pending.append((key(inputs[0]), view_key(inputs[0]), inputs[0].numel(), inputs[0]) if inputs else _NO_INPUT)
 
     def after(module: nn.Module, args: Any, out: Any) -> None:

@@ -93,8 +93,7 @@ class TimmLibrary(Library):
         if input_size is not None:
             data["input_size"] = tuple(input_size)
         elif "img_size" in model_kwargs:
-            side = model_kwargs["img_size"]
-            data["input_size"] = (data["input_size"][0], *((side, side) if isinstance(side, int) else side))
+            data["input_size"] = (data["input_size"][0], *_pair(model_kwargs["img_size"]))
         if "in_chans" in model_kwargs:
             data["input_size"] = (model_kwargs["in_chans"], *data["input_size"][1:])
         example = (noise(1, *data["input_size"], like=model),)
@@ -109,9 +108,11 @@ class TimmLibrary(Library):
             head=_head(model),
             exclude=exclude,
         )
-        return Source(
-            model, model_id, commit, self.name, on_device, graph, data, _config(model, model_kwargs, data["input_size"])
-        )
+        config = _config(model, {**_saved_arguments(model_id), **model_kwargs}, data["input_size"])
+        return Source(model, model_id, commit, self.name, on_device, graph, data, config)
+
+    def example_arguments(self, input_shape: tuple[int, ...]) -> Mapping[str, Any]:
+        return {"input_size": input_shape} if len(input_shape) == 3 and min(input_shape) > 0 else {}
 
     def hub_id(self, model_id: str) -> str | None:
         """From timm's registry of pretrained weights."""
@@ -183,9 +184,22 @@ def _revision(model: nn.Module) -> str | None:
     return None
 
 
+def _saved_arguments(model_id: str) -> dict[str, Any]:
+    """Arguments that a folder's config.json builds its model with; before 1.0.31 timm does not tell."""
+    file = Path(model_id) / "config.json"
+    found = json.loads(file.read_text()).get("model_args") if file.is_file() else None
+    return dict(found or {})
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, ...]:
+    """(height, width) of a size that may be one number."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def _config(model: nn.Module, model_kwargs: dict[str, Any], input_size: Sequence[int]) -> dict[str, Any]:
-    """config.json as timm writes it, with the number of channels that the model was built for, which timm writes from
-    1.0.31 on. num_classes stays out of model_args: transformers' TimmWrapper trips over it."""
+    """config.json as timm writes it, with the input size that the model was given: timm's loaders, data config and
+    transformers' image processor read it there. num_classes stays out of model_args: transformers' TimmWrapper trips
+    over it."""
     from timm.models import _hub
 
     with tempfile.TemporaryDirectory() as folder:
@@ -195,9 +209,18 @@ def _config(model: nn.Module, model_kwargs: dict[str, Any], input_size: Sequence
         except (TypeError, ValueError, AttributeError) as error:
             raise HubMPQError(f"timm writes no config.json for a model built like this: {error}") from error
         config: dict[str, Any] = json.loads(file.read_text())
-    own = config["pretrained_cfg"]["input_size"]
-    config["pretrained_cfg"]["input_size"] = [input_size[0], *own[1:]]
-    config.get("model_args", {}).pop("num_classes", None)
+    own, arguments = config["pretrained_cfg"], config.get("model_args", {})
+    built = model.pretrained_cfg["input_size"][1:]
+    if own.get("fixed_input_size") and _pair(arguments.get("img_size", built)) != _pair(input_size[1:]):
+        # it takes other sizes than its own after all (dynamic_img_size, XCiT); what it was built for stays
+        config["model_args"] = arguments = {"img_size": list(built), **arguments}
+        own["fixed_input_size"] = False
+    other = _pair(own["input_size"][1:]) != _pair(input_size[1:])
+    for key in ("pool_size", "test_input_size", "test_pool_size"):
+        if other or own.get(key) is None:
+            own.pop(key, None)
+    own["input_size"] = list(input_size)
+    arguments.pop("num_classes", None)
     if not config.get("model_args", True):
         del config["model_args"]
     return config

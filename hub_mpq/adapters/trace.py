@@ -35,7 +35,8 @@ def trace(
     A layer that runs several times has its MACs and its input features added up.
     Layers that share a Parameter get one `tie` and name its first user as `weight_owner`, those that never run
     themselves come last. Linear layers of one
-    parent that read the same tensor (q, k, v; gate, up) get one `activation_tie`.
+    parent that read the same tensor (q, k, v; gate, up) get one `activation_tie`; any layers that do, one
+    `input_owner`.
     The model is left as it was. Raises HubMPQError when the model does not run on the example.
     """
     run = watched_forward(model, example)
@@ -61,6 +62,7 @@ def trace(
     kinds = {name: kind for name in names if (kind := layer_kind(modules[name])) is not None}
     ties = _input_ties(run, {name for name, kind in kinds.items() if kind.shares_input})
     fixed = _fixed(kinds, order, head)
+    readers = _first_readers(run, {name for name, kind in kinds.items() if not kind.reads_indices})
     layers = tuple(
         LayerSpec(
             name=name,
@@ -73,6 +75,7 @@ def trace(
             activation_tie=ties.get(name),
             weight_owner=owners.get(name),
             fixed=fixed.get(name),
+            input_owner=None if (first := readers.get(name)) in (name, ties.get(name)) else first,
         )
         for name in names
     )
@@ -188,15 +191,26 @@ def _owners(modules: dict[str, nn.Module], names: Iterable[str]) -> dict[str, st
     return {name: owner for name, owner in found.items() if owner != name}
 
 
-def _input_ties(run: ForwardRecord, names: set[str]) -> dict[str, str]:
+def _reads(run: ForwardRecord, names: set[str]) -> dict[str, tuple[object, ...]]:
+    """{layer: the tensors it reads, call by call}, in the order they run."""
     reads: dict[str, list[object]] = defaultdict(list)
     for c in run.calls:
         if c.name in names:
             reads[c.name].append(c.reads)
+    return {name: tuple(keys) for name, keys in reads.items()}
+
+
+def _first_readers(run: ForwardRecord, names: set[str]) -> dict[str, str]:
+    """{layer: the first layer that reads the same tensors}."""
+    first: dict[object, str] = {}
+    return {name: first.setdefault(keys, name) for name, keys in _reads(run, names).items()}
+
+
+def _input_ties(run: ForwardRecord, names: set[str]) -> dict[str, str]:
     groups: dict[object, list[str]] = defaultdict(list)
-    for name, keys in reads.items():
+    for name, keys in _reads(run, names).items():
         # one parent: all cross-attentions of a decoder read the encoder's output, but nothing fuses them
-        groups[name.rpartition(".")[0], tuple(keys)].append(name)
+        groups[name.rpartition(".")[0], keys].append(name)
     return {name: group[0] for group in groups.values() if len(group) > 1 for name in group}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -136,6 +137,9 @@ class TransformersLibrary(Library):
             preprocess["sequence_length"] = example["input_ids"].shape[1]
         return Source(model, model_id, revision, self.name, on_device, graph, preprocess, config.to_dict())
 
+    def example_arguments(self, input_shape: tuple[int, ...]) -> Mapping[str, Any]:
+        return {"sequence_length": input_shape[0]} if len(input_shape) == 1 and input_shape[0] > 0 else {}
+
     def image_preprocess(self, source: Source) -> Mapping[str, Any]:
         """Mean, std and interpolation of the image processor; {} with a warning when there is none."""
         if len(source.graph.input_shape) != 3:
@@ -154,6 +158,24 @@ class TransformersLibrary(Library):
         by_number = {0: "nearest", 2: "bilinear", 3: "bicubic"}
         resample = by_number.get(int(getattr(processor, "resample", 2) or 2), "bilinear")
         return {"mean": processor.image_mean, "std": processor.image_std, "interpolation": resample}
+
+    def resized(self, name: str, content: bytes, config: Mapping[str, Any], input_shape: tuple[int, ...]) -> bytes:
+        """Of an image processor: the sizes to scale and to crop to, where `image_size` was changed."""
+        before = config.get("image_size")
+        if name != "preprocessor_config.json" or len(input_shape) != 3 or not before:
+            return content
+        new, old = input_shape[1:], (before, before) if isinstance(before, int) else tuple(before)[-2:]
+        if new == old:
+            return content
+        processor = json.loads(content)
+        for key in ("size", "crop_size"):
+            if isinstance(size := processor.get(key), dict):
+                whole = {"height": new[0], "width": new[1], "shortest_edge": min(new)}
+                there = {"height": old[0], "width": old[1], "shortest_edge": min(old)}
+                processor[key] = {k: round(v * whole[k] / there[k]) if k in whole else v for k, v in size.items()}
+            elif isinstance(size, int):
+                processor[key] = round(size * min(new) / min(old))
+        return (json.dumps(processor, indent=2, sort_keys=True) + "\n").encode()
 
     def names_on_disk(self, model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
         """Since transformers 5 they can differ from those of the modules (ViT, Mixtral)."""

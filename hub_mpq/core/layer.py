@@ -23,7 +23,8 @@ class LayerSpec:
     `activation_count`: input features per sample. `activation_signed`: None until data have said so.
     `tie`: layers of one tie take the same widths. `activation_tie`: the same activation width only
     (q, k, v read one input). `weight_owner`: name of the layer whose Parameter this one shares (a tied
-    head), None when it owns it. `fixed`: widths it keeps, None when it is searched.
+    head), None when it owns it. `fixed`: widths it keeps, None when it is searched. `input_owner`: name of the
+    layer that reads this one's input tensor first, None when that is the layer itself or `activation_tie`.
     """
 
     name: str
@@ -37,6 +38,12 @@ class LayerSpec:
     activation_tie: str | None = None
     weight_owner: str | None = None
     fixed: LayerBits | None = None
+    input_owner: str | None = None
+
+    @property
+    def buffer(self) -> str:
+        """The same for all layers that read one tensor: the name of the first of them."""
+        return self.input_owner or self.activation_tie or self.name
 
     @property
     def weight_only(self) -> bool:
@@ -153,10 +160,33 @@ class LayerGraph:
             self, layers=tuple(replace(layer, tie=layer.tie or layer.activation_tie) for layer in self.layers)
         )
 
+    def with_one_width_per_input(self) -> LayerGraph:
+        """A graph in which all layers that read one tensor take one activation width."""
+        return replace(self, layers=tuple(replace(layer, activation_tie=layer.buffer) for layer in self.layers))
+
     def at(self, bits: Mapping[str, LayerBits]) -> LayerGraph:
         """The graph with its fixed layers at the widths of a policy, which may be others than the graph's own."""
         layers = (x if x.fixed is None else replace(x, fixed=bits[x.name]) for x in self.layers)
         return replace(self, layers=tuple(layers))
+
+    def counted_on(self, other: LayerGraph) -> LayerGraph:
+        """The same layers with the counts of another graph of this model, which was traced on another input."""
+        layers = {layer.name: layer for layer in other}
+        work = {(op.name, op.kind): op.macs for op in other.floats}
+
+        def layer(x: LayerSpec) -> LayerSpec:
+            new = layers.get(x.name, x)
+            return replace(x, macs=new.macs, activation_count=new.activation_count)
+
+        def macs(op: FloatOp) -> int:  # the other graph may quantize what this one excludes
+            return work.get((op.name, op.kind), layers[op.name].macs if op.name in layers else op.macs)
+
+        return replace(
+            self,
+            input_shape=other.input_shape,
+            layers=tuple(map(layer, self.layers)),
+            floats=tuple(replace(op, macs=macs(op)) for op in self.floats),
+        )
 
     @property
     def digest(self) -> str:

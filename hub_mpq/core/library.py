@@ -69,6 +69,14 @@ class Library(ABC):
             HubMPQError: Files cannot be had.
         """
 
+    def example_arguments(self, input_shape: tuple[int, ...]) -> Mapping[str, Any]:
+        """Keyword arguments of `load` that give a model the example input that it was saved with.
+
+        Args:
+            input_shape: Shape of one sample of the model's first input, as a packed file tells it.
+        """
+        return {}
+
     def image_preprocess(self, source: Any) -> Mapping[str, Any]:
         """How images are prepared for a model.
 
@@ -79,6 +87,17 @@ class Library(ABC):
             Any of `mean`, `std`, `interpolation` and `crop_pct`; the rest has defaults.
         """
         return dict(source.preprocess)
+
+    def resized(self, name: str, content: bytes, config: Mapping[str, Any], input_shape: tuple[int, ...]) -> bytes:
+        """A preprocessing file as it is saved with a model that was given another input size than its folder says.
+
+        Args:
+            name: Name of the file, one of `preprocessing`.
+            content: What the folder's own file holds.
+            config: Content of the folder's config.json.
+            input_shape: Shape of one sample of the model's first input.
+        """
+        return content
 
     def names_on_disk(self, model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
         """A state dict of the float model under the names that the library reads from its files.

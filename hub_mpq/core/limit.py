@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +16,8 @@ from .units import human
 
 Value = float | LayerBits
 """A limit as it was parsed: an absolute amount, or a level of bits."""
+LayerAt = tuple[LayerSpec, LayerBits]
+"""A layer at its widths."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Limit(ABC):
         at_least: Whether the budget is a minimum that the policy must reach (a compression) instead of a maximum; `cap`
             and `whole` then say which greatest cost of the layers that is.
         whole_numbers: Whether amounts are whole numbers (operations, bytes).
+        one_input: Whether layers that read one tensor are charged for it once (`together` says so). A search under such
+            a limit gives those layers one activation width.
         level_parts: Parts that a level such as "W4A4" must name for this limit: "weight", "activation"; empty for a
             limit that takes absolute amounts only.
     """
@@ -65,6 +69,7 @@ class Limit(ABC):
     over: Literal["sum", "max"] = "sum"
     at_least: bool = False
     whole_numbers: bool = False
+    one_input: bool = False
     level_parts: tuple[Literal["weight", "activation"], ...] = ()
 
     def parse(self, value: str | float) -> Value:
@@ -103,16 +108,25 @@ class Limit(ABC):
             graph: The layers of the model.
             base_bytes: Bytes of the packed file beside the searched layers.
         """
-        return self.combine([self.of_layer(x, x.fixed) for x in graph if x.fixed is not None])
+        return self.together(fixed_of(graph))
 
     def combine(self, costs: list[float]) -> float:
         """The sum or the maximum of the costs of several layers."""
         return (max(costs, default=0) if self.over == "max" else sum(costs)) if costs else 0
 
+    def together(self, layers: Sequence[LayerAt], beside: Sequence[LayerAt] = ()) -> float:
+        """What several layers cost together, over and above what others cost already.
+
+        Args:
+            layers: Layers with their widths.
+            beside: Others, whose cost is counted elsewhere.
+        """
+        return self.combine([self.of_layer(x, bits) for x, bits in layers])
+
     def cap(self, graph: LayerGraph, value: Value, base_bytes: int) -> float:
         """The greatest amount that the searched layers may take together under a limit of `value`."""
         if isinstance(value, LayerBits):
-            return self.combine([self.of_layer(x, self.level(x, value)) for x in graph.searched])
+            return self.together([(x, self.level(x, value)) for x in graph.searched], fixed_of(graph))
         return value if self.over == "max" else value - self.beside(graph, base_bytes)
 
     def whole(self, graph: LayerGraph, searched: float, base_bytes: int) -> float | None:
@@ -124,9 +138,8 @@ class Limit(ABC):
 
     def of_policy(self, graph: LayerGraph, policy: Policy, base_bytes: int) -> float | None:
         """The amount of the whole model at a policy; None where the limit means nothing for this model."""
-        return self.whole(
-            graph, self.combine([self.of_layer(x, policy.bits[x.name]) for x in graph.searched]), base_bytes
-        )
+        searched = self.together([(x, policy.bits[x.name]) for x in graph.searched], fixed_of(graph))
+        return self.whole(graph, searched, base_bytes)
 
     def reduction(self, graph: LayerGraph) -> Reduction | None:
         """The searched layers' amount as a differentiable function; None leaves the limit to the solver."""
@@ -137,6 +150,11 @@ class Limit(ABC):
         text = human(amount)
         joined = not self.unit or (len(self.unit) == 1 and text[-1].isalpha())  # 1.2 KB, but 236 B and 1.2 K mJ
         return f"{text}{self.unit}" if joined else f"{text} {self.unit}"
+
+
+def fixed_of(graph: LayerGraph) -> list[LayerAt]:
+    """The fixed layers of a graph at their widths."""
+    return [(x, x.fixed) for x in graph if x.fixed is not None]
 
 
 limits: Registry[Limit] = Registry("limit", "hub_mpq.cost")

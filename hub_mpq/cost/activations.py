@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
 from ..core import LayerBits, LayerGraph, LayerSpec, Limit, Policy, Reduction, parse_bytes
+from ..core.limit import LayerAt
 
 
 def activation_nbytes(layer: LayerSpec, bits: LayerBits) -> int:
@@ -11,9 +15,12 @@ def activation_nbytes(layer: LayerSpec, bits: LayerBits) -> int:
 
 
 def activation_memory(graph: LayerGraph, policy: Policy) -> int:
-    """Bytes of all quantized inputs of one sample together."""
+    """Bytes of all quantized inputs of one sample together.
+
+    A tensor that several layers read counts once for each width that they read it at.
+    """
     policy.check(graph)
-    return sum(activation_nbytes(layer, policy.bits[layer.name]) for layer in graph)
+    return sum(_buffers((layer, policy.bits[layer.name]) for layer in graph).values())
 
 
 def activation_peak(graph: LayerGraph, policy: Policy) -> int:
@@ -22,11 +29,19 @@ def activation_peak(graph: LayerGraph, policy: Policy) -> int:
     return max((activation_nbytes(layer, policy.bits[layer.name]) for layer in graph), default=0)
 
 
-class ActivationMemory(Limit):
-    """Bytes of all quantized inputs of one sample together."""
+def _buffers(layers: Iterable[LayerAt]) -> dict[tuple[str, int], int]:
+    """{(first reader of a tensor, width): bytes}."""
+    out: dict[tuple[str, int], int] = {}
+    for layer, bits in layers:
+        at = layer.buffer, bits.activation
+        out[at] = max(out.get(at, 0), activation_nbytes(layer, bits))
+    return out
 
-    name, unit, label = "activation_memory", "B", "quantized activations of one sample"
-    help = 'Bytes of all quantized inputs of a sample ("200KB") or a level ("A4").'
+
+class _Activations(Limit):
+    """What both limits on inputs share: the cost of a layer is the bytes of its quantized input."""
+
+    unit = "B"
     whole_numbers = True
     level_parts = ("activation",)
 
@@ -36,14 +51,35 @@ class ActivationMemory(Limit):
     def of_layer(self, layer: LayerSpec, bits: LayerBits) -> int:
         return activation_nbytes(layer, bits)
 
+
+class ActivationMemory(_Activations):
+    """Bytes of all quantized inputs of one sample together.
+
+    A tensor that several layers read is one buffer where they read it at one width, and one for each width where a
+    policy gives them several. A search under this limit considers one width only, so that the solver's sum is exact.
+    """
+
+    name, label = "activation_memory", "quantized activations of one sample"
+    help = 'Bytes of all quantized inputs of a sample ("200KB") or a level ("A4").'
+    one_input = True
+
+    def together(self, layers: Sequence[LayerAt], beside: Sequence[LayerAt] = ()) -> int:
+        there = _buffers(beside)
+        return sum(nbytes for at, nbytes in _buffers(layers).items() if at not in there)
+
     def reduction(self, graph: LayerGraph) -> Reduction:
-        counts = {x.name: x.activation_count / 8 for x in graph.searched}
-        return Reduction(counts, weight=False, over=self.over)
+        readers = Counter(x.buffer for x in graph.searched if not x.weight_only)
+        counts = {x.name: x.activation_count / 8 / (readers[x.buffer] or 1) for x in graph.searched}
+        return Reduction(counts, weight=False)
 
 
-class ActivationPeak(ActivationMemory):
+class ActivationPeak(_Activations):
     """Bytes of the largest quantized input of one sample."""
 
     name, label = "activation_peak", "largest quantized activation of one sample"
     help = 'Bytes of the largest quantized input ("50KB") or a level ("A4").'
     over = "max"
+
+    def reduction(self, graph: LayerGraph) -> Reduction:
+        counts = {x.name: x.activation_count / 8 for x in graph.searched}
+        return Reduction(counts, weight=False, over="max")

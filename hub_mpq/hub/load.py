@@ -46,7 +46,7 @@ def load_folder(folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any
                 f"{folder} holds a network that no hub can build; pass it: from_pretrained(…, module=net)"
             )
         given = {name: value for name, value in kwargs.items() if name != "library"}  # the file says which
-        given = {**library.folder_defaults, **given}
+        given = {**library.folder_defaults, **library.example_arguments(manifest.graph.input_shape), **given}
         _check_config(folder, manifest, given)
         source = adapters.load(str(folder), pretrained=False, library=library.name, **given)
     else:
@@ -54,7 +54,11 @@ def load_folder(folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any
         source = Source(net, manifest.base_model, manifest.revision, ModuleLibrary.name, (), manifest.graph)
     load_packed(folder / PACKED, source.model, cast=not {"dtype", "torch_dtype"}.isdisjoint(kwargs))
     source.model.eval()
-    return replace(source, graph=manifest.graph, model_id=manifest.base_model, revision=manifest.revision), manifest
+    graph = manifest.graph
+    if kwargs and source.graph.input_shape != graph.input_shape:  # the caller gave another one
+        graph = graph.counted_on(source.graph)
+        manifest = replace(manifest, graph=graph)
+    return replace(source, graph=graph, model_id=manifest.base_model, revision=manifest.revision), manifest
 
 
 def library_of(manifest: Manifest, file: str | os.PathLike[str]) -> Library:

@@ -140,6 +140,7 @@ def _manifest_of(manifest: Manifest, names: Mapping[str, str], net: nn.Module) -
             tie=names.get(layer.tie or ""),
             activation_tie=names.get(layer.activation_tie or ""),
             weight_owner=names.get(layer.weight_owner or ""),
+            input_owner=names.get(layer.input_owner or ""),
         )
         for layer in graph
         if layer.name in names

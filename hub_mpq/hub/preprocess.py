@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from ..core.files import CONFIG
 from ..core.library import libraries
 from ..errors import is_connection_error
 from .remote import hub_api, repo_of
@@ -14,12 +16,17 @@ def preprocess_names() -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for library in libraries for name in library.preprocessing))
 
 
-def local_preprocess(folder: Path | None, library: str) -> dict[str, bytes]:
-    """{name: content} of a library's files in the folder that a model was loaded from; {} when it was no folder."""
+def local_preprocess(folder: Path | None, library: str, input_shape: tuple[int, ...]) -> dict[str, bytes]:
+    """{name: content} of a library's files in the folder that a model was loaded from; {} when it was no folder.
+
+    `input_shape`: of the model, which may have been given another than the folder's own.
+    """
     if folder is None:
         return {}
-    names = libraries.get(library).preprocessing
-    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    owner = libraries.get(library)
+    found = {name: (folder / name).read_bytes() for name in owner.preprocessing if (folder / name).is_file()}
+    config = json.loads((folder / CONFIG).read_text()) if found else {}
+    return {name: owner.resized(name, content, config, input_shape) for name, content in found.items()}
 
 
 def preprocess_files(

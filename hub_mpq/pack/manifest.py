@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass, field, fields
 from typing import Any
 
@@ -14,7 +14,9 @@ from .header import FORMAT_VERSION
 PROVENANCE_RESERVE = 2048
 """Bytes the provenance always takes in the header, so that a file's size is known before its figures are."""
 
-_LAYER = [*(f.name for f in fields(LayerSpec) if f.name != "fixed"), "fixed"]
+_OPTIONAL = ("input_owner",)
+"""Columns that are written only where a layer has something to say in them."""
+_LAYER = [f.name for f in fields(LayerSpec) if f.name not in _OPTIONAL]
 _FLOAT = [f.name for f in fields(FloatOp)]
 
 
@@ -40,8 +42,9 @@ class Manifest:
             raise InvalidArgument(f"format version {self.format_version} cannot be written, only {FORMAT_VERSION}")
         self.policy.check(self.graph)
         graph = self.graph
+        columns = [*_LAYER, *(name for name in _OPTIONAL if any(getattr(layer, name) for layer in graph))]
         rows = [
-            [*(getattr(layer, name) for name in _LAYER[:-1]), layer.fixed and str(layer.fixed), str(bits)]
+            [*(_plain(getattr(layer, name)) for name in columns), str(bits)]
             for layer, bits in ((layer, self.policy.bits[layer.name]) for layer in graph)
         ]
         return dump_json(
@@ -58,7 +61,7 @@ class Manifest:
                     "input_shape": list(graph.input_shape),
                     "other_bytes": graph.other_bytes,
                 },
-                "layers": {"columns": [*_LAYER, "bits"], "rows": rows},
+                "layers": {"columns": [*columns, "bits"], "rows": rows},
                 "floats": {"columns": _FLOAT, "rows": [list(astuple(op)) for op in graph.floats]},
             }
         )
@@ -83,7 +86,7 @@ class Manifest:
     def _parse(cls, tree: Any) -> Manifest:
         head = _typed(tree, _MANIFEST)
         layers, bits = [], {}
-        for row in _table(head["layers"], {**_LAYER_TYPES, "bits": _text}):
+        for row in _table(head["layers"], {**_LAYER_TYPES, "bits": _text}, _OPTIONAL):
             level, fixed = LayerBits.parse(row.pop("bits")), row["fixed"]
             layer = LayerSpec(**{**row, "fixed": None if fixed is None else LayerBits.parse(fixed)})
             if layer.name in bits:
@@ -147,19 +150,25 @@ _LAYER_TYPES: _Types = {
     **{"name": _text, "kind": _text, "weight_shape": _shape, "macs": _number, "weight_count": _number},
     **{"activation_count": _number, "activation_signed": _optional(_flag), "tie": _optional(_text)},
     **{"activation_tie": _optional(_text), "weight_owner": _optional(_text), "fixed": _optional(_text)},
+    **{"input_owner": _optional(_text)},
 }
 _FLOAT_TYPES: _Types = {
     **{"name": _text, "kind": _text, "macs": _number, "weight_count": _number, "reason": _text},
 }
 
 
-def _typed(row: Any, types: _Types) -> dict[str, Any]:
-    if set(_mapping(row)) != set(types):
+def _typed(row: Any, types: _Types, optional: Iterable[str] = ()) -> dict[str, Any]:
+    if (set(_mapping(row)) | set(optional)) != set(types):
         raise InvalidArgument(f"keys {sorted(row)[:12]}, expected {sorted(types)}")
-    return {name: check(row[name]) for name, check in types.items()}
+    return {name: check(row[name]) for name, check in types.items() if name in row}
 
 
-def _table(table: Mapping[str, Any], types: _Types) -> list[dict[str, Any]]:
+def _plain(value: Any) -> Any:
+    """Widths as text, everything else as it is."""
+    return str(value) if isinstance(value, LayerBits) else value
+
+
+def _table(table: Mapping[str, Any], types: _Types, optional: Iterable[str] = ()) -> list[dict[str, Any]]:
     columns = table["columns"]
     if set(table) != {"columns", "rows"} or not isinstance(columns, list) or not isinstance(table["rows"], list):
         raise InvalidArgument("a table has columns and rows")
@@ -167,4 +176,4 @@ def _table(table: Mapping[str, Any], types: _Types) -> list[dict[str, Any]]:
         raise InvalidArgument("a row of a table has another length than its columns")
     if len(set(map(_text, columns))) != len(columns):
         raise InvalidArgument("a column stands twice")
-    return [_typed(dict(zip(columns, row, strict=True)), types) for row in table["rows"]]
+    return [_typed(dict(zip(columns, row, strict=True)), types, optional) for row in table["rows"]]

@@ -20,6 +20,7 @@ from ..core import (
     Usage,
     limits,
 )
+from ..core.limit import fixed_of
 from ..cost import CostTable, layer_bitops, limits_of
 from ..cost.size import layer_nbytes
 from ..errors import InfeasibleBudget, InvalidArgument
@@ -113,8 +114,12 @@ def _front_limit(name: str) -> Limit:
 
 def _ends(graph: LayerGraph, scores: Scores, limit: Limit, base_bytes: int) -> tuple[float, float]:
     """Least and greatest whole-model amount of a limit over the available widths."""
-    costs = [[limit.of_layer(layer, bits) for bits in scores[layer.name]] for layer in graph.searched]
-    ends = [limit.whole(graph, sum(map(end, costs)), base_bytes) for end in (min, max)]  # type: ignore[arg-type]
+    fixed = fixed_of(graph)
+    costs = [(x, {bits: limit.of_layer(x, bits) for bits in scores[x.name]}) for x in graph.searched]
+    ends = [
+        limit.whole(graph, limit.together([(x, end(row, key=row.__getitem__)) for x, row in costs], fixed), base_bytes)
+        for end in (min, max)
+    ]
     if None in ends:
         raise InvalidArgument(f"{limit.name} means nothing for this model: no layer is searched")
     return ends[0], ends[1]  # type: ignore[return-value]

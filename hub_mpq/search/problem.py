@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core import Budget, LayerBits, LayerGraph, Limit, Value
+from ..core.limit import fixed_of
 from ..cost import CostTable, limits_of
 from ..errors import InfeasibleBudget
 from ..solve import Solution, solve_table
@@ -93,6 +94,9 @@ def build(graph: LayerGraph, scores: Scores, budget: Budget, *, base_bytes: int,
     """
     graph.check_layers()
     parsed = _checked_limits(graph, budget)
+    if any(x.one_input for x, _ in parsed):
+        graph = graph.with_one_width_per_input()
+    fixed, first = fixed_of(graph), {x.buffer: x.name for x in reversed(graph.searched) if not x.weight_only}
     sums = {x.name: x for x, _ in parsed if x.over == "sum"}
     caps = {x.name: x.cap(graph, value, base_bytes) for x, value in parsed if x.over == "sum"}
     peaks = [(x, _peak(x, graph, value, base_bytes)) for x, value in parsed if x.over == "max"]
@@ -105,7 +109,16 @@ def build(graph: LayerGraph, scores: Scores, budget: Budget, *, base_bytes: int,
             if not row:
                 raise InfeasibleBudget({limit.name: cap}, {limit.name: min(costs.values())}, [limit.name])
         rows[layer.name] = {
-            bits: (score, {name: limit.of_layer(layer, bits) for name, limit in sums.items()})
+            bits: (
+                score,
+                {
+                    # of the layers of one input, whose widths are one choice, the first is charged
+                    name: 0
+                    if limit.one_input and first.get(layer.buffer) != layer.name
+                    else limit.together([(layer, bits)], fixed)
+                    for name, limit in sums.items()
+                },
+            )
             for bits, score in row.items()
         }
     merged, meaning = merge_inputs(graph, rows, sense)

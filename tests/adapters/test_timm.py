@@ -3,14 +3,19 @@
 import json
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from hub_mpq import HubMPQ
 from hub_mpq.adapters import from_module, load, norm_of
 from hub_mpq.core import LayerBits
+from hub_mpq.core.library import libraries
 from hub_mpq.cost import level_bitops
 from hub_mpq.errors import HubMPQError, InvalidArgument
+from hub_mpq.export.float_copy import float_copy_state
 
 
 def macs(graph):
@@ -128,8 +133,6 @@ def test_model_arguments_example_and_config():
 
 
 def test_a_saved_folder_loads_again(tmp_path):
-    from safetensors.torch import save_file
-
     source = load("test_resnet", pretrained=False, num_classes=7)
     (tmp_path / "config.json").write_text(json.dumps(source.config))
     assert load(str(tmp_path), pretrained=False).graph.digest == source.graph.digest
@@ -141,6 +144,86 @@ def test_a_saved_folder_loads_again(tmp_path):
         load("test_resnet", num_classes=7, checkpoint_path=tmp_path / "model.safetensors"),
     ):
         assert all(torch.equal(v, again.model.state_dict()[k]) for k, v in source.model.state_dict().items())
+
+
+SIZES = [
+    ("test_resnet", {"input_size": (3, 64, 64)}),
+    ("test_resnet", {"in_chans": 1, "input_size": (1, 48, 80)}),
+    ("test_vit", {"img_size": 96}),
+    ("test_vit", {"img_size": (96, 64)}),
+    ("test_vit", {"img_size": 64, "dynamic_img_size": True}),
+    ("test_vit", {"input_size": (3, 96, 96), "dynamic_img_size": True}),
+    ("test_vit", {"reg_tokens": 2}),
+    ("test_efficientnet", {"in_chans": 1}),
+    ("test_resnet", {"global_pool": "", "num_classes": 0, "input_size": (3, 32, 32)}),
+]
+
+
+@pytest.mark.parametrize(("name", "given"), SIZES)
+def test_the_input_size_that_a_model_was_given_is_saved(name, given, tmp_path):
+    mpq = HubMPQ.from_pretrained(name, pretrained=False, **given)
+    shape = mpq.graph.input_shape
+    assert shape[-2:] == tuple(given["input_size"][1:]) if "input_size" in given else True
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    mpq.apply_policy("W4A8", [x])
+    mpq.save_pretrained(tmp_path / "first")
+    again = HubMPQ.from_pretrained(tmp_path / "first")
+    assert again.graph.input_shape == shape
+    assert again.source.example[0].shape == (1, *shape)
+    assert tuple(libraries.get("timm").image_preprocess(again.source)["input_size"]) == shape
+    assert again.usage().amounts == mpq.usage().amounts
+    with torch.no_grad():
+        assert torch.equal(again.model(x), mpq.model.eval()(x))
+    again.save_pretrained(tmp_path / "second")
+    first, second = (json.loads((tmp_path / f / "config.json").read_text()) for f in ("first", "second"))
+    assert first.get("model_args") == second.get("model_args")
+    assert all(first["pretrained_cfg"][k] == second["pretrained_cfg"][k] for k in ("input_size", "fixed_input_size"))
+
+    # timm alone, with the float copy
+    (tmp_path / "first" / "model.mpq.safetensors").unlink()
+    save_file(float_copy_state(mpq.model, libraries.get("timm")), tmp_path / "first" / "model.safetensors")
+    net = timm.create_model(f"local-dir:{tmp_path / 'first'}", pretrained=True).eval()
+    for test in (False, True):
+        assert tuple(timm.data.resolve_model_data_config(net, use_test_size=test)["input_size"]) == shape
+    net(x)
+    assert load(str(tmp_path / "first")).graph.input_shape == shape
+
+
+def test_a_model_that_takes_other_sizes_than_timm_says_is_built_as_it_was():
+    config = load("xcit_nano_12_p16_224", meta=True, input_size=(3, 64, 64)).config
+    assert config["pretrained_cfg"]["input_size"] == [3, 64, 64]
+    assert config["pretrained_cfg"]["fixed_input_size"] is False
+    assert config["model_args"]["img_size"] == [224, 224]
+
+
+def test_a_folder_that_does_not_tell_its_input_size_has_that_of_its_packed_file(tmp_path):
+    mpq = HubMPQ.from_pretrained("test_resnet", pretrained=False, input_size=(3, 64, 64)).apply_policy("W8A8")
+    mpq.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["pretrained_cfg"]["input_size"] = [3, 160, 160]  # as hub_mpq wrote it once
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = HubMPQ.from_pretrained(tmp_path)
+    assert again.source.example[0].shape == (1, 3, 64, 64)
+    assert again.source.config["pretrained_cfg"]["input_size"] == [3, 64, 64]
+
+
+def test_a_packed_model_that_is_given_another_input_size_counts_at_that(tmp_path):
+    def fresh(size):
+        return HubMPQ.from_pretrained(
+            "test_resnet",
+            pretrained=False,
+            input_size=(3, size, size),
+            exclude=["layer2.0.conv2"],
+            fixed={"conv1.0": None},
+        )
+
+    mpq = fresh(64).apply_policy("W4A6")
+    mpq.save_pretrained(tmp_path)
+    again, other = HubMPQ.from_pretrained(tmp_path, input_size=(3, 96, 96)), fresh(96)
+    assert again.graph.input_shape == (3, 96, 96)
+    assert again.usage().amounts == {**other.apply_policy("W4A6").usage().amounts, "size": again.usage()["size"]}
+    assert {op.name: op.macs for op in again.graph.floats} == {op.name: op.macs for op in other.graph.floats}
+    assert again.graph.floats
 
 
 def test_what_timm_does_not_have():

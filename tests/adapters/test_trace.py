@@ -114,6 +114,30 @@ def test_ties_owners_and_fixed_layers():
     assert [(op.kind, op.macs, op.reason) for op in floats] == [("matmul", 2 * 5 * 5 * 8, "product of two activations")]
 
 
+def test_a_tensor_that_several_layers_read_is_one_buffer():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.left = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+            self.right = nn.Sequential(nn.Identity(), nn.Conv2d(4, 4, 1))
+            self.after, self.q, self.k, self.head = (nn.Linear(4, 4) for _ in range(4))
+
+        def forward(self, x):
+            x = self.stem(x)
+            y = self.left(x) + self.right(x)
+            z = self.after(x.mul_(2).mean((2, 3)) + y.mean((2, 3)))
+            return self.head(self.q(z) + self.k(z)) + self.right[1](x).sum()  # of what is written over x
+
+    layers = {x.name: x for x in trace(Branches(), torch.randn(1, 3, 5, 5))[0]}
+    assert {n: x.input_owner for n, x in layers.items()} == dict.fromkeys(layers)  # right runs on two tensors
+    Branches.forward = lambda self, x: self.head(
+        self.q(z := self.after((self.left(x := self.stem(x)) + self.right(x)).mean((2, 3)))) + self.k(z)
+    )
+    layers = {x.name: x for x in trace(Branches(), torch.randn(1, 3, 5, 5))[0]}
+    assert {n: x.input_owner for n, x in layers.items() if x.input_owner} == {"right.1": "left"}
+    assert {n: x.buffer for n, x in layers.items() if x.buffer != n} == {"right.1": "left", "k": "q"}
+
+
 def test_layers_of_different_parents_are_not_tied():
     class Cross(nn.Module):
         def __init__(self):
@@ -215,6 +239,72 @@ def test_fused_operators_count_as_their_parts():
         torch.baddbmm(torch.zeros(7, 2, 2), x, x.transpose(1, 2))
         torch.einsum("tbi,tci->tbc", x, x)
         assert sum(counter.macs.values()) == 8 + 16 + 7 * 16 + 7 * 16
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "macs"),
+    [
+        (
+            nn.Conv2d(8, 12, (3, 5), stride=(2, 3), padding=(1, 2), dilation=(2, 1), groups=4),
+            (8, 17, 23),
+            12 * 8 * 8 * 30,
+        ),
+        (nn.Conv2d(4, 4, 3, padding="same", padding_mode="reflect"), (4, 7, 7), 4 * 49 * 36),
+        (nn.ConvTranspose2d(4, 6, 3, stride=3, groups=2, output_padding=1), (4, 5, 5), 100 * 3 * 9),
+        (nn.ConvTranspose1d(4, 6, 5, stride=2), (4, 11), 44 * 6 * 5),
+        (nn.Conv1d(4, 6, 3, dilation=2, groups=2), (4, 20), 6 * 16 * 2 * 3),
+        (nn.Conv3d(2, 4, (1, 3, 3), stride=(1, 2, 2)), (2, 4, 9, 9), 4 * 64 * 18),
+        (nn.Linear(8, 5), (3, 7, 8), 21 * 40),
+        (nn.GRU(8, 6, num_layers=2, batch_first=True), (5, 8), 5 * 3 * 6 * (14 + 12)),
+    ],
+)
+def test_layers_of_every_form_follow_the_closed_form(layer, shape, macs):
+    layers, floats = trace(nn.Sequential(layer), torch.randn(2, *shape))
+    assert [x.macs for x in (*layers, *floats)] == [macs]
+
+
+@pytest.mark.parametrize("length", [5, 40])  # torch multiplies matrices for the longer one
+def test_distances_and_bilinear_layers_count(length):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 6), nn.Bilinear(6, 5, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            y = self.a(x)
+            return torch.cdist(y, y[:, 1:]).sum() + self.c(self.b(y, y[..., :5]))
+
+    found = {(op.name, op.kind): op.macs for op in trace(Net(), torch.randn(2, length, 8))[1]}
+    assert found == {("Net", "matmul"): length * (length - 1) * 6, ("b", "Bilinear"): length * 6 * 5 * 4}
+
+
+@pytest.mark.parametrize(
+    ("net", "shape"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)), (3, 8, 8)),
+        (nn.Sequential(nn.ReLU(), nn.Conv2d(1, 4, 3)), (1, 8, 8)),
+        (nn.Sequential(nn.ConvTranspose2d(3, 4, 3)), (3, 8, 8)),
+        (nn.Sequential(nn.Conv1d(3, 4, 3)), (3, 8)),
+        (nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4)), (8,)),
+    ],
+)
+def test_an_example_without_a_batch_axis_is_refused(net, shape):
+    with pytest.raises(InvalidArgument, match="the example input must have a batch dimension in front"):
+        trace(net, torch.randn(shape))
+    assert trace(net, torch.randn(2, *shape)) == trace(net, torch.randn(1, *shape))
+
+
+def test_layers_may_read_samples_one_by_one():
+    class OneByOne(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.scale, self.hidden = nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+
+        def forward(self, images):
+            return torch.stack([self.conv(x).mean((1, 2)) * self.scale(self.hidden) for x in images])
+
+    assert [x.macs for x in trace(OneByOne(), torch.randn(2, 3, 5, 5))[0]] == [4 * 27 * 9, 16]
+    assert [x.name for x in trace(OneByOne(), ([torch.randn(3, 5, 5)],))[0]] == ["conv", "scale"]
 
 
 GROUPED = {  # {operands: (first, second, offsets, MACs)}; offsets cut the axis that only one of the two has

@@ -10,6 +10,7 @@ import transformers as T
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
+from hub_mpq import HubMPQ
 from hub_mpq.adapters import build_graph, load
 from hub_mpq.cli import app
 from hub_mpq.core import LayerBits
@@ -240,6 +241,49 @@ def test_weights_arguments_and_config(folder, tmp_path):
         load(path, pretrained=False, colour=3)
     with pytest.raises(InvalidArgument, match="no class 'AutoNothing'"):
         load(path, pretrained=False, auto_class="AutoNothing")
+
+
+def test_the_sequence_length_that_a_model_was_given_is_saved(folder, tmp_path):
+    config = T.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=99
+    )
+    mpq = HubMPQ.from_pretrained(folder(config, "BertModel"), pretrained=False, sequence_length=10)
+    mpq.apply_policy("W4A8").save_pretrained(tmp_path / "packed")
+    again = HubMPQ.from_pretrained(tmp_path / "packed")
+    assert again.graph.input_shape == mpq.graph.input_shape == (10,)
+    assert again.source.example["input_ids"].shape == (1, 10)
+    assert again.source.preprocess["sequence_length"] == 10
+    assert again.usage().amounts == mpq.usage().amounts
+    longer = HubMPQ.from_pretrained(tmp_path / "packed", sequence_length=12)
+    assert longer.source.example["input_ids"].shape == (1, 12)
+    assert longer.graph.input_shape == (12,)
+    assert sum(x.macs for x in longer.graph) > sum(x.macs for x in again.graph)
+
+
+@pytest.mark.parametrize(
+    ("kept", "saved"),
+    [
+        ({"size": {"height": 32, "width": 32}}, {"size": {"height": 16, "width": 16}}),
+        (
+            {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}},
+            {"size": {"shortest_edge": 18}, "crop_size": {"height": 16, "width": 16}},
+        ),
+        ({"size": 32, "do_rescale": True}, {"size": 16, "do_rescale": True}),
+    ],
+)
+def test_the_image_size_that_a_model_was_given_is_saved(folder, tmp_path, kept, saved):
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    path = folder(T.ViTConfig(**small, image_size=32, patch_size=8), "ViTForImageClassification")
+    (Path(path) / "preprocessor_config.json").write_text(json.dumps(kept))
+    mpq = HubMPQ.from_pretrained(path, pretrained=False, image_size=16).apply_policy("W4A8")
+    mpq.save_pretrained(tmp_path / "packed")
+    assert json.loads((tmp_path / "packed" / "preprocessor_config.json").read_text()) == saved
+    again = HubMPQ.from_pretrained(tmp_path / "packed")
+    assert again.source.example["pixel_values"].shape == (1, 3, 16, 16)
+    assert again.usage().amounts == mpq.usage().amounts
+    again.save_pretrained(tmp_path / "again")
+    files = [(tmp_path / name / "preprocessor_config.json").read_bytes() for name in ("packed", "again")]
+    assert files[0] == files[1]
 
 
 def test_a_quantization_config_is_no_part_of_the_skeleton(folder):

@@ -43,6 +43,9 @@ def test_quantize_in_one_command(run, folder, tmp_path):
     measured = only_json(run("evaluate", out, "--data", folder, *LOADING, "--json"))
     assert measured["top1"] == pytest.approx(tree["metrics"]["quantized"]["top1"])
     assert measured["quantized"] is True
+    assert json.loads((out / "config.json").read_text())["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    assert only_json(run("inspect", out, "--json"))["input_shape"] == [3, 32, 32]
+    assert HubMPQ.from_pretrained(out).source.example[0].shape == (1, 3, 32, 32)
 
 
 def test_one_seed_one_result(run, folder, indicators, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hub_mpq.core import FloatOp, LayerBits, LayerGraph, LayerSpec, Policy
+from hub_mpq.core import FloatOp, LayerBits, LayerGraph, LayerSpec, Policy, limits
 from hub_mpq.cost import (
     activation_memory,
     activation_nbytes,
@@ -60,6 +60,21 @@ def test_activation_bytes_round_up():
     policy = Policy.uniform(GRAPH, "W3A3")
     assert activation_memory(GRAPH, policy) == 75 + 13 + 0 + 2
     assert activation_peak(GRAPH, policy) == 75
+
+
+def test_a_tensor_that_several_layers_read_counts_once_for_each_width():
+    q, k, v = (LayerSpec(n, "linear", (4, 4), 16, 16, 30, activation_tie="q") for n in "qkv")
+    gate = LayerSpec("gate", "conv2d", (4, 30, 1, 1), 120, 120, 30, input_owner="q")
+    out = LayerSpec("out", "linear", (4, 4), 16, 16, 9)
+    graph = LayerGraph("m", None, "module", (30,), (q, k, v, gate, out))
+    assert activation_memory(graph, Policy.uniform(graph, "W8A4")) == 15 + 5
+    assert activation_peak(graph, Policy.uniform(graph, "W8A4")) == 15
+    bits = {**Policy.uniform(graph, "W8A4").bits, "gate": LayerBits(2, 8)}
+    assert activation_memory(graph, Policy(bits, graph.digest)) == 15 + 30 + 5
+    for pin in ("W8A4", "W2A8"):  # what fixed and searched layers share is no cost of the searched ones
+        pinned = graph.with_fixed({"k": pin})
+        found = limits.get("activation_memory").of_policy(pinned, Policy.uniform(pinned, "W8A4"), 0)
+        assert found == activation_memory(pinned, Policy.uniform(pinned, "W8A4")) == (20 if pin == "W8A4" else 50)
 
 
 def test_a_policy_for_another_model_is_refused():

@@ -16,6 +16,7 @@ from hub_mpq.core import FloatOp, LayerBits, LayerGraph, LayerSpec, Policy
 from hub_mpq.cost.size import layer_nbytes
 from hub_mpq.errors import InvalidArgument, PackedFormat, PolicyMismatch
 from hub_mpq.pack import (
+    Manifest,
     PackedTensor,
     empty_packed,
     file_nbytes,
@@ -111,6 +112,17 @@ def test_reading_gives_tensors_of_their_own(packed):
 def test_the_manifest_knows_every_field_of_the_words():
     assert set(_LAYER_TYPES) == {f.name for f in fields(LayerSpec)}
     assert set(_FLOAT_TYPES) == {f.name for f in fields(FloatOp)}
+
+
+def test_who_reads_an_input_first_is_written_where_it_is_not_the_layer_itself(tmp_path):
+    _, manifest = toy()
+    assert "input_owner" not in manifest.to_text()
+    layers = tuple(replace(x, input_owner="stem" if x.name == "depthwise" else None) for x in GRAPH)
+    again = replace(manifest, graph=replace(GRAPH, layers=layers))
+    assert again.to_text().count("input_owner") == 1
+    assert Manifest.from_text(again.to_text()) == again
+    with pytest.raises(InvalidArgument, match="manifest is wrong"):
+        Manifest.from_text(again.to_text().replace('"fixed","input_owner"', '"input_owner","fixed"'))
 
 
 def change(name, value):

@@ -116,6 +116,39 @@ def test_layers_of_one_input_share_the_activation_width_only():
     assert result.objective == pytest.approx(brute(graph, scores, allowed), abs=1e-12)
 
 
+def one_tensor(graph, readers, owner):
+    layers = tuple(replace(x, activation_count=50, input_owner=owner) if x.name in readers else x for x in graph)
+    return replace(graph, layers=layers)
+
+
+@pytest.mark.parametrize("inputs", [("body.0", "body.0", None), (None, None, None)])
+@pytest.mark.parametrize("pin", [None, "W4A3", "W4A8"])
+def test_memory_of_a_tensor_that_several_layers_read(inputs, pin):
+    graph = one_tensor(toy(inputs=inputs), ["body.1", "body.2"], "body.0")
+    graph = one_tensor(graph, ["body.0"], None)
+    graph = graph.with_fixed({"body.2": pin}) if pin else graph
+    scores = scores_of(graph)
+    pinned = {x.name: x.fixed for x in graph if x.fixed}
+    readers = [x.name for x in graph.searched]
+    least = 64 + {None: 13, "W4A3": 19, "W4A8": 13 + 50}[pin]
+    with pytest.raises(InfeasibleBudget) as caught:
+        search_policy(graph, scores, Budget(activation_memory=least - 1), base_bytes=0)
+    assert caught.value.least["activation_memory"] == least
+    level = usage_of(graph, Policy.uniform(graph, "W3A3"), None, 0)["activation_memory"]
+    for limit, cap in (("A3", level), (least, least), (64 + 13 + 50, 64 + 13 + 50)):
+        result = search_policy(graph, scores, Budget(activation_memory=limit), base_bytes=0)
+        best = None
+        for combo in itertools.product(*(scores[n] for n in readers)):
+            policy = Policy({**pinned, **dict(zip(readers, combo, strict=True))}, graph.digest)
+            if len({b.activation for b in combo}) == 1 and usage_of(graph, policy, None, 0)["activation_memory"] <= cap:
+                value = sum(scores[n][b] for n, b in zip(readers, combo, strict=True))
+                best = value if best is None else min(best, value)
+        assert result.objective == pytest.approx(best, abs=1e-12)
+        assert result.usage["activation_memory"] <= cap
+    free = search_policy(graph, scores, Budget(bitops="W3A3"), base_bytes=0).policy.bits
+    assert inputs[0] or len({free[n].activation for n in readers}) > 1  # no other limit ties them
+
+
 def test_tied_layers_share_everything_within_one_input_and_across():
     for graph in (toy(ties=("t", None, "t"), inputs=("q", "q", "q")), toy(ties=("t", None, "t"))):
         result = search_policy(graph, scores_of(graph), Budget(bitops="W3A3"), base_bytes=0)

@@ -107,6 +107,49 @@ def test_fractional_costs(seed):
         assert solution.usage[limit] <= cap / 10 * (1 + 1e-12)
 
 
+@pytest.mark.parametrize(("layers", "limit"), [(3, 0.3), (7, 0.7), (6, 0.6)])
+def test_a_sum_of_tenths_meets_its_limit(layers, limit):
+    row = {"tenth": {"score": 1.0, "cost": {"ms": 0.1}}, "fifth": {"score": 0.5, "cost": {"ms": 0.2}}}
+    table = {"sense": "min", "layers": {f"l{i}": row for i in range(layers)}, "limits": {"ms": limit}}
+    assert set(solve_table(table).choices.values()) == {"tenth"}
+    with pytest.raises(InfeasibleBudget):
+        solve_table({**table, "limits": {"ms": limit - 1e-6}})
+
+
+@pytest.mark.parametrize("huge", [1e20, 1e300])
+def test_huge_costs_and_scores_are_numbers_like_others(huge):
+    cheap = {"score": 1.0, "cost": {"ms": 1}}
+    for other in ({"score": 0.5, "cost": {"ms": huge}}, {"score": huge, "cost": {"ms": 2}}):
+        layers = {"a": {"x": cheap, "y": other}, "b": {"x": cheap, "y": other}}
+        assert solve_table({"sense": "min", "layers": layers, "limits": {"ms": 5}}).objective == 2.0
+
+
+@pytest.mark.parametrize("score", [1e-15, 1e-9, 1e9, 1e15])
+@pytest.mark.parametrize("cost", [1, 10**9])
+def test_scores_and_costs_of_any_scale(score, cost):
+    for seed in range(8):
+        table = random_table(7000 + seed, layers=(5, 6), choices=(2, 4), kind="plain")
+        layers = {
+            name: {
+                c: {"score": v["score"] * score, "cost": {k: x * cost for k, x in v["cost"].items()}}
+                for c, v in row.items()
+            }
+            for name, row in table["layers"].items()
+        }
+        scaled = {**table, "layers": layers, "limits": {k: v * cost for k, v in table["limits"].items()}}
+        assert math.isclose(solve_table(scaled).objective, optimum(scaled), rel_tol=1e-12)
+
+
+def test_scores_of_very_different_sizes_in_one_objective():
+    rng = random.Random(1)
+    for seed in range(20):
+        table = random_table(8000 + seed, layers=(5, 6), choices=(3, 4), kind="plain")
+        for row in table["layers"].values():
+            for choice in row.values():
+                choice["score"] *= 10.0 ** rng.choice([-3, 0, 10])
+        assert math.isclose(solve_table(table).objective, optimum(table), rel_tol=1e-12)
+
+
 def test_layers_of_equal_shape():
     """A transformer: few distinct costs, so that many part-policies coincide and are merged."""
     rng = random.Random(0)
