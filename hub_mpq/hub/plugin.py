@@ -163,11 +163,12 @@ class MPQHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """True while layers hold float weights behind quantizers, False for packed ones."""
-        return self.trainable
+        """True: adapters train beside packed weights."""
+        return True
 
     @property
     def is_qat_trainable(self) -> bool:
+        """True while layers hold float weights behind quantizers, False for packed ones."""
         return self.trainable
 
 

@@ -50,7 +50,7 @@ def _fused(layer: Any, operation: Operation | None, x: Tensor) -> Tensor | None:
     return quantized(operation, x, layer.weight, layer.bias, of_x, of_w)
 
 
-def _convolution(layer: Any) -> Convolution | None:
+def convolution_of(layer: Any) -> Convolution | None:
     """A conv2d layer as one operation; None when its input is padded apart from it."""
     if layer.same_padding or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return None
@@ -71,7 +71,7 @@ class QuantConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         # one image without a batch axis goes the plain way
-        if x.dim() == 4 and (out := _fused(self, _convolution(self), x)) is not None:
+        if x.dim() == 4 and (out := _fused(self, convolution_of(self), x)) is not None:
             return out
         x, weight = operands(self, x)
         if not self.same_padding:
