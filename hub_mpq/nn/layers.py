@@ -64,6 +64,10 @@ class QuantConv2d(nn.Conv2d):
     input_quantizer: Any
     float_class: type[nn.Module]
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """The float layer where one is constructed: PEFT makes an adapter's convolutions of the type that it adapts."""
+        return nn.Conv2d(*args, **kwargs) if args or kwargs else object.__new__(cls)
+
     @property
     def same_padding(self) -> bool:
         """Whether the input is padded to TensorFlow's SAME, as timm's Conv2dSame computes it."""

@@ -73,7 +73,7 @@ class PackedLayer(nn.Module):
         return weight if _traced() else weight.as_subclass(_ReadOnly)
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
-        """The dequantized weight as a plain tensor, rounded to the dtype that the model computes in, then in `dtype`."""
+        """The dequantized weight as a plain tensor, in the precision that the model computes in and as `dtype`."""
         return self.packed.dequantize().to(self.compute.dtype).to(dtype)
 
     def weight_quantizer(self, weight: Tensor) -> Tensor:
@@ -147,6 +147,7 @@ def packed_product(layer: Any, operation: Operation, x: Tensor) -> Tensor:
 class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[override]
     """x [N, C, H, W]."""
 
+    __new__ = QuantConv2d.__new__
     same_padding = QuantConv2d.same_padding
 
     def forward(self, x: Tensor) -> Tensor:
