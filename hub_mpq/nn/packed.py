@@ -8,6 +8,7 @@ functions, so that it can use the same forward.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -27,18 +28,29 @@ from .types import layer_kind
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "input_scale", "input_zero_point")
 
 
+_WRITES = re.compile(r"__set(item)?__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)__|.*[^_]_")
+
+
 class _ReadOnly(Tensor):
-    """A weight that is made anew at each call: what is written into it would be lost, as a merged adapter would."""
+    """A weight that is made anew at each call: what is written into it would be lost, as a merged adapter would.
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed with it is a plain tensor
+    What is computed with it is a plain tensor.
+    """
 
-    def _refuse(self, value: Tensor) -> None:
-        raise HubMPQError(
-            "packed weights can't be changed, so an adapter can't be merged into them or start from a part of them "
-            "(PiSSA, OLoRA): keep it beside them, or call dequantize() on the model before the adapter is added"
-        )
+    _is_hf_initialized = True  # transformers must not draw random weights into it
 
-    data = property(lambda self: self.as_subclass(Tensor).data, _refuse)  # type: ignore[assignment]
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__
+        freezes = name in ("__set__", "requires_grad_") and (args[1] is False or args[1] is None)
+        if _WRITES.fullmatch(name) and not freezes:
+            raise HubMPQError(
+                "packed weights can't be changed, so an adapter can't be merged into them or start from a part of them "
+                "(PiSSA, OLoRA): keep it beside them, or call dequantize() on the model before the adapter is added"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **(kwargs or {}))
+            return out.as_subclass(cls) if name == "__get__" and isinstance(out, Tensor) else out
 
 
 class PackedLayer(nn.Module):
@@ -67,10 +79,15 @@ class PackedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight in the dtype that the model computes in, made anew at each call; its `data` can't be
-        set."""
+        """The dequantized weight in the dtype that the model computes in, made anew at each call; HubMPQError for who
+        writes into it."""
         weight = self.unpacked(self.compute.dtype)
         return weight if _traced() else weight.as_subclass(_ReadOnly)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        if not torch.equal(value, self.weight):  # PEFT gives a layer its own weight back
+            self.weight.copy_(value)
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight as a plain tensor, in the precision that the model computes in and as `dtype`."""

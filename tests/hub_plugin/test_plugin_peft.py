@@ -197,6 +197,28 @@ def test_a_model_with_adapters_inside_is_not_saved_as_the_base(case, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("method", ["IA3Config", "OFTConfig", "AdaLoraConfig", "RandLoraConfig"])
+def test_other_adapters_of_linear_layers(case, method, tmp_path):
+    """They start as the base, train, load beside a fresh one, and are taken off again; merged they are not."""
+    if case.kind == "gpt2" and method == "OFTConfig":
+        pytest.skip("PEFT has no OFT of transposed linear layers")
+    options = {"target_modules": TARGETS[case.kind]}
+    options |= {"feedforward_modules": []} if method == "IA3Config" else {}
+    options |= {"r": 0, "oft_block_size": 8} if method == "OFTConfig" else {}
+    options |= {"total_step": 100} if method == "AdaLoraConfig" else {}
+    model = peft.get_peft_model(base(case), getattr(peft, method)(**options))
+    assert torch.equal(logits(model), logits(base(case)))
+    train(model, case.kind)
+    model.save_pretrained(tmp_path)
+    want = logits(model)
+    assert not torch.equal(want, logits(base(case)))
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(base(case), tmp_path)), want)
+    with pytest.raises(HubMPQError, match="can't be changed"):
+        model.merge_and_unload()
+    assert torch.equal(logits(model), want)
+    assert torch.equal(logits(model.unload()), logits(base(case)))
+
+
 def test_convolutions_and_embeddings(tmp_path):
     """LoRA of a packed Conv2d and of a packed Embedding; of those with quantizers too."""
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

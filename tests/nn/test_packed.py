@@ -67,6 +67,17 @@ def test_outputs_and_gradients_are_those_of_the_layer_with_quantizers(name, leve
         torch.testing.assert_close(packed.bias.grad, quantized.bias.grad)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_output_may_be_written_into(name):
+    """Adapters add their part to it in place."""
+    for layer in both(name)[:2]:
+        x = both(name)[2].requires_grad_()
+        out = layer(x)
+        out += 1
+        out.sum().backward()
+        assert x.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("name", ["linear", "conv1d", "conv2d"])
 def test_no_float_weight_is_kept_for_the_way_back(name):
     _, packed, x = both(name)
@@ -92,10 +103,22 @@ def test_biases_may_be_of_another_dtype(name):
 def test_what_is_written_into_a_weight_is_refused_rather_than_lost():
     _, packed, _ = both("linear")
     before = packed.weight.clone()
+    zeros = torch.zeros(24, 16)
+    for write in (
+        lambda: packed.weight.zero_(),
+        lambda: packed.weight.data.copy_(zeros),
+        lambda: setattr(packed.weight, "data", zeros),
+        lambda: setattr(packed, "weight", zeros),
+        lambda: packed.weight.__setitem__(0, 0.0),
+        lambda: nn.init.zeros_(packed.weight),
+    ):
+        with pytest.raises(HubMPQError, match="can't be changed"):
+            write()
     with pytest.raises(HubMPQError, match="can't be changed"):
         packed.weight.data += 1
-    with pytest.raises(HubMPQError, match="can't be changed"):
-        packed.weight.data = torch.zeros(24, 16)
+    packed.weight = packed.weight
+    packed.weight.requires_grad = False
+    packed.weight.data.requires_grad_(False)
     assert torch.equal(packed.weight, before)
     assert type(packed.weight * 2) is torch.Tensor
 
