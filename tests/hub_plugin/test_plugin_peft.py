@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 import transformers
-from plugin_toys import pack
+from plugin_toys import build, pack
 
 from hub_mpq import HubMPQ
 from hub_mpq.core.files import PACKED
@@ -247,3 +247,20 @@ def test_convolutions_and_embeddings(tmp_path):
         with torch.no_grad():
             assert torch.equal(back(**inputs).logits, model.eval()(**inputs).logits)
             assert not torch.equal(back(**inputs).logits, base(case)(**inputs).logits)
+
+
+def test_a_float_head_trains_beside_a_packed_body(tmp_path):
+    """As PEFT has it for classification: the head is saved with the adapter."""
+    build("classifier")[0].save_pretrained(tmp_path / "float")
+    mpq = HubMPQ.from_pretrained(tmp_path / "float", exclude=["classifier"])
+    mpq.apply_policy("W3A6")
+    mpq.save_pretrained(tmp_path / "packed")
+    cls = transformers.AutoModelForSequenceClassification
+    model = with_lora(cls.from_pretrained(tmp_path / "packed"), "classifier", task_type="SEQ_CLS")
+    head = model.base_model.model.classifier.modules_to_save["default"].weight
+    before = head.detach().clone()
+    train(model, "classifier")
+    assert not torch.equal(head, before)
+    model.save_pretrained(tmp_path / "adapter")
+    back = peft.PeftModel.from_pretrained(cls.from_pretrained(tmp_path / "packed"), tmp_path / "adapter")
+    assert torch.equal(logits(back), logits(model))
