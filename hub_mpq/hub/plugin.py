@@ -15,12 +15,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..adapters.base import commit_of
 from ..core import Budget, LayerBits, Policy
-from ..core.files import PACKED
+from ..core.files import FLOAT_COPY, PACKED
 from ..errors import HubMPQError, InvalidArgument, PackedFormat
 from ..nn.packed import packed_layers
 from ..pack.header import FORMAT_VERSION
 from ..versions import warn_if_untested
 from .folder import save_folder
+from .plugin_checkpoint import is_checkpoint, is_training_state, restore_from_checkpoints, training_state
 from .plugin_load import become_packed, network_of, to_float
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 METHOD = "mpq"
 _FLOAT_FILES = (
-    "model.safetensors",
+    FLOAT_COPY,
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
@@ -161,11 +162,12 @@ class MPQHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """True while layers hold float weights behind quantizers, False for packed ones."""
-        return self.trainable
+        """True: adapters train beside packed weights."""
+        return True
 
     @property
     def is_qat_trainable(self) -> bool:
+        """True while layers hold float weights behind quantizers, False for packed ones."""
         return self.trainable
 
 
@@ -178,6 +180,8 @@ def _attach(model: Any, manifest: Manifest, quantizer: Any) -> None:
     model.quantization_method = quantizer.quantization_config.quant_method
     model.save_pretrained = _Method(save_pretrained, model)
     model.push_to_hub = _Method(push_to_hub, model)
+    if quantizer.trainable:
+        restore_from_checkpoints(model)
 
 
 class _Method:
@@ -215,8 +219,8 @@ def save_pretrained(
 ) -> None:
     """As transformers' save_pretrained, writing config.json and the packed file, whole or not at all.
 
-    One file whatever max_shard_size says. Raises HubMPQError when float weights lie in the folder: a plain load
-    would take them for this model.
+    One file whatever max_shard_size says. A checkpoint of Trainer also gets the state that training goes on from.
+    Raises HubMPQError when float weights lie in the folder: a plain load would take them for this model.
     """
     if getattr(self, "_hf_peft_config_loaded", False):  # adapters only
         return type(self).save_pretrained(  # type: ignore[no-any-return]
@@ -225,12 +229,18 @@ def save_pretrained(
     if not is_main_process:
         return None
     folder = Path(save_directory)
-    if stale := [name for name in _FLOAT_FILES if (folder / name).exists()]:
+    files = [name for name in _FLOAT_FILES if (folder / name).exists()]
+    if stale := [name for name in files if not is_training_state(folder / name)]:
         raise HubMPQError(f"{folder} holds {stale[0]}, which a plain load would take for this model; save elsewhere")
+    manifest = self.hf_quantizer.manifest
     extra = {}
+    if is_checkpoint(folder) and self.hf_quantizer.trainable:
+        extra[FLOAT_COPY] = training_state(self, manifest.policy)
     if self.can_generate():
         extra["generation_config.json"] = self.generation_config.to_json_string().encode()
-    save_folder(folder, network_of(self), self.hf_quantizer.manifest, _config(self), extra=extra)
+    save_folder(folder, network_of(self), manifest, _config(self), extra=extra)
+    if FLOAT_COPY not in extra:  # Trainer copies a checkpoint's to the folder that it publishes
+        (folder / FLOAT_COPY).unlink(missing_ok=True)
     if push_to_hub:
         self.push_to_hub(kwargs.pop("repo_id", None) or folder.name, **kwargs)
     return None

@@ -65,9 +65,12 @@ class Product(NamedTuple):
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.transposed:
-            return F.linear(x, weight, bias)
-        assert bias is not None  # Conv1D always has one
-        return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+            out = F.linear(x, weight, bias)
+        else:
+            assert bias is not None  # Conv1D always has one
+            out = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)
+        # no view for autograd, which forbids to write into a view that a Function returns
+        return torch.ops.aten._unsafe_view.default(out, [*x.shape[:-1], out.shape[-1]])
 
     def back(self, g: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> Gradients:
         g2, x2 = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])

@@ -48,7 +48,7 @@ register_layer_kind(
         row_axes=(1, 0),
         types=("transformers.pytorch_utils.Conv1D",),
         quantized="hub_mpq.nn.layers:QuantConv1D",
-        packed="hub_mpq.nn.packed:PackedConv1D",
+        packed="hub_mpq.nn.packed_conv1d:PackedConv1D",
         shares_input=True,
     )
 )

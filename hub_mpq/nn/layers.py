@@ -104,7 +104,7 @@ def _fused(layer: Any, operation: Operation | None, x: Tensor) -> Tensor | None:
     return quantized(operation, x, layer.weight, layer.bias, of_x, of_w)
 
 
-def _convolution(layer: Any) -> Convolution | None:
+def convolution_of(layer: Any) -> Convolution | None:
     """A conv2d layer as one operation; None when its input is padded apart from it."""
     if layer.same_padding or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return None
@@ -118,6 +118,10 @@ class QuantConv2d(nn.Conv2d):
     input_quantizer: Any
     float_class: type[nn.Module]
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """The float layer where one is constructed: PEFT makes an adapter's convolutions of the type that it adapts."""
+        return nn.Conv2d(*args, **kwargs) if args or kwargs else object.__new__(cls)
+
     @property
     def same_padding(self) -> bool:
         """Whether the input is padded to TensorFlow's SAME, as timm's Conv2dSame computes it."""
@@ -126,7 +130,7 @@ class QuantConv2d(nn.Conv2d):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         x = first_operand(args, kwargs)
         # one image without a batch axis goes the plain way
-        if x.dim() == 4 and (out := _fused(self, _convolution(self), x)) is not None:
+        if x.dim() == 4 and (out := _fused(self, convolution_of(self), x)) is not None:
             return out
         x, weight = operands(self, x)
         if not self.same_padding:

@@ -1,4 +1,5 @@
-"""Layers that keep their weight packed in memory and unpack it when they run. Inference only.
+"""Layers that keep their weight packed in memory and unpack it when they run. Their weight is never trained; gradients
+pass through them to adapters, and to the layers before.
 
 They compute what the layers of layers.py compute, bit for bit, and their state-dict keys are the names of the packed
 file (weight_packed, weight_scale, weight_shape, input_scale, …). A PackedLayer has the quantizers of the other form as
@@ -7,22 +8,50 @@ functions, so that it can use the same forward.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..core import FLOAT_BITS, LayerBits, LayerSpec
-from ..errors import UnsupportedLayer
+from ..errors import HubMPQError, UnsupportedLayer
 from ..pack import PackedTensor
 from ..quantizers.base import keep_dtype
 from ..quantizers.fake_quantize import fake_quantize, quantize_traced
 from ..versions import warn_if_untested
-from .layers import QuantConv1D, QuantConv2d, QuantLinear, call_only, first_operand, take_over
+from .fused import Operation, Product
+from .layers import QuantConv2d, call_only, convolution_of, first_operand, take_over
 from .types import layer_kind
 
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "input_scale", "input_zero_point")
+
+
+_WRITES = re.compile(r"__set(item)?__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)__|.*[^_]_")
+
+
+class _ReadOnly(Tensor):
+    """A weight that is made anew at each call: what is written into it would be lost, as a merged adapter would.
+
+    What is computed with it is a plain tensor.
+    """
+
+    _is_hf_initialized = True  # transformers must not draw random weights into it
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__
+        freezes = name in ("__set__", "requires_grad_") and (args[1] is False or args[1] is None)
+        if _WRITES.fullmatch(name) and not freezes:
+            raise HubMPQError(
+                "packed weights can't be changed, so an adapter can't be merged into them or start from a part of them "
+                "(PiSSA, OLoRA): keep it beside them, or call dequantize() on the model before the adapter is added"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **(kwargs or {}))
+            return out.as_subclass(cls) if name == "__get__" and isinstance(out, Tensor) else out
 
 
 class PackedLayer(nn.Module):
@@ -51,12 +80,23 @@ class PackedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight in the dtype that the model computes in, made anew at each call."""
-        return self.packed.dequantize(self.compute.dtype)
+        """The dequantized weight in the dtype that the model computes in, made anew at each call; HubMPQError for who
+        writes into it."""
+        weight = self.unpacked(self.compute.dtype)
+        return weight if _traced() else weight.as_subclass(_ReadOnly)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        if not torch.equal(value, self.weight):  # PEFT gives a layer its own weight back
+            self.weight.copy_(value)
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """The dequantized weight as a plain tensor, in the precision that the model computes in and as `dtype`."""
+        return self.packed.dequantize(self.compute.dtype).to(dtype)
 
     def weight_quantizer(self, weight: Tensor) -> Tensor:
         """The weight is on its grid already."""
-        return weight
+        return weight.as_subclass(Tensor)
 
     @property
     def input_quantizer(self) -> Callable[[Tensor], Tensor] | None:
@@ -80,24 +120,63 @@ class PackedLayer(nn.Module):
         return f"{self.kind} {list(self.shape)}, {self.bits}"
 
 
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+class _Product(torch.autograd.Function):
+    """A product with a packed weight that is unpacked again on the way back: to keep it would take the memory of a
+    float model."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: PackedLayer, operation: Operation) -> Tensor:
+        out = operation.run(x, layer.unpacked(x.dtype), bias)
+        ctx.layer, ctx.operation, ctx.shape, ctx.dtype = layer, operation, x.shape, out.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        of_x, of_bias = ctx.needs_input_grad[:2]
+        x = grads[0].new_zeros(()).expand(ctx.shape)  # only its shape counts
+        dx, _, db = ctx.operation.back(grads[0], x, ctx.layer.unpacked(ctx.dtype), (of_x, False, of_bias))
+        return dx, db, None, None
+
+
+def packed_product(layer: Any, operation: Operation, x: Tensor) -> Tensor:
+    """The output of a packed layer.
+
+    Args:
+        layer: The layer.
+        operation: What it does with its input and its weight.
+        x: The input. What biases and other layers compute in may be another dtype than the weight's.
+    """
+    if layer.input_quantizer is not None:
+        x = layer.input_quantizer(x)
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    if torch.is_grad_enabled() and not _traced() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        out: Tensor = _Product.apply(x, bias, layer, operation)
+        return out
+    return operation.run(x, layer.unpacked(x.dtype), bias)
+
+
 class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[override]
     """x [N, C, H, W]."""
 
+    __new__ = QuantConv2d.__new__
     same_padding = QuantConv2d.same_padding
-    forward = QuantConv2d.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = first_operand(args, kwargs)
+        operation = convolution_of(self) if x.dim() == 4 else None
+        return QuantConv2d.forward(self, x) if operation is None else packed_product(self, operation, x)
 
 
 class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override]
     """x [..., in] to [..., out]."""
 
-    forward = QuantLinear.forward
-
-
-class PackedConv1D(PackedLayer):
-    """GPT-2's linear layer; x [..., in] to [..., out]."""
-
-    nf: int
-    forward = QuantConv1D.forward
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return packed_product(self, Product(), first_operand(args, kwargs))
 
 
 class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core import FLOAT_BITS
 from ..core.library import libraries
 from ..cost.size import layer_nbytes
-from ..errors import PackedFormat
+from ..errors import HubMPQError, PackedFormat
 from ..pack import Manifest, PackedTensor, empty_packed, file_nbytes, layout, pack_weight
 from ..pack.layout import key as part_key
 from ..quantizers import LSQ
@@ -43,10 +43,17 @@ def _stored_state(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
 def packed_tensors(model: nn.Module, manifest: Manifest) -> dict[str, PackedTensor | Tensor]:
     """What a packed file holds: integers of the quantized weights, scales, and every other tensor as it is.
 
-    Raises InvalidArgument for a quantized weight or its bias that is not finite.
+    Raises HubMPQError for a model whose layers are not where the manifest has them, InvalidArgument for a quantized
+    weight or its bias that is not finite.
     """
     check_finite(model, [name for name, _ in quantized_layers(model)])
     graph = manifest.graph
+    for name, _ in (*quantized_layers(model), *packed_layers(model)):
+        if name not in graph.names:
+            raise HubMPQError(
+                f"layer {name!r} is not one of the policy's; if an adapter was put around it, save the adapter by its "
+                "own save_pretrained, and unload it before the model is saved"
+            )
     out: dict[str, PackedTensor | Tensor] = {}
     skip: set[str] = set()
     layers: list[str] = []

@@ -1,0 +1,129 @@
+"""Packed layers: what passes through them, and what is kept for the way back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.layers import Conv2dSame
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hub_mpq import adapters
+from hub_mpq.core import Policy
+from hub_mpq.errors import HubMPQError
+from hub_mpq.nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs
+from hub_mpq.nn.packed import packed_layer
+from hub_mpq.nn.packing import packed_tensors
+from hub_mpq.nn.quantize import quantize_to_policy
+from hub_mpq.pack import Manifest
+from hub_mpq.pack.layout import flatten
+from hub_mpq.train import forward
+
+IMAGE, TEXT = (4, 4, 9, 9), (5, 6, 16)
+LAYERS = {
+    "linear": (lambda: nn.Linear(16, 24), TEXT),
+    "linear without a bias": (lambda: nn.Linear(16, 24, bias=False), TEXT),
+    "conv1d": (lambda: Conv1D(24, 16), TEXT),
+    "conv2d": (lambda: nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2), IMAGE),
+    "depthwise conv2d": (lambda: nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4, bias=False), IMAGE),
+    "reflecting conv2d": (lambda: nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect"), IMAGE),
+    "conv2d of timm": (lambda: Conv2dSame(4, 8, 3, stride=2), IMAGE),
+}
+
+
+def both(name, level="W3A4", dtype=torch.float32):
+    """(the layer with quantizers, the same one packed, an input) of a layer in the table."""
+    make, shape = LAYERS[name]
+    torch.manual_seed(0)
+    net, x = nn.Sequential(make()), torch.randn(shape)
+    graph = adapters.from_module(net, x).graph.with_fixed({"*": None})
+    policy = Policy.uniform(graph, level)
+    quantize_to_policy(net, graph, policy)
+    calibrate_weights(net, mse=True)
+    calibrate_inputs(net, sample_inputs(net, [x], forward), mse=True)
+    flat = flatten(packed_tensors(net, Manifest("net", None, graph.library, graph, policy)))
+    parts = {key.rpartition(".")[2]: tensor for key, tensor in flat.items()}
+    float_module = make()
+    float_module.load_state_dict({k: v for k, v in net[0].state_dict().items() if "quantizer" not in k})
+    packed = packed_layer(float_module, graph["0"], policy.bits["0"], parts, dtype=dtype)
+    return net[0], packed, x
+
+
+@pytest.mark.parametrize("level", ["W3A4", "W4A32", "W1A8"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_outputs_and_gradients_are_those_of_the_layer_with_quantizers(name, level):
+    quantized, packed, x = both(name, level)
+    given = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    out = [layer(value) for layer, value in zip((quantized, packed), given, strict=True)]
+    assert torch.equal(out[0], out[1])
+    with torch.no_grad():
+        assert torch.equal(packed(x), out[1])
+    g = torch.randn_like(out[0])
+    for value in out:
+        value.backward(g)
+    torch.testing.assert_close(given[1].grad, given[0].grad)
+    assert given[1].grad.abs().sum() > 0
+    if packed.bias is not None:
+        torch.testing.assert_close(packed.bias.grad, quantized.bias.grad)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_output_may_be_written_into(name):
+    """Adapters add their part to it in place."""
+    for layer in both(name)[:2]:
+        x = both(name)[2].requires_grad_()
+        out = layer(x)
+        out += 1
+        out.sum().backward()
+        assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["linear", "conv1d", "conv2d"])
+def test_no_float_weight_is_kept_for_the_way_back(name):
+    _, packed, x = both(name)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        packed(x.requires_grad_())
+    count = packed.weight.numel()
+    assert kept
+    assert all(t.numel() != count for t in kept), [t.shape for t in kept]
+
+
+@pytest.mark.parametrize("name", ["linear", "conv1d", "conv2d"])
+def test_biases_may_be_of_another_dtype(name):
+    """PEFT's prepare_model_for_kbit_training makes every parameter float32, whatever the weights are computed in."""
+    _, packed, x = both(name, dtype=torch.bfloat16)
+    out = packed(x.to(torch.bfloat16).requires_grad_())
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert packed.bias.grad.dtype == torch.float32
+    assert torch.equal(out, packed.to(torch.bfloat16)(x.to(torch.bfloat16)))
+
+
+def test_what_is_written_into_a_weight_is_refused_rather_than_lost():
+    _, packed, _ = both("linear")
+    before = packed.weight.clone()
+    zeros = torch.zeros(24, 16)
+    for write in (
+        lambda: packed.weight.zero_(),
+        lambda: packed.weight.data.copy_(zeros),
+        lambda: setattr(packed.weight, "data", zeros),
+        lambda: setattr(packed, "weight", zeros),
+        lambda: packed.weight.__setitem__(0, 0.0),
+        lambda: nn.init.zeros_(packed.weight),
+    ):
+        with pytest.raises(HubMPQError, match="can't be changed"):
+            write()
+    with pytest.raises(HubMPQError, match="can't be changed"):
+        packed.weight.data += 1
+    packed.weight = packed.weight
+    packed.weight.requires_grad = False
+    packed.weight.data.requires_grad_(False)
+    assert torch.equal(packed.weight, before)
+    assert type(packed.weight * 2) is torch.Tensor
+
+
+def test_a_packed_layer_is_one_of_its_float_type():
+    """Who looks for layers by type finds it: PEFT does."""
+    for name in LAYERS:
+        assert isinstance(both(name)[1], nn.Conv2d if "conv2d" in name else Conv1D if name == "conv1d" else nn.Linear)
