@@ -26,6 +26,8 @@ MEASURES = {
     "f1": ("f1", "F1 (%)"),
     "mean_iou": ("mean_iou", "mean IoU (%)"),
     "exact_match": ("exact_match", "exact match (%)"),
+    "map": ("mean_average_precision", "mAP (%)"),
+    "map_50": ("mean_average_precision_50", "mAP at IoU 0.5 (%)"),
     "pearson": ("pearsonr", "Pearson correlation"),
     "r2": ("r_squared", "R²"),
     "mse": ("mse", "mean squared error"),

@@ -3,10 +3,11 @@
 from .batch import Pair, to_device
 from .classification import Classification
 from .detect import TaskLike, task_of
+from .detection import Detection
 from .embedding import Embedding
 from .heads import Heads
 from .multi_label import MultiLabel
-from .own import Contrastive, Detection, Own
+from .own import Contrastive, Own
 from .question_answering import QuestionAnswering
 from .regression import Regression
 from .segmentation import Segmentation

@@ -1,4 +1,4 @@
-"""The loss that a model of transformers computes itself: detection, contrastive models, and everything else."""
+"""The loss that a model of transformers computes itself: contrastive models, and whatever has no task of its own."""
 
 from __future__ import annotations
 
@@ -57,12 +57,6 @@ class Own(Task):
         return {"loss": (float(self.loss(output, labels)) * size, size)}
 
 
-class Detection(Own):
-    """Objects with classes and boxes; labels are a list of {class_labels, boxes}, one a sample, as in transformers."""
-
-    name = "detection"
-
-
 class Contrastive(Own):
     """Two towers whose pairs belong together (CLIP, SigLIP): the loss is over the pairs of one batch, without labels.
 
@@ -92,5 +86,5 @@ def own_labels(model: nn.Module) -> tuple[str, ...]:
     return tuple(n for n in names if "label" in n or n in ("start_positions", "end_positions"))
 
 
-for _task in (Own(), Detection(), Contrastive()):
+for _task in (Own(), Contrastive()):
     register_task(_task)

@@ -270,6 +270,11 @@ class Task:
         values, mask = self.item_loss(output, labels)
         return {"loss": (total(torch.where(mask, values, torch.zeros_like(values))), float(mask.sum()))}
 
+    def whole(self) -> Any:
+        """A new object for metrics that no sums make: `update(output, labels)` for every batch, then `compute()` gives
+        {metric: value} of all processes' batches. None where there are none."""
+        return None
+
     def fidelity(self, output: Any, reference: Any, mask: Tensor | None = None) -> Sums:
         """{metric: (sum, count)} of how close a batch's output is to the float model's."""
         sums: Sums = {}

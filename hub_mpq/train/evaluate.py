@@ -56,12 +56,14 @@ def evaluate(
     sums: Sums = {}
     samples = 0.0
     known: Task | None = None
+    whole: Any = None
     failed: HubMPQError | None = None
     try:
         mine = iter(own_share(loader) if world()[1] > 1 else loader)  # alone, the order does not matter
         first = next(mine, None)
         if first is not None:
             known = task_of(task, model, first, example)
+            whole = known.whole()
             batches = tqdm(
                 chain([first], mine),
                 total=len(loader) if hasattr(loader, "__len__") and world()[1] == 1 else None,
@@ -72,7 +74,7 @@ def evaluate(
             )
             for i, batch in enumerate(batches):
                 batch = to_device(batch, device)
-                for name, (value, count) in measure(known, model, batch, reference, i).items():
+                for name, (value, count) in measure(known, model, batch, reference, i, whole).items():
                     before = sums.get(name, (0.0, 0.0))
                     sums[name] = (before[0] + value, before[1] + count)
                 samples += size_of(batch)
@@ -90,19 +92,25 @@ def evaluate(
     if not samples or known is None:
         raise InvalidArgument("the data loader is empty")
     figures = known.figures(sums)
+    if whole is not None and "loss" in figures:
+        figures |= whole.compute()
     if not figures:
         raise InvalidArgument(f"no label counts: all of them are {known.ignore_index} (ignore_index)")
     return {"task": known.name, **figures, "samples": float(samples)}
 
 
-def measure(task: Task, model: nn.Module, batch: Any, reference: nn.Module | None, seed: int = 0) -> Sums:
+def measure(
+    task: Task, model: nn.Module, batch: Any, reference: nn.Module | None, seed: int = 0, whole: Any = None
+) -> Sums:
     """{metric: (sum, count)} of one batch. A model that draws random numbers in its forward draws those of `seed`, and
-    so does the reference."""
+    so does the reference. whole: as `Task.whole` gave it."""
     labels = task.labels(batch)
     device = next(model.parameters()).device
     with fixed_draws(device, seed):
         output = task.forward(model, batch, labelled=labels is not None)
     if labels is not None:
+        if whole is not None:
+            whole.update(output, labels)
         return task.metrics(output, labels)
     if reference is None:
         raise InvalidArgument("the batches have no labels: accuracy cannot be measured, only fidelity to a float model")

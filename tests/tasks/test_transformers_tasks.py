@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers as T
 
+from hub_mpq import HubMPQ
 from hub_mpq.errors import InvalidArgument
-from hub_mpq.tasks import Classification, task_of
+from hub_mpq.tasks import Classification, Detection, task_of
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "patch_size": 8}
@@ -259,3 +263,33 @@ def test_detection_uses_the_models_loss_and_all_its_outputs():
         loss, output = task.run(model, batch)
         torch.testing.assert_close(loss, model(**batch).loss)
     assert set(task.targets(output)) == {"logits", "pred_boxes"}
+    mpq = HubMPQ.from_module(model, {"pixel_values": IMAGES[:1]})
+    found = mpq.evaluate([batch])
+    assert found["task"] == "detection"
+    assert found["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert 0 <= found["map"] <= found["map_50"] <= 100
+
+
+def test_the_average_precision_is_that_of_the_boxes():
+    """Three boxes of two images are found with the right class, one at another place; "no object" is the last logit."""
+    logits = torch.full((2, 3, 4), -9.0)
+    boxes = torch.rand(2, 3, 4, generator=draw()) / 4 + 0.3
+    classes = [[0, 2, 3], [1, 1, 3]]
+    for i, row in enumerate(classes):
+        for j, c in enumerate(row):
+            logits[i, j, c] = 5.0
+    moved = boxes[1, 1].clone()
+    moved[:2] = 0.9
+    labels = [
+        {"class_labels": torch.tensor([0, 2]), "boxes": boxes[0, :2]},
+        {"class_labels": torch.tensor([1, 1]), "boxes": torch.stack([boxes[1, 0], moved])},
+    ]
+    whole = Detection().whole()
+    whole.update(SimpleNamespace(logits=logits, pred_boxes=boxes), {"labels": labels})
+    # classes 0 and 2: 1; class 1: one of two found, so precision 1 up to a recall of one half (51 of 101 points)
+    assert whole.compute()["map_50"] == pytest.approx(100 * (2 + 51 / 101) / 3, rel=1e-3)
+
+
+def test_detection_without_torchmetrics_has_its_loss(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics.detection", None)
+    assert Detection().whole() is None
