@@ -78,9 +78,11 @@ def loader(mpq: HubMPQ, data: str, options: DataOptions, *, train: bool, seed: i
     from ..data import data_config, image_loader
 
     source = mpq.source
-    classes = getattr(mpq.model, "num_classes", None)
-    if classes is None:
-        classes = getattr(getattr(mpq.model, "config", None), "num_labels", None)
+    classes = None
+    if mpq.task in (None, "classification"):
+        classes = getattr(mpq.model, "num_classes", None)
+        if classes is None:
+            classes = getattr(getattr(mpq.model, "config", None), "num_labels", None)
     return image_loader(
         data,
         data_config(libraries.get(source.library).image_preprocess(source), mpq.graph.input_shape),

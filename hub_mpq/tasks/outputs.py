@@ -53,12 +53,12 @@ def power(reference: Tensor, counted: Tensor | None = None) -> Tensor:
         reference: The float model's tensor.
         counted: Mask over its leading axes; None counts all of it.
     """
-    x = reference.double() if counted is None else reference.double()[counted]
+    x = reference.float() if counted is None else reference[counted].float()
     if not x.numel():
         return torch.ones((), device=reference.device)
     square, variance = x.square().mean(), x.var(correction=0)
     found = torch.where(variance > 1e-6 * square, variance, square)
-    return torch.where(found > 0, found, torch.ones_like(found)).float()
+    return torch.where(found > 0, found, torch.ones_like(found))
 
 
 def leading(mask: Tensor | None, x: Tensor) -> Tensor | None:

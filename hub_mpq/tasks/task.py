@@ -280,7 +280,7 @@ class Task:
         sums: Sums = {}
         found = self.targets(output)
         for name, y in self.targets(reference).items():
-            x, y = found[name].double(), y.double()
+            x, y = found[name].float(), y.float()
             if mask is not None and y.dim() > mask.dim() and y.shape[: mask.dim()] == mask.shape:
                 x, y = x[mask], y[mask]
             sums[f"noise/{name}"] = (total((x - y).square()), total(y.square()))
@@ -297,4 +297,4 @@ class Task:
 
 def total(x: Tensor) -> float:
     """Sum of a tensor in double precision."""
-    return float(x.double().sum())
+    return float(x.sum(dtype=torch.float64))

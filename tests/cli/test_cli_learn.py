@@ -48,6 +48,22 @@ def test_quantize_in_one_command(run, folder, tmp_path):
     assert HubMPQ.from_pretrained(out).source.example[0].shape == (1, 3, 32, 32)
 
 
+def test_a_task_that_is_named(run, folder, tmp_path):
+    """Numbers of class folders as numbers: the model's one output has no classes."""
+    model = [word.replace("num_classes=3", "num_classes=1") for word in MODEL]
+    given = [*model, *LOADING, "--data", folder]
+    assert "3 class folders and the model 1 classes" in run("evaluate", *given).stderr
+    found = only_json(run("evaluate", *given, "--task", "regression", "--json"))
+    assert found["task"] == "regression"
+    assert {"mse", "mae"} <= set(found)
+    args = ["quantize", *given, "--val", folder, "--bitops", "W4A4", "--steps", "1", "--indicator-steps", "1"]
+    tree = only_json(run(*args, "--task", "regression", "--output", tmp_path / "out", "--json"))
+    assert tree["metrics"]["float"]["mse"] == pytest.approx(found["mse"], rel=1e-5)
+    assert tree["metrics"]["quantized"]["task"] == "regression"
+    said = run("evaluate", tmp_path / "out", *LOADING, "--data", folder, "--task", "regression").stdout
+    assert said.startswith("task regression  mse ")
+
+
 def test_one_seed_one_result(run, folder, indicators, tmp_path):
     args = ["quantize", *MODEL, "--batch-size", "8", "--data", folder, "--indicators", indicators, "--bitops", "W4A4"]
     sizes = []
