@@ -22,9 +22,9 @@ TaskLike = Task | str | None
 
 _BY_CLASS = (
     (("XLNetForQuestionAnswering", "XLMForQuestionAnswering", "FlaubertForQuestionAnswering"), "own"),
-    (("XLNetLMHeadModel", "WithLMHeadModel"), "own"),
+    (("XLNetLMHeadModel", "WithLMHeadModel", "DoubleHeadsModel", "ForMultipleChoice"), "own"),
     (("ForSequenceClassification", "ForImageClassification", "ForImageClassificationWithTeacher"), "classes"),
-    (("ForAudioClassification", "ForVideoClassification", "DoubleHeadsModel", "ForMultipleChoice"), "classes"),
+    (("ForAudioClassification", "ForVideoClassification"), "classes"),
     (("ForTokenClassification",), "token-classification"),
     (("ForMaskedLM",), "masked-lm"),
     (("ForCausalLM", "LMHeadModel"), "causal-lm"),
@@ -89,15 +89,11 @@ def _by_class(model: nn.Module) -> str | None:
     if config is None or "PreTrainedModel" not in names:
         return None
     found = next((task for ends, task in _BY_CLASS if any(n.endswith(ends) for n in names)), None)
-    takes = own_arguments(model)
+    takes = tuple(inspect.signature(model.forward).parameters)
     if found == "classes":
         kind = getattr(config, "problem_type", None)
         if kind == "regression" or (kind is None and getattr(config, "num_labels", 2) == 1):
             return "regression"
-        if any(n.endswith("DoubleHeadsModel") for n in names):
-            return "own"
-        if any(n.endswith("ForMultipleChoice") for n in names):
-            return "own"
         return "multi-label" if kind == "multi_label_classification" else "classification"
     if found == "generation":
         return "seq2seq-lm" if getattr(config, "is_encoder_decoder", False) else "causal-lm"
@@ -107,13 +103,7 @@ def _by_class(model: nn.Module) -> str | None:
         return found
     if "return_loss" in takes:
         return "contrastive"
-    return "own" if takes else None
-
-
-def own_arguments(model: nn.Module) -> tuple[str, ...]:
-    """Arguments of a forward that have to do with its own loss."""
-    more = tuple(n for n in inspect.signature(model.forward).parameters if n == "return_loss")
-    return own_labels(model) + more
+    return "own" if own_labels(model) else None
 
 
 def _check_mask(task: Task, batch: Any) -> None:

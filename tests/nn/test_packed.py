@@ -17,7 +17,7 @@ from hub_mpq.nn.packing import packed_tensors
 from hub_mpq.nn.quantize import quantize_to_policy
 from hub_mpq.pack import Manifest
 from hub_mpq.pack.layout import flatten
-from hub_mpq.train import forward
+from hub_mpq.tasks import Embedding
 
 IMAGE, TEXT = (4, 4, 9, 9), (5, 6, 16)
 LAYERS = {
@@ -40,7 +40,7 @@ def both(name, level="W3A4", dtype=torch.float32):
     policy = Policy.uniform(graph, level)
     quantize_to_policy(net, graph, policy)
     calibrate_weights(net, mse=True)
-    calibrate_inputs(net, sample_inputs(net, [x], forward), mse=True)
+    calibrate_inputs(net, sample_inputs(net, [x], Embedding().forward), mse=True)
     flat = flatten(packed_tensors(net, Manifest("net", None, graph.library, graph, policy)))
     parts = {key.rpartition(".")[2]: tensor for key, tensor in flat.items()}
     float_module = make()

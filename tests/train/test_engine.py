@@ -25,7 +25,7 @@ from hub_mpq.train.finetune import finetune
 from hub_mpq.train.processes import make_accelerator
 
 X = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-MOVES = {"lr": 1e-3, "scale_lr": 1e-2, "weight_decay": 0.0, "smoothing": 0.0}
+MOVES = {"task": Classification(), "lr": 1e-3, "scale_lr": 1e-2, "weight_decay": 0.0, "smoothing": 0.0}
 
 
 class Watched(LIMPQ):
