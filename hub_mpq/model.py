@@ -36,6 +36,7 @@ from .core import (
     Usage,
 )
 from .core.library import libraries
+from .core.task import tasks
 from .errors import HubMPQError, InvalidArgument
 from .export import COMPRESSED_TENSORS, export, exportable
 from .hub.folder import read_folder_indicators, save_folder
@@ -55,6 +56,7 @@ from .search.strategy import infers_widths, strategy_named
 from .search.synthetic_data import synthetic_batch
 from .search.train_scores import train_scores
 from .tasks import TaskLike, task_of
+from .tasks.task import restored
 from .train.apply_policy import apply_policy
 from .train.batches import first_batch, rereadable
 from .train.evaluate import evaluate
@@ -194,7 +196,7 @@ class HubMPQ(nn.Module):
     @classmethod
     def _of_folder(cls, folder: Path, module: nn.Module | None, task: TaskLike, kwargs: OptionsLike) -> HubMPQ:
         source, manifest = load_folder(folder, module, kwargs)
-        out = cls(source, task=task)
+        out = cls(source, task=restored(manifest.provenance.get("task")) if task is None else task)
         out.policy, out._float, out.home = manifest.policy, (), folder
         out.scores = read_folder_indicators(folder)
         out.metrics = {k: dict(v) for k, v in manifest.provenance.get("metrics", {}).items()}
@@ -454,25 +456,29 @@ class HubMPQ(nn.Module):
 
     def apply_policy(
         self,
-        policy: Policy | LayerBits | str,
+        policy: Policy | SearchResult | LayerBits | str,
         calibration: Iterable[Any] | None = None,
         *,
         batches: int = 4,
         per_channel: bool = True,
         reestimate_norms: bool = True,
+        task: TaskLike = None,
     ) -> HubMPQ:
         """Quantize a copy of the float model at a policy, with scales of least squared error; returns self.
 
         Args:
-            policy: A Policy, or a level ("W4A4") for all searched layers.
+            policy: A Policy, what `search` returned, or a level ("W4A4") for all searched layers.
             calibration: Batches; None for synthetic inputs.
             batches: How many of them are looked at.
             per_channel: One weight scale per output channel, else one per tensor.
             reestimate_norms: Re-estimate BatchNorm statistics too, on up to 16 batches of `calibration`.
+            task: What the model is for, which says what of a batch is an input; None for `self.task`, or to find out.
         """
+        if isinstance(policy, SearchResult):
+            policy = policy.policy
         if not isinstance(policy, Policy):
             policy = Policy.uniform(self.graph, policy)
-        return self._quantize_at(policy, self.graph, calibration, batches, per_channel, reestimate_norms)
+        return self._quantize_at(policy, self.graph, calibration, batches, per_channel, reestimate_norms, task)
 
     def _quantize_at(
         self,
@@ -788,6 +794,9 @@ class HubMPQ(nn.Module):
             for of, found in self.metrics.items()
         }
         provenance: dict[str, Any] = {"hub_mpq": __version__, "metrics": metrics, **self.history}
+        if self.task is not None:
+            named = tasks.get(self.task) if isinstance(self.task, str) else self.task
+            provenance["task"] = named.settings()
         if self.result is not None:
             found = self.result
             provenance["search"] = {

@@ -142,7 +142,7 @@ class IndicatorOptions(_Length):
         resume: Go on from the newest state.
         share: Part of each epoch's batches that is used, above 0 and at most 1.
         lr: Learning rate of the weights; None for the strategy's own.
-        smoothing: Label smoothing, for tasks with classes.
+        smoothing: Label smoothing, for tasks with classes; None: 0.1 for classification, 0 for the others.
         distill: Weight in [0, 1] of the distillation loss from the float model; None: 1 for batches without labels,
             else 0.
         preset: "short" (our construction, for runs of tens to thousands of steps) or "authors" (LIMPQ's settings for
@@ -158,7 +158,9 @@ class IndicatorOptions(_Length):
 
     share: float = option(1.0, "Part of each epoch's batches that is used.", low=0, high=1)
     lr: float | None = option(None, "Learning rate of the weights.", low=0)
-    smoothing: float = option(0.1, "Label smoothing, for tasks with classes.", low=0, high=1)
+    smoothing: float | None = option(
+        None, "Label smoothing; 0.1 for classification and 0 for other tasks when left out.", low=0, high=1
+    )
     distill: float | None = option(None, "Weight of distillation from the float model.", low=0, high=1)
     preset: str = option("short", "short, or authors: LIMPQ's own settings for ImageNet-sized runs.", strategy="limpq")
     scale_lr: float | None = option(None, "Learning rate of the scales.", low=0, strategy="limpq")
@@ -195,7 +197,7 @@ class FinetuneOptions(_Length):
         lr: Learning rate of the weights.
         scale_lr: Learning rate of the logarithms of the scales.
         weight_decay: Weight decay of the weights.
-        smoothing: Label smoothing, for tasks with classes.
+        smoothing: Label smoothing, for tasks with classes; None: 0.1 for classification, 0 for the others.
         distill: Weight in [0, 1] of the distillation loss from the float model; None: 1 for batches without labels,
             else 0.
         ema: Decay of an average of the weights that replaces them at the end.
@@ -212,7 +214,9 @@ class FinetuneOptions(_Length):
     lr: float = option(1e-4, "Learning rate of the weights.", low=0)
     scale_lr: float = option(1e-3, "Learning rate of the scales.", low=0)
     weight_decay: float = option(1e-5, "Weight decay of the weights.", low=0)
-    smoothing: float = option(0.1, "Label smoothing, for tasks with classes.", low=0, high=1)
+    smoothing: float | None = option(
+        None, "Label smoothing; 0.1 for classification and 0 for other tasks when left out.", low=0, high=1
+    )
     distill: float | None = option(None, "Weight of distillation from the float model.", low=0, high=1)
     ema: float | None = option(None, "Decay of an average of the weights.", low=0, high=1)
     reestimate_norms: bool = option(True, "Re-estimate BatchNorm statistics afterwards.")

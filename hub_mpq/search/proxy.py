@@ -10,6 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from ..errors import InvalidArgument
+from ..tasks import Classification
+from ..tasks.batch import PLAIN_LABELS
 from .train_val_split import drawn
 
 
@@ -57,6 +59,10 @@ class ClassSampler:
             yield batch
 
 
+KEYS = (*Classification.label_keys, *PLAIN_LABELS)
+"""Where a sample that is a dict has its class."""
+
+
 def labels_of_data(data: Any, indices: Sequence[int] | None = None) -> list[int]:
     """Class of every sample of a data set, or of those named: from `targets`, `labels` or `tensors`, else by reading
     them. Raises InvalidArgument for labels that are no single whole number."""
@@ -74,7 +80,7 @@ def labels_of_data(data: Any, indices: Sequence[int] | None = None) -> list[int]
     for i in indices:
         item = data[i]
         if isinstance(item, Mapping):
-            label = item.get("labels", item.get("label"))
+            label = next((item[key] for key in KEYS if item.get(key) is not None), None)
         else:
             label = item[1] if isinstance(item, (tuple, list)) and len(item) > 1 else None
         if label is None:
@@ -109,7 +115,8 @@ def class_loader(
         raise InvalidArgument(f"a share of the data is taken of what the sampler draws, and the loader's {missing}")
     index: dict[int, list[int]] = {}
     for i, label in zip(chosen, labels_of_data(loader.dataset, chosen), strict=True):
-        index.setdefault(label, []).append(i)
+        if label != Classification().ignore_index:
+            index.setdefault(label, []).append(i)
     generator = torch.Generator().manual_seed(seed)
     for label, mine in index.items():
         kept = max(round(share * len(mine)), min(2, len(mine)))

@@ -168,7 +168,7 @@ class SEAM(EBS):
                     with torch.no_grad():
                         self.loss.task.forward(model, batch)
                     x, labels = seen.pop(), self.loss.task.labels(batch)
-                    loss = F.cross_entropy(head(x).float(), labels)
+                    loss = F.cross_entropy(head(x).float(), labels, ignore_index=self.loss.task.ignore_index)
                     seen.clear()
                     optimizer.zero_grad()
                     loss.backward()
@@ -191,7 +191,8 @@ class SEAM(EBS):
         labels = self.loss.task.labels(batch)
         loss, _ = self.loss.task.run(model, batch, self.loss.smoothing)
         features = self._features.pop()
-        margin = margin_loss(features.flatten(1), labels, self.margin)
+        counted = labels != self.loss.task.ignore_index
+        margin = margin_loss(features.flatten(1)[counted], labels[counted], self.margin)
         yield loss + self.discriminability * margin, (*NETWORK, "strengths")
         yield self.penalty(), "prices"
 

@@ -77,6 +77,12 @@ class SearchStrategy(Hooks):
         groups = self.loss.parameter_groups(model)
         return [{**g, "params": [p for p in g["params"] if id(p) not in taken]} for g in groups] + own
 
+    def items(self, batch: Any) -> float:
+        return self.loss.items(batch)
+
+    def samples(self, batch: Any) -> int:
+        return self.loss.samples(batch)
+
     def read_out(self, model: nn.Module, batches: Sequence[Any]) -> None:
         """Training is over: what has to be measured before `scores`, on the batches that `calibrate` had."""
 

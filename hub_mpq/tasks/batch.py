@@ -45,7 +45,8 @@ class Signature:
         most: How many positional arguments it takes at most.
         names: Its keyword arguments.
         open: Whether it takes any other keyword too.
-        pretrained: Whether it is a model of transformers: its keywords are fixed, whatever it takes beside them.
+        pretrained: Whether it is a model of transformers.
+        mapping: Whether its one input is a dict.
     """
 
     model: str = "the model"
@@ -55,6 +56,7 @@ class Signature:
     names: tuple[str, ...] = ()
     open: bool = True
     pretrained: bool = False
+    mapping: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, example: Any = None) -> Signature:
@@ -64,18 +66,28 @@ class Signature:
             model: The network.
             example: One input as it takes it, if there is one: a tensor, a tuple of arguments or a dict.
         """
-        found = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters.values()
+        model = inner(model)
+        try:
+            found = tuple(inspect.signature(model.forward).parameters.values())
+        except ValueError:  # TorchScript's methods have none
+            found = ()
         plain = [p for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         required = max(sum(p.default is p.empty for p in plain), 1)
         several = isinstance(example, Sequence) and not isinstance(example, (str, Tensor))
+        pretrained = hasattr(model, "config") and hasattr(model, "base_model_prefix")
+        more = not found or any(p.kind is p.VAR_KEYWORD for p in found)
+        if pretrained and not type(model).__name__.endswith("EncoderDecoderModel"):
+            more = False  # it ignores what it does not know, unless it hands it to its two halves
+        alone = several and len(example) == 1 and isinstance(example[0], Mapping)
         return cls(
             model=type(model).__name__,
             positional=len(example) if several else required,
             required=required,
-            most=10**6 if any(p.kind is p.VAR_POSITIONAL for p in found) else len(plain),
+            most=10**6 if not found or any(p.kind is p.VAR_POSITIONAL for p in found) else len(plain),
             names=tuple(p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)),
-            open=any(p.kind is p.VAR_KEYWORD for p in found),
-            pretrained=hasattr(model, "config") and hasattr(model, "base_model_prefix"),
+            mapping=alone,
+            open=more,
+            pretrained=pretrained,
         )
 
     def split(self, batch: Any, label_keys: Sequence[str]) -> Parts:
@@ -91,7 +103,7 @@ class Signature:
         """
         if isinstance(batch, Pair):
             batch = batch.train
-        if isinstance(batch, Mapping):
+        if isinstance(batch, Mapping) and not self.mapping:
             return self._of_mapping(batch, label_keys)
         if not isinstance(batch, (tuple, list)):
             return Parts(*self._inputs(batch, label_keys), None)
@@ -115,6 +127,8 @@ class Signature:
         return Parts(*self._inputs(batch[0], label_keys), labels)
 
     def _inputs(self, part: Any, label_keys: Sequence[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if isinstance(part, Mapping) and self.mapping:
+            return (as_tensors(part),), {}
         if isinstance(part, Mapping):
             found = self._of_mapping(part, label_keys)
             if found.labels is not None:
@@ -136,7 +150,8 @@ class Signature:
             k
             for k, v in inputs.items()
             if k not in self.names
-            and (not self.open or (self.pretrained and not isinstance(v, (bool, int, float, type(None)))))
+            and not self.open
+            and not (self.pretrained and isinstance(v, (bool, int, float, type(None))))
         ]
         if unknown:
             takes = ", ".join(n for n in self.names if n not in keys)
@@ -147,6 +162,12 @@ class Signature:
         if not labels:
             return Parts((), inputs, None)
         return Parts((), inputs, next(iter(labels.values())) if len(labels) == 1 else labels)
+
+
+def inner(model: nn.Module) -> Any:
+    """The network inside torch.compile's or PEFT's wrapper."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def tree_leaves_of(tree: Any, kinds: type | tuple[type, ...]) -> list[Any]:
@@ -177,13 +198,15 @@ def labels_from(value: Any) -> Any:
     Raises:
         InvalidArgument: Labels that are not numbers.
     """
-    if value is None or isinstance(value, (Tensor, bool)):
+    if isinstance(value, Tensor):
+        return value.long() if value.dtype in (torch.uint16, torch.uint32, torch.uint64) else value
+    if value is None or isinstance(value, bool):
         return value
     if isinstance(value, np.ndarray) or np.isscalar(value):
         array = np.asarray(value)
         if array.dtype.kind not in "biuf":
             raise InvalidArgument(f"labels are numbers, not {str(value)[:40]!r}")
-        return torch.as_tensor(array)
+        return torch.as_tensor(array.astype(np.int64) if array.dtype.kind == "u" else array)
     if isinstance(value, Mapping):
         return {k: labels_from(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
@@ -195,10 +218,13 @@ def labels_from(value: Any) -> Any:
 def _numbers(value: Sequence[Any]) -> Tensor | None:
     """A list of numbers, or of lists of them of one length, as a tensor; None for anything else."""
     leaves = tree_leaves(list(value))
-    if not leaves or not all(isinstance(x, (bool, int, float)) for x in leaves):
+    scalars = (bool, int, float, np.integer, np.floating, np.bool_)
+    if leaves and all(isinstance(x, Tensor) and not x.dim() for x in value):
+        return torch.stack(list(value))
+    if not leaves or not all(isinstance(x, scalars) for x in leaves) or any(isinstance(x, Mapping) for x in value):
         return None
     try:
-        return torch.tensor(value)
+        return torch.as_tensor(np.asarray(value)) if isinstance(leaves[0], np.generic) else torch.tensor(value)
     except ValueError:
         return None
 

@@ -30,11 +30,10 @@ class Classes(Task):
         """
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != logits.shape[:-1]:
             raise misfit(self.name, labels, logits)
-        counted = labels[labels != self.ignore_index]
-        if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < logits.shape[-1]:
-            wrong = int(counted.min()) if int(counted.min()) < 0 else int(counted.max())
+        wrong = ((labels < 0) | (labels >= logits.shape[-1])) & (labels != self.ignore_index)
+        if bool(wrong.any()):
             raise InvalidArgument(
-                f"label {wrong} is outside the model's {logits.shape[-1]} classes; "
+                f"label {int(labels[wrong][0])} is outside the model's {logits.shape[-1]} classes; "
                 f"{self.ignore_index} marks items to leave out (ignore_index= changes that)"
             )
         return labels.long()
@@ -57,14 +56,15 @@ class Classes(Task):
                 f"task {self.name!r} needs two classes or more, and the output has one value an item: give "
                 "task='multi-label' for one yes-or-no label, or task='regression'"
             )
-        loss = F.cross_entropy(
-            logits.flatten(0, -2).float(),
-            classes.flatten(),
-            reduction="none",
-            ignore_index=self.ignore_index,
-            label_smoothing=smoothing,
-        )
-        return loss.view(classes.shape), classes != self.ignore_index
+        counted = classes != self.ignore_index
+        flat, wanted = logits.flatten(0, -2).float(), classes.masked_fill(~counted, 0).flatten()
+        loss = F.cross_entropy(flat, wanted, reduction="none")
+        if smoothing:
+            # classes that the model masks out (with the least float, say) get no part of the smoothing
+            possible = flat > torch.finfo(logits.dtype).min / 2
+            logp = torch.where(possible, F.log_softmax(flat, -1), torch.zeros_like(flat))
+            loss = (1 - smoothing) * loss - smoothing * logp.sum(-1) / possible.sum(-1).clamp_min(1)
+        return torch.where(counted, loss.view(classes.shape), 0.0), counted
 
     def divergence(self, output: Any, reference: Any, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         s, t = self.logits(output).float(), self.logits(reference).detach().float()
@@ -85,9 +85,9 @@ class Classes(Task):
         drawn = torch.multinomial(p, 1, generator=generator)[:, 0]
         return drawn.view(logits.shape[:-1]).to(logits.device)
 
-    def metrics(self, output: Any, labels: Any) -> Sums:
+    def metrics(self, output: Any, labels: Any, samples: float) -> Sums:
         logits = self.logits(output)
-        classes, found = self.aligned(labels, logits), super().metrics(output, labels)
+        classes, found = self.aligned(labels, logits), super().metrics(output, labels, samples)
         counted = classes != self.ignore_index
         right = (logits.argmax(-1) == classes) & counted
         return {"accuracy": (100 * total(right), float(counted.sum())), **found}

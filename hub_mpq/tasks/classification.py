@@ -18,6 +18,7 @@ class Classification(Classes):
     """Labels: class numbers [batch] or [batch, 1], or probabilities [batch, classes] as mixup makes them."""
 
     name = "classification"
+    smoothing = 0.1
 
     def aligned(self, labels: Any, logits: Tensor) -> Tensor:
         if isinstance(labels, Tensor) and labels.dim() == logits.dim() and labels.shape[-1] == 1 < logits.shape[-1]:
@@ -37,11 +38,11 @@ class Classification(Classes):
         values = loss.view(logits.shape[:-1])
         return values, torch.ones_like(values, dtype=torch.bool)
 
-    def metrics(self, output: Any, labels: Any) -> Sums:
+    def metrics(self, output: Any, labels: Any, samples: float) -> Sums:
         """Top-1 and top-5 in percent, and the loss; of probabilities, the likeliest class is the right one."""
         logits = self.logits(output).float()
         values, _ = self.item_loss(output, labels)
-        classes = labels.argmax(-1) if self._soft(labels, logits) else self.aligned(labels, logits)
+        classes = labels.float().argmax(-1) if self._soft(labels, logits) else self.aligned(labels, logits)
         counted = self.counted(classes)
         ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == classes[..., None]
         kept = float(counted.sum())

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidArgument
-from .batch import size_of
 from .task import Sums, Task
 
 
@@ -29,6 +28,11 @@ class Custom(Task):
         self.name = name
         self._loss, self._targets, self._metrics = loss, targets, metrics
 
+    def labels(self, batch: Any) -> Any:
+        """None for a task that is only distilled."""
+        found = super().labels(batch)
+        return None if self._loss is None and self._metrics is None else found
+
     def targets(self, output: Any) -> Mapping[str, Tensor]:
         return super().targets(output) if self._targets is None else self._targets(output)
 
@@ -41,13 +45,15 @@ class Custom(Task):
         values = values.reshape(-1)
         return values, torch.ones_like(values, dtype=torch.bool)
 
-    def metrics(self, output: Any, labels: Any) -> Sums:
-        size = float(size_of(labels))
+    def metrics(self, output: Any, labels: Any, samples: float) -> Sums:
         sums: Sums = {}
         if self._loss is not None:
-            sums["loss"] = (float(self.loss(output, labels)) * size, size)
+            sums["loss"] = (float(self.loss(output, labels)) * samples, samples)
         for name, value in (self._metrics(output, labels) if self._metrics is not None else {}).items():
-            sums[name] = (
-                (float(value[0]), float(value[1])) if isinstance(value, (tuple, list)) else (float(value) * size, size)
-            )
+            pair = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value, None)
+            try:
+                amount, count = float(pair[0]), samples if pair[1] is None else float(pair[1])
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise InvalidArgument(f"metric {name!r} is a number, or (sum, count), not {value!r:.60}") from error
+            sums[name] = (amount * (samples if pair[1] is None else 1), count)
         return sums

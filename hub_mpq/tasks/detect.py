@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.task import tasks
 from ..errors import InvalidArgument
-from .batch import to_device, tree_leaves_of
+from .batch import inner, to_device, tree_leaves_of
 from .heads import Heads, leaves
 from .outputs import squeezed, tensors_in
 from .own import own_labels
@@ -22,7 +22,7 @@ TaskLike = Task | str | None
 
 _BY_CLASS = (
     (("XLNetForQuestionAnswering", "XLMForQuestionAnswering", "FlaubertForQuestionAnswering"), "own"),
-    (("XLNetLMHeadModel", "WithLMHeadModel", "DoubleHeadsModel", "ForMultipleChoice"), "own"),
+    (("XLNetLMHeadModel", "WithLMHeadModel", "DoubleHeadsModel", "ForMultipleChoice", "GitForCausalLM"), "own"),
     (("ForSequenceClassification", "ForImageClassification", "ForImageClassificationWithTeacher"), "classes"),
     (("ForAudioClassification", "ForVideoClassification"), "classes"),
     (("ForTokenClassification",), "token-classification"),
@@ -55,7 +55,7 @@ def task_of(task: TaskLike, model: nn.Module, batch: Any = None, example: Any = 
         if not isinstance(task, Task):
             raise InvalidArgument(f"task is a name or an object of hub_mpq.Task, not {type(task).__name__}")
         return task.bind(model, example)
-    name = _by_class(model)
+    name = _by_class(inner(model))
     plain = tasks.get(name or "embedding").bind(model, example)
     if batch is None:
         return plain  # type: ignore[no-any-return]
@@ -64,9 +64,19 @@ def task_of(task: TaskLike, model: nn.Module, batch: Any = None, example: Any = 
     if name not in (None, "classification"):
         _check_mask(plain, batch)
         return plain  # type: ignore[no-any-return]
+    if name is None and own_labels(inner(model)):
+        own = tasks.get("own").bind(model, example)
+        if own.labels(batch) is not None:
+            return own  # type: ignore[no-any-return]
     any_labels = tasks.get("classification").bind(model, example)
     labels = any_labels.labels(batch)
-    if labels is None or (name and isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()):
+    if labels is not None and _headless(inner(model)):
+        raise InvalidArgument(
+            f"{type(inner(model)).__name__} has no head, so its output is features and not what labels are for; load "
+            "it with a head, leave the labels out, or name a task by task="
+        )
+    numbers = isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()
+    if labels is None or (name and numbers):
         return plain  # type: ignore[no-any-return]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     batch = to_device(batch, device)
@@ -88,8 +98,10 @@ def _by_class(model: nn.Module) -> str | None:
     names = [cls.__name__ for cls in type(model).__mro__]
     if config is None or "PreTrainedModel" not in names:
         return None
-    found = next((task for ends, task in _BY_CLASS if any(n.endswith(ends) for n in names)), None)
     takes = tuple(inspect.signature(model.forward).parameters)
+    if not type(model).forward.__module__.startswith("transformers.") or "_loss_function" in vars(model):
+        return "own" if own_labels(model) else None  # somebody's own forward or loss, whatever the class is called
+    found = next((task for ends, task in _BY_CLASS if any(n.endswith(ends) for n in names)), None)
     if found == "classes":
         kind = getattr(config, "problem_type", None)
         if kind == "regression" or (kind is None and getattr(config, "num_labels", 2) == 1):
@@ -97,6 +109,8 @@ def _by_class(model: nn.Module) -> str | None:
         return "multi-label" if kind == "multi_label_classification" else "classification"
     if found == "generation":
         return "seq2seq-lm" if getattr(config, "is_encoder_decoder", False) else "causal-lm"
+    if found == "segmentation" and getattr(config, "num_labels", 2) == 1:
+        return "own"
     if found == "span":
         return "question-answering" if "start_positions" in takes else "own"
     if found is not None:
@@ -104,6 +118,13 @@ def _by_class(model: nn.Module) -> str | None:
     if "return_loss" in takes:
         return "contrastive"
     return "own" if own_labels(model) else None
+
+
+def _headless(model: Any) -> bool:
+    """Whether a model of transformers or timm is known to end in features."""
+    if "PreTrainedModel" in [cls.__name__ for cls in type(model).__mro__]:
+        return _by_class(model) is None
+    return hasattr(model, "pretrained_cfg") and getattr(model, "num_classes", None) == 0
 
 
 def _check_mask(task: Task, batch: Any) -> None:
@@ -152,7 +173,19 @@ def by_labels(output: Any, labels: Any, inputs: Tensor | None = None) -> Task:
     choices = fitting(head, labels, inputs)
     if len(choices) != 1:
         raise _unsure(head, labels, choices)
+    if choices[0] != "regression" and _probabilities(head, sums_to_one=choices[0] != "multi-label"):
+        raise InvalidArgument(
+            f"the output looks like probabilities, and {choices[0]} takes logits: leave the last sigmoid or softmax "
+            "out of the network, name a task by task=, or give Task.custom(loss=…)"
+        )
     return tasks.get(choices[0])  # type: ignore[no-any-return]
+
+
+def _probabilities(y: Tensor, *, sums_to_one: bool) -> bool:
+    """Whether all values lie between 0 and 1, and if so asked those of one sample's (or pixel's) classes sum to one."""
+    if not y.numel() or not bool(((y >= 0) & (y <= 1)).all()):
+        return False
+    return not sums_to_one or any(bool(((y.float().sum(d) - 1).abs() < 1e-3).all()) for d in {1, y.dim() - 1})
 
 
 def fitting(y: Tensor, labels: Tensor, inputs: Tensor | None = None) -> list[str]:
@@ -171,7 +204,7 @@ def fitting(y: Tensor, labels: Tensor, inputs: Tensor | None = None) -> list[str
             return ["classification", "multi-label"] if sums_to_one else ["multi-label"]
         return ["multi-label", "regression"]
     if not labels.is_floating_point():
-        return ["regression", "classification"] if several else ["regression", "multi-label"]
+        return ["regression"]
     if sums_to_one:
         return ["classification"]
     return ["multi-label", "regression"] if values.unique().numel() == 2 else ["regression"]

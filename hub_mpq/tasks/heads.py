@@ -41,9 +41,7 @@ class Heads(Task):
         rows, masks = [], []
         for _, task, head, wanted in self._each(output, labels):
             values, mask = task.item_loss(head, wanted, smoothing)
-            share = mask.flatten(1).sum(1).clamp_min(1) if mask.dim() > 1 else 1
-            kept = torch.where(mask, values, torch.zeros_like(values))
-            rows.append((kept.flatten(1).sum(1) if kept.dim() > 1 else kept) / share)
+            rows.append(per_sample(values, mask))
             masks.append(mask.flatten(1).any(1) if mask.dim() > 1 else mask)
         return torch.stack(rows).sum(0), torch.stack(masks).any(0)
 
@@ -57,8 +55,7 @@ class Heads(Task):
         rows = []
         for (_, task, head, _), (_, _, wanted, _) in zip(self._each(output), self._each(reference), strict=True):
             values, kept = task.divergence(head, wanted, mask)
-            values = torch.where(kept, values, torch.zeros_like(values))
-            rows.append(values.flatten(1).mean(1) if values.dim() > 1 else values)
+            rows.append(per_sample(values, kept))
         values = torch.stack(rows).mean(0)
         return values, torch.ones_like(values, dtype=torch.bool)
 
@@ -66,11 +63,11 @@ class Heads(Task):
         drawn = {key: task.sample(head, generator) for key, task, head, _ in self._each(output)}
         return None if any(labels is None for labels in drawn.values()) else drawn
 
-    def metrics(self, output: Any, labels: Any) -> Sums:
+    def metrics(self, output: Any, labels: Any, samples: float) -> Sums:
         """Each output's metrics under its path."""
         sums: Sums = {}
         for key, task, head, wanted in self._each(output, labels):
-            sums |= {f"{key}/{name}": pair for name, pair in task.metrics(head, wanted).items()}
+            sums |= {f"{key}/{name}": pair for name, pair in task.metrics(head, wanted, samples).items()}
         return sums
 
     def figures(self, sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
@@ -79,6 +76,12 @@ class Heads(Task):
             mine = {k.removeprefix(f"{key}/"): v for k, v in sums.items() if k.startswith(f"{key}/")}
             found |= {f"{key}/{name}": value for name, value in task.figures(mine).items()}
         return found
+
+
+def per_sample(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean of each sample's items that count, [batch]; 0 where none does."""
+    kept = torch.where(mask, values, torch.zeros_like(values)).reshape(len(values), -1).sum(1)
+    return kept / mask.reshape(len(mask), -1).sum(1).clamp_min(1)
 
 
 def leaves(labels: Any, prefix: str = "") -> dict[str, Any]:

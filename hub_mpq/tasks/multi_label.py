@@ -54,7 +54,7 @@ class MultiLabel(Task):
         p = self.head(output).detach().float().sigmoid()
         return torch.bernoulli(p.cpu(), generator=generator).to(p.device)
 
-    def metrics(self, output: Any, labels: Any) -> Sums:
+    def metrics(self, output: Any, labels: Any, samples: float) -> Sums:
         """Accuracy and F1 over all labels, in percent, and the loss."""
         logits = self.head(output)
         wanted = self.placed(labels, logits)
@@ -64,7 +64,7 @@ class MultiLabel(Task):
         return {
             "accuracy": (100 * total((said == true) & counted), float(counted.sum())),
             "f1": (200 * hits, total(said) + total(true)),
-            **super().metrics(output, labels),
+            **super().metrics(output, labels, samples),
         }
 
     def fidelity(self, output: Any, reference: Any, mask: Tensor | None = None) -> Sums:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 
 from ..core.task import register_task
 from ..errors import InvalidArgument
-from .batch import size_of
 from .task import Sums, T, Task
 
 
@@ -44,17 +44,17 @@ class Own(Task):
         return args, {**kwargs, **(labels if isinstance(labels, dict) else {})}
 
     def item_loss(self, output: Any, labels: Any, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        loss = getattr(output, "loss", None)
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if not isinstance(loss, Tensor):
+            names = f"its {', '.join(self.label_keys)}" if self.label_keys else "labels, which it does not take"
             raise InvalidArgument(
-                f"{self.signature.model} computes no loss from {', '.join(labels) if labels else 'these labels'}; "
-                "give a task of yours by Task.custom(loss=…)"
+                f"{self.signature.model} computes no loss from {names}; name the task by task=, or give "
+                "Task.custom(loss=…)"
             )
         return loss.reshape(-1), torch.ones_like(loss.reshape(-1), dtype=torch.bool)
 
-    def metrics(self, output: Any, labels: Any) -> Sums:
-        size = float(size_of(labels))
-        return {"loss": (float(self.loss(output, labels)) * size, size)}
+    def metrics(self, output: Any, labels: Any, samples: float) -> Sums:
+        return {"loss": (float(self.loss(output, labels)) * samples, samples)}
 
 
 class Contrastive(Own):
@@ -74,10 +74,6 @@ class Contrastive(Own):
         found = dict(super().targets(output))
         ends = ("_embeds", "_per_image", "_per_audio")
         return {k: v for k, v in found.items() if k.endswith(ends) and "." not in k} or found
-
-    def metrics(self, output: Any, labels: Any) -> Sums:
-        size = float(size_of(list(self.targets(output).values())))
-        return {"loss": (float(self.loss(output, labels)) * size, size)}
 
 
 def own_labels(model: nn.Module) -> tuple[str, ...]:

@@ -45,13 +45,13 @@ class QuestionAnswering(Classes):
         drawn = super().sample(output, generator)
         return dict(zip(QuestionAnswering.label_keys, drawn.unbind(1), strict=True))
 
-    def metrics(self, output: Any, labels: Any) -> Sums:
+    def metrics(self, output: Any, labels: Any, samples: float) -> Sums:
         """Exact matches of both ends and accuracy of single ends, in percent, and the loss."""
         logits = self.logits(output)
         wanted = self.aligned(labels, logits)
         counted = (wanted != self.ignore_index).all(1)
         exact = (logits.argmax(-1) == wanted).all(1) & counted
-        return {"exact_match": (100 * total(exact), float(counted.sum())), **super().metrics(output, labels)}
+        return {"exact_match": (100 * total(exact), float(counted.sum())), **super().metrics(output, labels, samples)}
 
 
 register_task(QuestionAnswering())

@@ -17,10 +17,13 @@ from .task import Sums, Task, total
 class Regression(Task):
     """Squared error. Labels have the shape of the output: numbers [batch], [batch, values], or maps [batch, …].
 
-    NaN, and the number `ignore_index`, mark places that are unknown.
+    NaN marks places that are unknown, and so does `ignore_index` where one is given.
     """
 
     name = "regression"
+
+    def __init__(self, *, ignore_index: int | None = None, **options: Any) -> None:
+        super().__init__(ignore_index=ignore_index, **options)
 
     def head(self, output: Any) -> Tensor:
         """The model's numbers; of a depth estimator of transformers its depth."""
@@ -28,7 +31,8 @@ class Regression(Task):
         return depth if isinstance(depth, Tensor) and self.output is None else super().head(output)
 
     def _known(self, labels: Tensor) -> Tensor:
-        return ~labels.isnan() & (labels != self.ignore_index)
+        known = ~labels.isnan()
+        return known if self.ignore_index is None else known & (labels != self.ignore_index)
 
     def items(self, batch: Any) -> float:
         labels = self.labels(batch)
@@ -40,8 +44,8 @@ class Regression(Task):
         counted = self._known(wanted)
         return (y - torch.where(counted, wanted, torch.zeros_like(wanted))).square(), counted
 
-    def metrics(self, output: Any, labels: Any) -> Sums:
-        """Mean squared and absolute error, R² and Pearson's correlation."""
+    def metrics(self, output: Any, labels: Any, samples: float) -> Sums:
+        """Mean squared and absolute error, R² and Pearson's correlation, over all values together."""
         y = self.head(output).double()
         wanted = reshaped(labels, y, self.name).double()
         counted = self._known(wanted)

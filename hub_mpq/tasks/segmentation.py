@@ -50,7 +50,7 @@ class Segmentation(Classes):
     def item_loss(self, output: Any, labels: Any, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         return super().item_loss(self.sized(output, labels).movedim(-1, 1), labels, smoothing)
 
-    def metrics(self, output: Any, labels: Any) -> Sums:
+    def metrics(self, output: Any, labels: Any, samples: float) -> Sums:
         """Accuracy of the pixels and the mean over classes of intersection over union, in percent, and the loss."""
         logits = self.sized(output, labels)
         wanted = self.aligned(labels, logits)
@@ -59,7 +59,7 @@ class Segmentation(Classes):
         pairs = wanted[counted] * classes + logits.argmax(-1)[counted]
         table = torch.bincount(pairs, minlength=classes * classes).view(classes, classes).double()
         hits, union = table.diagonal(), table.sum(0) + table.sum(1) - table.diagonal()
-        sums = super().metrics(logits.movedim(-1, 1), labels)
+        sums = super().metrics(logits.movedim(-1, 1), labels, samples)
         rows = zip(hits.tolist(), union.tolist(), strict=True)
         return {**sums, **{f"_iou/{c}": (100 * hit, whole) for c, (hit, whole) in enumerate(rows)}}
 

@@ -10,11 +10,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..core.task import tasks
 from ..errors import InvalidArgument
-from .batch import Parts, Signature, size_of
+from .batch import Parts, Signature, size_of, to_device, tree_leaves_of
 from .outputs import mean, power, squared_error, tensors_in
 
 T = TypeVar("T", bound="Task")
+_SETTINGS = ("ignore_index", "output", "label_keys")
 Sums = dict[str, tuple[float, float]]
 """{metric: (sum, count)}: they add up over batches of any size and over processes."""
 
@@ -29,7 +31,7 @@ class Task:
     value per item gives [batch, …] and a mask of the same shape, of those that count.
 
     Args:
-        ignore_index: Label that is left out of losses, metrics and counts.
+        ignore_index: Label that is left out of losses, metrics and counts; None for none.
         label_keys: Keys of labels in a dict; None for the task's own.
         output: Which part of the network's output the labels are for, a key or a position; None where there is
             only one, or where the model of transformers says so.
@@ -37,20 +39,23 @@ class Task:
     Attributes:
         name: Name of the task, as `task=` and `--task`.
         label_keys: Keys of labels in a dict.
+        smoothing: Label smoothing of a training that names none.
         signature: What the forward of the network takes; set by `bind`.
     """
 
     name: str = ""
+    smoothing: float = 0.0
     label_keys: tuple[str, ...] = ("labels", "label")
 
     def __init__(
         self,
         *,
-        ignore_index: int = -100,
+        ignore_index: int | None = -100,
         label_keys: Sequence[str] | None = None,
         output: str | int | None = None,
     ) -> None:
-        self.ignore_index, self.output = ignore_index, output
+        self.ignore_index: Any = ignore_index
+        self.output = output
         if label_keys is not None:
             self.label_keys = (label_keys,) if isinstance(label_keys, str) else tuple(label_keys)
         self.signature: Signature = Signature()
@@ -80,6 +85,10 @@ class Task:
 
         return Custom(loss, targets=targets, metrics=metrics, label_keys=label_keys, name=name)
 
+    def settings(self) -> dict[str, Any]:
+        """What `restored` makes the task of, as JSON values."""
+        return {"name": self.name, **{key: getattr(self, key) for key in _SETTINGS}}
+
     def bind(self: T, model: nn.Module, example: Any = None) -> T:
         """This task for one network, whose forward says what is an input.
 
@@ -94,8 +103,14 @@ class Task:
     # the batch
 
     def parts(self, batch: Any) -> Parts:
-        """Arguments and labels of a batch. Raises InvalidArgument for a part that has no place."""
-        return self.signature.split(batch, self.label_keys)
+        """Arguments and labels of a batch, the labels on the device of the first input.
+
+        Raises:
+            InvalidArgument: A part of the batch has no place.
+        """
+        found = self.signature.split(batch, self.label_keys)
+        first = next(iter(tree_leaves_of((found.args, found.kwargs), Tensor)), None)
+        return found if first is None else found._replace(labels=to_device(found.labels, first.device))
 
     def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of the forward."""
@@ -124,7 +139,7 @@ class Task:
         args, kwargs = self.arguments(batch) if labelled else self.inputs(batch)
         try:
             return model(*args, **kwargs)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise InvalidArgument(f"{self.signature.model} can't be called on this batch: {error}") from error
 
     def mask(self, batch: Any) -> Tensor | None:
@@ -132,9 +147,13 @@ class Task:
         found = self.inputs(batch)[1].get("attention_mask")
         return found.bool() if isinstance(found, Tensor) and found.dim() == 2 else None
 
+    def samples(self, batch: Any) -> float:
+        """Samples of a batch: the first axis of its first input."""
+        return float(size_of(self.inputs(batch)))
+
     def items(self, batch: Any) -> float:
         """Items that the loss of a batch is a mean over."""
-        return float(size_of(batch))
+        return self.samples(batch)
 
     # the output
 
@@ -171,6 +190,16 @@ class Task:
             return {name: x for name, x in found.items() if not name.endswith("hidden_state")}
         return found
 
+    def pairs(self, output: Any, reference: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        """{name: (target, the reference's)}. Raises InvalidArgument for outputs of different forms."""
+        found, wanted = self.targets(output), self.targets(reference)
+        if set(found) != set(wanted):
+            raise InvalidArgument(
+                f"the network returns {', '.join(found)} where the float model returns {', '.join(wanted)}: an output "
+                "that differs in training and evaluation can't be compared; give Task.custom(targets=…)"
+            )
+        return {name: (found[name], y) for name, y in wanted.items()}
+
     def beside(self, output: Any) -> dict[str, Tensor]:
         """Targets that the labels are not for."""
         head = self.head(output)
@@ -178,12 +207,12 @@ class Task:
 
     def with_others(self, values: Tensor, output: Any, reference: Any, mask: Tensor | None) -> Tensor:
         """Distances of the head's items, averaged with those of their sample's other outputs."""
-        wanted = self.beside(reference)
-        if not wanted:
+        others = self.beside(reference)
+        if not others:
             return values
-        found = self.targets(output)
-        rows = torch.stack([squared_error(found[name], x, mask) for name, x in wanted.items()]).sum(0)
-        return (values + rows.view(-1, *[1] * (values.dim() - 1))) / (1 + len(wanted))
+        both = self.pairs(output, reference)
+        rows = torch.stack([squared_error(*both[name], mask) for name in others]).sum(0)
+        return (values + rows.view(-1, *[1] * (values.dim() - 1))) / (1 + len(others))
 
     def item_loss(self, output: Any, labels: Any, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """(loss of every item, mask of those that count).
@@ -208,8 +237,7 @@ class Task:
             output, reference: What the quantized and the float network returned; the reference gets no gradient.
             mask: Tokens that are no padding, as `mask` gave it.
         """
-        found, wanted = self.targets(output), self.targets(reference)
-        rows = [squared_error(found[name], wanted[name], mask) for name in wanted]
+        rows = [squared_error(x, y, mask) for x, y in self.pairs(output, reference).values()]
         if len({row.shape for row in rows}) > 1:  # outputs that are no rows of samples
             rows = [row.mean()[None] for row in rows]
         values = torch.stack(rows).mean(0)
@@ -253,8 +281,10 @@ class Task:
             return self.run(model, batch)[0]
         output = self.forward(model, batch)
         generator = torch.Generator().manual_seed(seed)
-        drawn = self.sample(output, generator)
+        drawn, places = self.sample(output, generator), self.mask(batch)
         if drawn is not None:
+            if isinstance(drawn, Tensor) and places is not None and places.shape == drawn.shape:
+                drawn = drawn.masked_fill(~places, self.ignore_index)
             return self.loss(output, drawn)
         total = torch.zeros(())
         found = self.targets(output)
@@ -265,8 +295,14 @@ class Task:
 
     # figures
 
-    def metrics(self, output: Any, labels: Any) -> Sums:
-        """{metric: (sum, count)} of a batch."""
+    def metrics(self, output: Any, labels: Any, samples: float) -> Sums:
+        """{metric: (sum, count)} of a batch.
+
+        Args:
+            output: What the network returned.
+            labels: As `labels` gave them.
+            samples: How many samples the batch has, for means that are over samples.
+        """
         values, mask = self.item_loss(output, labels)
         return {"loss": (total(torch.where(mask, values, torch.zeros_like(values))), float(mask.sum()))}
 
@@ -278,9 +314,8 @@ class Task:
     def fidelity(self, output: Any, reference: Any, mask: Tensor | None = None) -> Sums:
         """{metric: (sum, count)} of how close a batch's output is to the float model's."""
         sums: Sums = {}
-        found = self.targets(output)
-        for name, y in self.targets(reference).items():
-            x, y = found[name].float(), y.float()
+        for name, (x, y) in self.pairs(output, reference).items():
+            x, y = x.float(), y.float()
             if mask is not None and y.dim() > mask.dim() and y.shape[: mask.dim()] == mask.shape:
                 x, y = x[mask], y[mask]
             sums[f"noise/{name}"] = (total((x - y).square()), total(y.square()))
@@ -293,6 +328,18 @@ class Task:
         if noise:
             found["fidelity_db"] = -10 * math.log10(max(sum(noise) / len(noise), 1e-30))
         return found
+
+
+def restored(settings: Any) -> Task | None:
+    """The task of `Task.settings`; None where its name is not registered, as that of `Task.custom`, or it is none."""
+    name = settings.get("name") if isinstance(settings, Mapping) else None
+    if not isinstance(name, str) or name not in tasks:
+        return None
+    out: Task = copy.copy(tasks.get(name))
+    for key in _SETTINGS:
+        if key in settings:
+            setattr(out, key, tuple(settings[key]) if key == "label_keys" else settings[key])
+    return out
 
 
 def total(x: Tensor) -> float:

@@ -43,7 +43,7 @@ class CausalLM(MaskedLM):
         return torch.cat([found[:, 1:], last], 1)
 
     def counted(self, labels: Tensor) -> Tensor:
-        return labels[:, 1:] != self.ignore_index
+        return super().counted(labels[:, 1:] if labels.dim() > 1 else labels)
 
     def sample(self, output: Any, generator: torch.Generator) -> Tensor:
         drawn = super().sample(output, generator)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import HubMPQError, InvalidArgument
-from ..tasks.batch import size_of, to_device
+from ..tasks.batch import to_device
+from .hooks import Hooks
 from .processes import is_sharded, least, most, own_share, raise_together, total, unshared, world
 
 
@@ -85,12 +86,10 @@ def set_epoch(loader: Any, epoch: int) -> None:
             return
 
 
-def feed(
-    loader: Any, per_epoch: int, start: int, device: torch.device, count: Callable[[Any], float] = size_of
-) -> Iterator[Fed]:
+def feed(loader: Any, per_epoch: int, start: int, device: torch.device, hooks: Hooks) -> Iterator[Fed]:
     """Batches without end, from optimizer step `start` on; all processes take one at a time, together.
 
-    count: items that the loss of a batch is a mean over.
+    hooks: Say how many samples a batch has, and how many items its loss is a mean over.
     A process whose part of an epoch is shorter than `per_epoch` takes an earlier batch again at weight zero. What goes
     wrong with one process's data is raised in all of them.
     """
@@ -100,7 +99,9 @@ def feed(
         epoch, index, batch, mine, size = 0, 0, None, 0.0, 0
         try:
             epoch, index, batch, real = next(batches)
-            mine, size = (count(batch), size_of(batch)) if real else (0.0, 0)
+            if real:
+                size = hooks.samples(batch)
+                mine = hooks.items(batch) if world()[1] > 1 else 0.0
         except HubMPQError as found:
             error = found
         if world()[1] == 1:

@@ -11,8 +11,8 @@ from torch import nn
 
 from ..errors import HubMPQError, InvalidArgument
 from ..tasks import Task, TaskLike, task_of, to_device
-from ..tasks.batch import size_of
 from ..tasks.task import Sums
+from .batches import has_length
 from .processes import each, own_share, raise_together, total, world
 from .random_draws import fixed_draws
 
@@ -45,8 +45,8 @@ def evaluate(
         The metrics, the task's name as "task", and the number of "samples".
 
     Raises:
-        InvalidArgument: An empty loader, no label that counts, neither labels nor a reference, labels that fit no task
-            or several.
+        InvalidArgument: An empty loader, no label that counts, neither labels nor a reference, labels in some batches
+            only, labels that fit no task or several.
     """
     from huggingface_hub.utils import tqdm
 
@@ -56,17 +56,18 @@ def evaluate(
     sums: Sums = {}
     samples = 0.0
     known: Task | None = None
-    whole: Any = None
+    labelled: bool | None = None
+    # in each process, with a batch or without: its figures are those of all
+    whole = task_of(task, model, example=example).whole()
     failed: HubMPQError | None = None
     try:
         mine = iter(own_share(loader) if world()[1] > 1 else loader)  # alone, the order does not matter
         first = next(mine, None)
         if first is not None:
             known = task_of(task, model, first, example)
-            whole = known.whole()
             batches = tqdm(
                 chain([first], mine),
-                total=len(loader) if hasattr(loader, "__len__") and world()[1] == 1 else None,
+                total=len(loader) if has_length(loader) and world()[1] == 1 else None,  # type: ignore[arg-type]
                 desc="evaluate",
                 unit="batch",
                 leave=False,
@@ -74,10 +75,13 @@ def evaluate(
             )
             for i, batch in enumerate(batches):
                 batch = to_device(batch, device)
+                if labelled is not None and labelled != (known.labels(batch) is not None):
+                    raise InvalidArgument("some of the batches have labels and others have none; measure them apart")
+                labelled = known.labels(batch) is not None
                 for name, (value, count) in measure(known, model, batch, reference, i, whole).items():
                     before = sums.get(name, (0.0, 0.0))
                     sums[name] = (before[0] + value, before[1] + count)
-                samples += size_of(batch)
+                samples += known.samples(batch)
     except HubMPQError as error:
         failed = error
     finally:
@@ -88,15 +92,16 @@ def evaluate(
         flat = [x for name in names for x in sums.get(name, (0.0, 0.0))]
         samples, *flat = total(samples, *flat)
         sums = {name: (flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(names)}
-        known = known or task_of(task, model, example=example)
-    if not samples or known is None:
+    if not samples:
         raise InvalidArgument("the data loader is empty")
-    figures = known.figures(sums)
-    if whole is not None and "loss" in figures:
-        figures |= whole.compute()
-    if not figures:
-        raise InvalidArgument(f"no label counts: all of them are {known.ignore_index} (ignore_index)")
-    return {"task": known.name, **figures, "samples": float(samples)}
+    found: Figures | None = None if known is None else {"task": known.name, **known.figures(sums)}
+    if world()[1] > 1:  # a process without a batch has no task, and all know the same sums
+        found = next(figures for figures in each(found) if figures is not None)
+    if found is None or len(found) < 2:
+        raise InvalidArgument("no label of the data counts: all of them are the task's ignore_index")
+    if whole is not None and "loss" in found:
+        found |= whole.compute()
+    return {**found, "samples": float(samples)}
 
 
 def measure(
@@ -111,7 +116,7 @@ def measure(
     if labels is not None:
         if whole is not None:
             whole.update(output, labels)
-        return task.metrics(output, labels)
+        return task.metrics(output, labels, task.samples(batch))
     if reference is None:
         raise InvalidArgument("the batches have no labels: accuracy cannot be measured, only fidelity to a float model")
     with fixed_draws(device, seed):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core import Engine, FinetuneOptions
 from ..errors import InvalidArgument
 from ..quantizers import LSQ
-from ..tasks import Task, TaskLike, task_of
+from ..tasks import Pair, Task, TaskLike, task_of
 from .batches import first_batch
 from .cpt import CyclicPrecision, check_cycles
 from .engine import accelerator_of
@@ -40,7 +40,8 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 class Finetune(Hooks):
     """The task's loss, distillation from a teacher, or both.
 
-    task: bound to the model. distill: weight of the distillation loss in [0, 1]; 1 needs no labels.
+    task: bound to the model. smoothing: of labels; None for the task's own.
+    distill: weight of the distillation loss in [0, 1]; 1 needs no labels.
     average: an AveragedModel that follows the weights (EMA), or None. cyclic, gradients: schedules of cyclic precision
     and of quantized gradients, or None.
     """
@@ -52,7 +53,7 @@ class Finetune(Hooks):
         lr: float,
         scale_lr: float,
         weight_decay: float,
-        smoothing: float,
+        smoothing: float | None,
         teacher: nn.Module | None = None,
         distill: float = 0.0,
         average: Any = None,
@@ -60,7 +61,8 @@ class Finetune(Hooks):
         gradients: GradientQuantization | None = None,
     ) -> None:
         self.task = task
-        self.lr, self.scale_lr, self.weight_decay, self.smoothing = lr, scale_lr, weight_decay, smoothing
+        self.lr, self.scale_lr, self.weight_decay = lr, scale_lr, weight_decay
+        self.smoothing = task.smoothing if smoothing is None else smoothing
         self.teacher, self.distill, self.average = teacher, distill, average
         self.cyclic, self.gradients = cyclic, gradients
 
@@ -99,6 +101,10 @@ class Finetune(Hooks):
 
     def items(self, batch: Any) -> float:
         return self.task.items(batch)
+
+    def samples(self, batch: Any) -> int:
+        halves = batch if isinstance(batch, Pair) else (batch,)
+        return int(sum(self.task.samples(half) for half in halves))
 
     def stateful(self) -> list[Any]:
         return [] if self.average is None else [self.average]

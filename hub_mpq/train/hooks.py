@@ -59,6 +59,10 @@ class Hooks:
         """Items that the loss of a batch is a mean over; they weigh the batches of several processes."""
         return float(size_of(batch))
 
+    def samples(self, batch: Any) -> int:
+        """Samples of a batch, for logs."""
+        return size_of(batch)
+
     def stateful(self) -> list[Any]:
         """Objects beside the model with state_dict and load_state_dict that a checkpoint must hold."""
         return []

@@ -128,7 +128,7 @@ def fit(
         )
         stop = stack.enter_context(StopOnSignal(active=store is not None))
         stack.enter_context(bar)
-        batches = feed(loader, per_epoch, start, accelerator.device, hooks.items)
+        batches = feed(loader, per_epoch, start, accelerator.device, hooks)
         seen = 0
         for step in range(start, length):
             fed = next(batches)

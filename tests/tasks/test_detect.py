@@ -36,6 +36,8 @@ def whole(high, *shape):
         (draw(8), draw(8, 1), "regression"),
         (draw(8, 1), draw(8, 1), "regression"),
         (draw(8, 5), draw(8, 5), "regression"),
+        (draw(8, 1), torch.tensor([1, 2, 3, 4, 5, 1, 2, 3]), "regression"),  # ratings: no class, no yes or no
+        (draw(8, 5), whole(9, 8, 5), "regression"),
         (draw(8, 1, 6, 7), draw(8, 1, 6, 7).sigmoid(), "regression"),
         (draw(8, 1, 6, 7), draw(8, 6, 7), "regression"),
         (draw(8, 5, 6, 7), whole(5, 8, 6, 7), "segmentation"),
@@ -61,6 +63,9 @@ def test_labels_that_mean_one_task(output, labels, name):
         (draw(8, 1, 6, 7), whole(2, 8, 1, 6, 7), "'multi-label' or task='regression'"),
         (draw(8, 6, 6), whole(5, 8, 6), "'segmentation' or task='token-classification'"),
         (draw(8, 5), torch.tensor([[0.05, 0.95, 0.95, 0.05, 0.05]] * 8), "'multi-label' or task='regression'"),
+        (draw(8, 5).softmax(1), whole(5, 8), "looks like probabilities"),
+        (draw(8, 5).sigmoid(), torch.tensor([[0.0, 1, 1, 0, 0]] * 8), "looks like probabilities"),
+        (draw(8, 5, 6, 7).softmax(1), whole(5, 8, 6, 7), "looks like probabilities"),
         (draw(8, 5), draw(8), "do not fit"),
         (draw(8, 5), whole(5, 8, 2), "do not fit"),
         (draw(8, 5, 6, 7), whole(5, 8, 3, 3), "do not fit"),

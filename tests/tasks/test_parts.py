@@ -12,7 +12,7 @@ from torch import nn
 
 from hub_mpq.errors import InvalidArgument
 from hub_mpq.tasks import Classification, Embedding, to_device
-from hub_mpq.tasks.batch import Pair, Signature, labels_from, size_of
+from hub_mpq.tasks.batch import Pair, Signature, labels_from, size_of, tree_leaves_of
 
 X, Z, Y = torch.zeros(4, 3), torch.ones(4, 2), torch.arange(4)
 
@@ -29,6 +29,16 @@ class Two(nn.Module):
 
 class Optional(nn.Module):
     def forward(self, x, mask=None):
+        return x
+
+
+class Many(nn.Module):
+    def forward(self, *xs):
+        return xs[0]
+
+
+class Routing(nn.Module):
+    def forward(self, x, **more):
         return x
 
 
@@ -70,6 +80,15 @@ def same(found, wanted):
         (Optional(), X, (X, Y), (X,), {}, Y),
         (Optional(), (X, Z), ((X, Z), Y), (X, Z), {}, Y),
         (Optional(), (X, Z), (X, Z, Y), (X, Z), {}, Y),
+        (One(), X, (X, [np.int64(i) for i in range(4)]), (X,), {}, Y),
+        (One(), X, (X, [torch.tensor(i) for i in range(4)]), (X,), {}, Y),
+        (One(), X, (X, np.arange(4, dtype=np.uint16)), (X,), {}, Y),
+        (One(), ({"x": X},), {"x": X}, ({"x": X},), {}, None),
+        (One(), ({"x": X},), ({"x": X}, Y), ({"x": X},), {}, Y),
+        (Many(), (X, Z), ((X, Z),), (X, Z), {}, None),
+        (Many(), (X, Z), (X, Z, Y), (X, Z), {}, Y),
+        (Routing(), X, {"x": X, "z": Z, "labels": Y}, (), {"x": X, "z": Z}, Y),
+        (torch.jit.trace(nn.Linear(3, 2), X), X, (X, Y), (X,), {}, Y),
     ],
 )
 def test_parts_of_a_batch(net, example, batch, args, kwargs, labels):
@@ -134,6 +153,10 @@ def test_batches_keep_their_form_on_the_way_to_a_device():
     assert isinstance(pair, Pair)
     assert pair.held["x"].is_meta
     assert to_device(["a", X], device)[0] == "a"
+    # labels that become tensors later go where the inputs are
+    for labels in ([0, 1, 2, 3], [{"class_labels": [1]}]):
+        found = Classification().bind(One(), X).labels(to_device((X, labels), device))
+        assert tree_leaves_of(found, torch.Tensor)[0].is_meta
 
 
 def test_a_pair_counts_the_samples_of_both_halves():

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from hub_mpq import HubMPQ, Task
 from hub_mpq.errors import InvalidArgument
-from hub_mpq.tasks import Classification, Contrastive, Segmentation
+from hub_mpq.tasks import Classification, Contrastive, Embedding, Regression, Segmentation
+from hub_mpq.tasks.detect import by_labels
 
 STILL = {"indicator_options": {"steps": 3}}
 
@@ -265,8 +266,126 @@ def test_ignored_labels_count_nowhere():
     mpq.apply_policy("W4A4", [X])
     log = mpq.finetune([(X[:32], torch.full((32,), -100)), (X[32:64], y[32:64])], epochs=1)
     assert all(math.isfinite(loss) for loss in log.epoch_loss)
-    with pytest.raises(InvalidArgument, match="no label counts"):
+    with pytest.raises(InvalidArgument, match="no label of the data counts"):
         mpq.evaluate([(X, torch.full((128,), -100))])
+
+
+def test_batches_with_and_without_labels_are_not_mixed():
+    mpq = HubMPQ.from_module(mlp(4).eval(), X[:1])
+    with pytest.raises(InvalidArgument, match="some of the batches have labels"):
+        mpq.evaluate([(X, torch.arange(128) % 4), X])
+
+
+def test_a_number_of_minus_100_is_one_unless_it_is_asked_for():
+    net = mlp(1).eval()
+    y = torch.where(torch.arange(128) % 4 == 0, -100.0, NUMBERS)
+    missing = torch.where(torch.arange(128) % 4 == 0, torch.nan, NUMBERS)
+    mpq = HubMPQ.from_module(net, X[:1], task="regression")
+    with torch.no_grad():
+        out = net(X)[:, 0]
+    assert mpq.evaluate([(X, y)])["mse"] == pytest.approx(float(F.mse_loss(out, y)), rel=1e-5)
+    kept = torch.arange(128) % 4 != 0
+    known = float(F.mse_loss(out[kept], NUMBERS[kept]))
+    assert mpq.evaluate([(X, missing)])["mse"] == pytest.approx(known, rel=1e-5)
+    assert mpq.evaluate([(X, y)], task=Regression(ignore_index=-100))["mse"] == pytest.approx(known, rel=1e-5)
+
+
+def test_the_task_that_was_named_is_saved_with_the_model(tmp_path):
+    """Where labels do not tell: 0 and 1 as numbers, a void class of one's own."""
+    net, y = mlp(4).eval(), ((X @ draw(16, 4)) > 0).float()
+    mpq = HubMPQ.from_module(net, X[:1], task="regression").apply_policy("W8A8", [X])
+    mpq.save_pretrained(tmp_path / "numbers")
+    again = HubMPQ.from_pretrained(tmp_path / "numbers", module=net)
+    assert again.evaluate([(X, y)]) == mpq.evaluate([(X, y)])
+    assert again.evaluate([(X, y)], task="multi-label")["task"] == "multi-label"
+    maps, x = seeded(lambda: Maps(4)).eval(), draw(2, 3, 6, 6)
+    void = torch.full((2, 6, 6), 255)
+    void[:, 3:] = 1
+    mpq = HubMPQ.from_module(maps, x[:1], task=Segmentation(ignore_index=255)).apply_policy("W8A8", [x])
+    mpq.save_pretrained(tmp_path / "maps")
+    assert HubMPQ.from_pretrained(tmp_path / "maps", module=maps).evaluate([(x, void)]) == mpq.evaluate([(x, void)])
+    own = HubMPQ.from_module(net, X[:1], task=Task.custom(lambda output, labels: output.mean())).apply_policy(
+        "W8A8", [X]
+    )
+    own.save_pretrained(tmp_path / "own")
+    assert HubMPQ.from_pretrained(tmp_path / "own", module=net).task is None
+
+
+def test_labels_of_a_task_that_has_none_are_not_looked_at():
+    y = torch.arange(128) % 4
+    for task in ("embedding", Task.custom()):
+        mpq = HubMPQ.from_module(mlp(4).eval(), X[:1], task=task)
+        mpq.quantize(bitops="W4A4", train=batches(X, y), steps=2, **STILL)
+        assert "fidelity_db" in mpq.evaluate([(X, y)])
+
+
+def test_one_of_several_outputs_may_be_compared_alone():
+    net = seeded(Heads).eval()
+    mpq = HubMPQ.from_module(net, X[:1], task=Embedding(output=0)).apply_policy("W8A8", [X])
+    with torch.no_grad():
+        mpq.model.second.weight.zero_()
+    assert mpq.evaluate([X])["fidelity_db"] > 25
+
+
+def test_probes_weigh_every_output_alike():
+    """Outputs of any size and unit: the expected squared gradient of each is the same."""
+    task = Embedding()
+    y = torch.randn(512, 5, generator=torch.Generator().manual_seed(1))
+    one, two = y.clone().requires_grad_(), (1000 * y).requires_grad_()
+    net = nn.Identity()
+    task.forward = lambda model, batch, labelled=False: (one, two)
+    task.probe(net, y).backward()
+    with torch.no_grad():
+        ratio = float((one.grad.square().sum() * one.var()) / (two.grad.square().sum() * two.var()))
+    assert ratio == pytest.approx(1, rel=0.2)
+    task.forward = lambda model, batch, labelled=False: one
+    alone = one.grad.square().sum()
+    one.grad = None
+    task.probe(net, y).backward()
+    assert float(one.grad.square().sum() / alone) == pytest.approx(2, rel=0.2)  # two outputs share one output's weight
+
+
+def test_two_heads_have_one_loss_a_sample():
+    heads = by_labels((draw(8, 5), draw(8, 6, 4)), [torch.arange(8) % 5, torch.arange(48).view(8, 6) % 4])
+    labels = [torch.arange(8) % 5, torch.arange(48).view(8, 6) % 4]
+    labels[1][:, 3:] = -100
+    output = (draw(8, 5), draw(8, 6, 4))
+    values, counted = heads.item_loss(output, labels)
+    wanted = F.cross_entropy(output[0], labels[0], reduction="none")
+    tokens = F.cross_entropy(output[1].transpose(1, 2), labels[1], reduction="none")[:, :3].mean(1)
+    torch.testing.assert_close(values, wanted + tokens)
+    assert bool(counted.all())
+    padded = (output[0], torch.cat([output[1], draw(8, 4, 4)], 1))
+    mask = torch.arange(10) < 6
+    short, long = (
+        heads.divergence(x, tuple(y * 0 for y in x), m)[0] for x, m in ((output, None), (padded, mask.expand(8, -1)))
+    )
+    torch.testing.assert_close(short, long)
+
+
+def test_an_output_that_changes_its_form_in_training_is_refused():
+    class Changing(nn.Sequential):
+        def forward(self, x):
+            out = super().forward(x)
+            return {"out": out} if self.training else out
+
+    net = seeded(lambda: Changing(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))).eval()
+    mpq = HubMPQ.from_module(net, X[:1]).apply_policy("W4A4", [X])
+    with pytest.raises(InvalidArgument, match="differs in training and evaluation"):
+        mpq.finetune([X], steps=1)
+
+
+def test_a_metric_that_is_no_number_is_named():
+    task = Task.custom(lambda output, labels: output.mean(), metrics=lambda output, labels: {"rows": output.mean(0)})
+    with pytest.raises(InvalidArgument, match="metric 'rows' is a number"):
+        HubMPQ.from_module(mlp(4).eval(), X[:1], task=task).evaluate([(X, torch.arange(128))])
+
+
+def test_a_language_model_with_one_label_a_sample_is_refused():
+    net = seeded(lambda: T.GPT2LMHeadModel(T.GPT2Config(vocab_size=32, n_positions=24, n_embd=16, n_layer=1, n_head=2)))
+    ids = torch.randint(0, 32, (4, 9))
+    with pytest.raises(InvalidArgument, match=r"labels of shape \(4,\).*do not fit task 'causal-lm'"):
+        HubMPQ.from_module(net, {"input_ids": ids[:1]}).evaluate([{"input_ids": ids, "labels": torch.arange(4)}])
 
 
 def test_perplexity_is_of_all_tokens_alike():
@@ -296,7 +415,8 @@ def test_the_float_and_the_quantized_model_see_the_same_random_masks():
     net = seeded(lambda: T.ViTMAEForPreTraining(config)).eval()
     x = {"pixel_values": draw(4, 3, 16, 16)}
     mpq = HubMPQ.from_module(net, {"pixel_values": x["pixel_values"][:1]}).apply_policy("W8A8", [x])
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
         one, other = net(**x).logits, net(**x).logits
     apart = 10 * math.log10(float(one.square().sum() / (one - other).square().sum()))
     assert min(mpq.evaluate([x])["fidelity_db"] for _ in range(3)) > apart + 10

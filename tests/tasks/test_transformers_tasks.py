@@ -6,12 +6,14 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 import transformers as T
 
 from hub_mpq import HubMPQ
 from hub_mpq.errors import InvalidArgument
 from hub_mpq.tasks import Classification, Detection, task_of
+from hub_mpq.train import Finetune
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "patch_size": 8}
@@ -117,7 +119,8 @@ def test_figures_do_not_depend_on_how_samples_are_batched(models, name):
         for i in range(0, 4, size):
             part = {k: v[i : i + size] for k, v in batch.items()}
             with torch.no_grad():
-                found = task.metrics(task.forward(models[name], part, labelled=True), task.labels(part))
+                output = task.forward(models[name], part, labelled=True)
+                found = task.metrics(output, task.labels(part), task.samples(part))
             for key, (value, count) in found.items():
                 before = sums.get(key, (0.0, 0.0))
                 sums[key] = (before[0] + value, before[1] + count)
@@ -158,7 +161,7 @@ def test_an_answer_behind_the_text_does_not_count(models):
     task = task_of(None, model, {**TEXT, **labels})
     with torch.no_grad():
         values, counted = task.item_loss(model(**TEXT), labels)
-        found = task.metrics(model(**TEXT), labels)
+        found = task.metrics(model(**TEXT), labels, 4)
     assert counted.tolist() == [[True, True], [True, True], [True, True], [False, True]]
     assert found["loss"][1] == 7
     assert found["exact_match"][1] == 3
@@ -201,7 +204,7 @@ def test_padding_does_not_count_in_a_divergence(models):
 @pytest.mark.parametrize(
     ("kind", "more", "name"),
     [
-        ("BertForMultipleChoice", {}, "own"),
+        ("BertForMultipleChoice", {"num_labels": 1}, "own"),
         ("BertForNextSentencePrediction", {}, "own"),
         ("BertModel", {}, "embedding"),
         ("BertLMHeadModel", {"is_decoder": True}, "causal-lm"),
@@ -293,3 +296,138 @@ def test_the_average_precision_is_that_of_the_boxes():
 def test_detection_without_torchmetrics_has_its_loss(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics.detection", None)
     assert Detection().whole() is None
+
+
+class Focal(T.BertForSequenceClassification):
+    """Somebody's own loss under a class name that ends like transformers' own."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        out = super().forward(input_ids=input_ids, attention_mask=attention_mask)
+        if labels is not None:
+            out.loss = 7 * torch.nn.functional.cross_entropy(out.logits, labels)
+        return out
+
+
+def test_a_loss_of_somebodys_own_is_kept(models):
+    focal = Focal(models["classification"].config).eval()
+    weighted = gpt2().eval()
+    weighted.loss_function = lambda logits, labels, **more: 7 * logits.square().mean()
+    for model, name in ((focal, "classification"), (weighted, "causal-lm")):
+        batch = batch_of(name)
+        task = task_of(None, model, batch)
+        assert task.name == "own"
+        with torch.no_grad():
+            loss = task.run(model, batch)[0]
+            torch.testing.assert_close(loss, model(**batch).loss)
+            assert float(loss) != pytest.approx(float(task_of(name, model).run(model, batch)[0]), rel=0.1)
+
+
+def seeded(build):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build()
+
+
+class Plain(torch.nn.Module):
+    """A network of no library that computes its loss when it is given labels."""
+
+    def __init__(self, kind=dict):
+        super().__init__()
+        self.body, self.kind = torch.nn.Linear(3, 4), kind
+
+    def forward(self, x, labels=None):
+        logits = self.body(x)
+        loss = None if labels is None else 7 * torch.nn.functional.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits} if self.kind is dict else logits
+
+
+def test_a_network_of_no_library_may_compute_its_loss():
+    net, x, y = Plain(), torch.randn(8, 3, generator=draw()), torch.arange(8) % 4
+    for batch in ((x, y), {"x": x, "labels": y}):
+        task = task_of(None, net, batch)
+        assert task.name == "own"
+        torch.testing.assert_close(task.run(net, batch)[0], net(x, y)["loss"])
+    with pytest.raises(InvalidArgument, match="Plain computes no loss from its labels"):
+        task_of(None, Plain(list), (x, y)).run(Plain(list), (x, y))
+    with pytest.raises(InvalidArgument, match="labels, which it does not take"):
+        HubMPQ.from_module(torch.nn.Sequential(torch.nn.Linear(3, 4)), x[:1], task="own").evaluate([(x, y)])
+
+
+def test_a_model_in_pefts_wrapper_keeps_its_task(models):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(bert("BertForQuestionAnswering"), LoraConfig(target_modules=["query"]))
+    assert task_of(None, model, batch_of("question-answering")).name == "question-answering"
+
+
+def test_a_model_without_a_head_has_no_labels(models):
+    with pytest.raises(InvalidArgument, match="BertModel has no head"):
+        task_of(None, bert("BertModel"), {**TEXT, "labels": torch.zeros(4, dtype=torch.long)})
+    with pytest.raises(InvalidArgument, match="ResNet has no head"):
+        task_of(None, timm.create_model("test_resnet", num_classes=0), (IMAGES, torch.zeros(4, dtype=torch.long)))
+
+
+def test_keywords_that_a_forward_routes_are_inputs():
+    """EncoderDecoderModel hands what it does not name to its parts; BertModel ignores it."""
+    encoder, decoder = bert("BertModel"), bert("BertLMHeadModel", is_decoder=True, add_cross_attention=True)
+    model = T.EncoderDecoderModel(encoder=encoder, decoder=decoder)
+    task = task_of(None, model, {**TEXT, "decoder_input_ids": IDS, "token_type_ids": torch.zeros_like(IDS)})
+    assert "token_type_ids" in task.inputs({**TEXT, "token_type_ids": torch.zeros_like(IDS)})[1]
+
+
+def test_classes_that_a_model_masks_out_are_not_smoothed():
+    logits = torch.randn(4, 6, generator=draw())
+    logits[:, 4:] = torch.finfo(torch.float32).min
+    labels = torch.tensor([0, 1, 2, 3])
+    task = Classification()
+    wanted = torch.nn.functional.cross_entropy(logits[:, :4], labels, label_smoothing=0.1)
+    torch.testing.assert_close(task.loss(logits, labels, 0.1), wanted)
+
+
+def test_smoothing_is_for_classification_unless_it_is_asked_for(models):
+    rates = {"lr": 0.0, "scale_lr": 0.0, "weight_decay": 0.0}
+    for name, smoothing in (("classification", 0.1), ("causal-lm", 0.0), ("question-answering", 0.0)):
+        task = task_of(None, models[name], batch_of(name))
+        assert Finetune(task=task, smoothing=None, **rates).smoothing == smoothing
+        assert Finetune(task=task, smoothing=0.2, **rates).smoothing == 0.2
+
+
+def test_sequences_without_their_second_half_are_refused_in_words(models):
+    """An encoder-decoder without labels needs the decoder's input."""
+    with pytest.raises(InvalidArgument, match="can't be called on this batch"):
+        HubMPQ.from_module(models["seq2seq-lm"], {**TEXT, "decoder_input_ids": IDS}).apply_policy("W8A8", [TEXT])
+
+
+def test_losses_of_a_models_own_are_means_over_samples(models):
+    """Whatever stands first in the batch, and however the labels are nested."""
+    config = T.YolosConfig(**VISION, image_size=[16, 16], num_detection_tokens=5, num_labels=3)
+    model = seeded(lambda: T.YolosForObjectDetection(config)).eval()
+    boxes = torch.rand(3, 4, generator=draw()) / 2 + 0.1
+    labels = [
+        {"class_labels": torch.tensor([0, 1, 2]), "boxes": boxes},
+        {"class_labels": torch.tensor([1]), "boxes": boxes[:1]},
+    ]
+    single = [{"labels": [labels[i]], "pixel_values": IMAGES[i : i + 1]} for i in range(2)]
+    with torch.no_grad():
+        wanted = sum(float(model(**batch).loss) for batch in single) / 2
+    found = HubMPQ.from_module(model, {"pixel_values": IMAGES[:1]}).evaluate(single)
+    assert found["loss"] == pytest.approx(wanted, rel=1e-5)
+    assert found["samples"] == 2
+
+
+def test_the_decoders_places_count_by_its_labels(models):
+    task = task_of(None, models["seq2seq-lm"], batch_of("seq2seq-lm"))
+    assert torch.equal(task.mask(batch_of("seq2seq-lm")), WORDS != -100)
+    assert task.mask(TEXT) is None
+
+
+def test_padding_does_not_count_in_a_probe(models):
+    """Labels are drawn for real tokens alone, so more padding does not dilute the gradients."""
+    model = models["token-classification"]
+    task = task_of(None, model, TEXT)
+    longer = {key: torch.nn.functional.pad(value, (0, 6)) for key, value in TEXT.items()}
+    seen = []
+    plain = task.loss
+    task.loss = lambda output, labels: seen.append(labels) or plain(output, labels)
+    task.probe(model, longer)
+    assert torch.equal(seen[0] != -100, longer["attention_mask"].bool())
