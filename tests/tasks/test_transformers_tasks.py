@@ -406,13 +406,14 @@ def test_losses_of_a_models_own_are_means_over_samples(models):
     labels = [
         {"class_labels": torch.tensor([0, 1, 2]), "boxes": boxes},
         {"class_labels": torch.tensor([1]), "boxes": boxes[:1]},
+        {"class_labels": torch.tensor([2, 2]), "boxes": boxes[1:]},
     ]
-    single = [{"labels": [labels[i]], "pixel_values": IMAGES[i : i + 1]} for i in range(2)]
+    data = [{"labels": labels[i:j], "pixel_values": IMAGES[i:j]} for i, j in ((0, 2), (2, 3))]
     with torch.no_grad():
-        wanted = sum(float(model(**batch).loss) for batch in single) / 2
-    found = HubMPQ.from_module(model, {"pixel_values": IMAGES[:1]}).evaluate(single)
+        wanted = sum(size * float(model(**batch).loss) for size, batch in zip((2, 1), data, strict=True)) / 3
+    found = HubMPQ.from_module(model, {"pixel_values": IMAGES[:1]}).evaluate(data)
     assert found["loss"] == pytest.approx(wanted, rel=1e-5)
-    assert found["samples"] == 2
+    assert found["samples"] == 3
 
 
 def test_the_decoders_places_count_by_its_labels(models):
