@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
-from hub_mpq import HubMPQ, IndicatorOptions
+from hub_mpq import HubMPQ
 from hub_mpq.adapters.restore_state import copied
 
 X = torch.linspace(-1, 1, 32).view(4, 8)
@@ -49,10 +49,9 @@ def test_a_model_with_computed_tensors_is_copied(change):
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_scores_are_trained_on_a_copy(change):
-    model = net(change)
-    before = model(X)
-    mpq = HubMPQ.from_module(model, X[:1])
-    found = mpq.train_indicators([(X, torch.zeros(4, dtype=torch.long))], IndicatorOptions(steps=1))
-    assert found is not None
-    assert torch.equal(model(X), before)
+def test_a_packed_file_is_loaded_into_a_copy(change, tmp_path):
+    model = copied(net(change))
+    mpq = HubMPQ.from_module(model, X[:1]).apply_policy("W4A8", [X])
+    mpq.save_pretrained(tmp_path)
+    loaded = HubMPQ.from_pretrained(tmp_path, module=net(change))
+    assert torch.equal(loaded.model(X), mpq.model(X))
