@@ -1,13 +1,14 @@
-"""Running a model without leaving a trace on it."""
+"""Running a model without leaving a trace on it, and copying it."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -29,9 +30,28 @@ def state_restored(model: nn.Module) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fused)
             for module, contents in saved:
                 _restore(module, contents)
-            for buffer, version, copy in buffers:
+            for buffer, version, values in buffers:
                 if buffer._version != version:
-                    buffer.copy_(copy)
+                    buffer.copy_(values)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy of a model, also of one that holds tensors with a gradient's history, which torch doesn't copy.
+
+    Weights that a hook computes anew before each forward (weight_norm, spectral_norm, prune) are such tensors, and so
+    is an output that a forward in training has stored.
+
+    Args:
+        model: The model.
+    """
+    held = [
+        value
+        for module in model.modules()
+        for value in (*vars(module).values(), *module._buffers.values())
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    memo = {id(value): value.detach().clone() for value in held}
+    return copy.deepcopy(model, memo)
 
 
 def _contents(module: nn.Module) -> dict[str, tuple[Any, dict[Any, Any] | None]]:

@@ -3,7 +3,7 @@
 from .bits import FLOAT_BITS, Candidates, LayerBits, check_width
 from .budget import Budget
 from .indicators import Indicators
-from .layer import FloatOp, LayerGraph, LayerSpec
+from .layer import FloatOp, LayerGraph, LayerSpec, matching
 from .layer_kind import LayerKind, layer_kinds, register_layer_kind
 from .library import Library, libraries, register_library
 from .limit import Limit, Reduction, Value, limits, register_limit
@@ -41,6 +41,7 @@ __all__ = [
     "layer_kinds",
     "libraries",
     "limits",
+    "matching",
     "parse_bytes",
     "parse_count",
     "parse_ratio",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -112,11 +112,11 @@ class LayerGraph:
             raise InvalidArgument("every layer is fixed: there is nothing to search")
 
     def match(self, pattern: str) -> tuple[str, ...]:
-        """Names of the layers a glob pattern matches; InvalidArgument when it matches none."""
-        names = tuple(name for name in self.names if fnmatch.fnmatchcase(name, pattern))
+        """Names of the layers that a name or glob pattern means; InvalidArgument when it means none."""
+        names = matching(self.names, pattern)
         if not names:
             for op in self.floats:
-                if op.weight_count and fnmatch.fnmatchcase(op.name, pattern):
+                if op.weight_count and matching([op.name], pattern):
                     raise InvalidArgument(f"layer pattern {pattern!r}: {op.name!r} stays float, {op.reason}")
             some = ", ".join(self.names[:4])
             raise InvalidArgument(f"layer pattern {pattern!r} matches none of the {len(self)} layers ({some}, …)")
@@ -214,6 +214,17 @@ class LayerGraph:
                 "floats": tuple(FloatOp(**row) for row in data["floats"]),
             }
         )
+
+
+def matching(names: Iterable[str], pattern: str) -> tuple[str, ...]:
+    """The names that a pattern means: the one that is the pattern, brackets and all, or else those it matches.
+
+    Args:
+        names: All there are.
+        pattern: A name or a glob pattern.
+    """
+    names = tuple(names)
+    return (pattern,) if pattern in names else tuple(name for name in names if fnmatch.fnmatchcase(name, pattern))
 
 
 def _name(layer: LayerSpec) -> str:

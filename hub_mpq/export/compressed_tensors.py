@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def export_compressed(
     since 1 bit here would mean {−1, 0}. Embeddings, and heads tied to them, are written dequantized: transformers
     5.23 fails on a packed one (it initialises `embedding.weight`, which is not there). Its `dequantize=True` would
     load one, but takes the first group's width for all layers and gives wrong weights without a word. Warns where
-    vLLM could not load the policy. Raises HubMPQError as check_exportable.
+    vLLM could not load the policy. Raises HubMPQError as check_exportable, and for a model whose class can't load it.
     """
     from safetensors.torch import save
 
@@ -111,6 +112,7 @@ def export_compressed(
         state[key(module, "weight_scale")] = scale[:, None]
         state[key(module, "weight_shape")] = torch.tensor(layer.weight_shape)
         groups.setdefault(words.num_bits, []).append(layer.name)
+    check_loadable(model, [name for names in groups.values() for name in names])
     public = {k: v for k, v in config_of(model, config).items() if k not in ("_name_or_path", "quantization_config")}
     public["quantization_config"] = _quantization(groups)
     folder = Path(folder)
@@ -119,6 +121,29 @@ def export_compressed(
     size = write_atomic(folder / "model.safetensors", [save(state, metadata={"format": "pt"})])
     write_atomic(folder / CONFIG, [text.encode()])
     return size
+
+
+def check_loadable(model: Any, names: Iterable[str]) -> None:
+    """Raise HubMPQError if transformers reads, while it loads the model's class, a weight that is packed.
+
+    It calls `_init_weights` for every module. That of T5's attention reads the weights of the layers inside.
+    """
+    with torch.device("meta"):
+        skeleton = type(model)(copy.deepcopy(model.config))
+    for module in skeleton.modules():
+        vars(module).pop("_is_hf_initialized", None)  # as it is before weights are loaded
+    for name in names:
+        del skeleton.get_submodule(name).weight
+    try:
+        skeleton.initialize_weights()
+    except AttributeError as error:
+        if "has no attribute 'weight'" in str(error):
+            raise HubMPQError(
+                f"transformers can't load {type(model).__name__} in {COMPRESSED_TENSORS}: to initialise it, it reads "
+                "weights that are packed; publish the packed file"
+            ) from error
+    except Exception:  # the meta device's fault: nothing is known
+        return
 
 
 def _two_bits(packed: PackedTensor) -> PackedTensor:

@@ -6,7 +6,6 @@ narrower type would save nothing at run time. The values are the same as here, s
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..adapters.restore_state import copied
 from ..errors import HubMPQError
 from ..nn.quantize import quantized_layers
 from ..pack import Manifest
@@ -102,7 +102,7 @@ def export_onnx(
 
 def _with_nodes(model: nn.Module) -> tuple[nn.Module, set[str]]:
     """A copy whose quantizers are ONNX nodes; the names of the weights that fit INT4."""
-    net = copy.deepcopy(model).eval()
+    net = copied(model).eval()
     if hasattr(net, "config"):
         net.config.use_cache = False  # a cache is an object, no tensor
     made: dict[nn.Module, _Weight] = {}  # a tied head shares its quantizer

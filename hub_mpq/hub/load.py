@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from .. import adapters
 from ..adapters.base import Source
 from ..adapters.module import ModuleLibrary
+from ..adapters.restore_state import copied
 from ..core.files import CONFIG, PACKED
 from ..core.library import Library, libraries
 from ..errors import HubMPQError, InvalidArgument, PackedFormat, PolicyMismatch
@@ -50,7 +50,7 @@ def load_folder(folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any
         _check_config(folder, manifest, given)
         source = adapters.load(str(folder), pretrained=False, library=library.name, **given)
     else:
-        net = copy.deepcopy(module)
+        net = copied(module)
         source = Source(net, manifest.base_model, manifest.revision, ModuleLibrary.name, (), manifest.graph)
     load_packed(folder / PACKED, source.model, cast=not {"dtype", "torch_dtype"}.isdisjoint(kwargs))
     source.model.eval()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping
 
-from ..core import Candidates, LayerGraph
+from ..core import Candidates, LayerGraph, matching
 from ..errors import InvalidArgument
 
 CandidatesLike = Candidates | Iterable[int] | Mapping[str, "Candidates | Iterable[int]"] | None
@@ -23,7 +22,8 @@ def resolve_candidates(graph: LayerGraph, value: CandidatesLike) -> dict[str, Ca
     out = {layer.name: Candidates() for layer in graph.searched}
     for key, widths in value.items():
         chosen = Candidates.of(widths)
-        hits = [x.name for x in graph.searched if x.kind == key or fnmatch.fnmatchcase(x.name, key)]
+        named = matching([x.name for x in graph.searched], key)
+        hits = [x.name for x in graph.searched if x.kind == key or x.name in named]
         if not hits:
             raise InvalidArgument(f"candidates: {key!r} is no kind of layer and matches no searched layer")
         out.update(dict.fromkeys(hits, chosen))

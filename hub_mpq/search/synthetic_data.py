@@ -15,6 +15,7 @@ from ..adapters.count import storage_key
 from ..adapters.forward import call
 from ..adapters.restore_state import state_restored
 from ..nn.layers import first_operand
+from ..tasks import to_device
 
 STEPS = 20
 BATCH = 8
@@ -28,7 +29,8 @@ _COPIES = ("_to_copy", "clone")
 class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Which table each of some tensors of indices is looked up in, while it is entered.
 
-    `found`: {storage key of the indices: {storage key of the table: its rows}}.
+    `found`: {storage key of the indices: {storage key of the table: its rows}}. Raises IndexError for an index that no
+    table has, before CUDA would abort the process's context.
     """
 
     def __init__(self, model: nn.Module, indices: list[Tensor]) -> None:
@@ -39,18 +41,42 @@ class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.found: dict[int, dict[int, int]] = defaultdict(dict)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")[2]
+        _check_indices(name, args)
+        out = func(*args, **(kwargs or {}))
         if name in _COPIES and (origin := self.origin.get(storage_key(args[0]))) is not None:
             self.origin[storage_key(out)] = origin
             self.alive.append(out)
         if name in _LOOKUPS:
-            axis = _LOOKUPS[name]
-            table, indices = (args[0], args[1]) if axis is not None else (args[0], args[2])
+            table, indices, rows = _lookup(name, args)
             origin = self.origin.get(storage_key(indices))
             if origin is not None and storage_key(table) in self.tables:
-                self.found[origin][storage_key(table)] = table.shape[args[1] if axis is None else axis]
+                self.found[origin][storage_key(table)] = rows
         return out
+
+
+def _lookup(name: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, int]:
+    """Table, indices and number of rows of an operator that looks rows up."""
+    axis = _LOOKUPS[name]
+    if axis is not None:
+        return args[0], args[1], args[0].shape[axis]
+    return args[0], args[2], args[0].shape[args[1]] if args[0].ndim else 1
+
+
+def _check_indices(name: str, args: tuple[Any, ...]) -> None:
+    if name in _LOOKUPS:
+        _, indices, rows = _lookup(name, args)
+        least, pairs = 0, [(indices, rows)]
+    elif name == "index":  # table[indices], where a negative index counts from the end
+        whole = [x if x is not None and x.dtype in (torch.int32, torch.int64) else None for x in args[1]]
+        masked = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        pairs = [] if masked else [(x, n) for x, n in zip(whole, args[0].shape, strict=False) if x is not None]
+        least = -1
+    else:
+        return
+    for x, n in pairs:
+        if x.numel() and not x.is_meta and not (least * n <= x.min() and x.max() < n):
+            raise IndexError(f"index out of range of a table of {n} rows")
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -111,18 +137,30 @@ class _Drawing:
     """The inputs of a synthetic batch, drawn one by one.
 
     Inputs get `BATCH` samples, or, where one of them lacks the batch axis of the first, keep their shapes.
+
+    Attributes:
+        leaves: ids of the example's tensors.
+        drawn: Those that are drawn; the others stay as the example has them.
+        alike: Whether inputs get `BATCH` samples.
     """
 
     def __init__(self, model: nn.Module, example: Any, seed: int) -> None:
-        top = list(example.values()) if isinstance(example, Mapping) else list(example)
+        inside = example[0] if len(example) == 1 and not isinstance(example, Mapping) else example
+        top = list(inside.values()) if isinstance(inside, Mapping) else list(example)
         tensors = [x for _, x in _leaves(example) if x.ndim]
         first = next((x for x in top if isinstance(x, Tensor) and x.ndim), None)
+        self.leaves = [id(x) for _, x in _leaves(example)]
+        self.drawn = set(self.leaves)
         self.alike = first is not None and all(x.shape[0] == first.shape[0] for x in tensors)
         self.alone = len(tensors) == 1
         self.tokens = _tokens(model, example)
         self.vocabulary, special = _vocabulary(getattr(model, "config", None))
         self.special = torch.tensor(special, dtype=torch.int64)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
+
+    def batch(self, example: Any) -> Any:
+        self.generator = torch.Generator().manual_seed(self.seed)
+        return self.draw(example)
 
     def draw(self, value: Any, name: str = "") -> Any:
         if isinstance(value, Mapping):
@@ -134,7 +172,7 @@ class _Drawing:
     def _tensor(self, x: Tensor, name: str) -> Tensor:
         samples = x[:1].expand(BATCH, *x.shape[1:]).clone() if self.alike and x.ndim else x.clone()
         samples = samples.cpu()
-        if _KEPT & set(name.split("_")):
+        if id(x) not in self.drawn or _KEPT & set(name.split("_")):
             return samples
         if x.is_floating_point():
             if x.ndim < (1 if self.alone else 2) or _is_mask(x):
@@ -159,33 +197,72 @@ def _by_name(model: nn.Module, example: Any) -> Any:
         return (example,)
     if isinstance(example, Mapping) or len(example) < 2:
         return example
-    parameters = list(inspect.signature(model.forward).parameters.values())[: len(example)]
+    try:
+        parameters = list(inspect.signature(model.forward).parameters.values())[: len(example)]
+    except ValueError:  # TorchScript has none
+        return example
     if len(parameters) < len(example) or any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
         return example
     return {p.name: value for p, value in zip(parameters, example, strict=True)}
+
+
+def _runs(model: nn.Module, batch: Any) -> bool:
+    """Whether a model takes a batch as it stands."""
+    try:
+        with state_restored(model), _Lookups(model, []):
+            call(model, to_device(batch, _device(model)))
+    except Exception:  # a model may raise anything on numbers or sizes that it doesn't expect
+        return False
+    return True
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+def _drawn(model: nn.Module, example: Any, seed: int) -> Any:
+    """The example with as many of its inputs drawn as the model runs on, in `BATCH` samples if it takes them."""
+    drawing = _Drawing(model, example, seed)
+    for several in (True, False):
+        drawing.alike &= several
+        drawing.drawn = set(drawing.leaves)
+        if _runs(model, batch := drawing.batch(example)):
+            return batch
+        drawing.drawn = set()
+        if not _runs(model, drawing.batch(example)):
+            continue
+        for leaf in drawing.leaves:
+            drawing.drawn.add(leaf)
+            if not _runs(model, drawing.batch(example)):
+                drawing.drawn.remove(leaf)
+        return drawing.batch(example)
+    return example
 
 
 def synthetic_batch(model: nn.Module, example: Any, seed: int = 0) -> Any:
     """A batch shaped like `example`: Gaussian noise for float inputs, random ids for tokens and types of tokens.
 
     What is looked up in which table is seen in one forward on the example. Masks, positions, labels, single numbers
-    and whole numbers that nothing looks up stay as the example has them. Several positional inputs become keywords.
+    and whole numbers that nothing looks up stay as the example has them, and so does an input of which the model takes
+    no others (corners of boxes). A model that does not take several samples gets the example's own shapes. Several
+    positional inputs become keywords, or, where they have no names, `((first, second),)`.
 
     With BatchNorm layers, float noise is optimised for a few steps so that each norm's input has the mean and
     variance it remembers (the idea of ZeroQ, Cai et al., 2020) [our schedule].
     """
-    example = _by_name(model, example)
-    batch = _Drawing(model, example, seed).draw(example)
-    if isinstance(batch, (tuple, list)) and len(batch) == 1:
-        batch = batch[0]
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms or not isinstance(batch, Tensor) or not batch.is_floating_point():
+    batch = _drawn(model, _by_name(model, example), seed)
+    if isinstance(batch, Mapping):
         return batch
-    return _match_statistics(model, norms, batch)
+    if len(batch) != 1 or not isinstance(batch[0], (Tensor, Mapping)):
+        return (tuple(batch),)
+    if isinstance(batch[0], Mapping):
+        return tuple(batch)
+    (batch,) = batch
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    return _match_statistics(model, norms, batch) if norms and batch.is_floating_point() else batch
 
 
 def _match_statistics(model: nn.Module, norms: list[nn.modules.batchnorm._BatchNorm], batch: Tensor) -> Tensor:
-    device = next(model.parameters()).device
     losses: list[Tensor] = []
 
     def hook(norm: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
@@ -196,21 +273,19 @@ def _match_statistics(model: nn.Module, norms: list[nn.modules.batchnorm._BatchN
         spread = x.var(axes, unbiased=False).clamp_min(1e-8).sqrt() / sigma - 1
         losses.append(mean.square().mean() + spread.square().mean())
 
-    training = model.training
-    model.eval()
-    handles = [norm.register_forward_pre_hook(hook, with_kwargs=True) for norm in norms]
-    x = batch.to(device).requires_grad_(True)
+    x = batch.to(_device(model)).requires_grad_(True)
     optimizer = torch.optim.Adam([x], lr=0.1)
-    try:
-        with torch.enable_grad():
+    with state_restored(model), torch.enable_grad():
+        handles = [norm.register_forward_pre_hook(hook, with_kwargs=True) for norm in norms]
+        try:
             for _ in range(STEPS):
                 losses.clear()
-                model(x)
-                (grad,) = torch.autograd.grad(torch.stack(losses).mean(), [x])
-                x.grad = grad
+                model(x.clone())  # which the model may write to
+                if not any(loss.requires_grad for loss in losses):
+                    break
+                (x.grad,) = torch.autograd.grad(torch.stack(losses).mean(), [x])
                 optimizer.step()
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
+        finally:
+            for handle in handles:
+                handle.remove()
     return x.detach()

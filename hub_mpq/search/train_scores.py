@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..adapters.restore_state import copied
 from ..core import Budget, Candidates, Engine, IndicatorOptions, Indicators, LayerGraph
 from ..errors import InvalidArgument
 from ..nn.calibrate import sample_inputs
@@ -84,8 +84,8 @@ def train_scores(
     distill = options.distill
     if distill is None:
         distill = 1.0 if known.labels(batches[0]) is None else 0.0
-    teacher = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False) if distill else None
-    student = copy.deepcopy(model).requires_grad_(True).to(accelerator.device)
+    teacher = copied(model).to(accelerator.device).eval().requires_grad_(False) if distill else None
+    student = copied(model).requires_grad_(True).to(accelerator.device)
     hooks.loss = Finetune(
         task=known,
         lr=hooks.lr if options.lr is None else options.lr,

@@ -5,6 +5,7 @@ import pytest
 from hub_mpq.core import (
     Budget,
     Candidates,
+    FloatOp,
     LayerBits,
     LayerGraph,
     LayerSpec,
@@ -14,6 +15,7 @@ from hub_mpq.core import (
     parse_count,
 )
 from hub_mpq.errors import InvalidArgument, PolicyMismatch
+from hub_mpq.search.candidates import resolve_candidates
 
 
 def graph():
@@ -79,6 +81,20 @@ def test_pins_by_pattern():
     assert [layer.name for layer in graph().with_fixed({"stem": None, "body.*": "W4A4"}).searched] == ["stem"]
     with pytest.raises(InvalidArgument, match="matches none"):
         graph().with_fixed({"nothing*": "W4A4"})
+
+
+def test_a_name_with_brackets_means_itself():
+    names = ("a[0]", "a0", "a[1]")
+    layers = tuple(LayerSpec(name, "linear", (4, 4), 16, 16, 4) for name in names)
+    some = LayerGraph("toy", None, "module", (4,), layers, (FloatOp("b[0]", "GRU", 9, 9, "recurrent"),))
+    assert some.match("a[0]") == ("a[0]",)
+    assert some.match("a[[]*") == ("a[0]", "a[1]")
+    assert some.match("a?") == ("a0",)
+    assert [x.name for x in some.with_fixed({"a[1]": "W8A8"}).searched] == ["a[0]", "a0"]
+    with pytest.raises(InvalidArgument, match="recurrent"):
+        some.match("b[0]")
+    widths = resolve_candidates(some, {"a[0]": [2, 4]})
+    assert widths["a[0]"].weight == (2, 4) != widths["a0"].weight
 
 
 def test_policy_of_another_model_is_refused():

@@ -90,6 +90,24 @@ def test_what_it_cannot_say_is_refused_in_words(tmp_path, net):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("kind", ["t5", "modernbert"])
+def test_a_class_that_reads_packed_weights_while_it_is_loaded_is_refused(tmp_path, kind, monkeypatch):
+    if kind == "t5":
+        model, _ = build(kind)
+    else:
+        tokens = {f"{k}_token_id": 0 for k in ("pad", "cls", "sep", "bos", "eos")}
+        model = transformers.ModernBertModel(transformers.ModernBertConfig(**SMALL, **TEXT, **tokens))
+    model.save_pretrained(tmp_path / "float")
+    mpq = HubMPQ.from_pretrained(tmp_path / "float", weight_only=True, sequence_length=8).apply_policy("W4A32")
+    with pytest.raises(HubMPQError, match=f"can't load {type(model).__name__}.*reads weights that are packed"):
+        mpq.export(tmp_path / "out", "compressed-tensors")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("hub_mpq.export.compressed_tensors.check_loadable", lambda *_: None)
+    mpq.export(tmp_path / "out", "compressed-tensors")
+    with pytest.raises(AttributeError, match="weight"):  # why it is refused
+        type(model).from_pretrained(tmp_path / "out")
+
+
 def test_a_format_in_the_table_is_one_that_export_writes(net, monkeypatch, tmp_path):
     mpq = HubMPQ.from_module(net, torch.zeros(1, 1, 8, 8)).apply_policy("W4")
     given = []

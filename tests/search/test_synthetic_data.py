@@ -149,3 +149,109 @@ def test_whole_numbers_that_nothing_looks_up_stay():
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_corners_of_boxes_stay():
+    config = T.LayoutLMConfig(vocab_size=60, max_position_embeddings=32, max_2d_position_embeddings=64, **TINY)
+    boxes = torch.tensor([[[1, 2, 30, 40]] * 10])
+    made = quantizes(T.LayoutLMModel(config).eval(), {"input_ids": IDS.flip(1), "bbox": boxes})
+    assert torch.equal(made["bbox"], boxes.expand(BATCH, -1, -1))
+    assert len(made["input_ids"].unique()) > 30
+
+
+class Span(nn.Module):
+    """Looks up where a span starts by indexing, and how long it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.places, self.lengths, self.head = nn.Embedding(20, 8), nn.Parameter(torch.ones(12, 8)), nn.Linear(8, 3)
+
+    def forward(self, x, span):
+        start, end = span.unbind(-1)
+        return self.head(x + self.places(start) + self.lengths[(end - start).clamp(min=-30)])
+
+
+def test_numbers_that_depend_on_each_other_stay_and_noise_is_drawn():
+    made = quantizes(Span(), {"x": torch.zeros(1, 8), "span": torch.tensor([[3, 5]])})
+    assert torch.equal(made["span"], torch.tensor([[3, 5]]).expand(BATCH, -1))
+    assert made["x"].std() > 0.5
+
+
+class OneSample(nn.Module):
+    def __init__(self, way, norm):
+        super().__init__()
+        self.way, self.conv, self.head = way, nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+        self.norm = nn.BatchNorm2d(4) if norm else nn.Identity()
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(self.way(x))).mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(
+    ("way", "shape"),
+    [(lambda x: x[None], (3, 8, 8)), (lambda x: x.flatten().view(1, 3, 8, 8), (1, 3, 8, 8))],
+)
+def test_a_net_that_makes_the_batch_axis_itself_gets_the_shape_of_the_example(way, shape, norm):
+    made = quantizes(OneSample(way, norm).eval(), (torch.zeros(shape),))
+    assert made.shape == shape
+    assert 0.5 < made.std() < 3
+
+
+class OfImages(OneSample):
+    def forward(self, images):
+        return super().forward(torch.stack(images))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_list_of_images_is_one_input(count):
+    made = quantizes(OfImages(lambda x: x, False).eval(), ([torch.zeros(3, 8, 8)] * count,))
+    ((images,),) = made
+    assert [tuple(x.shape) for x in images] == [(3, 8, 8)] * count
+    assert all(0.5 < x.std() < 1.5 for x in images)
+
+
+class Any2(Two):
+    def forward(self, *xs):
+        return super().forward(*xs)
+
+
+def test_inputs_without_names_are_one_tuple():
+    ((first, second),) = quantizes(Any2(), (torch.zeros(1, 8), torch.zeros(1, 4)))
+    assert first.shape == (BATCH, 8)
+    assert second.shape == (BATCH, 4)
+
+
+def test_a_dict_may_be_the_one_input():
+    class OfDict(Two):
+        def forward(self, batch):
+            return super().forward(batch["a"], batch["b"])
+
+    made = synthetic_batch(OfDict(), ({"a": torch.zeros(1, 8), "b": torch.zeros(1, 4)},))
+    assert isinstance(made, tuple)
+    assert {k: tuple(v.shape) for k, v in made[0].items()} == {"a": (BATCH, 8), "b": (BATCH, 4)}
+    assert made[0]["a"].std() > 0.5
+
+
+def test_torchscript_has_no_names():
+    script = torch.jit.trace(Two(), (torch.zeros(1, 8), torch.zeros(1, 4)))
+    ((first, second),) = synthetic_batch(script, (torch.zeros(1, 8), torch.zeros(1, 4)))
+    assert first.shape == (BATCH, 8)
+    assert second.shape == (BATCH, 4)
+
+
+def test_an_input_on_which_only_the_example_runs_is_the_example():
+    class Picky(nn.Linear):
+        def forward(self, x):
+            if len(x) > 1 or not (x == 3).all():
+                raise ValueError("three")
+            return super().forward(x)
+
+    assert torch.equal(synthetic_batch(Picky(4, 2), (torch.full((1, 4), 3.0),)), torch.full((1, 4), 3.0))
+
+
+def test_modes_of_layers_are_left_as_they_were():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)).train()
+    net[1].eval()
+    synthetic_batch(net, (torch.zeros(1, 3, 8, 8),))
+    assert [m.training for m in net] == [True, False, True]
