@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import glob
 import hashlib
 import json
@@ -21,6 +20,7 @@ from torch import nn
 from . import adapters
 from ._version import __version__
 from .adapters import Source, norm_of
+from .adapters.restore_state import copied
 from .core import (
     FLOAT_BITS,
     Budget,
@@ -492,7 +492,7 @@ class HubMPQ(nn.Module):
     ) -> HubMPQ:
         policy.check(graph)
         graph = graph.at(policy.bits)
-        model = copy.deepcopy(self.float_model)
+        model = copied(self.float_model)
         told = self._told(task)
         data: Any = [synthetic_batch(self.float_model, self.source.example)]
         if calibration is not None:

@@ -433,3 +433,21 @@ def test_a_network_that_is_one_layer_is_refused():
     mpq = HubMPQ.from_module(nn.Linear(4, 2), x)
     with pytest.raises(InvalidArgument, match=r"nn.Sequential\(net\)"):
         mpq.apply_policy("W4A4", [x])
+
+
+def test_what_search_returned_is_a_policy(mpq, train):
+    mpq.train_indicators(train, steps=0)
+    found = mpq.search(bitops="W4A4")
+    assert mpq.apply_policy(found, train).policy == found.policy
+
+
+@pytest.mark.parametrize("normed", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_weights_that_a_hook_computes(normed, tmp_path):
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), normed(nn.Linear(6, 6)), nn.ReLU(), nn.Linear(6, 3)).eval()
+    net(x)
+    mpq = HubMPQ.from_module(net, x[:1], fixed={"*": None}).apply_policy("W4A8", [x])
+    mpq.save_pretrained(tmp_path)
+    assert torch.equal(HubMPQ.from_pretrained(tmp_path, module=net)(x), mpq(x))
