@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hub_mpq import HubMPQ
+from hub_mpq.hub.plugin_load import to_float
 from hub_mpq.nn.layers import replace_layer
 from hub_mpq.nn.packed import PackedLayer, float_layer, packed_layer
 from hub_mpq.nn.packing import packed_tensors
@@ -296,6 +297,38 @@ def test_a_layer_under_two_names_is_one_quantized_layer(tmp_path):
     copied = Twice()
     copied.load_state_dict(float_copy_state(model, libraries.get("module")))
     assert torch.equal(copied.two[0].weight, model.one.weight_quantizer(model.one.weight))
+
+
+class InList(nn.Module):
+    """Layers that the forward reaches by other references than the registered ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.in_list, self.in_dict, self.in_tuple = [self.a], {"b": [self.b]}, (self.c,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (*self.in_list, *self.in_dict["b"], *self.in_tuple):
+            x = F.gelu(layer(x))
+        return self.head(x)
+
+
+def test_layers_that_a_list_holds_beside_their_registration_are_quantized(tmp_path):
+    torch.manual_seed(0)
+    net, x = InList(), SEQUENCES[:, 0, :4]
+    mpq = quantized(net, x)
+    model = mpq.model
+    want = model.head(F.gelu(model.c(F.gelu(model.b(F.gelu(model.a(x)))))))
+    assert (want - mpq.float_model(x)).norm() > 0.01 * want.norm()
+    mpq.save_pretrained(tmp_path)
+    wrapped = packed(mpq)
+    for form in (model, wrapped, HubMPQ.from_pretrained(tmp_path, module=net).model):
+        assert torch.equal(form(x), want)
+    to_float(wrapped, torch.float32)
+    assert type(wrapped.in_list[0]) is nn.Linear
+    plain_net = InList()
+    plain_net.load_state_dict(wrapped.state_dict())
+    assert torch.equal(wrapped(x), plain_net(x))
 
 
 # compilers
