@@ -176,9 +176,9 @@ def _used_outside(modules: dict[str, nn.Module], run: ForwardRecord) -> set[str]
         if layer_kind(module):
             holders[id(module.weight)].add(name)
     out: set[str] = set()
-    for part, running in run.uses:
-        owner, _, key = part.rpartition(".")
-        mine = holders.get(id(getattr(modules[owner], key, None)), set())
+    for parts, running in run.uses:
+        owners = [(modules[owner], key) for owner, _, key in (part.rpartition(".") for part in parts)]
+        mine = {name for owner, key in owners for name in holders.get(id(getattr(owner, key, None)), ())}
         if not mine & set(running):
             out |= mine
     return out
