@@ -368,3 +368,38 @@ def test_a_compiled_model_has_the_gradients_of_the_plain_one(by_keyword):
     assert any("input_quantizer" in name and grad.abs().max() > 0 for name, grad in found[0].items())
     for name, grad in found[0].items():
         assert torch.allclose(grad, found[1][name], rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("form", ["quantizers", "packed"])
+def test_an_exported_model_takes_batches_of_any_size(by_keyword, form):
+    model = by_keyword.model if form == "quantizers" else packed(by_keyword)
+    batch = torch.export.Dim("batch")
+    sizes = {name: {0: batch} for name in BATCH}
+    program = torch.export.export(model, (), BATCH, dynamic_shapes=sizes).module()
+    for n in (2, 5, 7):
+        given = {"image": BATCH["image"].repeat(2, 1, 1, 1)[:n], "ids": BATCH["ids"].repeat(2)[:n]}
+        assert torch.equal(program(**given), model(**given))
+
+
+@pytest.mark.parametrize(("per_channel", "dead"), [(True, [0, 2]), (False, [0, 1, 2, 3])])
+def test_a_compiled_layer_leaves_zero_like_a_plain_one(per_channel, dead):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(8, 4)), SEQUENCES[:, 0]
+    net[0].weight.data[dead] = 0
+    mpq = HubMPQ.from_module(net, x[:1], fixed={"*": None})
+    mpq.apply_policy("W3A3", [x], per_channel=per_channel)
+    twin = copy.deepcopy(mpq.model)
+    fast = torch.compile(mpq.model, backend="aot_eager", fullgraph=True)
+    for _ in range(5):
+        for model, run in ((mpq.model, fast), (twin, twin)):
+            model.zero_grad()
+            (run(x) - torch.arange(4.0)).square().sum().backward()
+        for (name, p), other in zip(twin.named_parameters(), mpq.model.parameters(), strict=True):
+            assert torch.allclose(other.grad, p.grad, rtol=1e-3, atol=1e-5), name
+        with torch.no_grad():
+            for p in (*twin.parameters(), *mpq.model.parameters()):
+                p -= 0.01 * p.grad
+    assert mpq.model[0].weight[dead].abs().amax(1)[1:].min() > 0.01
+    assert torch.equal(fast(x), mpq.model(x))
+    assert torch.allclose(fast(x), twin(x), rtol=1e-4, atol=1e-5)
