@@ -22,7 +22,7 @@ from ..pack import PackedTensor
 from ..quantizers.base import keep_dtype
 from ..quantizers.fake_quantize import fake_quantize, quantize_traced
 from ..versions import warn_if_untested
-from .fused import Operation, Product
+from .fused import Operation, Product, no_view
 from .layers import QuantConv2d, call_only, convolution_of, first_operand, take_over
 from .types import layer_kind
 
@@ -130,7 +130,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: PackedLayer, operation: Operation) -> Tensor:
-        out = operation.run(x, layer.unpacked(x.dtype), bias)
+        out = no_view(operation.run(x, layer.unpacked(x.dtype), bias))
         ctx.layer, ctx.operation, ctx.shape, ctx.dtype = layer, operation, x.shape, out.dtype
         return out
 
