@@ -79,10 +79,10 @@ class PartsInMemory:
 
 def _span(tensor: Tensor) -> tuple[int, int]:
     """The first byte of a tensor in its storage, and the one after its last."""
-    begin, size = tensor.storage_offset(), tensor.element_size()
+    begin, size = int(tensor.storage_offset()), tensor.element_size()
     if not tensor.numel():
         return begin * size, begin * size
-    steps = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    steps = int(sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)))
     return begin * size, (begin + steps + 1) * size
 
 
