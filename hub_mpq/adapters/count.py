@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -57,6 +58,34 @@ def storage_key(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+class PartsInMemory:
+    """Which Parameters and buffers a tensor shares memory with: several of them may be views of one buffer."""
+
+    def __init__(self, named: Mapping[str, Tensor]) -> None:
+        self._held: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
+        for name, tensor in named.items():
+            self._held[storage_key(tensor)].append((*_span(tensor), name))
+        for held in self._held.values():
+            held.sort(key=lambda x: x[1] - x[0])
+
+    def of(self, tensor: Tensor) -> tuple[str, ...]:
+        """Their names, of the smallest first."""
+        held = self._held.get(storage_key(tensor), ())
+        if not held:
+            return ()
+        begin, end = _span(tensor)
+        return tuple(name for first, last, name in held if begin < last and first < end)
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of a tensor in its storage, and the one after its last."""
+    begin, size = int(tensor.storage_offset()), tensor.element_size()
+    if not tensor.numel():
+        return begin * size, begin * size
+    steps = int(sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)))
+    return begin * size, (begin + steps + 1) * size
+
+
 def _grouped_product(
     a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -72,18 +101,19 @@ def _grouped_product(
 class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts products while it is entered.
 
-    `where`: names of the running modules, the innermost last. `known`: {storage key: name} of Parameters and buffers.
+    `where`: names of the running modules, the innermost last. `named`: Parameters and buffers by name.
     `stand_ins`: the tensors have shapes but no values of their own (meta, or zeros that take no memory). Kernels of
     grouped products refuse such tensors for their dtype or their strides, so those are not run then.
     `macs`: {(module name, name of the Parameter or buffer that takes part or "", fused attention): MACs}.
-    `uses`: (name of a Parameter or buffer whose values an operator reads, names of the modules that run then).
+    `uses`: (names of the Parameters or buffers that hold values which an operator reads from one tensor, names of the
+    modules that run then).
     """
 
-    def __init__(self, where: list[str], known: dict[int, str], *, stand_ins: bool = False) -> None:
+    def __init__(self, where: list[str], named: Mapping[str, Tensor], *, stand_ins: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.where, self.known, self.stand_ins = where, known, stand_ins
+        self.where, self.parts, self.stand_ins = where, PartsInMemory(named), stand_ins
         self.macs: Counter[tuple[str, str, bool]] = Counter()
-        self.uses: set[tuple[str, tuple[str, ...]]] = set()
+        self.uses: set[tuple[tuple[str, ...], tuple[str, ...]]] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = func._schema.name.partition("::")[2]
@@ -91,10 +121,9 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = run(*args, **(kwargs or {}))
         if reads_values(func, name):
             given = (x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
-            used = (self.known[key] for x in given if (key := storage_key(x)) in self.known)
-            self.uses.update((part, tuple(self.where)) for part in used)
+            self.uses.update((parts, tuple(self.where)) for x in given if (parts := self.parts.of(x)))
         tensors, macs = operands_and_macs(name, args, out)
         if macs:
-            part = next((self.known[key] for t in tensors if (key := storage_key(t)) in self.known), "")
+            part = next((parts[0] for t in tensors if (parts := self.parts.of(t))), "")
             self.macs[self.where[-1], part, "scaled_dot_product" in name] += macs
         return out

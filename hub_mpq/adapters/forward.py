@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..errors import HubMPQError, InvalidArgument
 from ..nn.types import layer_kind
 from ..versions import warn_if_untested
-from .count import MacCounter, storage_key
+from .count import MacCounter
 from .restore_state import state_restored
 
 Example = Mapping[str, Any] | Sequence[Any] | Tensor
@@ -47,7 +47,7 @@ class ForwardRecord:
 
     calls: list[Call] = field(default_factory=list)
     macs: Counter[tuple[str, str, bool]] = field(default_factory=Counter)
-    uses: set[tuple[str, tuple[str, ...]]] = field(default_factory=set)
+    uses: set[tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=set)
     batch: int = 1
 
 
@@ -194,15 +194,12 @@ def _hooked(
             for module in names:
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
                 handles.append(module.register_forward_hook(after))
-            known = {storage_key(tensor): name for name, tensor in named.items()}
-            held = Counter(storage_key(tensor) for tensor in named.values())
-            with MacCounter(where, known, stand_ins=stand_ins) as counter:
+            with MacCounter(where, named, stand_ins=stand_ins) as counter:
                 forward()
         finally:
             for handle in handles:
                 handle.remove()
-    # of Parameters that are views of one buffer none is known to be the one that was read
-    run.uses = {(part, running) for part, running in counter.uses if held[storage_key(named[part])] == 1}
+    run.uses = counter.uses
     run.macs = Counter({part: count for part, count in counter.macs.items() if part[0] not in own_macs})
     run.macs.update({(name, "", False): count for name, count in own_macs.items()})
     return run

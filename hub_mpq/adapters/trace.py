@@ -15,6 +15,7 @@ from ..errors import InvalidArgument
 from ..nn.packed import packed_layers
 from ..nn.quantize import quantized_layers
 from ..nn.types import layer_kind
+from ..pack.layout import INPUT_PARTS, WEIGHT_PARTS
 from .float_ops import float_ops, replaced_parameters, weighty
 from .forward import Example, ForwardRecord, call, tensors_of, watched_forward
 from .restore_state import state_restored
@@ -95,10 +96,16 @@ def build_graph(
     """The LayerGraph of a model; arguments as in `trace`.
 
     Raises:
-        InvalidArgument: The model is quantized already.
+        InvalidArgument: The model is quantized already, or one of its tensors has a name that packed files give to a
+            part of a layer.
     """
     if found := [name for name, _ in (*quantized_layers(model), *packed_layers(model))]:
         raise InvalidArgument(f"the model is quantized already (layer {found[0]!r}); quantize its float model anew")
+    if taken := [key for key in model.state_dict() if key.rpartition(".")[2] in (*WEIGHT_PARTS, *INPUT_PARTS)]:
+        raise InvalidArgument(
+            f"the model can't have a tensor named {taken[0]!r}: packed files give that name to a part of a quantized "
+            "layer; rename it"
+        )
     layers, floats = trace(model, example, head=head, exclude=exclude)
     first = next(iter(tensors_of(example)), None)
     replaced = replaced_parameters(dict(model.named_modules()), {layer.name for layer in layers})
@@ -176,9 +183,9 @@ def _used_outside(modules: dict[str, nn.Module], run: ForwardRecord) -> set[str]
         if layer_kind(module):
             holders[id(module.weight)].add(name)
     out: set[str] = set()
-    for part, running in run.uses:
-        owner, _, key = part.rpartition(".")
-        mine = holders.get(id(getattr(modules[owner], key, None)), set())
+    for parts, running in run.uses:
+        owners = [(modules[owner], key) for owner, _, key in (part.rpartition(".") for part in parts)]
+        mine = {name for owner, key in owners for name in holders.get(id(getattr(owner, key, None)), ())}
         if not mine & set(running):
             out |= mine
     return out

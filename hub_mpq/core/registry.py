@@ -46,7 +46,8 @@ class Registry(Generic[T]):
         """
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise InvalidArgument(f"a {self.sort} is named by letters, digits, '_', '.' and '-', not {name!r}")
-        self._fill()
+        if not (isinstance(value, type) and value.__module__.startswith(_PACKAGE)):
+            self._fill()  # a name may be taken; the package's own classes are what it is filled with
         known = self._found.get(name)
         if known is not None and known is not value and known != value:
             (module, kind), (_, again) = _class_of(known), _class_of(value)

@@ -158,8 +158,6 @@ def _manifest_of(manifest: Manifest, names: Mapping[str, str], net: nn.Module) -
 
 def to_float(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace every packed layer by its float form with the dequantized weight, in place; shared weights stay one."""
-    made: dict[int, nn.Module] = {}
     for name, module in sorted(packed_layers(model), key=lambda item: bool(item[1].owner)):
-        shared = made[id(module.owner[0])].weight if module.owner else None
-        made[id(module)] = float_layer(module, dtype, shared)
-        replace_layer(model, name, made[id(module)])
+        shared: Any = module.owner[0].weight if module.owner else None  # the owner is float by now
+        replace_layer(model, name, float_layer(module, dtype, shared))

@@ -65,18 +65,35 @@ class Product(NamedTuple):
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.transposed:
-            out = F.linear(x, weight, bias)
-        else:
-            assert bias is not None  # Conv1D always has one
-            out = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)
-        # no view for autograd, which forbids to write into a view that a Function returns
-        return torch.ops.aten._unsafe_view.default(out, [*x.shape[:-1], out.shape[-1]])
+            return F.linear(x, weight, bias)
+        assert bias is not None  # Conv1D always has one
+        return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
 
     def back(self, g: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> Gradients:
         g2, x2 = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
         dx = (g2 @ (weight.t() if self.transposed else weight)).view(x.shape) if wanted[0] else None
         dw = (x2.t() @ g2 if self.transposed else g2.t() @ x2) if wanted[1] else None
         return dx, dw, g2.sum(0) if wanted[2] else None
+
+
+def no_view(out: Tensor) -> Tensor:
+    """`out` as a Function must return it: autograd forbids to write into a view that one returns."""
+    return out if out._base is None else torch.ops.aten._unsafe_view.default(out, out.shape)
+
+
+def _run(
+    operation: Operation,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x_scale: Tensor | None,
+    w_scale: Tensor | None,
+    x_grid: Grid,
+    w_grid: Grid,
+) -> Tensor:
+    qx = x if x_scale is None else on_grid(x, x_scale, x_grid)
+    qw = weight if w_scale is None else on_grid(weight, w_scale, w_grid)
+    return operation.run(qx, qw.to(qx.dtype), bias)
 
 
 class _Quantized(torch.autograd.Function):
@@ -92,9 +109,7 @@ class _Quantized(torch.autograd.Function):
         w_grid: Grid,
         operation: Operation,
     ) -> Tensor:
-        qx = x if x_scale is None else on_grid(x, x_scale, x_grid)
-        qw = weight if w_scale is None else on_grid(weight, w_scale, w_grid)
-        out = operation.run(qx, qw.to(qx.dtype), bias)
+        out = no_view(_run(operation, x, weight, bias, x_scale, w_scale, x_grid, w_grid))
         ctx.save_for_backward(x, weight, x_scale, w_scale)
         ctx.x_grid, ctx.w_grid, ctx.operation, ctx.dtype = x_grid, w_grid, operation, out.dtype
         return out
@@ -126,5 +141,7 @@ def quantized(
     """`operation` on the input and weight put on their grids; differentiable once, in all five tensors."""
     x_scale, x_grid = of_x or _OFF
     w_scale, w_grid = of_w or _OFF
+    if not torch.is_grad_enabled():
+        return _run(operation, x, weight, bias, x_scale, w_scale, x_grid, w_grid)
     out: Tensor = _Quantized.apply(x, weight, bias, x_scale, w_scale, x_grid, w_grid, operation)
     return out

@@ -29,7 +29,8 @@ def take_over(cls: type[nn.Module], module: nn.Module) -> Any:
 
 
 def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` in the place of a layer, under all the names that the model knows it by.
+    """Make a layer of a model into `new`. It stays the same object, so that all that refers to it has the new form:
+    every name that the model knows it by, and a list or a dict that its forward reads instead.
 
     Raises:
         InvalidArgument: The model is that layer itself.
@@ -37,10 +38,9 @@ def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
     if not name:
         raise InvalidArgument(f"a {type(model).__name__} alone can't be replaced in place; give nn.Sequential(net)")
     old = model.get_submodule(name)
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if child is old:
-                setattr(parent, key, new)
+    old.__class__ = type(new)
+    vars(old).clear()
+    vars(old).update(vars(new))
 
 
 def first_operand(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..core import FLOAT_BITS, LayerBits, LayerSpec
 from ..errors import HubMPQError, UnsupportedLayer
@@ -22,7 +23,7 @@ from ..pack import PackedTensor
 from ..quantizers.base import keep_dtype
 from ..quantizers.fake_quantize import fake_quantize, quantize_traced
 from ..versions import warn_if_untested
-from .fused import Operation, Product
+from .fused import Operation, Product, no_view
 from .layers import QuantConv2d, call_only, convolution_of, first_operand, take_over
 from .types import layer_kind
 
@@ -32,26 +33,38 @@ _PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", 
 _WRITES = re.compile(r"__set(item)?__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)__|.*[^_]_")
 
 
+_FIXED = (
+    "packed weights can't be changed, so an adapter can't be merged into them or start from a part of them "
+    "(PiSSA, OLoRA): keep it beside them, or call dequantize() on the model before the adapter is added"
+)
+
+
 class _ReadOnly(Tensor):
     """A weight that is made anew at each call: what is written into it would be lost, as a merged adapter would.
 
-    What is computed with it is a plain tensor.
+    So are its views. What is computed with it is a plain tensor.
     """
 
     _is_hf_initialized = True  # transformers must not draw random weights into it
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__
+        name, kwargs = func.__name__, kwargs or {}
         freezes = name in ("__set__", "requires_grad_") and (args[1] is False or args[1] is None)
-        if _WRITES.fullmatch(name) and not freezes:
-            raise HubMPQError(
-                "packed weights can't be changed, so an adapter can't be merged into them or start from a part of them "
-                "(PiSSA, OLoRA): keep it beside them, or call dequantize() on the model before the adapter is added"
-            )
+        into = tree_leaves((args[:1] if _WRITES.fullmatch(name) and not freezes else (), kwargs.get("out")))
+        if any(isinstance(x, cls) for x in into):
+            raise HubMPQError(_FIXED)
         with torch._C.DisableTorchFunctionSubclass():
-            out = func(*args, **(kwargs or {}))
-            return out.as_subclass(cls) if name == "__get__" and isinstance(out, Tensor) else out
+            out = func(*args, **kwargs)
+            if name == "as_subclass":
+                return out
+            mine = {_memory(x) for x in tree_leaves((args, kwargs)) if isinstance(x, cls)} - {0}
+            return tree_map(lambda x: x.as_subclass(cls) if isinstance(x, Tensor) and _memory(x) in mine else x, out)
+
+
+def _memory(x: Tensor) -> int:
+    """Where the elements of a tensor and of all its views are; 0 for none."""
+    return x.untyped_storage().data_ptr() if x.layout == torch.strided else 0
 
 
 class PackedLayer(nn.Module):
@@ -89,6 +102,12 @@ class PackedLayer(nn.Module):
     def weight(self, value: Tensor) -> None:
         if not torch.equal(value, self.weight):  # PEFT gives a layer its own weight back
             self.weight.copy_(value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Raises HubMPQError for a weight."""
+        if name == "weight":
+            raise HubMPQError(_FIXED)
+        super().register_parameter(name, param)
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight as a plain tensor, in the precision that the model computes in and as `dtype`."""
@@ -130,7 +149,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: PackedLayer, operation: Operation) -> Tensor:
-        out = operation.run(x, layer.unpacked(x.dtype), bias)
+        out = no_view(operation.run(x, layer.unpacked(x.dtype), bias))
         ctx.layer, ctx.operation, ctx.shape, ctx.dtype = layer, operation, x.shape, out.dtype
         return out
 

@@ -25,7 +25,7 @@ class LastRead(Generic[T]):
         self.last: tuple[Tensor, int, T] | None = None
 
     def __call__(self, tensor: Tensor) -> T:
-        if tensor.device.type == "cpu" or tensor.is_inference():  # made in inference_mode it has no version
+        if tensor.is_cpu or tensor.is_inference():  # made in inference_mode it has no version
             return self.read(tensor)
         if self.last is None or self.last[0] is not tensor or self.last[1] != tensor._version:
             self.last = (tensor, tensor._version, self.read(tensor))

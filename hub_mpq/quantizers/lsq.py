@@ -13,7 +13,7 @@ from ..core import QuantSpec
 from ..errors import InvalidArgument
 from .base import LastRead, Quantizer, keep_dtype
 from .compiled import compiler_works
-from .fake_quantize import quantize, quantize_traced
+from .fake_quantize import quantize, quantize_traced, straight
 from .fake_quantize_kernels import Grid, to_int, wide
 
 NO_START = 2.0**-100
@@ -29,7 +29,9 @@ def _numbers(tensor: Tensor) -> list[int]:
 
 def _without_start(base: Tensor) -> list[Tensor] | None:
     """The channels of every width that have no start; None when all have one."""
-    found = base < 2 * NO_START
+    if float(base.min()) > NO_START:  # one look, at every step
+        return None
+    found = base == NO_START
     return [row.nonzero().view(-1) for row in found] if bool(found.any()) else None
 
 
@@ -94,7 +96,9 @@ class LSQ(Quantizer):
         return self._scales(slice(None))
 
     def _scales(self, rows: int | slice) -> Tensor:
-        base, shift = self.base[rows], self.shift[rows]
+        return self._scale_of(self.base[rows], self.shift[rows])
+
+    def _scale_of(self, base: Tensor, shift: Tensor) -> Tensor:
         # the floor only guards linear steps past zero; nothing is capped from above
         return base * shift.exp() if self.log else torch.maximum(base + shift, base * FLOOR)
 
@@ -121,19 +125,22 @@ class LSQ(Quantizer):
     @torch.no_grad()
     def _follow(self, weight: Tensor, channels: Tensor) -> None:
         """Set the scales in force of the channels without a start."""
-        row, axis = self._index or 0, self.axis % weight.dim()
-        if self.base.shape[1] == 1:
-            top = wide(weight).abs().amax().reshape(1)
-        else:
-            top = wide(weight.index_select(axis, channels)).abs().movedim(axis, 0).reshape(len(channels), -1).amax(1)
-        base = self.base[row, channels]
-        scale = torch.where(top > 0, top.to(base) * (HEADROOM / max(self._specs[row].qmax, 1)), base)
-        self.shift[row, channels] = scale.log() - base.log() if self.log else scale - base
+        if self.base.shape[1] > 1:
+            weight = weight.index_select(self.axis % weight.dim(), channels)
+        row = self._index or 0
+        self.shift[row, channels] = self._shift_to(weight, self.base[row, channels])
+
+    def _shift_to(self, weight: Tensor, base: Tensor) -> Tensor:
+        """What `shift` is where the scale follows the weight; `weight` has the channels of `base`."""
+        top = wide(weight).abs()
+        top = top.movedim(self.axis, 0).flatten(1).amax(1) if self.base.shape[1] > 1 else top.amax().reshape(1)
+        qmax = self._specs[self._index or 0].qmax
+        scale = torch.where(top > 0, top.to(base) * (HEADROOM / max(qmax, 1)), base)
+        return scale.log() - base.log() if self.log else scale - base
 
     def _grid(self, x: Tensor) -> tuple[Tensor, Grid]:
         spec = self._specs[self._index or 0]
-        # a compiler that traces takes what the last plain run left
-        if self.signed and not torch.compiler.is_compiling():
+        if self.signed:
             channels = self._without_start(self.base)
             if channels is not None and len(channels[self._index or 0]):
                 self._follow(x, channels[self._index or 0])
@@ -154,13 +161,16 @@ class LSQ(Quantizer):
     def _served(self, x: Tensor, scale: Tensor) -> int:
         """How many elements one scale serves: per sample for an activation, so that the gradient does not depend on how
         a batch is spread over processes."""
-        return max(x.numel() // (scale.numel() if self.signed else max(len(x), 1)), 1)
+        return max(x.numel() // scale.numel() if self.signed else math.prod(x.shape[1:]), 1)
 
     def _traced(self, x: Tensor) -> Tensor:
-        """`forward` for a compiler, which cannot look at the zero points."""
+        """`forward` for a compiler, which can look at neither the zero points nor which channels have a start."""
         row = self._index or 0
         full = spec = self._specs[row]
-        scale, z = self.scale, self.zero_points[row]
+        base, shift = self.base[row], self.shift[row]
+        if self.signed:
+            shift = torch.where(base == NO_START, straight(shift, self._shift_to(x.detach(), base)), shift)
+        scale, z = self._scale_of(base, shift), self.zero_points[row]
         if self._narrow is not None and 2 <= self._narrow < full.num_bits:
             spec = replace(full, num_bits=self._narrow)
             scale, z = scale * (full.qmax / spec.qmax), (z * spec.qmax / full.qmax).round()

@@ -153,7 +153,7 @@ class LIMPQ(SearchStrategy):
         for name, module in self.layers.items():
             for side, q in (("weight", module.weight_quantizer), ("activation", module.input_quantizer)):
                 if isinstance(q, LSQ):
-                    moved = torch.where(q.base > NO_START, q.scales.detach() / q.base, 1.0).mean(1).tolist()
+                    moved = torch.where(q.base != NO_START, q.scales.detach() / q.base, 1.0).mean(1).tolist()
                     out |= {f"scale/{side}/{name}/{bits}": x for bits, x in zip(q.widths, moved, strict=True)}
         return out
 
@@ -194,7 +194,7 @@ class LIMPQ(SearchStrategy):
         sides = {"weight": "weight_quantizer", "activation": "input_quantizer"}
         moved = {}
         for side, which in sides.items():
-            start = {n: row for n, row in self._scales(which, start=True).items() if min(row.values()) > NO_START}
+            start = {n: row for n, row in self._scales(which, start=True).items() if NO_START not in row.values()}
             end = self._scales(which)
             moved[side] = movement(start, {name: end[name] for name in start})
         return {

@@ -148,17 +148,54 @@ def test_layers_that_share_the_weight_stay_float_with_it():
     assert kept["first"] + kept["head"] == 16
 
 
-def test_parameters_that_are_views_of_one_buffer_are_not_mistaken_for_each_other():
-    class Values(Base):
-        def use(self, x):
-            return x if float(x.sum()) > -1e9 else -x
-
-    net = Values().eval()
-    flat = nn.utils.parameters_to_vector(net.parameters())
+def in_one_buffer(net: nn.Module) -> nn.Module:
+    """The net with Parameters that are views of one buffer."""
+    flat = nn.utils.parameters_to_vector(net.parameters()).detach()
     nn.utils.vector_to_parameters(flat, net.parameters())
+    return net
+
+
+def looking_at_values(net: type[Base]) -> nn.Module:
+    """A net that cannot run on meta tensors."""
+
+    class Values(net):
+        def use(self, x):
+            return super().use(x) if float(x.sum()) > -1e9 else -x
+
+    return Values().eval()
+
+
+class Nothing(Base):
+    def use(self, x):
+        return x
+
+
+def test_parameters_that_are_views_of_one_buffer_are_not_mistaken_for_each_other():
+    for net in (Nothing, ShapeOnly):
+        layers, floats = trace(in_one_buffer(looking_at_values(net)), X[:1])
+        assert [layer.name for layer in layers] == ["first", "second", "after"]
+        assert [layer.macs for layer in layers] == [16, 16, 12]
+        assert not floats
+
+
+@pytest.mark.parametrize("net", USES)
+def test_a_use_of_a_parameter_that_is_a_view_of_a_buffer_is_seen(net):
+    layers, floats = trace(in_one_buffer(looking_at_values(net)), X[:1])
+    assert [layer.name for layer in layers] == ["second", "after"]
+    assert [(op.weight_count, op.reason) for op in floats if op.name == "first"] == [(16, REASON)]
+
+
+def test_a_use_of_the_whole_buffer_is_one_of_all_its_views():
+    class Whole(Base):
+        def use(self, x):
+            return x * self.flat.mean() if float(x.sum()) > -1e9 else x
+
+    net = Whole().eval()
+    net.flat = nn.utils.parameters_to_vector(net.parameters()).detach()
+    nn.utils.vector_to_parameters(net.flat, net.parameters())
     layers, floats = trace(net, X[:1])
-    assert [layer.name for layer in layers] == ["first", "second", "after"]
-    assert not floats
+    assert not layers
+    assert {op.name: op.weight_count for op in floats} == {"first": 16, "second": 16, "after": 12}
 
 
 @pytest.mark.parametrize("net", USES)

@@ -423,3 +423,13 @@ def test_a_meta_model_that_looks_at_values_runs_on_zeros():
 def test_an_example_that_does_not_fit_is_one_sentence():
     with pytest.raises(HubMPQError, match="Sequential does not run on the example input"):
         trace(nn.Sequential(nn.Linear(4, 4)), torch.randn(1, 5))
+
+
+@pytest.mark.parametrize("part", ["weight_packed", "weight_zero_point", "input_scale"])
+@pytest.mark.parametrize("where", ["", "0", "1.inner"])
+def test_names_that_packed_files_use_are_refused_at_once(part, where):
+    net = nn.Sequential(nn.Linear(4, 4), nn.Sequential())
+    net[1].inner = nn.Linear(4, 4)
+    net.get_submodule(where).register_buffer(part, torch.ones(3))
+    with pytest.raises(InvalidArgument, match=f"named '{f'{where}.' if where else ''}{part}'.*rename it"):
+        build_graph(net, torch.zeros(1, 4), model_id="m")

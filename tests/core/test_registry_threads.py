@@ -4,6 +4,8 @@ import sys
 import threading
 import types
 
+import pytest
+
 from hub_mpq.core.registry import Registry
 
 HOME = """
@@ -29,3 +31,11 @@ def test_a_second_thread_waits_for_the_first(tmp_path, monkeypatch):
     finally:
         first.join()
         sys.modules.pop("slow_home", None)
+
+
+def test_a_class_of_the_package_is_registered_without_the_others():
+    """Its file may be imported first, and the home imports that file."""
+    things = Registry("thing", "no_such_module")
+    things.register("own", type("Own", (), {"__module__": "hub_mpq.search.own"}))
+    with pytest.raises(ModuleNotFoundError):
+        things.register("mine", type("Mine", (), {"__module__": "mine"}))

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hub_mpq import HubMPQ
+from hub_mpq.hub.plugin_load import to_float
 from hub_mpq.nn.layers import replace_layer
 from hub_mpq.nn.packed import PackedLayer, float_layer, packed_layer
 from hub_mpq.nn.packing import packed_tensors
@@ -298,6 +299,38 @@ def test_a_layer_under_two_names_is_one_quantized_layer(tmp_path):
     assert torch.equal(copied.two[0].weight, model.one.weight_quantizer(model.one.weight))
 
 
+class InList(nn.Module):
+    """Layers that the forward reaches by other references than the registered ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.in_list, self.in_dict, self.in_tuple = [self.a], {"b": [self.b]}, (self.c,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (*self.in_list, *self.in_dict["b"], *self.in_tuple):
+            x = F.gelu(layer(x))
+        return self.head(x)
+
+
+def test_layers_that_a_list_holds_beside_their_registration_are_quantized(tmp_path):
+    torch.manual_seed(0)
+    net, x = InList(), SEQUENCES[:, 0, :4]
+    mpq = quantized(net, x)
+    model = mpq.model
+    want = model.head(F.gelu(model.c(F.gelu(model.b(F.gelu(model.a(x)))))))
+    assert (want - mpq.float_model(x)).norm() > 0.01 * want.norm()
+    mpq.save_pretrained(tmp_path)
+    wrapped = packed(mpq)
+    for form in (model, wrapped, HubMPQ.from_pretrained(tmp_path, module=net).model):
+        assert torch.equal(form(x), want)
+    to_float(wrapped, torch.float32)
+    assert type(wrapped.in_list[0]) is nn.Linear
+    plain_net = InList()
+    plain_net.load_state_dict(wrapped.state_dict())
+    assert torch.equal(wrapped(x), plain_net(x))
+
+
 # compilers
 
 
@@ -335,3 +368,38 @@ def test_a_compiled_model_has_the_gradients_of_the_plain_one(by_keyword):
     assert any("input_quantizer" in name and grad.abs().max() > 0 for name, grad in found[0].items())
     for name, grad in found[0].items():
         assert torch.allclose(grad, found[1][name], rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("form", ["quantizers", "packed"])
+def test_an_exported_model_takes_batches_of_any_size(by_keyword, form):
+    model = by_keyword.model if form == "quantizers" else packed(by_keyword)
+    batch = torch.export.Dim("batch")
+    sizes = {name: {0: batch} for name in BATCH}
+    program = torch.export.export(model, (), BATCH, dynamic_shapes=sizes).module()
+    for n in (2, 5, 7):
+        given = {"image": BATCH["image"].repeat(2, 1, 1, 1)[:n], "ids": BATCH["ids"].repeat(2)[:n]}
+        assert torch.equal(program(**given), model(**given))
+
+
+@pytest.mark.parametrize(("per_channel", "dead"), [(True, [0, 2]), (False, [0, 1, 2, 3])])
+def test_a_compiled_layer_leaves_zero_like_a_plain_one(per_channel, dead):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(8, 4)), SEQUENCES[:, 0]
+    net[0].weight.data[dead] = 0
+    mpq = HubMPQ.from_module(net, x[:1], fixed={"*": None})
+    mpq.apply_policy("W3A3", [x], per_channel=per_channel)
+    twin = copy.deepcopy(mpq.model)
+    fast = torch.compile(mpq.model, backend="aot_eager", fullgraph=True)
+    for _ in range(5):
+        for model, run in ((mpq.model, fast), (twin, twin)):
+            model.zero_grad()
+            (run(x) - torch.arange(4.0)).square().sum().backward()
+        for (name, p), other in zip(twin.named_parameters(), mpq.model.parameters(), strict=True):
+            assert torch.allclose(other.grad, p.grad, rtol=1e-3, atol=1e-5), name
+        with torch.no_grad():
+            for p in (*twin.parameters(), *mpq.model.parameters()):
+                p -= 0.01 * p.grad
+    assert mpq.model[0].weight[dead].abs().amax(1)[1:].min() > 0.01
+    assert torch.equal(fast(x), mpq.model(x))
+    assert torch.allclose(fast(x), twin(x), rtol=1e-4, atol=1e-5)

@@ -111,6 +111,12 @@ def test_what_is_written_into_a_weight_is_refused_rather_than_lost():
         lambda: setattr(packed, "weight", zeros),
         lambda: packed.weight.__setitem__(0, 0.0),
         lambda: nn.init.zeros_(packed.weight),
+        lambda: packed.weight[0].fill_(1),
+        lambda: packed.weight.data.view(-1).add_(1),
+        lambda: packed.weight.t().detach().chunk(2)[1].zero_(),
+        lambda: torch.add(zeros, 1, out=packed.weight),
+        lambda: torch.add(zeros[0], 1, out=packed.weight[0]),
+        lambda: setattr(packed, "weight", nn.Parameter(zeros)),
     ):
         with pytest.raises(HubMPQError, match="can't be changed"):
             write()
@@ -120,7 +126,10 @@ def test_what_is_written_into_a_weight_is_refused_rather_than_lost():
     packed.weight.requires_grad = False
     packed.weight.data.requires_grad_(False)
     assert torch.equal(packed.weight, before)
-    assert type(packed.weight * 2) is torch.Tensor
+    for computed in (packed.weight * 2, packed.weight.clone(), packed.weight[0].sum(), packed.weight.max(0).values):
+        assert type(computed) is torch.Tensor
+    assert torch.add(packed.weight, 1, out=zeros) is zeros
+    assert zeros.add_(packed.weight) is zeros
 
 
 def test_a_packed_layer_is_one_of_its_float_type():

@@ -207,6 +207,20 @@ def test_tiny_tensors_of_every_dtype_lose_no_more_than_others(dtype):
     assert lost(1e-9) == pytest.approx(lost(1.0), rel=0.05)
 
 
+@pytest.mark.parametrize("unit", [1e-28, 1e-30, 1e-31, 2.0**-100])
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_a_tiny_weight_keeps_its_scale_and_is_the_same_reloaded(unit, bits):
+    w = case((3, 7), dtype=torch.float32) * unit
+    start = weight_scale_mse(w, bits)
+    q = LSQ((bits,), signed=True, channels=3)
+    q.init(bits, start)
+    rounded = q(w).detach()
+    assert torch.equal(q.scale, start)
+    again = LSQ((bits,), signed=True, channels=3)
+    again.init(bits, q.scale)
+    assert torch.equal(again(rounded), rounded)
+
+
 def test_a_linear_step_past_zero_stops_at_a_part_of_the_start():
     q = LSQ((4,), signed=True, log=False)
     q.init(4, torch.tensor([1e-9]))
@@ -298,7 +312,7 @@ def test_off_the_cpu_a_tensor_is_read_again_once_it_is_another_or_was_written():
     class Stub:
         """What is asked of a tensor on a GPU."""
 
-        device, inference, _version = torch.device("cuda"), False, 0
+        is_cpu, inference, _version = False, False, 0
 
         def is_inference(self):
             return self.inference
