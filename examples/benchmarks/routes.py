@@ -265,9 +265,9 @@ def sst2() -> Route:
         lambda: _bert("sst2", 2, lambda: data("train"), lr=1e-4, steps=200),
         lambda: data("train"),
         lambda: data("test"),
-        {"bitops": "W4A6"},
+        {"bitops": "W3A4"},
         ("top1", "loss"),
-        {"steps": 60, "lr": 5e-5},
+        {"steps": 100, "lr": 5e-5},
     )
 
 
