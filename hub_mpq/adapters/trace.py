@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..core import FloatOp, LayerBits, LayerGraph, LayerKind, LayerSpec
+from ..core import FloatOp, LayerBits, LayerGraph, LayerKind, LayerSpec, matching
 from ..errors import InvalidArgument
 from ..nn.packed import packed_layers
 from ..nn.quantize import quantized_layers
@@ -164,7 +163,7 @@ def _excluded(modules: dict[str, nn.Module], patterns: Iterable[str]) -> set[str
     layers = [name for name, module in modules.items() if weighty(module)]
     out: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = fnmatch.filter(layers, pattern)
+        found = matching(layers, pattern)
         if not found:
             raise InvalidArgument(f"exclude pattern {pattern!r} matches none of the {len(layers)} layers with weights")
         out.update(found)

@@ -433,3 +433,12 @@ def test_names_that_packed_files_use_are_refused_at_once(part, where):
     net.get_submodule(where).register_buffer(part, torch.ones(3))
     with pytest.raises(InvalidArgument, match=f"named '{f'{where}.' if where else ''}{part}'.*rename it"):
         build_graph(net, torch.zeros(1, 4), model_id="m")
+
+
+def test_a_layer_is_left_out_by_its_exact_name():
+    net = nn.Module()
+    for name in ("a[0]", "a0"):
+        net.add_module(name, nn.Linear(4, 4))
+    net.forward = lambda x: net._modules["a0"](torch.relu(net._modules["a[0]"](x)))
+    graph = build_graph(net, torch.zeros(2, 4), model_id="net", exclude=["a[0]"])
+    assert graph.names == ("a0",)
