@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.task import tasks
 from ..errors import InvalidArgument
-from .batch import inner, to_device, tree_leaves_of
+from .batch import evaluating, inner, to_device, tree_leaves_of
 from .heads import Heads, leaves
 from .outputs import squeezed, tensors_in
 from .own import own_labels
@@ -80,13 +80,8 @@ def task_of(task: TaskLike, model: nn.Module, batch: Any = None, example: Any = 
         return plain  # type: ignore[no-any-return]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     batch = to_device(batch, device)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            output = any_labels.forward(model, batch)
-    finally:
-        model.train(training)
+    with evaluating(model):
+        output = any_labels.forward(model, batch)
     first = next(iter(tree_leaves_of(any_labels.inputs(batch), Tensor)), None)
     found = by_labels(output, any_labels.labels(batch), first)
     return found.bind(model, example)

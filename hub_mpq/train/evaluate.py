@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import HubMPQError, InvalidArgument
 from ..tasks import Task, TaskLike, task_of, to_device
+from ..tasks.batch import evaluating
 from ..tasks.task import Sums
 from .batches import has_length
 from .processes import each, own_share, raise_together, total, world
@@ -20,7 +20,6 @@ Figures = dict[str, Any]
 """{metric: value}, with "task" and "samples"."""
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     loader: Iterable[Any],
@@ -50,8 +49,6 @@ def evaluate(
     """
     from huggingface_hub.utils import tqdm
 
-    training = model.training
-    model.eval()
     device = next(model.parameters()).device
     sums: Sums = {}
     samples = 0.0
@@ -61,31 +58,27 @@ def evaluate(
     whole = task_of(task, model, example=example).whole()
     failed: HubMPQError | None = None
     try:
-        mine = iter(own_share(loader) if world()[1] > 1 else loader)  # alone, the order does not matter
-        first = next(mine, None)
-        if first is not None:
-            known = task_of(task, model, first, example)
-            batches = tqdm(
-                chain([first], mine),
-                total=len(loader) if has_length(loader) and world()[1] == 1 else None,  # type: ignore[arg-type]
-                desc="evaluate",
-                unit="batch",
-                leave=False,
-                disable=True if world()[0] else None,
-            )
-            for i, batch in enumerate(batches):
-                batch = to_device(batch, device)
-                if labelled is not None and labelled != (known.labels(batch) is not None):
-                    raise InvalidArgument("some of the batches have labels and others have none; measure them apart")
-                labelled = known.labels(batch) is not None
-                for name, (value, count) in measure(known, model, batch, reference, i, whole).items():
-                    before = sums.get(name, (0.0, 0.0))
-                    sums[name] = (before[0] + value, before[1] + count)
-                samples += known.samples(batch)
+        with evaluating(model):
+            mine = iter(own_share(loader) if world()[1] > 1 else loader)  # alone, the order does not matter
+            first = next(mine, None)
+            if first is not None:
+                known = task_of(task, model, first, example)
+                length = len(loader) if has_length(loader) and world()[1] == 1 else None  # type: ignore[arg-type]
+                shown: dict[str, Any] = {"desc": "evaluate", "unit": "batch", "total": length, "leave": False}
+                batches = tqdm(chain([first], mine), disable=True if world()[0] else None, **shown)
+                for i, batch in enumerate(batches):
+                    batch = to_device(batch, device)
+                    if labelled is not None and labelled != (known.labels(batch) is not None):
+                        raise InvalidArgument(
+                            "some of the batches have labels and others have none; measure them apart"
+                        )
+                    labelled = known.labels(batch) is not None
+                    for name, (value, count) in measure(known, model, batch, reference, i, whole).items():
+                        before = sums.get(name, (0.0, 0.0))
+                        sums[name] = (before[0] + value, before[1] + count)
+                    samples += known.samples(batch)
     except HubMPQError as error:
         failed = error
-    finally:
-        model.train(training)
     raise_together(failed)
     if world()[1] > 1:
         names = sorted({name for found in each(sorted(sums)) for name in found})

@@ -506,3 +506,15 @@ def test_several_inputs_run_the_whole_route():
     unlabelled = HubMPQ.from_module(net, (X[:1], z[:1])).apply_policy("W8A8", [(X, z)])
     assert unlabelled.evaluate([(X, z)])["fidelity_db"] > 20
     assert HubMPQ.from_module(net, (X[:1], z[:1])).apply_policy("W8A8").evaluate([(X, z)])["fidelity_db"] > 10
+
+
+def test_each_module_stays_in_its_mode():
+    """A norm that is frozen in evaluation mode, in a network that trains."""
+    net = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    mpq = HubMPQ.from_module(net.eval(), X[:1])
+    net.train()
+    net[1].eval()
+    before = net[1].running_mean.clone()
+    mpq.evaluate([(X, torch.arange(128) % 3)])
+    assert [m.training for m in net] == [True, False, True, True, True, True]
+    assert torch.equal(net[1].running_mean, before)
