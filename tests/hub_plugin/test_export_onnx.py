@@ -50,8 +50,10 @@ def test_a_network_of_convolutions(net, level, per_channel, tmp_path):
 
 
 def from_a_tie(mpq, ids):
-    """How near to the middle between two codes the inputs of layers come, in steps. Right in the middle, the last bit of
-    another program's product decides on the code."""
+    """How near to the middle between two codes the inputs of layers come, in steps.
+
+    In the middle, the last bit of another program's product decides on the code.
+    """
     nearest = [1.0]
 
     def look(layer, args):
