@@ -68,10 +68,7 @@ class Signature:
             example: One input as it takes it, if there is one: a tensor, a tuple of arguments or a dict.
         """
         model = inner(model)
-        try:
-            found = tuple(inspect.signature(model.forward).parameters.values())
-        except ValueError:  # TorchScript's methods have none
-            found = ()
+        found = tuple(arguments_of(model).values())
         plain = [p for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         required = max(sum(p.default is p.empty for p in plain), 1)
         several = isinstance(example, Sequence) and not isinstance(example, (str, Tensor))
@@ -163,6 +160,14 @@ class Signature:
         if not labels:
             return Parts((), inputs, None)
         return Parts((), inputs, next(iter(labels.values())) if len(labels) == 1 else labels)
+
+
+def arguments_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """{name: argument} of the forward inside all wrappers; {} where it has no signature, as TorchScript's."""
+    try:
+        return inspect.signature(inner(model).forward).parameters
+    except ValueError:
+        return {}
 
 
 @contextmanager

@@ -22,6 +22,10 @@ class Classes(Task):
         """[batch, …, classes]."""
         return self.head(output)
 
+    def fitted(self, output: Any, labels: Any) -> Tensor:
+        """`logits` in the size of the labels."""
+        return self.logits(output)
+
     def aligned(self, labels: Any, logits: Tensor) -> Tensor:
         """Labels as the logits have them: [batch, …] of class numbers.
 
@@ -49,7 +53,7 @@ class Classes(Task):
         return float(self.counted(labels).sum())
 
     def item_loss(self, output: Any, labels: Any, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        logits = self.logits(output)
+        logits = self.fitted(output, labels)
         classes = self.aligned(labels, logits)
         if logits.shape[-1] < 2:
             raise InvalidArgument(
@@ -86,7 +90,7 @@ class Classes(Task):
         return drawn.view(logits.shape[:-1]).to(logits.device)
 
     def metrics(self, output: Any, labels: Any, samples: float) -> Sums:
-        logits = self.logits(output)
+        logits = self.fitted(output, labels)
         classes, found = self.aligned(labels, logits), super().metrics(output, labels, samples)
         counted = classes != self.ignore_index
         right = (logits.argmax(-1) == classes) & counted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ..core.task import tasks
 from ..errors import InvalidArgument
-from .batch import evaluating, inner, to_device, tree_leaves_of
+from .batch import arguments_of, evaluating, inner, to_device, tree_leaves_of
 from .heads import Heads, leaves
 from .outputs import squeezed, tensors_in
 from .own import own_labels
@@ -64,7 +63,7 @@ def task_of(task: TaskLike, model: nn.Module, batch: Any = None, example: Any = 
     if name not in (None, "classification"):
         _check_mask(plain, batch)
         return plain  # type: ignore[no-any-return]
-    if name is None and own_labels(inner(model)):
+    if name is None and own_labels(model):
         own = tasks.get("own").bind(model, example)
         if own.labels(batch) is not None:
             return own  # type: ignore[no-any-return]
@@ -93,7 +92,7 @@ def _by_class(model: nn.Module) -> str | None:
     names = [cls.__name__ for cls in type(model).__mro__]
     if config is None or "PreTrainedModel" not in names:
         return None
-    takes = tuple(inspect.signature(model.forward).parameters)
+    takes = arguments_of(model)
     if not type(model).forward.__module__.startswith("transformers.") or "_loss_function" in vars(model):
         return "own" if own_labels(model) else None  # somebody's own forward or loss, whatever the class is called
     found = next((task for ends, task in _BY_CLASS if any(n.endswith(ends) for n in names)), None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from ..core.task import register_task
 from ..errors import InvalidArgument
+from .batch import arguments_of
 from .task import Sums, T, Task
 
 
@@ -33,7 +33,7 @@ class Own(Task):
         found = self.parts(batch).labels
         if found is None or (isinstance(found, dict) and set(found) <= set(self.label_keys)):
             return found
-        if isinstance(batch, dict):
+        if isinstance(batch, Mapping):
             key = next(key for key in self.label_keys if batch.get(key) is not None)
             return {key: found}
         return {self.label_keys[0]: found} if self.label_keys else found
@@ -78,8 +78,7 @@ class Contrastive(Own):
 
 def own_labels(model: nn.Module) -> tuple[str, ...]:
     """Arguments of a forward that are labels by the customs of transformers."""
-    names = inspect.signature(model.forward).parameters
-    return tuple(n for n in names if "label" in n or n in ("start_positions", "end_positions"))
+    return tuple(n for n in arguments_of(model) if "label" in n or n in ("start_positions", "end_positions"))
 
 
 for _task in (Own(), Contrastive()):

@@ -32,8 +32,7 @@ class Segmentation(Classes):
     def logits(self, output: Any) -> Tensor:
         return self.head(output).movedim(1, -1)
 
-    def sized(self, output: Any, labels: Any) -> Tensor:
-        """Logits [batch, height, width, classes] of the labels' size."""
+    def fitted(self, output: Any, labels: Any) -> Tensor:
         maps = self.head(output)
         if not isinstance(labels, Tensor) or labels.dim() not in (maps.dim(), maps.dim() - 1):
             raise misfit(self.name, labels, maps)
@@ -47,19 +46,16 @@ class Segmentation(Classes):
             labels = labels.squeeze(1)
         return super().aligned(labels, logits)
 
-    def item_loss(self, output: Any, labels: Any, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        return super().item_loss(self.sized(output, labels).movedim(-1, 1), labels, smoothing)
-
     def metrics(self, output: Any, labels: Any, samples: float) -> Sums:
         """Accuracy of the pixels and the mean over classes of intersection over union, in percent, and the loss."""
-        logits = self.sized(output, labels)
+        logits = self.fitted(output, labels)
         wanted = self.aligned(labels, logits)
         counted = wanted != self.ignore_index
         classes = logits.shape[-1]
         pairs = wanted[counted] * classes + logits.argmax(-1)[counted]
         table = torch.bincount(pairs, minlength=classes * classes).view(classes, classes).double()
         hits, union = table.diagonal(), table.sum(0) + table.sum(1) - table.diagonal()
-        sums = super().metrics(logits.movedim(-1, 1), labels, samples)
+        sums = super().metrics(output, labels, samples)
         rows = zip(hits.tolist(), union.tolist(), strict=True)
         return {**sums, **{f"_iou/{c}": (100 * hit, whole) for c, (hit, whole) in enumerate(rows)}}
 

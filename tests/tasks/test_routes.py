@@ -135,6 +135,28 @@ def test_segmentation_counts_pixels_and_leaves_out_the_void():
         HubMPQ.from_module(net, x[:1]).evaluate([(x, y)])
 
 
+def test_segmentation_beside_an_auxiliary_output():
+    """As torchvision's models give it, of any size."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.main, self.more = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            h = torch.relu(self.body(x))
+            return {"out": self.main(h), "aux": self.more(h)}
+
+    net, x, y = seeded(Two).eval(), draw(4, 3, 8, 8), torch.randint(0, 4, (4, 8, 8))
+    mpq = HubMPQ.from_module(net, x[:1], task=Segmentation(output="out"))
+    with torch.no_grad():
+        wanted = F.interpolate(net(x)["out"], size=(8, 8), mode="bilinear", align_corners=False)
+    found = mpq.evaluate(batches(x, y, 2))
+    assert found["loss"] == pytest.approx(float(F.cross_entropy(wanted, y)), rel=1e-5)
+    assert found["accuracy"] == pytest.approx(100 * float((wanted.argmax(1) == y).float().mean()))
+    mpq.apply_policy("W4A4", [x]).finetune(batches(x, y, 2), steps=2, distill=0.5)
+
+
 def test_a_depth_map_is_trained_by_its_squared_error():
     net = seeded(lambda: Maps(1))
     x = draw(16, 3, 6, 6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import UserDict
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ import transformers as T
 from hub_mpq import HubMPQ
 from hub_mpq.errors import InvalidArgument
 from hub_mpq.tasks import Classification, Detection, task_of
-from hub_mpq.train import Finetune
+from hub_mpq.train import Finetune, evaluate
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "patch_size": 8}
@@ -358,6 +359,19 @@ def test_a_model_in_pefts_wrapper_keeps_its_task(models):
 
     model = get_peft_model(bert("BertForQuestionAnswering"), LoraConfig(target_modules=["query"]))
     assert task_of(None, model, batch_of("question-answering")).name == "question-answering"
+    own = get_peft_model(bert("BertForPreTraining"), LoraConfig(target_modules=["query"])).eval()
+    for form in (dict, UserDict):  # as transformers' BatchEncoding is
+        batch = form({**TEXT, **CASES["own"][2]})
+        batch.pop("labels")
+        with torch.no_grad():
+            assert task_of("own", own).labels(batch).keys() == {"next_sentence_label"}
+    assert task_of(None, own, batch_of("own")).name == "own"
+
+
+def test_a_scripted_network_is_measured():
+    net, x = torch.jit.trace(torch.nn.Linear(3, 4), torch.zeros(2, 3)), torch.randn(8, 3, generator=draw())
+    found = evaluate(net, [(x, torch.arange(8) % 4)])
+    assert found["task"] == "classification"
 
 
 def test_a_model_without_a_head_has_no_labels(models):
