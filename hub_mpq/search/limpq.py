@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from ..core import FLOAT_BITS, Candidates, Indicators, LayerGraph
 from ..errors import InvalidArgument
 from ..nn.banks import add_banks, select_bank
-from ..nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
+from ..nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs, widths_off
 from ..nn.quantize import quantize_with_lsq, quantized_layers
 from ..quantizers import LSQ
 from ..quantizers.lsq import NO_START
 from ..train.hooks import Groups
-from ..train.processes import mean_rows
+from ..train.processes import mean_rows, share_samples
 from .loss_sensitivity import Rows, loss_sensitivity
 from .movement import movement
+from .relative_power import relative_power
 from .strategy import SearchStrategy, register_strategy
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -29,11 +30,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # the LIMPQ authors', for ImageNet-sized runs
     "authors": {
-        **{"optimizer": "sgd", "lr": 1e-2, "scale_lr": 1e-2, "weight_decay": 2.5e-5, "log": False, "indicator": "scale"}
+        **{"optimizer": "sgd", "lr": 1e-2, "scale_lr": 1e-2, "weight_decay": 2.5e-5, "log": False, "indicator": "raw scale"}
     },
 }
-UNITS = {"loss": "squared change of the loss", "scale": "scale of the quantizer"}
-"""What the two kinds of indicators are counted in."""
+UNITS = {"loss": "squared change of the loss", "scale": "relative_power", "raw scale": "scale"}
+"""{indicator: the unit of its values}."""
 
 
 @register_strategy("limpq")
@@ -71,7 +72,7 @@ class LIMPQ(SearchStrategy):
         self.preset, chosen = preset, PRESETS[preset]
         self.indicator = chosen["indicator"] if indicator is None else indicator
         if self.indicator not in UNITS:
-            raise InvalidArgument(f"indicator is loss or scale, not {indicator!r}")
+            raise InvalidArgument(f"indicator is loss, scale or raw scale, not {indicator!r}")
         if granularity not in ("tensor", "channel", None):
             raise InvalidArgument(f"granularity is tensor or channel, not {granularity!r}")
         self.per_channel = (granularity or ("channel" if self.indicator == "loss" else "tensor")) == "channel"
@@ -117,8 +118,8 @@ class LIMPQ(SearchStrategy):
 
     def calibrate(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
         """Starts, from this process's first batch."""
-        calibrate_weights(model, mse=self.indicator == "loss")
-        calibrate_inputs(model, dict(inputs), mse=self.indicator == "loss")
+        calibrate_weights(model, mse=self.indicator != "raw scale")
+        calibrate_inputs(model, dict(inputs), mse=self.indicator != "raw scale")
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         groups = self.loss.parameter_groups(model)
@@ -158,16 +159,31 @@ class LIMPQ(SearchStrategy):
         return out
 
     def read_out(self, model: nn.Module, batches: Sequence[Any]) -> None:
-        """Take the growth of the loss at the trained scales; nothing to do for "scale"."""
-        if self.indicator != "loss":
+        """Take the indicators at the trained scales; the raw ones need no data."""
+        if self.indicator == "raw scale":
             return
         model.eval().requires_grad_(True)  # frozen weights too: every layer's output must have a gradient
         self.set_widths(model, dict.fromkeys(self.layers, self.widths[-1]))  # the banks nearest to float
+        if self.indicator == "scale":
+            self.relative = self._relative_powers(model, batches)
+            return
         with widths_off(model):
             normed = set(self.norms.values())
             task = self.loss.task
             found = loss_sensitivity(self.layers, model, batches, lambda batch: task.probe(model, batch), normed)
         self.sensitivity = mean_rows(found[0]), mean_rows(found[1])
+
+    def _relative_powers(self, model: nn.Module, batches: Sequence[Any]) -> tuple[Rows, Rows]:
+        """(of weights, of what the layers read) as training left both."""
+        inputs = share_samples(sample_inputs(model, batches, self.loss.task.forward))
+        with widths_off(model):
+            weight = {n: relative_power(m.weight_quantizer, m.weight) for n, m in self.layers.items()}
+            activation = {
+                n: relative_power(m.input_quantizer, inputs[n][None] if n in inputs else torch.zeros(1, 1))
+                for n, m in self.layers.items()
+                if m.input_quantizer is not None
+            }
+        return weight, activation
 
     def _scales(self, which: str, *, start: bool = False) -> Rows:
         """{layer: {bits: scale}} of one operand's quantizers: trained, or as they started."""
@@ -187,6 +203,8 @@ class LIMPQ(SearchStrategy):
         signed = {name: bool(self.layers[name].input_quantizer.zero_points.any()) for name in activation}
         if self.indicator == "loss":
             weight, activation = self.sensitivity
+        elif self.indicator == "scale":
+            weight, activation = self.relative
         return Indicators(weight, activation, signed)
 
     def details(self, model: nn.Module) -> dict[str, Any]:
