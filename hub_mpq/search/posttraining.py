@@ -14,8 +14,8 @@ from ..nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
 from ..nn.quantize import quantize_with_lsq
 from ..quantizers import LSQ
 from ..train.random_draws import fixed_draws
-from .sensitivity import Rows, Sensitivity, at, sensitivity
 from .scores import Scores
+from .sensitivity import Rows, Sensitivity, at, sensitivity
 from .strategy import SearchStrategy, additive, register_strategy
 
 

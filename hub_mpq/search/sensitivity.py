@@ -166,7 +166,9 @@ def sensitivity(
     for side, found in sums.items():
         # the variance of a sum over samples, from the sum of squares
         means[side] = mean_rows({n: {b: s / max(whole, 1) for b, (s, _) in row.items()} for n, row in found.items()})
-        squares = mean_rows({n: {b: _variance(*pair, samples) for b, pair in row.items()} for n, row in found.items()})
+        squares = mean_rows(
+            {n: {b: _variance(pair[0], pair[1], samples) for b, pair in row.items()} for n, row in found.items()}
+        )
         errors[side] = {
             n: {b: math.sqrt(v / processes) / max(whole, 1) for b, v in row.items()} for n, row in squares.items()
         }

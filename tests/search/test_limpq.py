@@ -8,12 +8,10 @@ from torch import nn
 from hub_mpq import HubMPQ
 from hub_mpq.core import Candidates
 from hub_mpq.errors import InvalidArgument
-from hub_mpq.nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
-from hub_mpq.nn.quantize import quantize_with_lsq, quantized_layers
 from hub_mpq.quantizers import LSQ
 from hub_mpq.search.limpq import LIMPQ
-from hub_mpq.search.sensitivity import like
 from hub_mpq.search.movement import movement, rank_correlation
+from hub_mpq.search.sensitivity import like
 from hub_mpq.tasks import Classification
 from hub_mpq.train import Finetune
 

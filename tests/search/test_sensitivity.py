@@ -106,7 +106,7 @@ def test_units_of_files_that_were_written_before():
         return Indicators({"0": {2: 3.0}}, {"0": {2: 6.0}}, provenance=provenance)
 
     old = of(unit="squared change of the loss", indicator="loss")
-    assert old.unit == "loss" and not old.predicts and default_alpha(old) == 1
+    assert (old.unit, old.predicts, default_alpha(old)) == ("loss", False, 1)
     assert of(unit="scale of the quantizer").unit == "scale"
-    assert of(unit="kl").predicts and of(unit="target_error").predicts
-    assert default_alpha(of(unit="kl")) == 1 and default_alpha(of(unit="scale")) == 2
+    assert [of(unit=unit).predicts for unit in ("kl", "target_error", "scale")] == [True, True, False]
+    assert [default_alpha(of(unit=unit)) for unit in ("kl", "scale")] == [1, 2]
