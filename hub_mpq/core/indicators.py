@@ -54,6 +54,13 @@ class Indicators:
         return self.unit in DIVERGENCES
 
     @property
+    def standard_error(self) -> dict[str, float]:
+        """{layer: relative standard error of its value at the narrowest widths}, of the layers where it is known."""
+        found = self.provenance.get("standard_error")
+        known = found.items() if isinstance(found, Mapping) else ()
+        return {name: float(value) for name, value in known if isinstance(value, (int, float))}
+
+    @property
     def sense(self) -> str:
         """ "min" when a smaller value is better, "max" when a larger one is."""
         return str(self.provenance.get("sense", "min"))
