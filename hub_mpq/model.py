@@ -51,7 +51,7 @@ from .pack import Manifest
 from .report import report
 from .search.candidates import CandidatesLike, resolve_candidates
 from .search.policy_search import inferred_policy, pareto_front, search_policy, usage_of
-from .search.scores import Scores, equal_scores, score_table
+from .search.scores import Scores, equal_scores, expected_divergence, score_table
 from .search.strategy import infers_widths, strategy_named
 from .search.synthetic_data import synthetic_batch
 from .search.train_scores import train_scores
@@ -699,7 +699,9 @@ class HubMPQ(nn.Module):
         """Widths and costs per layer and in all, accuracy before and after, seconds of each stage."""
         usage = self.usage() if self.policy is not None else None
         graph = self._policy_graph or self.graph
-        text = report(graph, self.policy, usage, self.metrics, self.seconds)
+        expected = expected_divergence(self.scores, graph, self.policy)
+        unit = self.scores.unit if self.scores is not None else ""
+        text = report(graph, self.policy, usage, self.metrics, self.seconds, expected, unit)
         if self.policy is not None and exportable(self._manifest(self.policy)):
             text += (
                 "\nweights alone are quantized, in Linear and Embedding layers: "

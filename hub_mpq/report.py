@@ -26,8 +26,20 @@ def report(
     usage: Usage | None,
     metrics: Mapping[str, Mapping[str, Any]],
     seconds: Mapping[str, float],
+    expected: Mapping[str, tuple[float, float | None]] | None = None,
+    unit: str = "",
 ) -> str:
-    """Per layer and in all; layers left float and products of activations at the end."""
+    """Per layer and in all; layers left float and products of activations at the end.
+
+    Args:
+        graph: The layers.
+        policy: Their widths; None before a search.
+        usage: Costs of the policy.
+        metrics: {"float" | "quantized": figures}.
+        seconds: {stage: wall time}.
+        expected: {searched layer: (estimated divergence that its widths cause, its relative standard error)}.
+        unit: What that is counted in.
+    """
     rows = []
     for layer in graph:
         bits = policy.bits[layer.name] if policy else layer.fixed
@@ -45,7 +57,14 @@ def report(
     for op in graph.floats:
         rows.append([op.name, op.kind, "float", human(op.macs), human(op.weight_count), human(float_bitops(op)), ""])
     lines = [f"{graph.model_id} ({graph.library}), input {'×'.join(map(str, graph.input_shape))}"]
-    lines.append(table(["layer", "kind", "bits", "MACs", "weights", "BitOps", "bytes"], rows))
+    head = ["layer", "kind", "bits", "MACs", "weights", "BitOps", "bytes"]
+    if expected:
+        head.append(unit)
+        rows = [[*row, estimate(*expected[row[0]]) if row[0] in expected else ""] for row in rows]
+    lines.append(table(head, rows))
+    if expected:
+        whole = sum(value for value, _ in expected.values())
+        lines.append(f"expected {unit} of the policy before fine-tuning: {whole:.4g}")
     if usage is not None:
         lines += [f"{limit.label}: {limit.show(usage[limit.name])}" for limit in limits if limit.name in usage.amounts]
     for op in graph.floats:
@@ -55,6 +74,11 @@ def report(
     if seconds:
         lines.append("seconds: " + ", ".join(f"{k} {v:.3g}" for k, v in seconds.items()))
     return "\n".join(lines)
+
+
+def estimate(value: float, error: float | None) -> str:
+    """A value with its relative standard error."""
+    return f"{value:.3g}" if error is None else f"{value:.3g} ± {error:.0%}"
 
 
 def figures_line(figures: Mapping[str, Any], between: str = "  ") -> str:

@@ -14,8 +14,8 @@ from ..nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
 from ..nn.quantize import quantize_with_lsq
 from ..quantizers import LSQ
 from ..train.random_draws import fixed_draws
-from .loss_sensitivity import Rows, at, loss_sensitivity
 from .scores import Scores
+from .sensitivity import Rows, Sensitivity, at, sensitivity
 from .strategy import SearchStrategy, additive, register_strategy
 
 
@@ -122,12 +122,17 @@ class KL(PostTraining):
 
 @register_strategy("gradient")
 class Gradient(PostTraining):
-    """The loss's growth by `loss_sensitivity`, from scales of least squared error. Without labels the loss is that of
-    `Task.probe`."""
+    """The divergence's estimate by `sensitivity`, at scales of least squared error: LIMPQ's default without its
+    training."""
 
-    unit = "squared change of the loss"
+    found: Sensitivity
+
+    def __init__(self, *, batches: int = 16) -> None:
+        super().__init__(batches=batches)
 
     def measure(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
-        self.weight, self.activation = loss_sensitivity(
-            self.layers, model, batches, lambda batch: self.loss.task.probe(model, batch, self.seed), self.normed
-        )
+        self.found = sensitivity(self.layers, model, batches, self.loss.task, self.normed, self.seed)
+        self.weight, self.activation, self.unit = self.found.weight, self.found.activation, self.found.unit
+
+    def details(self, model: nn.Module) -> dict[str, Any]:
+        return {"standard_error": self.found.relative_error()}
