@@ -116,7 +116,7 @@ def measure(start: str, level: str, steps: int, count: int = 3000) -> None:
 
     def learn(**options: Any) -> Indicators:
         batches = cifar_train(0, 64) if steps else calibration
-        return mpq.train_indicators(batches, steps=steps, candidates=Candidates(CANDIDATES[level]), **options)
+        return mpq.train_indicators(batches, steps=steps, candidates=Candidates.of(CANDIDATES[level]), **options)
 
     def search(name: str, scores: Indicators, alpha: float | None = None) -> None:
         mpq.scores = scores
