@@ -6,9 +6,9 @@
     python examples/benchmarks/indicators.py --level W2A2 --steps 60
 
 Every policy has the BitOps of the uniform level, is calibrated with its BatchNorms re-estimated and is not trained
-afterwards; accuracy is on 3,000 test images of CIFAR-10, evenly spaced. The network starts from its published weights, or
-with `--start lifted` from those of the study, or with `--start FILE` from a state that torch.save wrote.
-`--powers` shows what 1 bit means; `--golden` needs no data.
+afterwards; accuracy is on 3,000 test images of CIFAR-10, evenly spaced. The network starts from its published weights,
+or with `--start lifted` from those of the study, or with `--start FILE` from a state that torch.save wrote. With steps
+the scales per tensor are left out. `--powers` shows what 1 bit means; `--golden` needs no data.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def measure(start: str, level: str, steps: int, count: int = 3000) -> None:
     row("uniform", uniform)
     search("raw scale", learn(indicator="raw scale"))
     found = sensitivities(net, [x.name for x in mpq.graph.searched], calibration[:8])
-    for granularity in ("tensor", "channel"):
+    for granularity in ("channel",) if steps else ("tensor", "channel"):
         powers = learn(indicator="scale", granularity=granularity)
         search(f"relative power, {granularity}, α = 1", powers, 1.0)
         search(f"relative power, {granularity}, balanced α = {balance(powers):.2f}", powers, balance(powers))
@@ -157,7 +157,8 @@ def powers(start: str) -> None:
     def weight_start(mse: bool) -> Callable[[Tensor, int], tuple[Tensor, int]]:
         return lambda w, b: ((weight_scale_mse(w, b, axis=None) if mse or b == 1 else weight_scale_sigma(w, b)), 0)
 
-    print("\n| tensor, start | value | 1 bit | 2 | 3 | 4 | layers with more at 1 bit than at 2 |\n|---|---|---|---|---|---|---|")
+    head = ["tensor, start", "value", *(f"{b} bits" for b in widths), "layers with more at 1 bit than at 2"]
+    print("\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for name, mse in (("the authors'", False), ("least squared error", True)):
         for side, tensors, signed, scale_of in (
             ("weights", weights, True, weight_start(mse)),
@@ -210,8 +211,12 @@ def golden() -> None:
             slope = np.polyfit(x, y, 1)[0]
             r2 = np.corrcoef(x, y)[0, 1] ** 2
             print(f"| {side}, {bits} bits | {' | '.join(cells)} | {slope:+.2f} | {r2:.2f} |")
-    print(f"\nWeights against inputs of the same layer: " + ", ".join(
-        f"{b} bits {rank_correlation(table['weight'][b], table['activation'][b]):+.2f}" for b in table["weight"]))
+    print(
+        "\nWeights against inputs of the same layer: "
+        + ", ".join(
+            f"{b} bits {rank_correlation(table['weight'][b], table['activation'][b]):+.2f}" for b in table["weight"]
+        )
+    )
     for side, rows in table.items():
         pairs = ", ".join(f"{b} to 2 bits {rank_correlation(rows[b], rows[2]):+.2f}" for b in (3, 4, 5, 6))
         print(f"Rank correlation between widths, {side}: {pairs}.")

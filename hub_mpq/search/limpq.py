@@ -60,11 +60,12 @@ class LIMPQ(SearchStrategy):
     uniform: False leaves the uniform passes out, for ablations.
     indicator: what is read out at the end. "divergence" (our construction): the estimated divergence of the output, by
     `sensitivity`, when one operand is quantized with its trained scale s_b. It has one unit for all layers, weights and
-    activations, so it needs no α. "scale" (our construction): the relative power (s_b/rms)² of the paper's indicator,
-    by `relative_power`, which has no unit and falls with the width; it needs no α either. "raw scale": s_b itself, as
-    in the paper, from the authors' start, one scale a tensor; α balances the sums. A scale has the unit of its tensor,
-    and a norm behind a layer makes that unit arbitrary: 0.1 means little in one layer and much in the next. At 1 bit it
-    is smaller than at 2, so it does not serve there.
+    activations, so it needs no α. "scale" (our construction): the paper's indicator without its unit, the relative
+    power (s_b/rms)², by `relative_power`; it falls with the width and needs no α either. Both have weight scales per
+    output channel, from the start of least squared error. "raw scale": s_b itself, one a tensor, from the authors'
+    start, α balancing the sums (the paper). A scale has the unit of its tensor, and a norm behind a layer makes that
+    unit arbitrary: 0.1 means little in one layer and much in the next. It is smaller at 1 bit than at 2, so it
+    cannot rank 1 bit.
     granularity: of the weight scales, "tensor" or "channel", where the indicator's own is not wanted (an ablation).
     """
 
@@ -93,7 +94,7 @@ class LIMPQ(SearchStrategy):
             raise InvalidArgument(f"indicator is {' or '.join(INDICATORS)}, not {indicator!r}")
         if granularity not in ("tensor", "channel", None):
             raise InvalidArgument(f"granularity is tensor or channel, not {granularity!r}")
-        self.per_channel = (granularity or ("channel" if self.indicator == "divergence" else "tensor")) == "channel"
+        self.per_channel = (granularity or ("tensor" if self.indicator == "raw scale" else "channel")) == "channel"
         self.unit = INDICATORS[self.indicator]
         self.optimizer, self.lr, self.log = chosen["optimizer"], chosen["lr"], chosen["log"]
         self.weight_decay = chosen["weight_decay"]
