@@ -43,8 +43,9 @@ class Indicators:
     @property
     def unit(self) -> str:
         """What the values are counted in: "kl" or "target_error" (the divergence of the output that quantizing an
-        operand causes, see `Task.unit`), "scale", or a strategy's own. Files of before 2026-11-28 have "loss" (squared
-        change of the loss) or "scale". "" where it is not known."""
+        operand causes, see `Task.unit`), "relative_power" or "scale" (LIMPQ's scales without their unit, and raw), or a
+        strategy's own. Files of before 2026-11-28 have "loss" (squared change of the loss) or "scale". "" where it is
+        not known."""
         unit = str(self.provenance.get("unit", ""))
         return _BEFORE.get(unit, unit)
 

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from ..core import FLOAT_BITS, Candidates, Indicators, LayerGraph
 from ..errors import InvalidArgument
 from ..nn.banks import add_banks, select_bank
-from ..nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
+from ..nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs, widths_off
 from ..nn.quantize import quantize_with_lsq, quantized_layers
 from ..quantizers import LSQ
 from ..quantizers.lsq import NO_START
 from ..train.hooks import Groups
+from ..train.processes import share_samples
 from .movement import movement
+from .relative_power import relative_powers
 from .sensitivity import Rows, Sensitivity, sensitivity
 from .strategy import SearchStrategy, register_strategy
 
@@ -35,10 +37,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # the LIMPQ authors', for ImageNet-sized runs
     "authors": {
-        **{"optimizer": "sgd", "lr": 1e-2, "scale_lr": 1e-2, "weight_decay": 2.5e-5, "log": False, "indicator": "scale"}
+        **{
+            "optimizer": "sgd",
+            "lr": 1e-2,
+            "scale_lr": 1e-2,
+            "weight_decay": 2.5e-5,
+            "log": False,
+            "indicator": "raw scale",
+        }
     },
 }
-INDICATORS = ("divergence", "scale")
+# {indicator: the unit of its values}; a divergence's is known once it is measured
+INDICATORS = {"divergence": "", "scale": "relative_power", "raw scale": "scale"}
 
 
 @register_strategy("limpq")
@@ -48,16 +58,19 @@ class LIMPQ(SearchStrategy):
     preset: "short" or "authors" (`PRESETS`). scale_lr: learning rate of log s (Adam) [ours: the authors' SGD hardly
     moves a scale in a short run], None: the preset's. freeze_weights: only scales and norms learn.
     uniform: False leaves the uniform passes out, for ablations.
-    indicator: what is read out at the end. "scale": s_b itself, one a tensor, from the authors' start (the paper).
-    "divergence" (our construction): the estimated divergence of the output, by `sensitivity`, when one operand is
-    quantized with its trained scale s_b, weight scales per output channel, from the start of least squared error. A
-    scale has the unit of its tensor, and a norm behind a layer makes that unit arbitrary: 0.1 means little in one layer
-    and much in the next. A divergence has one unit for all layers, weights and activations, so it needs no α.
+    indicator: what is read out at the end. "divergence" (our construction): the estimated divergence of the output, by
+    `sensitivity`, when one operand is quantized with its trained scale s_b. It has one unit for all layers, weights and
+    activations, so it needs no α. "scale" (our construction): the relative power (s_b/rms)² of the paper's indicator,
+    by `relative_power`, which has no unit and falls with the width; it needs no α either. "raw scale": s_b itself, as
+    in the paper, from the authors' start, one scale a tensor; α balances the sums. A scale has the unit of its tensor,
+    and a norm behind a layer makes that unit arbitrary: 0.1 means little in one layer and much in the next. At 1 bit it
+    is smaller than at 2, so it does not serve there.
     granularity: of the weight scales, "tensor" or "channel", where the indicator's own is not wanted (an ablation).
     """
 
     batches = 16
     found: Sensitivity
+    powers: tuple[Rows, Rows]
     weights_alone = True
     stage = "indicators"
     learned_once = True
@@ -81,7 +94,7 @@ class LIMPQ(SearchStrategy):
         if granularity not in ("tensor", "channel", None):
             raise InvalidArgument(f"granularity is tensor or channel, not {granularity!r}")
         self.per_channel = (granularity or ("channel" if self.indicator == "divergence" else "tensor")) == "channel"
-        self.unit = "scale" if self.indicator == "scale" else ""  # a divergence's is known once it is measured
+        self.unit = INDICATORS[self.indicator]
         self.optimizer, self.lr, self.log = chosen["optimizer"], chosen["lr"], chosen["log"]
         self.weight_decay = chosen["weight_decay"]
         self.scale_lr = chosen["scale_lr"] if scale_lr is None else scale_lr
@@ -123,8 +136,9 @@ class LIMPQ(SearchStrategy):
 
     def calibrate(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
         """Starts, from this process's first batch."""
-        calibrate_weights(model, mse=self.indicator == "divergence")
-        calibrate_inputs(model, dict(inputs), mse=self.indicator == "divergence")
+        least_error = self.indicator != "raw scale"
+        calibrate_weights(model, mse=least_error)
+        calibrate_inputs(model, dict(inputs), mse=least_error)
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         groups = self.loss.parameter_groups(model)
@@ -164,11 +178,16 @@ class LIMPQ(SearchStrategy):
         return out
 
     def read_out(self, model: nn.Module, batches: Sequence[Any]) -> None:
-        """Estimate divergences at the trained scales; nothing to do for "scale"."""
-        if self.indicator != "divergence":
+        """What the trained scales mean: relative powers, or divergences; nothing to do for "raw scale"."""
+        if self.indicator == "raw scale":
             return
         model.eval().requires_grad_(True)  # frozen weights too: every layer's output must have a gradient
         self.set_widths(model, dict.fromkeys(self.layers, self.widths[-1]))  # the banks nearest to float
+        if self.indicator == "scale":
+            inputs = share_samples(sample_inputs(model, batches, self.loss.task.forward))
+            with widths_off(model):
+                self.powers = relative_powers(self.layers, inputs)
+            return
         with widths_off(model):
             normed = set(self.norms.values())
             self.found = sensitivity(self.layers, model, batches, self.loss.task, normed, self.seed)
@@ -192,6 +211,8 @@ class LIMPQ(SearchStrategy):
         signed = {name: bool(self.layers[name].input_quantizer.zero_points.any()) for name in activation}
         if self.indicator == "divergence":
             weight, activation = self.found.weight, self.found.activation
+        elif self.indicator == "scale":
+            weight, activation = self.powers
         return Indicators(weight, activation, signed)
 
     def details(self, model: nn.Module) -> dict[str, Any]:

@@ -30,8 +30,8 @@ def balance(indicators: Indicators) -> float:
 
 
 def default_alpha(indicators: Indicators) -> float:
-    """1 for indicators whose weights and activations share a unit, those of the output. Else `balance`."""
-    return 1.0 if indicators.predicts or indicators.unit == "loss" else balance(indicators)
+    """1 for indicators whose weights and activations share a unit: divergences and relative powers. Else `balance`."""
+    return 1.0 if indicators.predicts or indicators.unit in ("loss", "relative_power") else balance(indicators)
 
 
 def scored_candidates(indicators: Indicators, graph: LayerGraph, *, weight_only: bool = False) -> dict[str, Candidates]:

@@ -100,14 +100,15 @@ def test_the_unit_of_a_weight_changes_its_scale_but_not_the_divergence(net, trai
     batches = list(train)[:2]
     torch.testing.assert_close(twin(batches[0][0]), net(batches[0][0]), rtol=1e-3, atol=1e-3)
     found = {}
-    for kind in ("divergence", "scale"):
+    for kind in ("divergence", "scale", "raw scale"):
         for name, model in (("net", net), ("twin", twin)):
             indicators = HubMPQ.from_module(model, X).train_indicators(batches, steps=0, indicator=kind)
             found[kind, name] = indicators.weight["3"][4]
     assert found["divergence", "twin"] == pytest.approx(
         found["divergence", "net"], rel=0.02
     )  # eps of the norm does not scale
-    assert found["scale", "twin"] == pytest.approx(10 * found["scale", "net"], rel=1e-3)
+    assert found["scale", "twin"] == pytest.approx(found["scale", "net"], rel=1e-3)
+    assert found["raw scale", "twin"] == pytest.approx(10 * found["raw scale", "net"], rel=1e-3)
 
 
 def test_divergence_falls_with_the_width_and_alpha_is_one(net, train):
@@ -116,7 +117,7 @@ def test_divergence_falls_with_the_width_and_alpha_is_one(net, train):
     for row in (*indicators.weight.values(), *indicators.activation.values()):
         assert row[2] > row[4] > row[6]
     assert mpq.score_table()[1] == 1.0
-    mpq.train_indicators(train, steps=2, indicator="scale")
+    mpq.train_indicators(train, steps=2, indicator="raw scale")
     assert mpq.score_table()[1] != 1.0
 
 
