@@ -157,7 +157,9 @@ def powers(start: str) -> None:
     def weight_start(mse: bool) -> Callable[[Tensor, int], tuple[Tensor, int]]:
         return lambda w, b: ((weight_scale_mse(w, b, axis=None) if mse or b == 1 else weight_scale_sigma(w, b)), 0)
 
-    print("\n| tensor, start | value | 1 bit | 2 | 3 | 4 | layers with more at 1 bit than at 2 |\n|---|---|---|---|---|---|---|")
+    print(
+        "\n| tensor, start | value | 1 bit | 2 | 3 | 4 | layers with more at 1 bit than at 2 |\n|---|---|---|---|---|---|---|"
+    )
     for name, mse in (("the authors'", False), ("least squared error", True)):
         for side, tensors, signed, scale_of in (
             ("weights", weights, True, weight_start(mse)),
@@ -210,8 +212,12 @@ def golden() -> None:
             slope = np.polyfit(x, y, 1)[0]
             r2 = np.corrcoef(x, y)[0, 1] ** 2
             print(f"| {side}, {bits} bits | {' | '.join(cells)} | {slope:+.2f} | {r2:.2f} |")
-    print(f"\nWeights against inputs of the same layer: " + ", ".join(
-        f"{b} bits {rank_correlation(table['weight'][b], table['activation'][b]):+.2f}" for b in table["weight"]))
+    print(
+        "\nWeights against inputs of the same layer: "
+        + ", ".join(
+            f"{b} bits {rank_correlation(table['weight'][b], table['activation'][b]):+.2f}" for b in table["weight"]
+        )
+    )
     for side, rows in table.items():
         pairs = ", ".join(f"{b} to 2 bits {rank_correlation(rows[b], rows[2]):+.2f}" for b in (3, 4, 5, 6))
         print(f"Rank correlation between widths, {side}: {pairs}.")
