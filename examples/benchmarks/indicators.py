@@ -6,8 +6,8 @@
     python examples/benchmarks/indicators.py --level W2A2 --steps 60
 
 Every policy has the BitOps of the uniform level, is calibrated with its BatchNorms re-estimated and is not trained
-afterwards; accuracy is on 3,000 test images of CIFAR-10, evenly spaced. The network starts from its published weights, or
-with `--start lifted` from those of the study, or with `--start FILE` from a state that torch.save wrote.
+afterwards; accuracy is on 3,000 test images of CIFAR-10, evenly spaced. The network starts from its published weights,
+or with `--start lifted` from those of the study, or with `--start FILE` from a state that torch.save wrote.
 `--powers` shows what 1 bit means; `--golden` needs no data.
 """
 
@@ -157,9 +157,7 @@ def powers(start: str) -> None:
     def weight_start(mse: bool) -> Callable[[Tensor, int], tuple[Tensor, int]]:
         return lambda w, b: ((weight_scale_mse(w, b, axis=None) if mse or b == 1 else weight_scale_sigma(w, b)), 0)
 
-    print(
-        "\n| tensor, start | value | 1 bit | 2 | 3 | 4 | layers with more at 1 bit than at 2 |\n|---|---|---|---|---|---|---|"
-    )
+    print("\n| tensor, start | value | 1 bit | 2 | 3 | 4 | layers with more at 1 bit than at 2 |\n" + "|---" * 7 + "|")
     for name, mse in (("the authors'", False), ("least squared error", True)):
         for side, tensors, signed, scale_of in (
             ("weights", weights, True, weight_start(mse)),

@@ -13,7 +13,6 @@ from ..core.checks import whole
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
 from ..nn.quantize import quantize_with_lsq
 from ..quantizers import LSQ
-from ..tasks import Task
 from ..train.norms import batch_statistics
 from ..train.random_draws import fixed_draws
 from .scores import Scores
@@ -24,12 +23,6 @@ from .strategy import SearchStrategy, additive, register_strategy
 def read(inputs: Mapping[str, Tensor], name: str) -> Tensor:
     """What a layer reads; a one where no batch reached it, so that it has scores like the others."""
     return inputs.get(name, torch.ones(1))
-
-
-def divergence_unit(task: Task, output: Any) -> str:
-    """What `Task.divergence` is counted in: "kl" (nats) where the output is a distribution that labels can be drawn
-    from, else "target_error", the squared error of the targets over their variance."""
-    return "target_error" if task.sample(output, torch.Generator().manual_seed(0)) is None else "kl"
 
 
 class PostTraining(SearchStrategy):
@@ -66,7 +59,7 @@ class PostTraining(SearchStrategy):
         model.eval()
         with widths_off(model):
             with torch.no_grad():
-                self.unit = divergence_unit(self.loss.task, self.output(model, batches[0]))
+                self.unit = self.loss.task.unit(self.output(model, batches[0]))
             self.measure(model, batches, inputs)
 
     def measure(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:

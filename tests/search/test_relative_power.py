@@ -1,6 +1,7 @@
 """The learned scale without its unit: what it is at each width, and that nothing else of the tensor matters."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def test_one_bit_of_a_gaussian_weight_counts_more_than_two(channels):
     assert raw[0] < raw[1]
     found = relative_power(quantizer, weight)
     values = [found[bits] for bits in WIDTHS]
-    assert all(a > 1.5 * b for a, b in zip(values, values[1:], strict=False))
+    assert all(a > 1.5 * b for a, b in pairwise(values))
     assert found[1] == pytest.approx(12 * (1 - 2 / math.pi), rel=0.02)
     power = float(weight.square().mean())
     for bits, scale in list(zip(WIDTHS, raw, strict=True))[1:]:
@@ -51,7 +52,7 @@ def test_one_bit_of_a_gaussian_weight_counts_more_than_two(channels):
 def test_inputs_behind_a_relu():
     x = gaussian(1, 40_000).relu()
     found = relative_power(calibrated(x, signed=False), x)
-    assert all(found[a] > 1.5 * found[b] for a, b in zip(WIDTHS, WIDTHS[1:], strict=False))
+    assert all(found[a] > 1.5 * found[b] for a, b in pairwise(WIDTHS))
     error = x - torch.where(x > 0.5 * (s := calibrated(x, signed=False).scales[0].detach()), s, 0.0)
     assert found[1] == pytest.approx(12 * float(error.square().mean() / x.square().mean()), rel=1e-3)
 
