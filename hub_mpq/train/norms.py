@@ -83,6 +83,32 @@ def single_values_allowed(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
+def _estimated(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The norms whose statistics are those of data: not folded ones."""
+    return [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats and not is_folded(m)
+    ]
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Let every norm that `reestimate_batch_norm` would change normalise by the batch; running statistics stay."""
+    norms = _estimated(model)
+    kept = [(m.momentum, m.training, m.num_batches_tracked.clone()) for m in norms]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 0.0
+    try:
+        with single_values_allowed(model):
+            yield
+    finally:
+        for norm, (momentum, was, count) in zip(norms, kept, strict=True):
+            norm.momentum, norm.training = momentum, was
+            norm.num_batches_tracked.copy_(count)
+
+
 @torch.no_grad()
 def reestimate_batch_norm(
     model: nn.Module, batches: Iterable[Any], *, limit: int = 32, task: TaskLike = None, example: Any = None
@@ -98,11 +124,7 @@ def reestimate_batch_norm(
     Returns:
         How many batches this process used.
     """
-    norms = [
-        m
-        for m in model.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats and not is_folded(m)
-    ]
+    norms = _estimated(model)
     if not norms:
         return 0
     seen = {norm: _Statistics(norm.running_mean) for norm in norms}
