@@ -7,8 +7,8 @@
 
 Every policy has the BitOps of the uniform level, is calibrated with its BatchNorms re-estimated and is not trained
 afterwards; accuracy is on 3,000 test images of CIFAR-10, evenly spaced. The network starts from its published weights,
-or with `--start lifted` from those of the study, or with `--start FILE` from a state that torch.save wrote. With steps
-the scales per tensor are left out. `--powers` shows what 1 bit means; `--golden` needs no data.
+or with `--start short` after 250 float steps on CIFAR-10's JPEG form, or with `--start lifted` from those of the study.
+With steps the scales per tensor are left out. `--powers` shows what 1 bit means; `--golden` needs no data.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import nets
 import numpy as np
 import timm
 import torch
-from tasks import cifar_train, lifted_resnet20
+from tasks import _float_once, cifar_train, lifted_resnet20
 from torch import Tensor, nn
 
 from hub_mpq import Candidates, HubMPQ, Indicators, Policy
@@ -123,7 +123,7 @@ def measure(start: str, level: str, steps: int, count: int = 3000) -> None:
         row(name, mpq.search(bitops=level, alpha=alpha).policy)
 
     float_top1 = float(top1(net, test).mean())
-    print(f"\n### {level}, {steps} joint steps, start {Path(start).name}, float {float_top1:.2f}\n")
+    print(f"\n### {level}, {steps} joint steps, start {start}, float {float_top1:.2f}\n")
     print("| indicator | top-1 | minus uniform, standard error | weight/input widths |\n|---|---|---|---|")
     row("uniform", uniform)
     search("raw scale", learn(indicator="raw scale"))
@@ -139,10 +139,10 @@ def measure(start: str, level: str, steps: int, count: int = 3000) -> None:
 def start_of(start: str) -> nn.Module:
     if start == "lifted":
         return lifted_resnet20()
-    net = nets.resnet20()
-    if start != "published":
-        net.load_state_dict(torch.load(start, weights_only=True))
-    return net.eval()
+    if start == "short":
+        settings: dict[str, Any] = {"lr": 0.01, "steps": 250, "optimizer": "sgd"}
+        return _float_once("resnet20-jpeg-250", nets.resnet20(), lambda: cifar_train(0), **settings)
+    return nets.resnet20()
 
 
 def powers(start: str) -> None:
@@ -226,7 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--level", choices=sorted(CANDIDATES), action="append", default=[])
     parser.add_argument("--steps", type=int, default=0, help="joint training before the scales are read")
-    parser.add_argument("--start", default="published")
+    parser.add_argument("--start", choices=("published", "short", "lifted"), default="published")
     parser.add_argument("--golden", action="store_true")
     parser.add_argument("--powers", action="store_true")
     args = parser.parse_args()
