@@ -160,8 +160,8 @@ class Validation:
         if not self.done:
             return f"not validated: {self.verdict}"
         return (
-            f"{self.verdict}; chosen on {self.choosing:,} samples of {self.data}, measured on {self.reporting:,} others, "
-            f"{self.forwards:,} forward passes in {self.seconds:.1f} s"
+            f"{self.verdict}; chosen on {self.choosing:,} samples of {self.data}, measured on {self.reporting:,} others"
+            f" with {self.forwards:,} forward passes in {self.seconds:.1f} s"
         )
 
 

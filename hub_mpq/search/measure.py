@@ -125,7 +125,7 @@ class PolicyMeter:
         """(samples of a batch, items of it that count, whether they are tokens); runs the float model on it."""
         with torch.no_grad(), evaluating(self.float_model):
             moved = to_device(batch, self.device)
-            output = self._reference(batch, moved)
+            output = self._reference(batch, moved, keep=False)
             _, mask = self.task.divergence(output, output, self.task.mask(moved))
         return len(mask), int(mask.sum()), mask.dim() == 2
 
@@ -142,7 +142,7 @@ class PolicyMeter:
                 values, mask = self.task.divergence(output, reference, self.task.mask(batch))
                 yield values.double().cpu(), mask.cpu()
 
-    def _reference(self, own: Any, batch: Any) -> Any:
+    def _reference(self, own: Any, batch: Any, *, keep: bool = True) -> Any:
         """The float model's output on a batch (on its device as `batch`); kept by its identity, and `own` with it."""
         if id(own) in self._references:
             return self._references[id(own)][1]
@@ -150,7 +150,7 @@ class PolicyMeter:
             output = self.task.forward(self.float_model, batch)
         self.forwards += 1
         size = sum(x.numel() * x.element_size() for x in tensors_in(output).values())
-        if self._kept + size <= KEPT:
+        if keep and self._kept + size <= KEPT:
             self._references[id(own)] = (own, output)
             self._kept += size
         return output
@@ -204,7 +204,7 @@ class PolicyMeter:
     def _conflict(self, policy: Policy) -> tuple[str, str] | None:
         """Two layers that share a weight and have different widths for it."""
         for layer in self.graph:
-            owner = layer.weight_owner
+            owner = layer.weight_owner or layer.name
             if owner in policy.bits and policy.bits[layer.name].weight != policy.bits[owner].weight:
                 return layer.name, owner
         return None
