@@ -51,7 +51,7 @@ from .hub.pull import packed_folder
 from .hub.remote import check_repo_id
 from .nn.packing import base_nbytes
 from .pack import Manifest
-from .report import report
+from .report import measurements, report
 from .search.candidates import CandidatesLike, resolve_candidates
 from .search.held_out import HeldOut, apart, beyond, hold_out, spread
 from .search.measure import PolicyMeter
@@ -772,6 +772,8 @@ class HubMPQ(nn.Module):
             rest, data = spread(chosen, scores.seed), "val" if given is None else "the batches given"
         rest = iter(rest)
         first = list(islice(rest, 1))
+        if not first and given is not None:
+            raise InvalidArgument("validate holds no batch")
         if not first:
             return replace(optimum(), validation=Validation(False, f"there are no {data}; give val= or validate="))
         held = partial(hold_out, batches=chain(first, rest), data=data)
@@ -830,10 +832,13 @@ class HubMPQ(nn.Module):
         return usage_of(graph, policy, None, self._base_bytes(graph, model))
 
     def report(self) -> str:
-        """Widths and costs per layer and in all, accuracy before and after, seconds of each stage."""
+        """Widths and costs per layer and in all, accuracy before and after, seconds of each stage, and policies that
+        were measured."""
         usage = self.usage() if self.policy is not None else None
         graph = self._policy_graph or self.graph
         text = report(graph, self.policy, usage, self.metrics, self.seconds)
+        if self.result is not None and (measured := measurements(self.result)):
+            text += f"\n{measured}"
         if self.policy is not None and exportable(self._manifest(self.policy)):
             text += (
                 "\nweights alone are quantized, in Linear and Embedding layers: "

@@ -228,7 +228,7 @@ def fit_factors(features: Vector, measured: Vector) -> tuple[Vector, float]:
 
     Least squares of the relative error, Huber's weights beyond 1.345 deviations, and a ridge towards the common factor,
     the median of measured over predicted. The ridge is that of factors with a deviation of `SPREAD` and errors with
-    the deviation that the common factor leaves [our construction].
+    the deviation that the factors leave [our construction].
 
     Args:
         features: [policies, groups], not negative, above zero in each row.
@@ -237,10 +237,11 @@ def fit_factors(features: Vector, measured: Vector) -> tuple[Vector, float]:
     common = float(np.median(measured / features.sum(1)))
     a = common * features / measured[:, None]
     factors = np.ones(a.shape[1])
-    noise = max(1.4826 * float(np.median(np.abs(a.sum(1) - 1))), 1e-3)
-    ridge = (noise / SPREAD) ** 2
+    free = max(len(a) - a.shape[1], 1)
     for _ in range(20):
         error = np.abs(a @ factors - 1)
+        noise = max(1.4826 * float(np.median(error)) * math.sqrt(len(a) / free), 1e-3)
+        ridge = (noise / SPREAD) ** 2
         weight = np.minimum(1.0, 1.345 * noise / np.maximum(error, 1e-12))
         gram, right = (a * weight[:, None]).T @ a, a.T @ weight
         before = factors.copy()
