@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .core import LayerGraph, Policy, Usage, human, limits
+from .core import LayerGraph, Policy, SearchResult, Usage, human, limits
 from .cost.bitops import float_bitops, layer_bitops
 from .cost.size import layer_nbytes
 
@@ -84,3 +84,25 @@ def estimate(value: float, error: float | None) -> str:
 def figures_line(figures: Mapping[str, Any], between: str = "  ") -> str:
     """Measured figures in one line; the task's name is text, the others numbers."""
     return between.join(f"{k} {v}" if isinstance(v, str) else f"{k} {v:.4g}" for k, v in figures.items())
+
+
+def measurements(result: SearchResult) -> str:
+    """How a search's policy was chosen: the table of what was measured, the verdict, the check of the prediction; ""
+    for a policy that nobody asked to measure."""
+    lines = []
+    if result.measurements:
+        rows = [
+            [
+                m.name + (" *" if m.policy == result.policy else ""),
+                "" if m.predicted is None else f"{m.predicted:.4g}",
+                f"{m.divergence:.4g} ± {m.standard_error:.2g}",
+                "" if m.name == "optimum" else f"{m.difference:+.3g} ± {m.difference_error:.2g}",
+            ]
+            for m in result.measurements
+        ]
+        lines.append(table(["policy (* returned)", "predicted", "divergence", "less the optimum's"], rows))
+    if result.validation is not None:
+        lines.append(str(result.validation))
+    if result.check is not None:
+        lines.append(str(result.check))
+    return "\n".join(lines)

@@ -63,18 +63,23 @@ def write(file: Path, row: dict[str, Any]) -> None:
     part.rename(file)
 
 
+def indicator_file(task: Task, method: str, level: str, seed: int, folder: Path) -> Path:
+    """Where the indicators that a method needs are kept: one file for all levels of one set of candidates."""
+    kind = KINDS.get(method, ("learned", {}))[0]
+    return folder / f"{task.name}-{kind}-{task.levels[level].name.replace(' ', '-')}-{seed}.safetensors"
+
+
 def indicators_of(
     mpq: HubMPQ, task: Task, method: str, level: str, seed: int, folder: Path, options: dict[str, Any]
 ) -> None:
-    """Give `mpq` the indicators that a method needs, trained once for all levels of one set of candidates."""
+    """Give `mpq` the indicators that a method needs, trained where they are not there yet."""
     kind, changes = KINDS.get(method, ("learned", {}))
-    found = task.levels[level]
-    file = folder / f"{task.name}-{kind}-{found.name.replace(' ', '-')}-{seed}.safetensors"
+    file = indicator_file(task, method, level, seed, folder)
     if not file.exists():
         asked = {k: v for k, v in options.items() if k != "alpha"} if kind == "learned" else {}
         settings = {"steps": task.indicator_steps, **task.indicator_options, **asked, **changes}
         began = time.perf_counter()
-        scores = mpq.train_indicators(task.train(seed), candidates=found.widths, seed=seed, **settings)
+        scores = mpq.train_indicators(task.train(seed), candidates=task.levels[level].widths, seed=seed, **settings)
         provenance = {**scores.provenance, "seconds": time.perf_counter() - began}
         part = file.with_suffix(f".{os.getpid()}.part")
         write_indicators(part, replace(scores, provenance=provenance))
@@ -118,10 +123,12 @@ def run(
     folder: Path,
     options: dict[str, Any],
     tune: dict[str, Any] | None = None,
+    indicators: Path | None = None,
 ) -> None:
     """One row, if it is not there yet.
 
     options: settings of train_indicators, and alpha. tune: settings of the fine-tuning in place of the task's.
+    indicators: folder of the indicators; None for the row's.
     """
     file = folder / f"{task.name}-{level.replace(' ', '-')}-{method}-{seed}.json"
     if file.exists() or (method == "float" and seed):
@@ -132,7 +139,7 @@ def run(
     bits: dict[str, str] = {}
     seconds, told = 0.0, {}
     if method != "float":
-        policy, seconds, told = policy_of(mpq, task, method, level, seed, folder, options)
+        policy, seconds, told = policy_of(mpq, task, method, level, seed, indicators or folder, options)
         train = task.train(seed)
         mpq.apply_policy(policy, train, reestimate_norms=False)
         mpq.finetune(train, seed=seed, **{"steps": task.tune_steps, **task.tune_options, **(tune or {})})
@@ -206,12 +213,13 @@ def report(folder: Path) -> None:
 def movements(folder: Path, task: Task, level: str) -> list[str]:
     """What the joint training changed: the scales against their start, the indicators against untrained ones."""
     changes: dict[str, list[dict[str, float]]] = {}
-    named = task.levels[level].name.replace(" ", "-")
-    for file in sorted(folder.glob(f"{task.name}-learned-{named}-*.safetensors")):
+    for seed in range(10):
+        file, start = (indicator_file(task, method, level, seed, folder) for method in ("mixed", "untrained"))
+        if not file.exists():
+            continue
         learned = read_indicators(file)
         for side, moved in learned.provenance["movement"].items():
             changes.setdefault(f"{side} scales", []).append(moved)
-        start = file.with_name(file.name.replace("-learned-", "-untrained-"))
         if start.exists():
             untrained = read_indicators(start)
             for side in ("weight", "activation"):

@@ -133,6 +133,35 @@ def expected_divergence(
     return found
 
 
+def score_parts(
+    indicators: Indicators, scores: Scores, alpha: float
+) -> dict[str, dict[LayerBits, tuple[float, float]]]:
+    """{layer: {widths: (the weight's part of the score, the input's)}}; of pairs all of it counts as the weight's.
+
+    Args:
+        indicators: What the scores were made of.
+        scores: As `score_table` gave them.
+        alpha: The multiplier that it used.
+    """
+    out: dict[str, dict[LayerBits, tuple[float, float]]] = {}
+    for name, row in scores.items():
+        weight = {} if indicators.pairs else indicators.weight[name]
+        parts = {bits: alpha * weight[bits.weight] if weight else score for bits, score in row.items()}
+        out[name] = {bits: (parts[bits], score - parts[bits]) for bits, score in row.items()}
+    return out
+
+
+def candidates_of(scores: Scores) -> dict[str, Candidates]:
+    """{layer: all widths that a table of scores has}."""
+    return {
+        name: Candidates(
+            tuple({bits.weight for bits in row}),
+            tuple({bits.activation for bits in row} - {FLOAT_BITS}) or (FLOAT_BITS,),
+        )
+        for name, row in scores.items()
+    }
+
+
 def limpq_scores(
     indicators: Indicators, graph: LayerGraph, candidates: Mapping[str, Candidates], alpha: float
 ) -> dict[str, dict[LayerBits, float]]:

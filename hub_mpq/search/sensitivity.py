@@ -143,6 +143,7 @@ def sensitivity(
 
         handles.append(module.register_forward_hook(keep, with_kwargs=True))
     items, samples, unit = 0.0, 0.0, ""
+    rank, processes = world()
     try:
         for i, batch in enumerate(batches):
             batch_size = int(task.samples(batch))
@@ -151,7 +152,7 @@ def sensitivity(
             model.zero_grad(set_to_none=True)
             with fixed_draws(next(model.parameters()).device, seed + i):
                 output = task.forward(model, batch)
-            generator = torch.Generator().manual_seed(seed + i)
+            generator = torch.Generator().manual_seed(seed + i * processes + rank)
             unit = unit or task.unit(output)
             values, kept = task.probe(output, generator, task.mask(batch))
             torch.where(kept, values, torch.zeros_like(values)).sum().backward()
@@ -160,7 +161,6 @@ def sensitivity(
         model.zero_grad(set_to_none=True)
         for handle in handles:
             handle.remove()
-    processes = world()[1]
     whole = total(items)[0] / processes
     means, errors = {}, {}
     for side, found in sums.items():
