@@ -72,9 +72,9 @@ class Task:
     levels: Mapping[str, Level] = field(default_factory=lambda: LEVELS)
     unit: str = "top-1"
     distance: Callable[[Any], float] | None = None
-    indicator_steps: int = 40
+    indicator_steps: int | None = 40
     indicator_options: Mapping[str, Any] = field(default_factory=dict)
-    tune_steps: int = 120
+    tune_steps: int | None = 120
     tune_options: Mapping[str, Any] = field(default_factory=dict)
 
     def budget(self, level: str) -> dict[str, str]:
