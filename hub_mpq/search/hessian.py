@@ -16,15 +16,22 @@ from .strategy import register_strategy
 
 @register_strategy("hessian")
 class Hessian(PostTraining):
-    """trace(H)/n · ‖T − Q(T)‖² for weights and for inputs, n the number of elements [HAWQ-V2's mean trace; for inputs
-    the trace is that of an additive disturbance, per sample: ours].
+    """½·trace(H)/n · ‖T − Q(T)‖² for weights and for inputs, n the number of elements [HAWQ-V2's mean trace; for inputs
+    the trace is that of an additive disturbance, per sample: our construction].
 
+    H is the Hessian of the task's mean divergence from the output itself, the Fisher matrix where there are classes, so
+    that a score is the mean divergence of an error of that size in a random direction; HAWQ-V2 takes the labels' loss,
+    whose unit is none of the divergence [our construction].
     trace(H) ≈ mean of vᵀHv over `probes` draws of v in {−1, +1}, one double backward each. A negative estimate
-    counts as 0. Without labels the loss is the task's divergence from the output itself [ours].
-    Raises InvalidArgument unless batches and probes are whole numbers of at least 1.
-    """
+    counts as 0.
 
-    unit = "change of the loss, second order"
+    Args:
+        batches: How many are looked at.
+        probes: Draws of v for each batch.
+
+    Raises:
+        InvalidArgument: `batches` or `probes` is not a whole number of at least 1.
+    """
 
     def __init__(self, *, batches: int = 1, probes: int = 8) -> None:
         super().__init__(batches=batches)
@@ -37,14 +44,14 @@ class Hessian(PostTraining):
             for name, row, quantizer, module in self.quantizers():
                 if row is self.weight:
                     x, trace = module.weight, weight[name] / module.weight.numel()
-                    row[name] = {b: trace * float(e.square().sum()) for b, e in noise(quantizer, x).items()}
+                    row[name] = {b: 0.5 * trace * float(e.square().sum()) for b, e in noise(quantizer, x).items()}
                 else:
                     x, trace = read(inputs, name).to(module.weight.device)[None], activation[name]
-                    row[name] = {b: trace * float(e.square().mean()) for b, e in noise(quantizer, x).items()}
+                    row[name] = {b: 0.5 * trace * float(e.square().mean()) for b, e in noise(quantizer, x).items()}
         self.traces = {n: (weight[n], activation.get(n, 0.0)) for n in self.layers}
 
     def _traces(self, model: nn.Module, batches: Sequence[Any]) -> tuple[dict[str, float], dict[str, float]]:
-        """(traces over the weights, traces over one sample's input) of every layer."""
+        """(traces over the weights, traces over one sample's input) of every layer; the loss is a mean over items."""
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         generator = torch.Generator().manual_seed(self.seed)
@@ -64,12 +71,14 @@ class Hessian(PostTraining):
         ]
         names = list(self.layers)
         weight, activation = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+        items = 0
         try:
             # fused attention has no second derivative
             with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
                 for batch in batches:
                     moved.clear()
-                    loss = self.probe(model, batch)
+                    loss, counted = self.probe(model, batch)
+                    items += counted
                     leaves = [self.layers[n].weight for n in names] + list(moved.values())
                     grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
                     for _ in range(self.probes):
@@ -81,18 +90,17 @@ class Hessian(PostTraining):
         finally:
             for handle in handles:
                 handle.remove()
-        total = self.probes * len(batches)
+        total = self.probes * max(items, 1)
         return {n: max(v / total, 0.0) for n, v in weight.items()}, {
             n: max(v / total, 0.0) for n, v in activation.items()
         }
 
-    def probe(self, model: nn.Module, batch: Any) -> Tensor:
-        """The loss whose Hessian counts, a mean over samples."""
+    def probe(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        """(summed divergence of the output from itself, how many items): zero, without slope, with this Hessian."""
         task = self.loss.task
-        if task.labels(batch) is not None:
-            return task.run(model, batch)[0]
         output = task.forward(model, batch)
-        return task.distillation(output, output, batch)
+        values, counted = task.divergence(output, output, task.mask(batch))
+        return values[counted].sum(), int(counted.sum())
 
     @staticmethod
     def _products(grads: Sequence[Tensor | None], leaves: Sequence[Tensor], generator: torch.Generator) -> list[float]:

@@ -13,9 +13,10 @@ from ..core.checks import whole
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
 from ..nn.quantize import quantize_with_lsq
 from ..quantizers import LSQ
+from ..train.norms import batch_statistics
 from ..train.random_draws import fixed_draws
-from .loss_sensitivity import Rows, at, loss_sensitivity
 from .scores import Scores
+from .sensitivity import Rows, Sensitivity, at, sensitivity
 from .strategy import SearchStrategy, additive, register_strategy
 
 
@@ -27,8 +28,15 @@ def read(inputs: Mapping[str, Tensor], name: str) -> Tensor:
 class PostTraining(SearchStrategy):
     """Base of the scorers: LSQ quantizers at every candidate width, scales of least squared error, no training.
 
-    A scorer fills `weight` and `activation` ({layer: {bits: score}}) in `measure`; scores add up.
-    batches: how many are looked at. Raises InvalidArgument unless that is a whole number of at least 1.
+    A scorer fills `weight` and `activation` ({layer: {bits: score}}) in `measure`. A score estimates how far the task's
+    output moves when this operand alone is quantized, the mean divergence over items, so that their sum over layers
+    predicts the divergence of a whole policy. Labels are not looked at.
+
+    Args:
+        batches: How many are looked at.
+
+    Raises:
+        InvalidArgument: `batches` is not a whole number of at least 1.
     """
 
     trains = False
@@ -50,6 +58,8 @@ class PostTraining(SearchStrategy):
         calibrate_inputs(model, dict(inputs), mse=True)
         model.eval()
         with widths_off(model):
+            with torch.no_grad():
+                self.unit = self.loss.task.unit(self.output(model, batches[0]))
             self.measure(model, batches, inputs)
 
     def measure(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
@@ -62,6 +72,21 @@ class PostTraining(SearchStrategy):
             yield name, self.weight, module.weight_quantizer, module
             if module.input_quantizer is not None:
                 yield name, self.activation, module.input_quantizer, module
+
+    def output(self, model: nn.Module, batch: Any) -> Any:
+        """The network's output, on the same random numbers each time where it draws some."""
+        with fixed_draws(next(model.parameters()).device, self.seed):
+            return self.loss.task.forward(model, batch)
+
+    def divergence(self, model: nn.Module, batches: Sequence[Any], references: Sequence[Any]) -> float:
+        """Mean divergence, over the items that count, of the quantizers in force from the `references`."""
+        moved, items = 0.0, 0
+        for batch, reference in zip(batches, references, strict=True):
+            values, counted = self.loss.task.divergence(
+                self.output(model, batch), reference, self.loss.task.mask(batch)
+            )
+            moved, items = moved + float(values[counted].double().sum()), items + int(counted.sum())
+        return max(moved, 0.0) / max(items, 1)
 
     def scores(self, model: nn.Module) -> Scores:
         return additive(self.graph, self.weight, self.activation)
@@ -78,9 +103,13 @@ def noise(quantizer: LSQ, x: Tensor) -> dict[int, Tensor]:
 
 @register_strategy("mse")
 class MSE(PostTraining):
-    """‖Q(T) − T‖² / ‖T‖² of weights and of inputs. Relative, because layers have scales of their own [ours]."""
+    """‖Q(T) − T‖² / ‖T‖² of weights and of inputs, times one factor for all layers [our construction].
 
-    unit = "squared error relative to the tensor"
+    The factor makes the scores of the middle candidate widths add up to the divergence that was measured with every
+    searched layer at its middle width, so that the unit is the divergence's.
+    """
+
+    factor = 1.0
 
     @torch.no_grad()
     def measure(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
@@ -89,45 +118,63 @@ class MSE(PostTraining):
             power = float(x.double().square().sum()) or 1.0
             found = noise(quantizer, x if row is self.weight else x[None])
             row[name] = {b: float(e.double().square().sum()) / power for b, e in found.items()}
+        self.factor = self._factor(model, batches)
+        for rows in (self.weight, self.activation):
+            rows.update({n: {b: self.factor * score for b, score in found.items()} for n, found in rows.items()})
+
+    def _factor(self, model: nn.Module, batches: Sequence[Any]) -> float:
+        """Measured divergence over the sum of the scores, all searched layers at their middle widths; 1 without one."""
+        with batch_statistics(model):
+            references = [self.output(model, batch) for batch in batches]
+            total = 0.0
+            for name, row, quantizer, _ in self.quantizers():
+                middle = quantizer.widths[(len(quantizer.widths) - 1) // 2]
+                quantizer.set_width(middle)
+                total += row[name][middle]
+            measured = self.divergence(model, batches, references)
+        for _, _, quantizer, _ in self.quantizers():
+            quantizer.set_width(None)
+        return measured / total if measured > 0 and total > 0 else 1.0
+
+    def details(self, model: nn.Module) -> dict[str, Any]:
+        return {"factor": self.factor}
 
 
 @register_strategy("kl")
 class KL(PostTraining):
-    """How far the output moves when one operand alone is quantized: the task's divergence, KL where there are classes,
-    else the squared error of all outputs in units of their variance. One forward a layer, operand and width."""
+    """The divergence measured with one operand of one layer quantized: KL where there are classes, else the squared
+    error of all outputs in units of their variance. One forward a layer, operand and width.
 
-    unit = "divergence of the output"
+    BatchNorms that a policy re-estimates normalise by the batch meanwhile, in both networks [our construction].
+    """
 
     def __init__(self, *, batches: int = 1) -> None:
         super().__init__(batches=batches)
 
     @torch.no_grad()
     def measure(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
-        task = self.loss.task
-        targets = [self._output(model, batch) for batch in batches]
-        for name, row, quantizer, _ in self.quantizers():
-            row[name] = {}
-            for bits in quantizer.widths:
-                with at(quantizer, bits):
-                    row[name][bits] = sum(
-                        float(task.distillation(self._output(model, b), t, b))
-                        for b, t in zip(batches, targets, strict=True)
-                    ) / len(batches)
-
-    def _output(self, model: nn.Module, batch: Any) -> Any:
-        """On the same random numbers each time, where the model draws some."""
-        with fixed_draws(next(model.parameters()).device, self.seed):
-            return self.loss.task.forward(model, batch)
+        with batch_statistics(model):
+            references = [self.output(model, batch) for batch in batches]
+            for name, row, quantizer, _ in self.quantizers():
+                row[name] = {}
+                for bits in quantizer.widths:
+                    with at(quantizer, bits):
+                        row[name][bits] = self.divergence(model, batches, references)
 
 
 @register_strategy("gradient")
 class Gradient(PostTraining):
-    """The loss's growth by `loss_sensitivity`, from scales of least squared error. Without labels the loss is that of
-    `Task.probe`."""
+    """The divergence's estimate by `sensitivity`, at scales of least squared error: LIMPQ's default without its
+    training."""
 
-    unit = "squared change of the loss"
+    found: Sensitivity
+
+    def __init__(self, *, batches: int = 16) -> None:
+        super().__init__(batches=batches)
 
     def measure(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
-        self.weight, self.activation = loss_sensitivity(
-            self.layers, model, batches, lambda batch: self.loss.task.probe(model, batch, self.seed), self.normed
-        )
+        self.found = sensitivity(self.layers, model, batches, self.loss.task, self.normed, self.seed)
+        self.weight, self.activation, self.unit = self.found.weight, self.found.activation, self.found.unit
+
+    def details(self, model: nn.Module) -> dict[str, Any]:
+        return {"standard_error": self.found.relative_error()}

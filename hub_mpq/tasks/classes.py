@@ -83,8 +83,10 @@ class Classes(Task):
             return mask.bool()
         return torch.ones_like(values, dtype=torch.bool)
 
-    def sample(self, output: Any, generator: torch.Generator) -> Tensor:
+    def sample(self, output: Any, generator: torch.Generator) -> Any:
         logits = self.logits(output).detach()
+        if logits.shape[-1] < 2:  # one value an item is no distribution
+            return None
         p = logits.float().softmax(-1).flatten(0, -2).cpu()
         drawn = torch.multinomial(p, 1, generator=generator)[:, 0]
         return drawn.view(logits.shape[:-1]).to(logits.device)

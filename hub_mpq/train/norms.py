@@ -83,9 +83,41 @@ def single_values_allowed(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
+def _estimated(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The norms whose statistics are those of data: not folded ones."""
+    return [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats and not is_folded(m)
+    ]
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Let every norm that `reestimate_batch_norm` would change normalise by the batch; running statistics stay."""
+    norms = _estimated(model)
+    kept = [(m.momentum, m.training, m.num_batches_tracked.clone()) for m in norms]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 0.0
+    try:
+        with single_values_allowed(model):
+            yield
+    finally:
+        for norm, (momentum, was, count) in zip(norms, kept, strict=True):
+            norm.momentum, norm.training = momentum, was
+            norm.num_batches_tracked.copy_(count)
+
+
 @torch.no_grad()
 def reestimate_batch_norm(
-    model: nn.Module, batches: Iterable[Any], *, limit: int = 32, task: TaskLike = None, example: Any = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    limit: int = 32,
+    alone: bool = False,
+    task: TaskLike = None,
+    example: Any = None,
 ) -> int:
     """Replace running statistics by those of all values that a norm reads in up to `limit` batches of each process.
 
@@ -95,14 +127,18 @@ def reestimate_batch_norm(
     A folded BatchNorm (identity statistics of a model whose convolutions hold the affine part) must not be
     re-estimated: such a norm has mean 0 and variance 1 throughout and is left alone. So is one that nothing reached.
 
+    Args:
+        model: The network.
+        batches: What it runs on.
+        limit: How many of them at most.
+        alone: Of this process's batches only, without a word to the other processes.
+        task: What the model is for; None to find out from it.
+        example: One input as the network takes it, which says how many inputs a batch has.
+
     Returns:
         How many batches this process used.
     """
-    norms = [
-        m
-        for m in model.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats and not is_folded(m)
-    ]
+    norms = _estimated(model)
     if not norms:
         return 0
     seen = {norm: _Statistics(norm.running_mean) for norm in norms}
@@ -132,7 +168,7 @@ def reestimate_batch_norm(
             norm.running_mean.copy_(mean)
             norm.running_var.copy_(var)
     for norm, found in seen.items():
-        if world()[1] > 1:
+        if world()[1] > 1 and not alone:
             found.of_all_processes()
         if found.count > 1:
             norm.running_mean.copy_(found.mean)
