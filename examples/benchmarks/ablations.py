@@ -1,24 +1,26 @@
-"""What in the indicators' training decides: the study's mixed row again with one setting changed.
+"""What in a training decides: the study's mixed row again with one setting changed.
 
     python examples/benchmarks/ablations.py --task resnet20 --level W3A3
+    python examples/benchmarks/ablations.py --tuning --task resnet20 --level W2A2
     python examples/benchmarks/ablations.py --report
 
-Start, steps, schedule and test items are the study's; each row differs from the default in one thing alone. Finished
-rows are kept in the cache folder ($HUB_MPQ_CACHE), so that a stopped run goes on where it was.
+Settings of the indicators' training, or with --tuning of fine-tuning, for 60 steps and for five epochs. Start, steps,
+schedule and test items are the study's; each row differs from the default in one thing alone. Finished rows are kept in
+the cache folder ($HUB_MPQ_CACHE), so that a stopped run goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from images import cache_root
-from study import bootstrap, run
-from tasks import TASKS
+from study import bootstrap, indicator_file, run
+from tasks import TASKS, Task
 
 from hub_mpq.pack import read_indicators
 from hub_mpq.search.movement import movement
@@ -42,6 +44,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "50 % of the data": {"share": 0.5, "steps": None},
     "100 % of the data": {"share": 1.0, "steps": None},
 }
+TUNINGS: dict[str, dict[str, Any]] = {
+    "tuning default": {},
+    "BatchNorm as trained": {"reestimate_norms": False},
+    "half distilled": {"distill": 0.5},
+    "distilled": {"distill": 1.0},
+    "EMA 0.99": {"ema": 0.99},
+    "EMA 0.999": {"ema": 0.999},
+    "distilled, EMA 0.99": {"distill": 1.0, "ema": 0.99},
+}
+LENGTHS: dict[str, dict[str, Any]] = {"60 steps": {"steps": 60}, "five epochs": {"steps": None, "epochs": 5}}
+"""Of fine-tuning: every one of `TUNINGS` is run for both."""
 SHARES = [name for name in VARIANTS if name.endswith("the data")]
 
 
@@ -57,23 +70,37 @@ def folder_of(variant: str) -> Path:
 
 
 def run_variant(task: str, level: str, variant: str, seed: int) -> None:
-    folder, learned = folder_of(variant), f"{task}-learned-{seed}.safetensors"
-    first = folder_of("default") / learned
-    if variant.startswith("α") and first.exists():
-        shutil.copy(first, folder / learned)
+    """A row with one setting of the indicators' training changed."""
+    # α is of the search, which takes the default's indicators
+    first = folder_of("default") if variant.startswith("α") else None
     print(f"{variant}: ", end="", flush=True)
-    run(TASKS[task], "mixed", level, seed, folder, VARIANTS[variant])
+    run(TASKS[task], "mixed", level, seed, folder_of(variant), VARIANTS[variant], indicators=first)
+
+
+def run_tuning(task: str, level: str, variant: str, length: str, seed: int) -> None:
+    """A row with one setting of the fine-tuning changed; the policy is the default's."""
+    folder, tune = folder_of(f"{variant}, {length}"), {**LENGTHS[length], **TUNINGS[variant]}
+    print(f"{variant}, {length}: ", end="", flush=True)
+    run(TASKS[task], "mixed", level, seed, folder, {}, tune, indicators=folder_of("default"))
 
 
 def report() -> None:
+    """Print the tables of the rows that are there, in markdown."""
+    tables(VARIANTS, "default")
+    for length in LENGTHS:
+        tables([f"{variant}, {length}" for variant in TUNINGS], f"tuning default, {length}")
+
+
+def tables(variants: Iterable[str], first: str) -> None:
+    """A table for each task and level, every variant against `first`."""
     rows: dict[tuple[str, str], dict[str, dict[int, Any]]] = {}
-    for variant in VARIANTS:
+    for variant in variants:
         for file in sorted(folder_of(variant).glob("*.json")):
             row = json.loads(file.read_text())
             rows.setdefault((row["task"], row["level"]), {}).setdefault(variant, {})[row["seed"]] = row
     for (name, level), found in sorted(rows.items()):
-        task, default = TASKS[name], found.get("default", {})
-        head = ["setting", task.unit, "spread", "seeds", "this minus default, 95 %", "rank corr. W / A", "search s"]
+        task, default = TASKS[name], found.get(first, {})
+        head = ["setting", task.unit, "spread", "seeds", f"this minus {first}, 95 %", "rank corr. W / A", "search s"]
         print(f"\n### {name} at {level}\n\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
         for variant, seeds in found.items():
             both = sorted(set(seeds) & set(default))
@@ -84,20 +111,20 @@ def report() -> None:
                 f"{np.mean(scores):.2f}",
                 f"{np.std(scores):.2f}",
                 str(len(scores)),
-                "" if variant == "default" or not both else bootstrap(task.score, ours, theirs),
-                " / ".join(f"{x:.2f}" for x in correlations(variant, name, sorted(seeds))),
+                "" if variant == first or not both else bootstrap(task.score, ours, theirs),
+                " / ".join(f"{x:.2f}" for x in correlations(variant, task, level, sorted(seeds))),
                 f"{np.mean([row['search_seconds'] for row in seeds.values()]):.0f}",
             ]
             print("| " + " | ".join(cells) + " |")
 
 
-def correlations(variant: str, task: str, seeds: list[int]) -> list[float]:
+def correlations(variant: str, task: Task, level: str, seeds: list[int]) -> list[float]:
     """Mean rank correlation of the weight and of the activation indicators with untrained ones of the same kind;
     nothing where there are none (a scale has another unit than a growth of the loss)."""
     out: list[list[float]] = []
     for seed in seeds:
-        start, end = (folder_of(v) / f"{task}-learned-{seed}.safetensors" for v in ("untrained", variant))
-        if start.exists() and not variant.startswith("scale"):
+        start, end = (indicator_file(task, "mixed", level, seed, folder_of(v)) for v in ("untrained", variant))
+        if start.exists() and end.exists() and not variant.startswith("scale"):
             first, last = read_indicators(start), read_indicators(end)
             out.append(
                 [movement(getattr(first, s), getattr(last, s))["rank_correlation"] for s in ("weight", "activation")]
@@ -109,15 +136,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=sorted(TASKS), action="append")
     parser.add_argument("--level", action="append")
-    parser.add_argument("--variant", choices=sorted(VARIANTS), action="append")
+    parser.add_argument("--variant", choices=sorted({*VARIANTS, *TUNINGS}), action="append")
+    parser.add_argument("--tuning", action="store_true", help="settings of fine-tuning, not of the indicators")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     for seed in () if args.report else range(args.seeds):
         for task in args.task or ("resnet20", "mnist"):
-            for level in args.level or TASKS[task].levels:
-                for variant in args.variant or variants_of(task):
-                    run_variant(task, level, variant, seed)
+            for level in args.level or ("W4A4", "W3A3"):
+                if args.tuning:
+                    for variant in args.variant or TUNINGS:
+                        for length in LENGTHS:
+                            run_tuning(task, level, variant, length, seed)
+                else:
+                    for variant in args.variant or variants_of(task):
+                        run_variant(task, level, variant, seed)
     report()
 
 

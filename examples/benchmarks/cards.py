@@ -91,10 +91,10 @@ def made(name: str, recipe: Recipe, folder: Path) -> tuple[Any, Any]:
         mpq.finetune(train, steps=recipe.steps, seed=0, **task.tune_options)
 
     measure("float", mpq)
-    uniform = task.uniform(recipe.level)
+    uniform = task.levels[recipe.level].uniform
     tuned(uniform)
     measure(f"uniform {uniform}", mpq)
-    indicators_of(mpq, task, True, 0, folder, {})
+    indicators_of(mpq, task, "mixed", recipe.level, 0, folder, {})
     result = mpq.search(**task.budget(recipe.level))
     tuned(result.policy)
     mpq.result = result
@@ -120,7 +120,6 @@ def weight_only_minilm(recipe: Recipe) -> tuple[Any, Any]:
 
 def calibrated_mobilenetv2(recipe: Recipe) -> tuple[Any, Any]:
     """A model that timm builds by name, calibrated on 64 images at 128 pixels; its BatchNorm is folded and stays."""
-    import torch
     from images import Images, imagenet
     from nets import data_root
 
@@ -130,8 +129,7 @@ def calibrated_mobilenetv2(recipe: Recipe) -> tuple[Any, Any]:
     mpq = HubMPQ.from_pretrained("mobilenetv2_100", checkpoint_path=file, pad_type="same", bn_eps=1e-3)
     pixels, labels = imagenet("train", 128)
     half = (0.5, 0.5, 0.5)
-    rows = Images(pixels[:64], labels[:64], half, half).__getitems__(list(range(64)))
-    x = torch.stack([row for row, _ in rows])
+    x, _ = Images(pixels[:64], labels[:64], half, half).__getitems__(list(range(64)))
     mpq.apply_policy(recipe.level, [x], reestimate_norms=False)
     return mpq, x[:8]
 

@@ -13,6 +13,7 @@ from nets import data_root
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import default_collate
 
 CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -24,11 +25,17 @@ def cache_root() -> Path:
     return root
 
 
+def device() -> torch.device:
+    """Where the benchmarks run: the GPU where there is one (CUDA_VISIBLE_DEVICES= hides it)."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class Images(Dataset):
     """Bytes [N, H, W, C] or [N, H, W] with labels; normalised and, for training, shifted and mirrored by the batch.
 
     `pad`: largest shift in pixels; `mirror`: left-right flips, each with a chance of one half. The draw depends on
-    (seed, the batch's indices), never on global random state.
+    (seed, the batch's indices) alone, so that a run that was interrupted sees what it would have seen. Bytes and
+    batches stay where `pixels` is; a whole batch is fetched at once by `loader`.
     """
 
     def __init__(
@@ -43,28 +50,34 @@ class Images(Dataset):
         seed: int = 0,
     ) -> None:
         self.pixels = pixels.unsqueeze(-1) if pixels.dim() == 3 else pixels
-        self.labels, self.pad, self.mirror = labels, pad, mirror
-        self.mean = torch.tensor(mean).view(1, -1, 1, 1)
-        self.std = torch.tensor(std).view(1, -1, 1, 1)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.labels, self.pad, self.mirror, self.seed = labels, pad, mirror, seed
+        self.mean = torch.tensor(mean, device=pixels.device).view(1, -1, 1, 1)
+        self.std = torch.tensor(std, device=pixels.device).view(1, -1, 1, 1)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.__getitems__([index])[0]
+        x, y = self.__getitems__([index])
+        return x[0], y[0]
 
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
-        x = self.pixels[indices].permute(0, 3, 1, 2).float().div_(255).sub_(self.mean).div_(self.std)
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+        """[x, y] of the whole batch, which `loader` hands on as it is."""
+        where = self.pixels.device
+        chosen = torch.tensor(indices, device=where)
+        x = self.pixels[chosen].permute(0, 3, 1, 2).float().div_(255).sub_(self.mean).div_(self.std)
+        generator = torch.Generator().manual_seed(hash((self.seed, *indices)) % 2**63)
         if self.pad:
             size = x.shape[-1]
+            shifts = torch.randint(2 * self.pad + 1, (2, len(x), 1), generator=generator).to(where)
+            rows, columns = shifts + torch.arange(size, device=where)
             wide = torch.nn.functional.pad(x, (self.pad,) * 4)
-            top, left = (torch.randint(2 * self.pad + 1, (len(x),), generator=self.generator) for _ in range(2))
-            x = torch.stack([w[:, i : i + size, j : j + size] for w, i, j in zip(wide, top, left, strict=True)])
+            sample = torch.arange(len(x), device=where)[:, None, None]
+            x = wide.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
         if self.mirror:
-            flip = torch.rand(len(x), generator=self.generator) < 0.5
+            flip = (torch.rand(len(x), generator=generator) < 0.5).to(where)
             x = torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x)
-        return list(zip(x, self.labels[indices], strict=True))
+        return [x.contiguous(), self.labels[chosen]]
 
 
 def cifar10(split: str) -> tuple[Tensor, Tensor]:
@@ -87,9 +100,12 @@ def mnist(split: str) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(found[f"x_{part}"]), torch.from_numpy(found[f"y_{part}"].astype(np.int64))
 
 
-def imagenet(split: str, side: int = 224) -> tuple[Tensor, Tensor]:
-    """(pixels uint8 [N, side, side, 3], labels): bilinear resize to side·256/224, centre crop."""
-    file = cache_root() / f"imagenet-{split}-{side}.npz"
+def imagenet(split: str, side: int = 224, quality: int | None = None) -> tuple[Tensor, Tensor]:
+    """(pixels uint8 [N, side, side, 3], labels): bilinear resize to side·256/224, centre crop.
+
+    quality: coded as WebP of this quality and decoded again, so that the study's set fits in 12 MB.
+    """
+    file = cache_root() / f"imagenet-{split}-{side}{f'-webp{quality}' if quality else ''}.npz"
     if not file.exists():
         root = data_root() / "imagenet"
         order = {w: i for i, w in enumerate((root / "classes.txt").read_text().split())}
@@ -100,14 +116,38 @@ def imagenet(split: str, side: int = 224) -> tuple[Tensor, Tensor]:
             scale = short / min(image.size)
             image = image.resize([max(short, int(s * scale)) for s in image.size], Image.Resampling.BILINEAR)
             left, top = ((s - side) // 2 for s in image.size)
-            rows.append(np.asarray(image.crop((left, top, left + side, top + side))))
+            image = image.crop((left, top, left + side, top + side))
+            rows.append(_webp(image, quality) if quality else np.asarray(image))
             labels.append(order[path.parent.name])
-        np.savez(file, pixels=np.stack(rows), labels=np.array(labels))
+        if quality:
+            lengths = np.array([len(row) for row in rows])
+            np.savez(file, webp=np.concatenate(rows), lengths=lengths, labels=np.array(labels))
+        else:
+            np.savez(file, pixels=np.stack(rows), labels=np.array(labels))
     with np.load(file) as found:
-        return torch.from_numpy(found["pixels"]), torch.from_numpy(found["labels"])
+        labels = torch.from_numpy(found["labels"])
+        if not quality:
+            return torch.from_numpy(found["pixels"]), labels
+        coded = np.split(found["webp"], np.cumsum(found["lengths"])[:-1])
+    pixels = [np.asarray(Image.open(io.BytesIO(row.tobytes())).convert("RGB")) for row in coded]
+    return torch.from_numpy(np.stack(pixels)), labels
+
+
+def _webp(image: Image.Image, quality: int) -> np.ndarray:
+    out = io.BytesIO()
+    image.save(out, "WEBP", quality=quality, method=6)
+    return np.frombuffer(out.getvalue(), np.uint8)
 
 
 def loader(data: Dataset, batch: int, *, seed: int | None = None) -> DataLoader:
-    """Shuffled by `seed`, in order when None."""
+    """Shuffled by `seed`, in order when None; without the last, smaller batch when shuffled."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    return DataLoader(data, batch_size=batch, shuffle=seed is not None, generator=generator, drop_last=seed is not None)
+    shuffled = seed is not None
+    return DataLoader(
+        data, batch_size=batch, shuffle=shuffled, generator=generator, drop_last=shuffled, collate_fn=_collate
+    )
+
+
+def _collate(items: list) -> list:
+    """A batch that `Images` made whole as it is, else of its samples."""
+    return items if isinstance(items[0], Tensor) else default_collate(items)

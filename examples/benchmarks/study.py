@@ -1,19 +1,22 @@
-"""Do learned indicators choose better widths than equal widths do?
+"""Do mixed widths beat equal widths, and do learned indicators choose better ones than untrained do?
 
-    python examples/benchmarks/study.py --task resnet20 --level W3A3 --seeds 3
+    python examples/benchmarks/study.py --task resnet20 --level W2A2 --seeds 3
     python examples/benchmarks/study.py --report
 
 Every row starts from the same float weights and gets the same steps and schedule. What each test item gave is kept
 in the cache folder ($HUB_MPQ_CACHE), so that a stopped study goes on where it was and the report can bootstrap over
-items. Methods: float (the start itself, once a level); uniform; mixed (learned indicators); untrained (the same ILP on
-the initial scales); random (another policy for each seed, BitOps or bytes within 1 % of the budget); reversed (score
-tables exchanged between layers of opposite rank).
+items. It runs on the GPU where there is one. Methods: float (the start itself, once a level); uniform; mixed (learned
+indicators); measured (mixed, then validated on held-out batches); untrained (the same ILP on the initial scales);
+scale (the paper's own indicator, after the same joint training); random (another policy for each seed, BitOps or
+bytes within 1 % of the budget); reversed (score tables exchanged between layers of opposite rank).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from images import cache_root
 from policies import random_policy, reversed_scores
-from tasks import TASKS, Task
+from tasks import LEVELS, SENTENCES, TASKS, Task
 
 from hub_mpq import HubMPQ, Policy
 from hub_mpq.core import Budget
@@ -31,61 +35,114 @@ from hub_mpq.pack import read_indicators, write_indicators
 from hub_mpq.search.movement import movement
 from hub_mpq.search.policy_search import search_policy
 
-METHODS = ("float", "uniform", "mixed", "untrained", "random", "reversed")
+METHODS = ("float", "uniform", "mixed", "measured", "untrained", "scale", "random", "reversed")
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "untrained": ("untrained", {"steps": 0}),
+    "random": ("untrained", {"steps": 0}),
+    "scale": ("scale", {"indicator": "scale"}),
+}
+"""{method: (name of its indicators, their settings)}; the others take the learned ones."""
 
 
-def indicators_of(mpq: HubMPQ, task: Task, learned: bool, seed: int, folder: Path, options: dict[str, Any]) -> None:
-    """Give `mpq` the indicators of a task and seed, trained once for all levels and methods."""
-    file = folder / f"{task.name}-{'learned' if learned else 'untrained'}-{seed}.safetensors"
+def commit() -> str:
+    """The version that ran: $HUB_MPQ_COMMIT, or what git says."""
+    given = os.environ.get("HUB_MPQ_COMMIT")
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return given or subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
+def device_name() -> str:
+    """The GPU's name, or "CPU"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def write(file: Path, row: dict[str, Any]) -> None:
+    """A finished row, whole or not at all, with where and of what version it is."""
+    part = file.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps({**row, "device": device_name(), "commit": commit()}))
+    part.rename(file)
+
+
+def indicator_file(task: Task, method: str, level: str, seed: int, folder: Path) -> Path:
+    """Where the indicators that a method needs are kept: one file for all levels of one set of candidates."""
+    kind = KINDS.get(method, ("learned", {}))[0]
+    return folder / f"{task.name}-{kind}-{task.levels[level].name.replace(' ', '-')}-{seed}.safetensors"
+
+
+def indicators_of(
+    mpq: HubMPQ, task: Task, method: str, level: str, seed: int, folder: Path, options: dict[str, Any]
+) -> None:
+    """Give `mpq` the indicators that a method needs, trained where they are not there yet."""
+    kind, changes = KINDS.get(method, ("learned", {}))
+    file = indicator_file(task, method, level, seed, folder)
     if not file.exists():
-        asked = {k: v for k, v in options.items() if k != "alpha"}
-        settings = {**task.indicator_options, **(asked if learned else {"steps": 0})}
+        asked = {k: v for k, v in options.items() if k != "alpha"} if kind == "learned" else {}
+        settings = {"steps": task.indicator_steps, **task.indicator_options, **asked, **changes}
         began = time.perf_counter()
-        found = mpq.train_indicators(
-            task.train(seed), candidates=task.candidates, seed=seed, **{"steps": task.indicator_steps, **settings}
-        )
-        provenance = {**found.provenance, "seconds": time.perf_counter() - began}
-        write_indicators(file, replace(found, provenance=provenance))
+        scores = mpq.train_indicators(task.train(seed), candidates=task.levels[level].widths, seed=seed, **settings)
+        provenance = {**scores.provenance, "seconds": time.perf_counter() - began}
+        part = file.with_suffix(f".{os.getpid()}.part")
+        write_indicators(part, replace(scores, provenance=provenance))
+        part.rename(file)
     mpq.scores = read_indicators(file)
 
 
 def policy_of(
     mpq: HubMPQ, task: Task, method: str, level: str, seed: int, folder: Path, options: dict[str, Any]
-) -> tuple[Policy, float, Any]:
-    """(policy, seconds to find it, what the indicators' training says of itself)."""
+) -> tuple[Policy, float, dict[str, Any]]:
+    """(policy, seconds to find it, what is to be told of the search)."""
     budget = task.budget(level)
     if method == "uniform":
-        return Policy.uniform(mpq.graph, task.uniform(level)), 0.0, None
-    indicators_of(mpq, task, method in ("mixed", "reversed"), seed, folder, options)
+        return Policy.uniform(mpq.graph, task.levels[level].uniform), 0.0, {}
+    indicators_of(mpq, task, method, level, seed, folder, options)
     provenance = mpq.scores.provenance
+    told = {"movement": provenance["movement"]}
     began = time.perf_counter()
     if method == "random":
         reference = mpq.search(**budget)
         limit = next(iter(budget))
-        return random_policy(mpq, limit, reference.usage[limit], np.random.default_rng(seed)), 0.0, None
+        return random_policy(mpq, limit, reference.usage[limit], np.random.default_rng(seed)), 0.0, told
     if method == "reversed":
         scores, _ = mpq.score_table()
         result = search_policy(
             mpq.graph, reversed_scores(scores), Budget(**budget), base_bytes=mpq.base_bytes(), strategy="reversed"
         )
+    elif method == "measured":
+        result = mpq.search(**budget, validate=task.held())
+        told["chosen_by"] = result.chosen_by
     else:
         result = mpq.search(**budget, alpha=options.get("alpha") if method == "mixed" else None)
-    return result.policy, provenance["seconds"] + time.perf_counter() - began, provenance["movement"]
+    return result.policy, provenance["seconds"] + time.perf_counter() - began, told
 
 
-def run(task: Task, method: str, level: str, seed: int, folder: Path, options: dict[str, Any]) -> None:
-    file = folder / f"{task.name}-{level}-{method}-{seed}.json"
+def run(
+    task: Task,
+    method: str,
+    level: str,
+    seed: int,
+    folder: Path,
+    options: dict[str, Any],
+    tune: dict[str, Any] | None = None,
+    indicators: Path | None = None,
+) -> None:
+    """One row, if it is not there yet.
+
+    options: settings of train_indicators, and alpha. tune: settings of the fine-tuning in place of the task's.
+    indicators: folder of the indicators; None for the row's.
+    """
+    file = folder / f"{task.name}-{level.replace(' ', '-')}-{method}-{seed}.json"
     if file.exists() or (method == "float" and seed):
         return
+    began = time.perf_counter()
     mpq = task.build()
     usage: dict[str, float] = {}
     bits: dict[str, str] = {}
-    seconds, movement = 0.0, None
+    seconds, told = 0.0, {}
     if method != "float":
-        policy, seconds, movement = policy_of(mpq, task, method, level, seed, folder, options)
+        policy, seconds, told = policy_of(mpq, task, method, level, seed, indicators or folder, options)
         train = task.train(seed)
         mpq.apply_policy(policy, train, reestimate_norms=False)
-        mpq.finetune(train, steps=task.tune_steps, seed=seed, **task.tune_options)
+        mpq.finetune(train, seed=seed, **{"steps": task.tune_steps, **task.tune_options, **(tune or {})})
         usage = {k: float(v) for k, v in mpq.usage().amounts.items()}
         bits = {k: str(v) for k, v in policy.bits.items()}
     items, score = task.measure(mpq)
@@ -97,13 +154,13 @@ def run(task: Task, method: str, level: str, seed: int, folder: Path, options: d
         "score": score,
         "usage": usage,
         "search_seconds": seconds,
-        "movement": movement,
+        "seconds": time.perf_counter() - began,
+        **told,
         "items": items,
         "policy": bits,
     }
-    file.with_suffix(".part").write_text(json.dumps(row))
-    file.with_suffix(".part").rename(file)
-    print(f"{task.name} {level} {method} seed {seed}: {score:.2f}", flush=True)
+    write(file, row)
+    print(f"{task.name} {level} {method} seed {seed}: {score:.2f} in {row['seconds']:.1f} s", flush=True)
 
 
 def bootstrap(measure: Callable[[Any], float], a: list[Any], b: list[Any], rounds: int = 2000) -> str:
@@ -118,52 +175,51 @@ def bootstrap(measure: Callable[[Any], float], a: list[Any], b: list[Any], round
 
 
 def report(folder: Path) -> None:
+    """Print the tables of the rows that are there, in markdown."""
     rows = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))]
     for name, level in sorted({(r["task"], r["level"]) for r in rows}):
         task = TASKS[name]
-        here = [r for r in rows if (r["task"], r["level"]) == (name, level)]
-        mixed = {r["seed"]: r for r in here if r["method"] == "mixed"}
-        measures = [task.score, *([task.distance] if task.distance else [])]
-        lines = []
-        for method in METHODS:
-            found = [r for r in here if r["method"] == method]
+        here = {
+            m: {r["seed"]: r for r in rows if (r["task"], r["level"], r["method"]) == (name, level, m)} for m in METHODS
+        }
+        measures = [(task.unit, task.score), *([("distance to float", task.distance)] if task.distance else [])]
+        head, lines = ["method", "seeds"], []
+        for unit, _ in measures:
+            head += [unit, "spread", "minus uniform, 95 %", "minus mixed, 95 %"]
+        head += ["G BitOps", "bytes", "search s"]
+        for method, found in here.items():
             if not found:
                 continue
-            pairs = [(mixed[r["seed"]]["items"], r["items"]) for r in found if r["seed"] in mixed]
             line = [method, str(len(found))]
-            for measure in measures:
-                scores = [measure(np.array(r["items"], dtype=float)) for r in found]
-                line += [f"{np.mean(scores):.2f}", f"{np.std(scores):.2f}", ""]
-                if method != "mixed" and pairs:
-                    line[-1] = bootstrap(measure, [p[0] for p in pairs], [p[1] for p in pairs])
-            if method == "float":
-                lines.append([*line, "", "", ""])
-                continue
-            lines.append(
-                [
-                    *line,
-                    f"{np.mean([r['usage']['bitops'] for r in found]) / 1e9:.4f}",
-                    f"{np.mean([r['usage']['size'] for r in found]):.0f}",
-                    f"{np.mean([r['search_seconds'] for r in found]):.1f}",
-                ]
-            )
+            for _, measure in measures:
+                scores = [measure(np.array(r["items"], dtype=float)) for r in found.values()]
+                line += [f"{np.mean(scores):.2f}", f"{np.std(scores):.2f}"]
+                for other in ("uniform", "mixed"):
+                    both = [s for s in found if s in here[other] and method != other]
+                    ours, theirs = ([of[s]["items"] for s in both] for of in (found, here[other]))
+                    line.append(bootstrap(measure, ours, theirs) if both else "")
+            if method != "float":
+                means = [np.mean([r["usage"][cost] for r in found.values()]) for cost in ("bitops", "size")]
+                line += [f"{means[0] / 1e9:.4f}", f"{means[1]:.0f}"]
+                line.append(f"{np.mean([r['search_seconds'] for r in found.values()]):.1f}")
+            lines.append([*line, *[""] * (len(head) - len(line))])
         print(f"\n### {name} at {level}\n")
-        head = ["method", "seeds", task.unit, "spread", "mixed minus this, 95 %"]
-        head += ["distance to float", "spread", "mixed minus this, 95 %"] if task.distance else []
-        head += ["G BitOps", "bytes", "search s"]
         print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
         print("\n".join("| " + " | ".join(line) + " |" for line in lines))
-        print("\n" + "\n".join(movements(folder, name)))
+        known = {r["device"] for found in here.values() for r in found.values()}
+        print("\nOn " + ", ".join(sorted(known)) + "; " + "; ".join(movements(folder, task, level)))
 
 
-def movements(folder: Path, task: str) -> list[str]:
+def movements(folder: Path, task: Task, level: str) -> list[str]:
     """What the joint training changed: the scales against their start, the indicators against untrained ones."""
     changes: dict[str, list[dict[str, float]]] = {}
-    for file in sorted(folder.glob(f"{task}-learned-*.safetensors")):
+    for seed in range(10):
+        file, start = (indicator_file(task, method, level, seed, folder) for method in ("mixed", "untrained"))
+        if not file.exists():
+            continue
         learned = read_indicators(file)
         for side, moved in learned.provenance["movement"].items():
             changes.setdefault(f"{side} scales", []).append(moved)
-        start = file.with_name(file.name.replace("-learned-", "-untrained-"))
         if start.exists():
             untrained = read_indicators(start)
             for side in ("weight", "activation"):
@@ -181,7 +237,7 @@ def movements(folder: Path, task: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=sorted(TASKS), action="append")
-    parser.add_argument("--level", action="append")
+    parser.add_argument("--level", action="append", help=", ".join(dict.fromkeys([*LEVELS, *SENTENCES])))
     parser.add_argument("--method", choices=METHODS, action="append")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--options", default="{}", help="JSON: settings of train_indicators, and alpha, for ablations")
@@ -189,7 +245,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     folder = cache_root() / args.name
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if args.report:
         report(folder)
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import images
@@ -12,41 +13,83 @@ import numpy as np
 import texts
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from hub_mpq import Candidates, HubMPQ
-from hub_mpq.tasks import Classification
+from hub_mpq.tasks import Classification, to_device
 from hub_mpq.train import Finetune, fit
+
+CIFAR = (images.CIFAR_MEAN, images.CIFAR_STD)
+DIGITS = ((0.1307,), (0.3081,))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+SIDE = 128  # of ImageNet's images here
+
+
+@dataclass(frozen=True)
+class Level:
+    """A budget: `limit` of what the policy `uniform` costs. widths: candidates of all layers, `name` of their set.
+
+    Indicators are trained once for all levels of one set.
+    """
+
+    uniform: str
+    name: str
+    widths: Candidates
+    limit: str = "bitops"
+
+
+LOW, WIDE = Candidates((1, 2, 3, 4)), Candidates((1, 2, 3, 4, 5, 6))
+LEVELS: dict[str, Level] = {
+    "W2A2": Level("W2A2", "1-4", LOW),
+    "W2A4": Level("W2A4", "1-6", WIDE),
+    "W3A3": Level("W3A3", "2-6", Candidates()),
+    "W4A4": Level("W4A4", "2-6", Candidates()),
+    "W5A5": Level("W5A5", "2-8", Candidates((2, 3, 4, 5, 6, 7, 8))),
+    "W6A6": Level("W6A6", "2-8", Candidates((2, 3, 4, 5, 6, 7, 8))),
+    "bytes of W2": Level("W2A4", "1-4 by 4", Candidates((1, 2, 3, 4), (4,)), "size"),
+}
+"""Of networks for images. The bytes of W2 are searched with all activations at 4 bits."""
+SENTENCES: dict[str, Level] = {
+    "W2A8": Level("W2A8", "1-4 by 8", Candidates((1, 2, 3, 4), (8,)), "size"),
+    "W3A8": Level("W3A8", "2-8 by 8", Candidates((2, 3, 4, 5, 6, 7, 8), (8,)), "size"),
+    "W4A8": Level("W4A8", "2-8 by 8", Candidates((2, 3, 4, 5, 6, 7, 8), (8,)), "size"),
+}
+"""Of sentence encoders: bytes, word embedding and header included, since weights alone are searched."""
 
 
 @dataclass(frozen=True)
 class Task:
     """`measure` gives one value per test item (100 for a right answer) and the score; `score` that of some items;
-    `distance`, where accuracy says little, how far what the net says of them is from what the float net says."""
+    `distance`, where accuracy says little, how far what the net says of them is from what the float net says.
+    `held`: batches that are neither trained nor tested on."""
 
     name: str
     build: Callable[[], HubMPQ]
     train: Callable[[int], Iterable[Any]]
+    held: Callable[[], Iterable[Any]]
     measure: Callable[[HubMPQ], tuple[list[Any], float]]
     score: Callable[[Any], float]
-    levels: tuple[str, ...] = ("W4A4", "W3A3")
+    levels: Mapping[str, Level] = field(default_factory=lambda: LEVELS)
     unit: str = "top-1"
     distance: Callable[[Any], float] | None = None
-    budget: Callable[[str], dict[str, Any]] = field(default=lambda level: {"bitops": level})
-    uniform: Callable[[str], str] = field(default=lambda level: level)
-    candidates: Any = None
     indicator_steps: int = 40
     indicator_options: Mapping[str, Any] = field(default_factory=dict)
     tune_steps: int = 120
     tune_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def budget(self, level: str) -> dict[str, str]:
+        """The limit of a level, as `HubMPQ.search` takes it."""
+        found = self.levels[level]
+        return {found.limit: found.uniform}
 
 
 def _top1(loader: Iterable[Any]) -> Callable[[HubMPQ], tuple[list[Any], float]]:
     @torch.no_grad()
     def measure(mpq: HubMPQ) -> tuple[list[Any], float]:
         mpq.eval()
-        right = [(mpq(b[0]).argmax(-1) == b[1]).float().mul(100) for b in loader]
-        items = torch.cat(right).tolist()
+        device = next(mpq.parameters()).device
+        batches = (to_device(batch, device) for batch in loader)
+        items = torch.cat([(mpq(x).argmax(-1) == y).float().mul(100) for x, y in batches]).tolist()
         return items, float(np.mean(items))
 
     return measure
@@ -58,9 +101,35 @@ def _float_once(name: str, net: nn.Module, train: Callable[[], Iterable[Any]], *
     if not file.exists():
         plain = Finetune(task=Classification(), scale_lr=0.0, smoothing=0.0, lr=settings.pop("lr"), weight_decay=5e-4)
         fit(net, plain, train(), **settings)
-        save_file(net.state_dict(), file)
+        save_file(net.cpu().state_dict(), file)
     net.load_state_dict(load_file(file))
     return net.eval()
+
+
+def wrapped(net: nn.Module, name: str, *shape: int) -> HubMPQ:
+    """A network with images [N, *shape] as its input, on the benchmarks' device."""
+    example = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    return HubMPQ.from_module(net.to(images.device()), example.to(images.device()), model_id=name)
+
+
+HELD = 2048  # images of a training set that `Task.held` gives and the study does not train on
+
+
+@cache
+def _data(name: str, split: str) -> tuple[Tensor, Tensor]:
+    """Pixels and labels of a data set on the benchmarks' device, read once."""
+    where = images.device()
+    read = {"cifar10": images.cifar10, "mnist": images.mnist, "imagenet": lambda s: images.imagenet(s, SIDE, 95)}
+    pixels, labels = read[name](split)
+    return pixels.to(where), labels.to(where)
+
+
+def _without(data: tuple[Tensor, Tensor], held: int) -> tuple[Tensor, Tensor]:
+    return data[0][: len(data[0]) - held], data[1][: len(data[1]) - held]
+
+
+def _last(data: tuple[Tensor, Tensor], held: int) -> tuple[Tensor, Tensor]:
+    return data[0][-held:], data[1][-held:]
 
 
 def lifted_resnet20() -> nn.Module:
@@ -68,13 +137,18 @@ def lifted_resnet20() -> nn.Module:
     return _float_once("resnet20-jpeg", nets.resnet20(), lambda: cifar_train(0), lr=0.02, epochs=6, optimizer="sgd")
 
 
-def cifar_train(seed: int, batch: int = 128) -> Iterable[Any]:
-    data = images.Images(*images.cifar10("train"), images.CIFAR_MEAN, images.CIFAR_STD, pad=4, mirror=True, seed=seed)
-    return images.loader(data, batch, seed=seed)
+def cifar_train(seed: int, batch: int = 128, held: int = 0) -> Iterable[Any]:
+    """Training images but for the last `held`, shifted and mirrored."""
+    data = _without(_data("cifar10", "train"), held)
+    return images.loader(images.Images(*data, *CIFAR, pad=4, mirror=True, seed=seed), batch, seed=seed)
+
+
+def cifar_held() -> Iterable[Any]:
+    return images.loader(images.Images(*_last(_data("cifar10", "train"), HELD), *CIFAR), 256)
 
 
 def cifar_test() -> Iterable[Any]:
-    return images.loader(images.Images(*images.cifar10("test"), images.CIFAR_MEAN, images.CIFAR_STD), 500)
+    return images.loader(images.Images(*_data("cifar10", "test"), *CIFAR), 500)
 
 
 class DigitNet(nn.Sequential):
@@ -96,12 +170,16 @@ class DigitNet(nn.Sequential):
         )
 
 
-def _mnist(seed: int) -> Iterable[Any]:
-    return images.loader(images.Images(*images.mnist("train"), (0.1307,), (0.3081,), seed=seed), 128, seed=seed)
+def _mnist(seed: int, held: int = 0) -> Iterable[Any]:
+    return images.loader(images.Images(*_without(_data("mnist", "train"), held), *DIGITS, seed=seed), 128, seed=seed)
+
+
+def _mnist_held() -> Iterable[Any]:
+    return images.loader(images.Images(*_last(_data("mnist", "train"), HELD), *DIGITS), 256)
 
 
 def _mnist_test() -> Iterable[Any]:
-    return images.loader(images.Images(*images.mnist("test"), (0.1307,), (0.3081,)), 500)
+    return images.loader(images.Images(*_data("mnist", "test"), *DIGITS), 500)
 
 
 def digit_net() -> nn.Module:
@@ -111,25 +189,30 @@ def digit_net() -> nn.Module:
     return _float_once("mnist-digitnet", net, lambda: _mnist(0), lr=0.05, epochs=2, optimizer="sgd")
 
 
-def _imagenet(split: str, side: int, seed: int | None) -> Iterable[Any]:
-    half = (0.5, 0.5, 0.5)
-    data = images.Images(
-        *images.imagenet(split, side),
-        half,
-        half,
-        pad=4 if seed is not None else 0,
-        mirror=seed is not None,
-        seed=seed or 0,
-    )
+# the images lie in the order of their classes: every fifth one is held out
+def _imagenet_train(seed: int) -> Iterable[Any]:
+    pixels, labels = _data("imagenet", "train")
+    kept = [i for i in range(len(labels)) if i % 5]
+    data = images.Images(pixels[kept], labels[kept], *HALF, pad=4, mirror=True, seed=seed)
     return images.loader(data, 32, seed=seed)
 
 
-def _image_task(name: str, build: Callable[[], nn.Module], side: int = 128) -> Task:
+def _imagenet_held() -> Iterable[Any]:
+    pixels, labels = _data("imagenet", "train")
+    return images.loader(images.Images(pixels[::5], labels[::5], *HALF), 100)
+
+
+def _imagenet_test() -> Iterable[Any]:
+    return images.loader(images.Images(*_data("imagenet", "val"), *HALF), 100)
+
+
+def _image_task(name: str, build: Callable[[], nn.Module]) -> Task:
     return Task(
         name,
-        lambda: HubMPQ.from_module(build(), torch.randn(1, 3, side, side), model_id=name),
-        lambda seed: _imagenet("train", side, seed),
-        lambda mpq: _top1(_imagenet("val", side, None))(mpq),
+        lambda: wrapped(build(), name, 3, SIDE, SIDE),
+        _imagenet_train,
+        _imagenet_held,
+        lambda mpq: _top1(_imagenet_test())(mpq),
         np.mean,
         indicator_steps=30,
         indicator_options={"distill": 1.0},
@@ -139,12 +222,13 @@ def _image_task(name: str, build: Callable[[], nn.Module], side: int = 128) -> T
 
 
 def _small(
-    name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], train: Any, test: Any, **more: Any
+    name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], train: Any, held: Any, test: Any, **more: Any
 ) -> Task:
     return Task(
         name,
-        lambda: HubMPQ.from_module(build(), torch.randn(1, *shape), model_id=name),
+        lambda: wrapped(build(), name, *shape),
         train,
+        held,
         lambda mpq: _top1(test())(mpq),
         np.mean,
         **more,
@@ -160,14 +244,12 @@ MINILM = Task(
     "minilm",
     texts.minilm,
     texts.train_batches,
+    texts.held_batches,
     _spearman,
     texts.spearman,
-    levels=("W4A8", "W3A8"),
+    levels=SENTENCES,
     unit="Spearman · 100",
     distance=texts.distance,
-    # bytes at the level, word embedding and header included: weights alone are searched
-    budget=lambda level: {"size": level},
-    candidates=Candidates((2, 3, 4, 5, 6, 7, 8), (8,)),
     indicator_steps=3,
     tune_steps=20,
     tune_options={"lr": 1e-4, "scale_lr": 1e-3},
@@ -180,12 +262,21 @@ TASKS: dict[str, Task] = {
             "resnet20",
             lifted_resnet20,
             (3, 32, 32),
-            lambda seed: cifar_train(seed, 64),
+            lambda seed: cifar_train(seed, 64, HELD),
+            cifar_held,
             cifar_test,
             tune_steps=100,
             tune_options={"lr": 1e-4, "scale_lr": 3e-3},
         ),
-        _small("mnist", digit_net, (1, 28, 28), _mnist, _mnist_test, tune_options={"lr": 1e-3, "scale_lr": 3e-3}),
+        _small(
+            "mnist",
+            digit_net,
+            (1, 28, 28),
+            lambda seed: _mnist(seed, HELD),
+            _mnist_held,
+            _mnist_test,
+            tune_options={"lr": 1e-3, "scale_lr": 3e-3},
+        ),
         _image_task("mobilenetv1", nets.mobilenet_v1),
         _image_task("mobilenetv2", nets.mobilenet_v2),
         MINILM,

@@ -59,11 +59,22 @@ def by_length(sentences: Sequence[str], batch: int) -> list[tuple[dict[str, Tens
 
 def train_batches(seed: int, batch: int = 64) -> list[dict[str, Tensor]]:
     """STS-B's training sentences without labels, full batches of one length each; sentences and order by `seed`."""
-    sentences = sorted({text for first, second, _ in stsb("train") for text in (first, second)})
+    sentences = _sentences("train")
     generator = np.random.default_rng(seed)
     shuffled = [sentences[i] for i in generator.permutation(len(sentences))]
     full = [inputs for inputs, members in by_length(shuffled, batch) if len(members) == batch]
     return [full[i] for i in generator.permutation(len(full))]
+
+
+def held_batches(batch: int = 64, count: int = 512) -> list[dict[str, Tensor]]:
+    """`count` sentences of STS-B's dev pairs, which are neither trained nor tested on."""
+    sentences = _sentences("dev")
+    chosen = np.random.default_rng(0).permutation(len(sentences))[:count]
+    return [inputs for inputs, _ in by_length([sentences[i] for i in chosen], batch)]
+
+
+def _sentences(split: str) -> list[str]:
+    return sorted({text for first, second, _ in stsb(split) for text in (first, second)})
 
 
 def measured_pairs(mpq: HubMPQ) -> list[list[float]]:
@@ -85,8 +96,7 @@ def distance(items: Any) -> float:
 @torch.no_grad()
 def pair_cosines(mpq: HubMPQ) -> list[list[float]]:
     """[cosine of the two mean-pooled embeddings, similarity that people gave] of every test pair."""
-    pairs = stsb("test")
-    sentences = sorted({text for first, second, _ in pairs for text in (first, second)})
+    pairs, sentences = stsb("test"), _sentences("test")
     found: dict[str, Tensor] = {}
     mpq.eval()
     for inputs, members in by_length(sentences, 256):
