@@ -142,7 +142,8 @@ class IndicatorOptions(_Length):
         resume: Go on from the newest state.
         share: Part of each epoch's batches that is used, above 0 and at most 1.
         lr: Learning rate of the weights; None for the strategy's own.
-        smoothing: Label smoothing, for tasks with classes; None: 0.1 for classification, 0 for the others.
+        smoothing: Label smoothing, for tasks with classes; None: 0.1 for classification, 0 for other tasks and for the
+            strategies "ebs" and "seam".
         distill: Weight in [0, 1] of the distillation loss from the float model; None: 1 for batches without labels,
             else 0.
         preset: "short" (our construction, for runs of tens to thousands of steps) or "authors" (LIMPQ's settings for
@@ -159,7 +160,10 @@ class IndicatorOptions(_Length):
     share: float = option(1.0, "Part of each epoch's batches that is used.", low=0, high=1)
     lr: float | None = option(None, "Learning rate of the weights.", low=0)
     smoothing: float | None = option(
-        None, "Label smoothing; 0.1 for classification and 0 for other tasks when left out.", low=0, high=1
+        None,
+        "Label smoothing; 0.1 for classification, 0 for other tasks and for ebs and seam, when left out.",
+        low=0,
+        high=1,
     )
     distill: float | None = option(None, "Weight of distillation from the float model.", low=0, high=1)
     preset: str = option("short", "short, or authors: LIMPQ's own settings for ImageNet-sized runs.", strategy="limpq")

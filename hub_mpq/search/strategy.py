@@ -30,6 +30,7 @@ class SearchStrategy(Hooks):
     trains: False for scorers that are done after `calibrate`. batches: how many batches `calibrate` gets.
     sense: "min" when a smaller score is better. optimizer, lr, scale_lr, weight_decay: of the training.
     limits: {name: (limit, cap on what the searched layers take together)} of the budget searched for; may be empty.
+    smoothing: of labels while it trains; None for the task's own.
     unit: what scores are counted in. weights_alone: whether it can search weights while inputs stay float; scorers can.
     stage: what its training is called in progress bars and logs; "" for its name. learned_once: scores that are there
     serve every later `quantize`, and without data its quantizers stay untrained; others are learned for each budget.
@@ -47,6 +48,7 @@ class SearchStrategy(Hooks):
     lr: float = 1e-4
     scale_lr: float = 1e-2
     weight_decay: float = 0.0
+    smoothing: float | None = None
     loss: Finetune
     limits: Mapping[str, tuple[Limit, float]] = {}
     seed: int = 0

@@ -91,7 +91,7 @@ def train_scores(
         lr=hooks.lr if options.lr is None else options.lr,
         scale_lr=hooks.scale_lr,
         weight_decay=hooks.weight_decay,
-        smoothing=options.smoothing,
+        smoothing=hooks.smoothing if options.smoothing is None else options.smoothing,
         teacher=teacher,
         distill=distill,
     )

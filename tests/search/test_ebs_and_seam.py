@@ -208,3 +208,19 @@ def test_halves_of_one_sample_train_a_batch_norm(sizes):
     mpq = HubMPQ.from_module(net.eval(), torch.zeros(1, 6))
     mpq.train_scores(batches, strategy="ebs", steps=2)
     assert all(torch.tensor(list(row.values())).isfinite().all() for row in mpq.scores.pairs.values())
+
+
+@pytest.mark.parametrize(("name", "options"), [("ebs", {}), ("ebs", {"update": "single"}), ("seam", {"proxy": 1.0})])
+def test_strengths_of_a_certain_network_prefer_wide_widths(name, options, net, data):
+    """Smoothed labels would reward the widths that make it less certain."""
+    with torch.no_grad():
+        net[-1].weight.mul_(10)
+        net[-1].bias.zero_()
+    x = data.tensors[0]
+    with torch.no_grad():
+        y = net(x).argmax(1)
+    train = DataLoader(TensorDataset(x, y), batch_size=32)
+    mpq = HubMPQ.from_module(net, X)
+    mpq.train_scores(train, strategy=name, strategy_options=options, candidates=[2, 6], steps=12)
+    rows = [[min(s for b, s in row.items() if b.weight == w) for w in (2, 6)] for row in mpq.scores.pairs.values()]
+    assert sum(narrow - wide for narrow, wide in rows) > 0.1
