@@ -70,6 +70,9 @@ def hold_out(meter: PolicyMeter, batches: Iterable[Any], data: str) -> HeldOut:
     samples = tokens = 0
     for batch in batches:
         rows, items, of_tokens = meter.items(batch)
+        while of_tokens and items > TOKENS and rows > 1:
+            batch = cut(batch, 0)
+            rows, items, of_tokens = meter.items(batch)
         taken.append(batch)
         samples, tokens = samples + rows, tokens + (items if of_tokens else 0)
         if samples >= SAMPLES or tokens >= TOKENS:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core import LayerBits, LayerSpec, Policy, PredictionCheck
-from ..core.layer_kind import layer_kinds
+from ..core.indicators import DIVERGENCES
 from .measure import PolicyMeter
 from .movement import rank_correlation
 from .scores import Scores
@@ -26,8 +26,6 @@ SAMPLES, TOKENS = 128, 512
 """What each of them is measured on: up to so many samples, or tokens."""
 SIGMAS = (0.35, 0.8)
 """Deviation of the logarithm of perturbed scores, least and greatest."""
-UNITS = ("kl", "target_error")
-"""Units of scores whose sums predict the measured divergence itself."""
 SPREAD = 0.5
 """How far the factors of a refit are expected to be from their common one."""
 FOLDS = 3
@@ -122,7 +120,7 @@ def check_prediction(
         return None
     measured = np.array(means)
     predicted = np.array([space.predicted(policy) for policy, _ in found], dtype=np.float64)
-    slope = float(np.median(measured / predicted)) if unit in UNITS else None
+    slope = float(np.median(measured / predicted)) if unit in DIVERGENCES else None
     sign = 1 if space.sense == "min" else -1
     check = PredictionCheck(rank_correlation(sign * predicted, measured), slope, len(found), samples, items)
     scores = None
@@ -136,7 +134,7 @@ def check_prediction(
 
 
 def _by_kind(layer: LayerSpec, operand: str, bits: int) -> str:
-    depthwise = layer_kinds.get(layer.kind).name == "conv2d" and layer.weight_shape[1:2] == (1,)
+    depthwise = layer.kind == "conv2d" and layer.weight_shape[1] == 1
     return f"{operand} {'depthwise' if depthwise else layer.kind}"
 
 
