@@ -110,6 +110,26 @@ def test_uniform_is_returned_where_the_reporting_samples_say_so(graph):
     assert mine.divergence <= uniform.divergence + 1.96 * uniform.difference_error
 
 
+def test_the_optimum_gives_way_where_reporting_samples_alone_find_it_worse(graph):
+    parts = parts_of(graph, SENSITIVITY)
+    best = optimum_of(space_of(graph, parts, bitops="W4A4")).policy
+    batches = batches_of()
+    reported_on = {i for batch in batches[1::2] for i in batch}
+
+    def shift(policy, sample):
+        return 1.0 if policy == best and sample in reported_on else 0.0
+
+    found = run(graph, parts, Meter(lambda policy: 2.0 - (policy == best), 0.1, shift), batches)
+    assert found.chosen_by == "optimum", "level with uniform there"
+
+    def worse(policy, sample):
+        return 2 * shift(policy, sample)
+
+    found = run(graph, parts, Meter(lambda policy: 2.0 - (policy == best), 0.1, worse), batches)
+    assert found.chosen_by == "uniform"
+    assert "it measured better than the optimum, which the choosing samples had preferred" in found.validation.verdict
+
+
 def test_a_better_level_is_returned_by_its_name(graph):
     level = Policy.uniform(graph, "W3A5")
     parts = parts_of(graph, SENSITIVITY)
