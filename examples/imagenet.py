@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="pixels a side")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--indicator-steps", type=int, default=60)
-    parser.add_argument("--indicator", choices=("loss", "scale"), help="what joint training is read out as")
+    parser.add_argument("--indicator", choices=("divergence", "scale", "raw scale"), help="what is read out")
     parser.add_argument("--steps", type=int, default=120, help="fine-tuning steps")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--distill", type=float, default=1.0)

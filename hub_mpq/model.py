@@ -7,10 +7,12 @@ import hashlib
 import json
 import math
 import tempfile
+import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from torch import nn
 from . import adapters
 from ._version import __version__
 from .adapters import Source, norm_of
+from .adapters.base import placed
 from .adapters.restore_state import copied
 from .core import (
     FLOAT_BITS,
@@ -34,10 +37,11 @@ from .core import (
     Policy,
     SearchResult,
     Usage,
+    Validation,
 )
 from .core.library import libraries
 from .core.task import tasks
-from .errors import HubMPQError, InvalidArgument
+from .errors import HubMPQError, InfeasibleBudget, InvalidArgument
 from .export import COMPRESSED_TENSORS, export, exportable
 from .hub.folder import read_folder_indicators, save_folder
 from .hub.load import load_folder
@@ -48,13 +52,17 @@ from .hub.pull import packed_folder
 from .hub.remote import check_repo_id
 from .nn.packing import base_nbytes
 from .pack import Manifest
-from .report import report
+from .report import measurements, report
 from .search.candidates import CandidatesLike, resolve_candidates
+from .search.held_out import HeldOut, apart, beyond, hold_out, spread
+from .search.measure import PolicyMeter
 from .search.policy_search import inferred_policy, pareto_front, search_policy, usage_of
-from .search.scores import Scores, equal_scores, score_table
-from .search.strategy import infers_widths, strategy_named
+from .search.scores import Scores, candidates_of, equal_scores, expected_divergence, score_parts, score_table
+from .search.space import SearchSpace
+from .search.strategy import infers_widths, strategies, strategy_named
 from .search.synthetic_data import synthetic_batch
 from .search.train_scores import train_scores
+from .search.validate import validated
 from .tasks import TaskLike, task_of
 from .tasks.task import restored
 from .train.apply_policy import apply_policy
@@ -63,7 +71,7 @@ from .train.evaluate import evaluate
 from .train.finetune import finetune
 from .train.loop import TrainLog
 from .train.norms import reestimate_batch_norm
-from .train.processes import on_main, seeded
+from .train.processes import on_main, seeded, world
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -303,7 +311,7 @@ class HubMPQ(nn.Module):
         **more: Any,
     ) -> Indicators:
         with torch.no_grad():
-            norms = norm_of(self.float_model, self.source.example)
+            norms = norm_of(self.float_model, self._example)
         self.scores = train_scores(
             self.float_model,
             graph,
@@ -345,9 +353,12 @@ class HubMPQ(nn.Module):
         candidates: CandidatesLike = None,
         fixed: Pins | None = None,
         time_limit: float | None = None,
+        validate: Iterable[Any] | None = None,
+        validate_seconds: float | None = None,
         **limits: Any,
     ) -> SearchResult:
-        """The best policy within a budget, proved optimal. Does not change the model.
+        """The policy with the best sum of scores within a budget, which is proved; with `validate`, the policy that
+        measures best. Does not change the model.
 
         Args:
             budget: A Budget; or name its limits (bitops=, size=, compression=, …, see `Budget`).
@@ -355,12 +366,26 @@ class HubMPQ(nn.Module):
             candidates: Widths that layers may take; None for all that have a score.
             fixed: {name or pattern: "W8A8" or None} for this call.
             time_limit: Seconds; past them the best policy so far, with its gap.
+            validate: Batches; labels are not looked at. The optimum, uniform (the dearest level within the budget) and
+                a few others are measured on up to 2,048 samples, or 4,096 tokens, and the optimum is returned unless
+                another one is measurably better, see `hub_mpq.search.validate`.
+            validate_seconds: What that may take; None: a quarter of what the scores took, at least 30.
 
         Raises:
             InfeasibleBudget: No policy meets the budget; it reports the minimum of each limit.
         """
         whole = Budget.of(budget, limits) or Budget()
-        return self._search(self._pinned(fixed), whole, alpha, candidates, time_limit)
+        graph = self._pinned(fixed)
+        _check_seconds(validate_seconds)
+        finish = None
+        if validate is not None:
+            began = time.perf_counter()
+            calibration, rest = apart(validate, self._scores().seed)
+            held = partial(hold_out, batches=rest, data="the batches given")
+            finish = self._validation(graph, candidates, alpha, calibration, held, validate_seconds, began=began)
+        result = self._search(graph, whole, alpha, candidates, time_limit, finish)
+        _tell_poor(result)
+        return result
 
     def _search(
         self,
@@ -369,6 +394,7 @@ class HubMPQ(nn.Module):
         alpha: float | None,
         candidates: CandidatesLike,
         time_limit: float | None = None,
+        finish: Callable[[SearchResult, Budget], SearchResult] | None = None,
     ) -> SearchResult:
         graph.check_layers()
         scores = self._scores()
@@ -385,7 +411,47 @@ class HubMPQ(nn.Module):
             details={"training": scores.provenance} if scores.pairs else {"alpha": used},
         )
         self.seconds["search"] = result.seconds
-        return result
+        return result if finish is None else finish(result, budget)
+
+    def _validation(
+        self,
+        graph: LayerGraph,
+        candidates: CandidatesLike,
+        alpha: float | None,
+        calibration: Iterable[Any],
+        held: Callable[[PolicyMeter], HeldOut],
+        seconds: float | None,
+        *,
+        began: float | None = None,
+        task: TaskLike = None,
+        **more: Any,
+    ) -> Callable[[SearchResult, Budget], SearchResult]:
+        """What makes of the optimum of a budget the policy that measures best."""
+        scores = self._scores()
+        table, used = self._score_table(graph, alpha, candidates)
+        widths = candidates_of(table) if candidates is None else self._candidates(graph, candidates)
+        told = self._told(task)
+        if told["task"] is None and scores.provenance.get("task") in tasks:
+            told["task"] = scores.provenance["task"]  # held-out batches need no labels that would tell
+        if seconds is None:
+            seconds = max(30.0, float(scores.provenance.get("seconds", 0.0)) / 4)
+            if world()[1] > 1:  # the others wait for the main process, and not for ever
+                seconds = min(seconds, 240.0)
+        meter = PolicyMeter(self.float_model, graph, widths, calibration, **told, **more)
+        halves, limit = held(meter), seconds
+
+        def finish(result: SearchResult, budget: Budget) -> SearchResult:
+            nonlocal began
+            space = SearchSpace(graph, table, budget, self._base_bytes(graph), scores.sense)
+            parts = score_parts(scores, table, used)
+            measured: dict[str, Any] = {"candidates": widths, "unit": scores.unit, "parts": parts}
+            found = validated(result, space, meter, halves, **measured, seconds=limit, began=began)
+            if found.validation is not None:
+                self.seconds["validate"] = found.validation.seconds
+            began = None  # what follows on the same batches begins when it does
+            return found
+
+        return finish
 
     def check_reachable(
         self,
@@ -427,18 +493,28 @@ class HubMPQ(nn.Module):
         alpha: float | None = None,
         candidates: CandidatesLike = None,
         fixed: Pins | None = None,
+        validate: Iterable[Any] | None = None,
+        validate_seconds: float | None = None,
         **limits: Any,
     ) -> list[SearchResult]:
-        """Best policies along one limit.
+        """Best policies along one limit, with `validate` those that measure best.
 
         Args:
             limit: The limit to run over.
             points: How many budgets between the least and the greatest.
             budget: Other limits that hold at each point, whole or by name, as in `search`.
             alpha, candidates, fixed: As in `search`.
+            validate: As in `search`.
+            validate_seconds: As in `search`, of each point.
         """
         graph = self._pinned(fixed)
         scores = self._scores()
+        _check_seconds(validate_seconds)
+        finish = None
+        if validate is not None:
+            calibration, rest = apart(validate, scores.seed)
+            held = partial(hold_out, batches=rest, data="the batches given")
+            finish = self._validation(graph, candidates, alpha, calibration, held, validate_seconds)
         table, _ = self._score_table(graph, alpha, candidates)
         return pareto_front(
             graph,
@@ -450,6 +526,7 @@ class HubMPQ(nn.Module):
             sense=scores.sense,
             strategy=scores.strategy,
             seed=scores.seed,
+            finish=finish,
         )
 
     # the quantized model
@@ -494,7 +571,7 @@ class HubMPQ(nn.Module):
         graph = graph.at(policy.bits)
         model = copied(self.float_model)
         told = self._told(task)
-        data: Any = [synthetic_batch(self.float_model, self.source.example)]
+        data: Any = [synthetic_batch(self.float_model, self._example)]
         if calibration is not None:
             data = seeded(calibration)
             if isinstance(data, Iterator):  # read once for scales and norms alike
@@ -573,6 +650,8 @@ class HubMPQ(nn.Module):
         resume: bool = False,
         finetune_options: FinetuneOptions | OptionsLike | None = None,
         engine: Engine | OptionsLike | None = None,
+        validate: bool | Iterable[Any] = True,
+        validate_seconds: float | None = None,
         **limits: Any,
     ) -> HubMPQ:
         """Scores, policy, quantizers in, fine-tuned: all in one call; returns self.
@@ -595,9 +674,14 @@ class HubMPQ(nn.Module):
             checkpoint_dir, resume: Go on after an interruption.
             finetune_options: As in `finetune`.
             engine: How the trainings run (precision, memory, trackers).
+            validate: Measure policies before one is taken, as in `search`, with weight scales and norms estimated on
+                `train`. True: on `val`, whose labels are not looked at, or without it on training batches that no score
+                was read from, where there are any. Batches: on these. False: the optimum of the scores is taken.
+            validate_seconds: As in `search`.
         """
         if train is not None:
             rereadable(train)
+        _check_seconds(validate_seconds)
         whole = Budget.of(budget, limits)
         learning = IndicatorOptions.of(indicator_options, {"seed": seed, "resume": resume})
         shared = {"epochs": epochs, "steps": steps, "seed": seed, "resume": resume}
@@ -635,8 +719,13 @@ class HubMPQ(nn.Module):
                 task=task,
                 engine=engine,
             )
-        # of several processes one searches: a time limit could end them at other policies
-        result = None if whole is None else on_main(lambda: self._search(graph, whole, alpha, candidates))
+        # of several processes one searches and measures: a time limit could end them at other policies
+        result = None
+        if whole is not None:
+            optimum = partial(self._search, graph, whole, alpha, candidates)
+            data = {"train": train, "val": val, "seconds": validate_seconds, "per_channel": per_channel, "task": task}
+            result = on_main(lambda: self._measured_search(optimum, graph, candidates, alpha, validate, **data))
+            _tell_poor(result)
         policy = result.policy if result else inferred_policy(graph, self._scores())
         # fine-tuning starts from the float BatchNorm (LIMPQ) and re-estimates at its end
         self._quantize_at(policy, graph, train, 4, per_channel, not tuned, task)
@@ -650,6 +739,54 @@ class HubMPQ(nn.Module):
         if val is not None:
             self.evaluate(val, task=task)
         return self
+
+    def _measured_search(
+        self,
+        optimum: Callable[..., SearchResult],
+        graph: LayerGraph,
+        candidates: CandidatesLike,
+        alpha: float | None,
+        validate: bool | Iterable[Any],
+        *,
+        train: Iterable[Any] | None,
+        val: Iterable[Any] | None,
+        seconds: float | None,
+        **more: Any,
+    ) -> SearchResult:
+        """The policy of `quantize`: the optimum, or what measures better where there is something to measure on."""
+        if validate is False:
+            return optimum()
+        began, scores = time.perf_counter(), self._scores()
+        given = None if validate is True else validate
+        chosen = given if given is not None else val
+        if chosen is None and train is None:
+            return replace(optimum(), validation=Validation(False, "there are no data"))
+        rest: Iterable[Any] = ()
+        if train is None:  # norms stay as they are where there is nothing to estimate them on
+            calibration: list[Any] = [synthetic_batch(self.float_model, self._example)]
+            more["norm_batches"] = 0
+        else:
+            scored = strategies.get(scores.strategy).batches if scores.strategy in strategies else 0
+            calibration, rest = beyond(train, scores.seed, scored)
+        data = "training batches that no score was read from"
+        if chosen is not None:
+            rest, data = spread(chosen, scores.seed), "val" if given is None else "the batches given"
+        rest = iter(rest)
+        first = list(islice(rest, 1))
+        if not first and given is not None:
+            raise InvalidArgument("validate holds no batch")
+        if not first:
+            return replace(optimum(), validation=Validation(False, f"there are no {data}; give val= or validate="))
+        held = partial(hold_out, batches=chain(first, rest), data=data)
+        try:
+            finish = self._validation(graph, candidates, alpha, calibration, held, seconds, began=began, **more)
+            return optimum(finish=finish)
+        except InfeasibleBudget:
+            raise
+        except HubMPQError as error:
+            if given is not None:
+                raise
+            return replace(optimum(), validation=Validation(False, str(error), data))
 
     def _labelled(self, loader: Iterable[Any], task: TaskLike) -> bool:
         """Whether the first batch has labels."""
@@ -674,7 +811,7 @@ class HubMPQ(nn.Module):
                 "policy that was learned",
                 stacklevel=3,
             )
-            data = [synthetic_batch(self.float_model, self.source.example, options.seed)]
+            data = [synthetic_batch(self.float_model, self._example, options.seed)]
             if strategy_named(more["strategy"]).learned_once:
                 options = IndicatorOptions.of(options, steps=0, checkpoint_dir=None, resume=False)
         else:
@@ -696,10 +833,15 @@ class HubMPQ(nn.Module):
         return usage_of(graph, policy, None, self._base_bytes(graph, model))
 
     def report(self) -> str:
-        """Widths and costs per layer and in all, accuracy before and after, seconds of each stage."""
+        """Widths and costs per layer and in all, accuracy before and after, seconds of each stage, and policies that
+        were measured."""
         usage = self.usage() if self.policy is not None else None
         graph = self._policy_graph or self.graph
-        text = report(graph, self.policy, usage, self.metrics, self.seconds)
+        expected = expected_divergence(self.scores, graph, self.policy)
+        unit = self.scores.unit if self.scores is not None else ""
+        text = report(graph, self.policy, usage, self.metrics, self.seconds, expected, unit)
+        if self.result is not None and (measured := measurements(self.result)):
+            text += f"\n{measured}"
         if self.policy is not None and exportable(self._manifest(self.policy)):
             text += (
                 "\nweights alone are quantized, in Linear and Embedding layers: "
@@ -778,7 +920,8 @@ class HubMPQ(nn.Module):
         if self.policy is None:
             raise HubMPQError("there is no policy yet; call quantize or apply_policy before exporting")
         source = self.source
-        return export(folder, format, self.model, self._manifest(self.policy), source.config, source.example)
+        example = placed(source.example, self.model)
+        return export(folder, format, self.model, self._manifest(self.policy), source.config, example)
 
     def _tell_transformers(self) -> None:
         """So that `mpq.model.save_pretrained` writes the packed format and transformers' Trainer trains `mpq.model`."""
@@ -799,11 +942,11 @@ class HubMPQ(nn.Module):
             provenance["task"] = named.settings()
         if self.result is not None:
             found = self.result
+            proof = {"status": found.status, "objective": found.objective, "gap": found.gap}
             provenance["search"] = {
                 "strategy": found.strategy,
-                "status": found.status,
-                "objective": found.objective,
-                "gap": found.gap,
+                **(proof if found.policy == found.optimum else {}),
+                "chosen_by": found.chosen_by,
                 "seed": found.seed,
                 **{key: _brief(value) for key, value in found.details.items()},
             }
@@ -815,9 +958,14 @@ class HubMPQ(nn.Module):
 
     # what a call may change for itself
 
+    @property
+    def _example(self) -> Any:
+        """The example input on the device of the model, which may have been moved."""
+        return placed(self.source.example, self._float[0] if self._float else self.model)
+
     def _told(self, task: TaskLike) -> dict[str, Any]:
         """What the functions below need to know of the task."""
-        return {"task": self.task if task is None else task, "example": self.source.example}
+        return {"task": self.task if task is None else task, "example": self._example}
 
     def _pinned(self, fixed: Pins | None) -> LayerGraph:
         """The graph with layers pinned or freed for one call."""
@@ -833,6 +981,17 @@ class HubMPQ(nn.Module):
         if not self.weight_only:
             return found
         return {name: Candidates(c.weight, (FLOAT_BITS,)) for name, c in found.items()}
+
+
+def _check_seconds(seconds: float | None) -> None:
+    if seconds is not None and not seconds > 0:
+        raise InvalidArgument(f"validate_seconds is {seconds!r}; it must be above zero")
+
+
+def _tell_poor(result: SearchResult) -> None:
+    """One warning where the scores predict measurements poorly."""
+    if result.check is not None and not result.check.good:
+        warnings.warn(f"the scores predict poorly what policies measure: {result.check}", stacklevel=3)
 
 
 def _brief(facts: Any) -> Any:

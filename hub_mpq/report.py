@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .core import LayerGraph, Policy, Usage, human, limits
+from .core import LayerGraph, Policy, SearchResult, Usage, human, limits
 from .cost.bitops import float_bitops, layer_bitops
 from .cost.size import layer_nbytes
 
@@ -26,8 +26,20 @@ def report(
     usage: Usage | None,
     metrics: Mapping[str, Mapping[str, Any]],
     seconds: Mapping[str, float],
+    expected: Mapping[str, tuple[float, float | None]] | None = None,
+    unit: str = "",
 ) -> str:
-    """Per layer and in all; layers left float and products of activations at the end."""
+    """Per layer and in all; layers left float and products of activations at the end.
+
+    Args:
+        graph: The layers.
+        policy: Their widths; None before a search.
+        usage: Costs of the policy.
+        metrics: {"float" | "quantized": figures}.
+        seconds: {stage: wall time}.
+        expected: {searched layer: (estimated divergence that its widths cause, its relative standard error)}.
+        unit: What that is counted in.
+    """
     rows = []
     for layer in graph:
         bits = policy.bits[layer.name] if policy else layer.fixed
@@ -45,7 +57,14 @@ def report(
     for op in graph.floats:
         rows.append([op.name, op.kind, "float", human(op.macs), human(op.weight_count), human(float_bitops(op)), ""])
     lines = [f"{graph.model_id} ({graph.library}), input {'×'.join(map(str, graph.input_shape))}"]
-    lines.append(table(["layer", "kind", "bits", "MACs", "weights", "BitOps", "bytes"], rows))
+    head = ["layer", "kind", "bits", "MACs", "weights", "BitOps", "bytes"]
+    if expected:
+        head.append(unit)
+        rows = [[*row, estimate(*expected[row[0]]) if row[0] in expected else ""] for row in rows]
+    lines.append(table(head, rows))
+    if expected:
+        whole = sum(value for value, _ in expected.values())
+        lines.append(f"expected {unit} of the policy before fine-tuning: {whole:.4g}")
     if usage is not None:
         lines += [f"{limit.label}: {limit.show(usage[limit.name])}" for limit in limits if limit.name in usage.amounts]
     for op in graph.floats:
@@ -57,6 +76,33 @@ def report(
     return "\n".join(lines)
 
 
+def estimate(value: float, error: float | None) -> str:
+    """A value with its relative standard error."""
+    return f"{value:.3g}" if error is None else f"{value:.3g} ± {error:.0%}"
+
+
 def figures_line(figures: Mapping[str, Any], between: str = "  ") -> str:
     """Measured figures in one line; the task's name is text, the others numbers."""
     return between.join(f"{k} {v}" if isinstance(v, str) else f"{k} {v:.4g}" for k, v in figures.items())
+
+
+def measurements(result: SearchResult) -> str:
+    """How a search's policy was chosen: the table of what was measured, the verdict, the check of the prediction; ""
+    for a policy that nobody asked to measure."""
+    lines = []
+    if result.measurements:
+        rows = [
+            [
+                m.name + (" *" if m.policy == result.policy else ""),
+                "" if m.predicted is None else f"{m.predicted:.4g}",
+                f"{m.divergence:.4g} ± {m.standard_error:.2g}",
+                "" if m.name == "optimum" else f"{m.difference:+.3g} ± {m.difference_error:.2g}",
+            ]
+            for m in result.measurements
+        ]
+        lines.append(table(["policy (* returned)", "predicted", "divergence", "less the optimum's"], rows))
+    if result.validation is not None:
+        lines.append(str(result.validation))
+    if result.check is not None:
+        lines.append(str(result.check))
+    return "\n".join(lines)

@@ -53,7 +53,9 @@ def test_every_command_and_option_exists():
     commands = typer.main.get_command(app).commands
     rows = set(re.findall(r"^\| `hub-mpq (\w+)", TEXT, re.M))
     assert rows == set(commands)
-    options = {option for command in commands.values() for p in command.params for option in p.opts}
+    options = {
+        option for command in commands.values() for p in command.params for option in (*p.opts, *p.secondary_opts)
+    }
     ours = re.sub(r"accelerate launch .*-m hub_mpq", "", TEXT)
     said = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", ours)) - {"--version"}
     assert said <= options, said - options

@@ -37,8 +37,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "random pass alone": {"uniform": False},
     "α = 0.5": {"alpha": 0.5},
     "α = 2": {"alpha": 2.0},
-    "scale as indicator": {"indicator": "scale"},
-    "scale, the authors' SGD": {"preset": "authors"},
+    "relative power as indicator": {"indicator": "scale"},
+    "raw scale as indicator": {"indicator": "raw scale"},
+    "raw scale, the authors' SGD": {"preset": "authors"},
     # of MNIST's images, one epoch: the joint steps follow from the share
     "10 % of the data": {"share": 0.1, "steps": None},
     "50 % of the data": {"share": 0.5, "steps": None},
@@ -120,11 +121,11 @@ def tables(variants: Iterable[str], first: str) -> None:
 
 def correlations(variant: str, task: Task, level: str, seeds: list[int]) -> list[float]:
     """Mean rank correlation of the weight and of the activation indicators with untrained ones of the same kind;
-    nothing where there are none (a scale has another unit than a growth of the loss)."""
+    nothing where there are none (a scale has another unit than a divergence)."""
     out: list[list[float]] = []
     for seed in seeds:
         start, end = (indicator_file(task, "mixed", level, seed, folder_of(v)) for v in ("untrained", variant))
-        if start.exists() and end.exists() and not variant.startswith("scale"):
+        if start.exists() and end.exists() and not variant.startswith(("relative power", "raw scale")):
             first, last = read_indicators(start), read_indicators(end)
             out.append(
                 [movement(getattr(first, s), getattr(last, s))["rank_correlation"] for s in ("weight", "activation")]

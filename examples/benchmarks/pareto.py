@@ -1,4 +1,5 @@
-"""Pictures of the study: accuracy over BitOps and over bytes, a file per network, from the rows of study.py.
+"""Pictures of the study: accuracy over BitOps and over bytes, a file per network, from the rows of study.py,
+with the policies of other packages from those of strategies.py.
 
 python examples/benchmarks/pareto.py --name study --to examples/benchmarks/pictures
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,26 @@ import numpy as np
 from images import cache_root
 from tasks import TASKS
 
-COLOURS = {"uniform": "#444444", "mixed": "#c0392b", "untrained": "#2e86c1", "random": "#999999", "reversed": "#b7950b"}
+COLOURS = {
+    "uniform": "#444444",
+    "mixed": "#c0392b",
+    "measured": "#e67e22",
+    "untrained": "#2e86c1",
+    "scale": "#8e44ad",
+    "random": "#999999",
+    "reversed": "#b7950b",
+}
+PEERS = {"ModelOpt": "s", "AutoScheme": "D", "MCT": "^"}
+"""{word in a row's name of strategies.py: marker}: policies of other packages, fine-tuned here."""
+LINES = ("uniform", "mixed")
+LEVEL = re.compile(r"W\d+A\d+")
 
 
-def draw(task: str, rows: list[dict[str, Any]], path: Path) -> None:
-    """One picture: a point per method and level (mean over seeds, bars from the least to the greatest)."""
+def draw(task: str, rows: list[dict[str, Any]], peers: list[dict[str, Any]], path: Path) -> None:
+    """One picture: a point per method and level (mean over seeds, bars from the least to the greatest).
+
+    Over BitOps the levels of BitOps, over bytes all of them. Lines join equal widths of both operands.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -26,28 +43,41 @@ def draw(task: str, rows: list[dict[str, Any]], path: Path) -> None:
 
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
     for panel, cost, unit, by in zip(panels, ("bitops", "size"), ("G BitOps", "kB"), (1e9, 1e3), strict=True):
+        levels = sorted({r["level"] for r in rows if cost == "size" or LEVEL.fullmatch(r["level"])})
         for method, colour in COLOURS.items():
-            points = []
-            for level in sorted({r["level"] for r in rows}):
-                found = [r for r in rows if (r["method"], r["level"]) == (method, level)]
-                if found:
-                    scores = [r["score"] for r in found]
-                    where = np.mean([r["usage"][cost] for r in found]) / by
-                    points.append((where, np.mean(scores), min(scores), max(scores)))
+            points = [p for level in levels if (p := point(rows, method, level, cost, by)) is not None]
             if not points:
                 continue
-            x, y, low, high = np.array(sorted(points)).T
-            line = "-" if method in ("uniform", "mixed") else "none"
-            panel.errorbar(x, y, (y - low, high - y), marker="o", ms=4, ls=line, c=colour, capsize=2, label=method)
+            x, y, low, high, joined = np.array(sorted(points)).T
+            panel.errorbar(x, y, (y - low, high - y), marker="o", ms=4, ls="none", c=colour, capsize=2, label=method)
+            if method in LINES:
+                panel.plot(x[joined > 0], y[joined > 0], c=colour, lw=1)
+        for name, marker in PEERS.items():
+            found = [(r["bytes" if cost == "size" else cost] / by, r["top1"]) for r in peers if name in r["row"]]
+            if found:
+                panel.plot(*zip(*found, strict=True), marker, ms=5, c="#16a085", label=name)
         for score in {r["score"] for r in rows if r["method"] == "float"}:
             panel.axhline(score, ls=":", c="#444444", label="float")
         panel.set_xlabel(unit)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(TASKS[task].unit)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    handles = dict(reversed(pair) for panel in panels for pair in zip(*panel.get_legend_handles_labels(), strict=True))
+    figure.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=8)
     figure.suptitle(task)
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
+
+
+def point(rows: list[dict[str, Any]], method: str, level: str, cost: str, by: float) -> tuple[float, ...] | None:
+    """(mean cost, mean score, least, greatest, whether both operands have one width) over the seeds of a level."""
+    found = [r for r in rows if (r["method"], r["level"]) == (method, level)]
+    if not found:
+        return None
+    scores = [r["score"] for r in found]
+    widths = re.findall(r"\d+", level)
+    equal = len(widths) == 2 and widths[1] in (widths[0], "8")  # a sentence encoder's inputs have 8 bits throughout
+    where = float(np.mean([r["usage"][cost] for r in found])) / by
+    return where, float(np.mean(scores)), min(scores), max(scores), float(equal)
 
 
 def main() -> None:
@@ -56,9 +86,16 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=Path("pictures"))
     args = parser.parse_args()
     rows = [json.loads(p.read_text()) for p in sorted((cache_root() / args.name).glob("*.json"))]
+    file = cache_root() / "strategies.jsonl"
+    peers = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     args.to.mkdir(parents=True, exist_ok=True)
     for task in sorted({r["task"] for r in rows}):
-        draw(task, [r for r in rows if r["task"] == task], args.to / f"pareto-{task}.png")
+        draw(
+            task,
+            [r for r in rows if r["task"] == task],
+            peers if task == "resnet20" else [],
+            args.to / f"pareto-{task}.png",
+        )
         print(args.to / f"pareto-{task}.png")
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -63,6 +64,11 @@ def write(file: Path, row: dict[str, Any]) -> None:
     part.rename(file)
 
 
+def resumable(file: Path) -> dict[str, Any]:
+    """Options of the training that ends in `file`: stopped, it goes on from its newest state."""
+    return {"checkpoint_dir": file.with_suffix(".states"), "resume": True}
+
+
 def indicator_file(task: Task, method: str, level: str, seed: int, folder: Path) -> Path:
     """Where the indicators that a method needs are kept: one file for all levels of one set of candidates."""
     kind = KINDS.get(method, ("learned", {}))[0]
@@ -77,13 +83,14 @@ def indicators_of(
     file = indicator_file(task, method, level, seed, folder)
     if not file.exists():
         asked = {k: v for k, v in options.items() if k != "alpha"} if kind == "learned" else {}
-        settings = {"steps": task.indicator_steps, **task.indicator_options, **asked, **changes}
+        settings = {"steps": task.indicator_steps, **task.indicator_options, **asked, **changes, **resumable(file)}
         began = time.perf_counter()
-        scores = mpq.train_indicators(task.train(seed), candidates=task.levels[level].widths, seed=seed, **settings)
+        scores = mpq.train_scores(task.train(seed), candidates=task.levels[level].widths, seed=seed, **settings)
         provenance = {**scores.provenance, "seconds": time.perf_counter() - began}
         part = file.with_suffix(f".{os.getpid()}.part")
         write_indicators(part, replace(scores, provenance=provenance))
         part.rename(file)
+        shutil.rmtree(file.with_suffix(".states"), ignore_errors=True)
     mpq.scores = read_indicators(file)
 
 
@@ -142,7 +149,8 @@ def run(
         policy, seconds, told = policy_of(mpq, task, method, level, seed, indicators or folder, options)
         train = task.train(seed)
         mpq.apply_policy(policy, train, reestimate_norms=False)
-        mpq.finetune(train, seed=seed, **{"steps": task.tune_steps, **task.tune_options, **(tune or {})})
+        settings = {"steps": task.tune_steps, **task.tune_options, **(tune or {}), **resumable(file)}
+        mpq.finetune(train, seed=seed, **settings)
         usage = {k: float(v) for k, v in mpq.usage().amounts.items()}
         bits = {k: str(v) for k, v in policy.bits.items()}
     items, score = task.measure(mpq)
@@ -160,6 +168,7 @@ def run(
         "policy": bits,
     }
     write(file, row)
+    shutil.rmtree(file.with_suffix(".states"), ignore_errors=True)
     print(f"{task.name} {level} {method} seed {seed}: {score:.2f} in {row['seconds']:.1f} s", flush=True)
 
 

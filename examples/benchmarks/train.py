@@ -102,7 +102,7 @@ def joint(mpq: HubMPQ, batch: Any, widths: Sequence[int], per_channel: bool) -> 
     """A model at the start of joint training, at width 4, and its strategy."""
     model = copy.deepcopy(mpq.float_model)
     loss = Finetune(task=Classification(), lr=1e-4, scale_lr=1e-2, weight_decay=0.0, smoothing=0.1)
-    strategy = LIMPQ(indicator="loss" if per_channel else "scale")
+    strategy = LIMPQ(indicator="divergence" if per_channel else "raw scale")
     strategy.loss = loss
     small = cut(batch, 2)
     candidates = {layer.name: Candidates(tuple(widths), tuple(widths)) for layer in mpq.graph.searched}

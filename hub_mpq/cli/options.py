@@ -46,6 +46,10 @@ _SOURCES = "folder of class folders or of images without labels, .tar file, hfds
 Data = Annotated[str, typer.Option(help=f"Images: {_SOURCES}.")]
 OptionalData = Annotated[Text, typer.Option("--data", help=f"Images: {_SOURCES}; none: data-free, with a warning.")]
 Val = Annotated[Text, typer.Option(help="Labelled images to measure on, before and after.")]
+ValidateSeconds = Annotated[
+    Number,
+    typer.Option(help="What measuring policies may take; a quarter of what the scores took, at least 30, by default."),
+]
 Seed = Annotated[int, typer.Option(min=0)]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint an interrupted run left."), FREE]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output of hub-mpq that is there."), FREE]

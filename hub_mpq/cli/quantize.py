@@ -34,6 +34,10 @@ def quantize(
     strategy: o.Strategy = None,
     strategy_option: o.StrategyOption = None,
     indicators: o.Indicators = None,
+    validate: Annotated[
+        bool, typer.Option(help="Measure policies before one is taken, on --val or else on a part of --data.")
+    ] = True,
+    validate_seconds: o.ValidateSeconds = None,
     seed: o.Seed = 0,
     resume: o.Resume = False,
     overwrite: o.Overwrite = False,
@@ -88,6 +92,8 @@ def quantize(
             resume=run.resume,
             finetune_options=tuning,
             engine=engine,
+            validate=validate,
+            validate_seconds=validate_seconds,
         )
         saved = on_main(lambda: mpq.save_pretrained(output))
     models.tell_corrupt(train, measured)

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from ..core import human, limits
-from ..report import table
+from ..report import measurements, table
 
 
 def emit(as_json: bool, tree: Mapping[str, Any], text: str) -> None:
@@ -23,12 +23,15 @@ def amount(limit: str, value: float) -> str:
 
 
 def policy_table(result: Any, graph: Any) -> str:
-    """Layers with their widths, then what the policy costs and how well it is proved."""
+    """Layers with their widths, then what the policy costs, how well the optimum is proved and what was measured."""
     rows = [
         [layer.name, layer.kind, str(result.policy.bits[layer.name]), "fixed" if layer.fixed else ""] for layer in graph
     ]
-    lines = [table(["layer", "kind", "bits", ""], rows), usage_line(result.usage.amounts), proof_line(result)]
-    return "\n".join(lines)
+    proof = proof_line(result)
+    if result.policy != result.optimum:
+        proof = f"{result.chosen_by}, chosen by measuring; the optimum of the scores: {proof}"
+    lines = [table(["layer", "kind", "bits", ""], rows), usage_line(result.usage.amounts), proof, measurements(result)]
+    return "\n".join(filter(None, lines))
 
 
 def usage_line(amounts: Mapping[str, float]) -> str:

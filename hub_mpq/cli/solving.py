@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,22 +15,30 @@ from . import options as o
 def search(
     model: o.Model,
     budget: Budget | None,
-    loading: o.NoWeights,
+    loading: o.ModelOptions,
+    reading: o.DataOptions,
     indicators: o.Indicators = None,
     candidates: o.CandidateBits = None,
     alpha: o.Alpha = None,
+    validate: Annotated[
+        o.Text, typer.Option(help="Images to measure policies on before one is chosen, sources as for --data.")
+    ] = None,
+    validate_seconds: o.ValidateSeconds = None,
     time_limit: Annotated[
         o.Number, typer.Option(help="Seconds; past them the best policy so far, with its gap.")
     ] = None,
     plot: o.Plot = None,
     as_json: o.Json = False,
 ) -> None:
-    """The best policy within a budget, from indicators trained before."""
+    """The best policy within a budget, from indicators trained before; weights are needed with --validate only."""
     budget = budget or Budget()
     widths = o.candidates_of(candidates)
-    mpq = models.load(model, loading, meta=True)
+    mpq = models.load(model, loading, meta=validate is None)
     models.indicators_for(mpq, indicators)
-    result = mpq.search(budget, alpha=alpha, candidates=widths, time_limit=time_limit)
+    measured = None if validate is None else models.loader(mpq, validate, reading, train=False)
+    more: dict[str, Any] = {"time_limit": time_limit, "validate": measured, "validate_seconds": validate_seconds}
+    result = mpq.search(budget, alpha=alpha, candidates=widths, **more)
+    models.tell_corrupt(measured)
     if plot is not None:
         from ..plot import plot_policy
 

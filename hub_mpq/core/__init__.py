@@ -8,7 +8,7 @@ from .layer_kind import LayerKind, layer_kinds, register_layer_kind
 from .library import Library, libraries, register_library
 from .limit import Limit, Reduction, Value, limits, register_limit
 from .options import Engine, FinetuneOptions, IndicatorOptions
-from .result import Policy, SearchResult, Usage
+from .result import Measurement, Policy, PredictionCheck, SearchResult, Usage, Validation
 from .runtime import Runtime, register_runtime, runtimes
 from .task import register_task, tasks
 from .tensor import QuantSpec
@@ -29,12 +29,15 @@ __all__ = [
     "LayerSpec",
     "Library",
     "Limit",
+    "Measurement",
     "Policy",
+    "PredictionCheck",
     "QuantSpec",
     "Reduction",
     "Runtime",
     "SearchResult",
     "Usage",
+    "Validation",
     "Value",
     "check_width",
     "human",

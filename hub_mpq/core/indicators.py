@@ -8,6 +8,10 @@ from typing import Any
 
 from .bits import LayerBits
 
+DIVERGENCES = ("kl", "target_error")
+"""Units of a task's divergence."""
+_BEFORE = {"squared change of the loss": "loss", "scale of the quantizer": "scale"}
+
 
 @dataclass(frozen=True)
 class Indicators:
@@ -38,8 +42,24 @@ class Indicators:
 
     @property
     def unit(self) -> str:
-        """What the values are counted in; "" where that is not known."""
-        return str(self.provenance.get("unit", ""))
+        """What the values are counted in: "kl" or "target_error" (the divergence of the output that quantizing an
+        operand causes, see `Task.unit`), "relative_power" or "scale" (LIMPQ's scales without their unit, and raw), or a
+        strategy's own. Files of before 2026-11-28 have "loss" (squared change of the loss) or "scale". "" where it is
+        not known."""
+        unit = str(self.provenance.get("unit", ""))
+        return _BEFORE.get(unit, unit)
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the sum of the values estimates the divergence of a policy from the float model."""
+        return self.unit in DIVERGENCES
+
+    @property
+    def standard_error(self) -> dict[str, float]:
+        """{layer: relative standard error of its value at the narrowest widths}, of the layers where it is known."""
+        found = self.provenance.get("standard_error")
+        known = found.items() if isinstance(found, Mapping) else ()
+        return {name: float(value) for name, value in known if isinstance(value, (int, float))}
 
     @property
     def sense(self) -> str:

@@ -151,7 +151,7 @@ class IndicatorOptions(_Length):
         scale_lr: Learning rate of the scales; None for the preset's.
         freeze_weights: Only scales and norms learn.
         uniform: False trains by random widths alone, for ablations.
-        indicator: "loss" or "scale", see `hub_mpq.search.limpq.LIMPQ`; None for the preset's.
+        indicator: "divergence", "scale" or "raw scale", see `hub_mpq.search.limpq.LIMPQ`; None for the preset's.
         granularity: "tensor" or "channel" for weight scales; None for the indicator's own.
     """
 
@@ -170,7 +170,7 @@ class IndicatorOptions(_Length):
     scale_lr: float | None = option(None, "Learning rate of the scales.", low=0, strategy="limpq")
     freeze_weights: bool = option(False, "Only scales and norms learn.", strategy="limpq")
     uniform: bool = option(True, "Train at the uniform widths too.", strategy="limpq")
-    indicator: str | None = option(None, "What is read out: loss, or scale.", strategy="limpq")
+    indicator: str | None = option(None, "What is read out: divergence, scale, or raw scale.", strategy="limpq")
     granularity: str | None = option(None, "Of weight scales: tensor, or channel.", strategy="limpq")
 
     def of_strategy(self, name: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ..errors import PolicyMismatch
@@ -54,9 +54,137 @@ class Usage:
         return self.amounts[limit]
 
 
+LEAST_SPEARMAN = 0.8
+"""A prediction whose rank correlation with measurements is lower is poor."""
+SLOPES = (0.5, 2.0)
+"""A prediction in the measurement's own unit is poor where measured over predicted lies outside these."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One policy, measured on held-out items that chose nothing.
+
+    Args:
+        name: "optimum", "uniform W3A3", "level W4A2", "greedy fill", "perturbed 7" or "refit".
+        policy: Its widths.
+        predicted: Sum of the scores of its layers; None where a layer has no score at its widths.
+        divergence: Mean over the items of the task's distance from the float model, see `Task.divergence`.
+        standard_error: Of that mean; the items of one sample count as dependent.
+        difference: Its divergence less the optimum's, item by item; 0 for the optimum.
+        difference_error: Standard error of that mean difference.
+        samples: How many samples it was measured on.
+        items: How many items (samples, tokens, pixels) of theirs count.
+    """
+
+    name: str
+    policy: Policy
+    predicted: float | None
+    divergence: float
+    standard_error: float
+    difference: float
+    difference_error: float
+    samples: int
+    items: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "policy": self.policy.to_dict()}
+
+
+@dataclass(frozen=True)
+class PredictionCheck:
+    """What scores predict of random policies within the budget, laid beside what these measure.
+
+    A prediction is good where Spearman's rank correlation is at least 0.8 (`LEAST_SPEARMAN`) and, for scores in the
+    unit of the measurement, the slope is from 0.5 to 2 (`SLOPES`).
+
+    Args:
+        spearman: Rank correlation of predicted and measured divergence over the policies.
+        slope: Median over the policies of measured over predicted; None for scores that have no unit of divergence.
+        policies: How many there were.
+        samples, items: What each was measured on.
+        refitted: Whether scores that were refitted to the measurements predicted held-out policies better, so that
+            their optimum was measured too.
+        spearman_refit, slope_refit: Of the refit, each policy predicted by a fit on others; None where none was tried.
+        seconds, forwards: What the check took: wall time, forward passes of a batch.
+    """
+
+    spearman: float
+    slope: float | None
+    policies: int
+    samples: int
+    items: int
+    refitted: bool = False
+    spearman_refit: float | None = None
+    slope_refit: float | None = None
+    seconds: float = 0.0
+    forwards: int = 0
+
+    @property
+    def good(self) -> bool:
+        """Whether both figures are within the stated bounds."""
+        return self.spearman >= LEAST_SPEARMAN and (self.slope is None or SLOPES[0] <= self.slope <= SLOPES[1])
+
+    def __str__(self) -> str:
+        slope = "" if self.slope is None else f", slope {self.slope:.2f}"
+        poor = "" if self.good else " (poor)"
+        text = f"prediction over {self.policies} random policies: Spearman {self.spearman:.2f}{slope}{poor}"
+        if self.spearman_refit is not None and self.slope_refit is not None:
+            kept = "kept" if self.refitted else "not kept"
+            text += f"; refitted: {self.spearman_refit:.2f}, slope {self.slope_refit:.2f} on held-out policies, {kept}"
+        return text
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How a search's policy was chosen among measured ones.
+
+    Args:
+        done: Whether at least the optimum and uniform were compared.
+        verdict: What came out, in one sentence.
+        data: What was measured on.
+        choosing: Samples that the choice was made on.
+        reporting: Other samples, that the reported figures are of.
+        seconds: Wall time, the check of the prediction included.
+        forwards: Forward passes of a batch, of the float and of the quantized model.
+    """
+
+    done: bool
+    verdict: str
+    data: str = ""
+    choosing: int = 0
+    reporting: int = 0
+    seconds: float = 0.0
+    forwards: int = 0
+
+    def __str__(self) -> str:
+        if not self.done:
+            return f"not validated: {self.verdict}"
+        return (
+            f"{self.verdict}; chosen on {self.choosing:,} samples of {self.data}, measured on {self.reporting:,} others"
+            f" with {self.forwards:,} forward passes in {self.seconds:.1f} s"
+        )
+
+
 @dataclass(frozen=True)
 class SearchResult:
-    """A policy and the proof that goes with it. `status`: optimal | feasible (a time limit struck)."""
+    """The best policy for the scores with the proof that goes with it, and the policy that was chosen by measuring.
+
+    Args:
+        policy: The policy to use.
+        usage: What it costs.
+        status: Of the optimum: "optimal" (proved), or "feasible" (a time limit struck).
+        objective, bound, gap: Of the optimum: its sum of scores, what no policy's can be better than, their distance.
+        seconds: Of the solver, building its table included.
+        strategy: What made the scores.
+        seed: Of the scores.
+        details: What else there is to say of the search, JSON values only.
+        optimum: The policy of the best sum of scores; None stands for `policy`.
+        chosen_by: Which measured policy `policy` is: "optimum", "uniform", "level W3A3", "greedy fill", "perturbed" or
+            "refit".
+        measurements: Policies on held-out items, the optimum first; empty where nothing was measured.
+        check: What the scores predict of random policies; None where that was not measured.
+        validation: How the policy was chosen; None where that was not asked for.
+    """
 
     policy: Policy
     usage: Usage
@@ -68,6 +196,21 @@ class SearchResult:
     strategy: str
     seed: int = 0
     details: Mapping[str, Any] = field(default_factory=dict)
+    optimum: Policy | None = None
+    chosen_by: str = "optimum"
+    measurements: tuple[Measurement, ...] = ()
+    check: PredictionCheck | None = None
+    validation: Validation | None = None
+
+    def __post_init__(self) -> None:
+        if self.optimum is None:
+            object.__setattr__(self, "optimum", self.policy)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "policy": self.policy.to_dict(), "usage": dict(self.usage.amounts)}
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        found |= {"policy": self.policy.to_dict(), "usage": dict(self.usage.amounts), "details": dict(self.details)}
+        found["optimum"] = None if self.optimum is None else self.optimum.to_dict()
+        found["measurements"] = [row.to_dict() for row in self.measurements]
+        for name in ("check", "validation"):
+            found[name] = None if found[name] is None else asdict(found[name])
+        return found

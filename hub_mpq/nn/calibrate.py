@@ -82,20 +82,30 @@ def sample_inputs(
 def calibrate_weights(model: nn.Module, *, mse: bool) -> None:
     """Scales of all weights: of least squared error, or LIMPQ's initial value (per tensor)."""
     for _, module in quantized_layers(model):
-        q = module.weight_quantizer
-        for bits in q.widths:
-            if not mse and bits > 1:
-                start = weight_scale_sigma(module.weight, bits)
-            else:
-                start = weight_scale_mse(module.weight, bits, axis=q.axis if q.base.shape[1] > 1 else None)
-            q.init(bits, start)
+        for bits in module.weight_quantizer.widths:
+            calibrate_weight(module, bits, mse=mse)
 
 
 @torch.no_grad()
 def calibrate_inputs(model: nn.Module, samples: dict[str, Tensor], *, mse: bool) -> None:
     """Scales and zero points of all activations, every width, from samples of what the layers read."""
     for name, module in quantized_layers(model):
-        q = module.input_quantizer
-        if q is not None and name in samples:
-            for bits in q.widths:
-                q.init(bits, *activation_scale(samples[name], bits, mse=mse))
+        if module.input_quantizer is not None and name in samples:
+            for bits in module.input_quantizer.widths:
+                calibrate_input(module, samples[name], bits, mse=mse)
+
+
+@torch.no_grad()
+def calibrate_weight(module: Any, bits: int, *, mse: bool) -> None:
+    """The scales of one quantized layer's weight at one width, as `calibrate_weights` sets them."""
+    q = module.weight_quantizer
+    if not mse and bits > 1:
+        q.init(bits, weight_scale_sigma(module.weight, bits))
+    else:
+        q.init(bits, weight_scale_mse(module.weight, bits, axis=q.axis if q.base.shape[1] > 1 else None))
+
+
+@torch.no_grad()
+def calibrate_input(module: Any, sample: Tensor, bits: int, *, mse: bool) -> None:
+    """The scale and zero point of one quantized layer's input at one width, from a sample of what the layer reads."""
+    module.input_quantizer.init(bits, *activation_scale(sample, bits, mse=mse))

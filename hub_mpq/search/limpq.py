@@ -12,28 +12,43 @@ from torch import Tensor, nn
 from ..core import FLOAT_BITS, Candidates, Indicators, LayerGraph
 from ..errors import InvalidArgument
 from ..nn.banks import add_banks, select_bank
-from ..nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
+from ..nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs, widths_off
 from ..nn.quantize import quantize_with_lsq, quantized_layers
 from ..quantizers import LSQ
 from ..quantizers.lsq import NO_START
 from ..train.hooks import Groups
-from ..train.processes import mean_rows
-from .loss_sensitivity import Rows, loss_sensitivity
+from ..train.processes import share_samples
 from .movement import movement
+from .relative_power import relative_powers
+from .sensitivity import Rows, Sensitivity, sensitivity
 from .strategy import SearchStrategy, register_strategy
 
 PRESETS: dict[str, dict[str, Any]] = {
     # our construction, for runs of tens to thousands of steps
     "short": {
-        **{"optimizer": "adam", "lr": 1e-4, "scale_lr": 1e-2, "weight_decay": 0.0, "log": True, "indicator": "loss"}
+        **{
+            "optimizer": "adam",
+            "lr": 1e-4,
+            "scale_lr": 1e-2,
+            "weight_decay": 0.0,
+            "log": True,
+            "indicator": "divergence",
+        }
     },
     # the LIMPQ authors', for ImageNet-sized runs
     "authors": {
-        **{"optimizer": "sgd", "lr": 1e-2, "scale_lr": 1e-2, "weight_decay": 2.5e-5, "log": False, "indicator": "scale"}
+        **{
+            "optimizer": "sgd",
+            "lr": 1e-2,
+            "scale_lr": 1e-2,
+            "weight_decay": 2.5e-5,
+            "log": False,
+            "indicator": "raw scale",
+        }
     },
 }
-UNITS = {"loss": "squared change of the loss", "scale": "scale of the quantizer"}
-"""What the two kinds of indicators are counted in."""
+# {indicator: the unit of its values}; a divergence's is known once it is measured
+INDICATORS = {"divergence": "", "scale": "relative_power", "raw scale": "scale"}
 
 
 @register_strategy("limpq")
@@ -43,15 +58,20 @@ class LIMPQ(SearchStrategy):
     preset: "short" or "authors" (`PRESETS`). scale_lr: learning rate of log s (Adam) [ours: the authors' SGD hardly
     moves a scale in a short run], None: the preset's. freeze_weights: only scales and norms learn.
     uniform: False leaves the uniform passes out, for ablations.
-    indicator: what is read out at the end. "scale": s_b itself, one a tensor, from the authors' start (the paper).
-    "loss" [ours]: how much the loss grows when one operand is quantized with its trained scale s_b,
-    weight scales per output channel, from the start of least squared error. A scale has the unit of its tensor, and
-    a norm behind a layer makes that unit arbitrary: 0.1 means little in one layer and much in the next. The growth
-    of the loss has one unit for all layers, weights and activations, so it needs no α.
+    indicator: what is read out at the end. "divergence" (our construction): the estimated divergence of the output, by
+    `sensitivity`, when one operand is quantized with its trained scale s_b. It has one unit for all layers, weights and
+    activations, so it needs no α. "scale" (our construction): the paper's indicator without its unit, the relative
+    power (s_b/rms)², by `relative_power`; it falls with the width and needs no α either. Both have weight scales per
+    output channel, from the start of least squared error. "raw scale": s_b itself, one a tensor, from the authors'
+    start, α balancing the sums (the paper). A scale has the unit of its tensor, and a norm behind a layer makes that
+    unit arbitrary: 0.1 means little in one layer and much in the next. It is smaller at 1 bit than at 2, so it
+    cannot rank 1 bit.
     granularity: of the weight scales, "tensor" or "channel", where the indicator's own is not wanted (an ablation).
     """
 
-    batches = 8
+    batches = 16
+    found: Sensitivity
+    powers: tuple[Rows, Rows]
     weights_alone = True
     stage = "indicators"
     learned_once = True
@@ -70,12 +90,12 @@ class LIMPQ(SearchStrategy):
             raise InvalidArgument(f"preset is one of {', '.join(sorted(PRESETS))}, not {preset!r}")
         self.preset, chosen = preset, PRESETS[preset]
         self.indicator = chosen["indicator"] if indicator is None else indicator
-        if self.indicator not in UNITS:
-            raise InvalidArgument(f"indicator is loss or scale, not {indicator!r}")
+        if self.indicator not in INDICATORS:
+            raise InvalidArgument(f"indicator is {' or '.join(INDICATORS)}, not {indicator!r}")
         if granularity not in ("tensor", "channel", None):
             raise InvalidArgument(f"granularity is tensor or channel, not {granularity!r}")
-        self.per_channel = (granularity or ("channel" if self.indicator == "loss" else "tensor")) == "channel"
-        self.unit = UNITS[self.indicator]
+        self.per_channel = (granularity or ("tensor" if self.indicator == "raw scale" else "channel")) == "channel"
+        self.unit = INDICATORS[self.indicator]
         self.optimizer, self.lr, self.log = chosen["optimizer"], chosen["lr"], chosen["log"]
         self.weight_decay = chosen["weight_decay"]
         self.scale_lr = chosen["scale_lr"] if scale_lr is None else scale_lr
@@ -117,8 +137,9 @@ class LIMPQ(SearchStrategy):
 
     def calibrate(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
         """Starts, from this process's first batch."""
-        calibrate_weights(model, mse=self.indicator == "loss")
-        calibrate_inputs(model, dict(inputs), mse=self.indicator == "loss")
+        least_error = self.indicator != "raw scale"
+        calibrate_weights(model, mse=least_error)
+        calibrate_inputs(model, dict(inputs), mse=least_error)
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         groups = self.loss.parameter_groups(model)
@@ -158,16 +179,20 @@ class LIMPQ(SearchStrategy):
         return out
 
     def read_out(self, model: nn.Module, batches: Sequence[Any]) -> None:
-        """Take the growth of the loss at the trained scales; nothing to do for "scale"."""
-        if self.indicator != "loss":
+        """What the trained scales mean: relative powers, or divergences; nothing to do for "raw scale"."""
+        if self.indicator == "raw scale":
             return
         model.eval().requires_grad_(True)  # frozen weights too: every layer's output must have a gradient
         self.set_widths(model, dict.fromkeys(self.layers, self.widths[-1]))  # the banks nearest to float
+        if self.indicator == "scale":
+            inputs = share_samples(sample_inputs(model, batches, self.loss.task.forward))
+            with widths_off(model):
+                self.powers = relative_powers(self.layers, inputs)
+            return
         with widths_off(model):
             normed = set(self.norms.values())
-            task = self.loss.task
-            found = loss_sensitivity(self.layers, model, batches, lambda batch: task.probe(model, batch), normed)
-        self.sensitivity = mean_rows(found[0]), mean_rows(found[1])
+            self.found = sensitivity(self.layers, model, batches, self.loss.task, normed, self.seed)
+        self.unit = self.found.unit
 
     def _scales(self, which: str, *, start: bool = False) -> Rows:
         """{layer: {bits: scale}} of one operand's quantizers: trained, or as they started."""
@@ -185,8 +210,10 @@ class LIMPQ(SearchStrategy):
         """The indicators of weights and inputs."""
         weight, activation = self._scales("weight_quantizer"), self._scales("input_quantizer")
         signed = {name: bool(self.layers[name].input_quantizer.zero_points.any()) for name in activation}
-        if self.indicator == "loss":
-            weight, activation = self.sensitivity
+        if self.indicator == "divergence":
+            weight, activation = self.found.weight, self.found.activation
+        elif self.indicator == "scale":
+            weight, activation = self.powers
         return Indicators(weight, activation, signed)
 
     def details(self, model: nn.Module) -> dict[str, Any]:
@@ -197,7 +224,9 @@ class LIMPQ(SearchStrategy):
             start = {n: row for n, row in self._scales(which, start=True).items() if NO_START not in row.values()}
             end = self._scales(which)
             moved[side] = movement(start, {name: end[name] for name in start})
+        estimated = {"standard_error": self.found.relative_error()} if self.indicator == "divergence" else {}
         return {
+            **estimated,
             "indicator": self.indicator,
             "preset": self.preset,
             "optimizer": self.optimizer,

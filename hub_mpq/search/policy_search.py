@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..core import (
@@ -136,16 +136,19 @@ def pareto_front(
     sense: str = "min",
     strategy: str = "limpq",
     seed: int = 0,
+    finish: Callable[[SearchResult, Budget], SearchResult] | None = None,
 ) -> list[SearchResult]:
     """Best policies at `points` budgets of one limit, spaced evenly in ratio between the least and the greatest.
 
-    Points that the other limits make unreachable are left out; equal policies stand once.
+    Points that the other limits make unreachable are left out; equal policies stand once. `finish` makes of each result
+    and its budget the one that is returned.
     """
     if points < 2:
         raise InvalidArgument(f"a front needs at least 2 points, not {points}")
     across = _front_limit(limit)
     low, high = _ends(graph, scores, across, base_bytes)
     results: list[SearchResult] = []
+    budgets: list[Budget] = []
     for i in range(points):
         part = i / (points - 1)
         cap = low * (high / low) ** part if high > low > 0 else low + (high - low) * part
@@ -160,4 +163,5 @@ def pareto_front(
             continue
         if not results or results[-1].policy.bits != result.policy.bits:
             results.append(result)
-    return results
+            budgets.append(budget)
+    return results if finish is None else [finish(*pair) for pair in zip(results, budgets, strict=True)]

@@ -13,23 +13,16 @@ from ..core.checks import whole
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
 from ..nn.quantize import quantize_with_lsq
 from ..quantizers import LSQ
-from ..tasks import Task
 from ..train.norms import batch_statistics
 from ..train.random_draws import fixed_draws
-from .loss_sensitivity import Rows, at, loss_sensitivity
 from .scores import Scores
+from .sensitivity import Rows, Sensitivity, at, sensitivity
 from .strategy import SearchStrategy, additive, register_strategy
 
 
 def read(inputs: Mapping[str, Tensor], name: str) -> Tensor:
     """What a layer reads; a one where no batch reached it, so that it has scores like the others."""
     return inputs.get(name, torch.ones(1))
-
-
-def divergence_unit(task: Task, output: Any) -> str:
-    """What `Task.divergence` is counted in: "kl" (nats) where the output is a distribution that labels can be drawn
-    from, else "target_error", the squared error of the targets over their variance."""
-    return "target_error" if task.sample(output, torch.Generator().manual_seed(0)) is None else "kl"
 
 
 class PostTraining(SearchStrategy):
@@ -66,7 +59,7 @@ class PostTraining(SearchStrategy):
         model.eval()
         with widths_off(model):
             with torch.no_grad():
-                self.unit = divergence_unit(self.loss.task, self.output(model, batches[0]))
+                self.unit = self.loss.task.unit(self.output(model, batches[0]))
             self.measure(model, batches, inputs)
 
     def measure(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
@@ -171,12 +164,17 @@ class KL(PostTraining):
 
 @register_strategy("gradient")
 class Gradient(PostTraining):
-    """The loss's growth by `loss_sensitivity`, from scales of least squared error. Without labels the loss is that of
-    `Task.probe`."""
+    """The divergence's estimate by `sensitivity`, at scales of least squared error: LIMPQ's default without its
+    training."""
 
-    unit = "squared change of the loss"
+    found: Sensitivity
+
+    def __init__(self, *, batches: int = 16) -> None:
+        super().__init__(batches=batches)
 
     def measure(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
-        self.weight, self.activation = loss_sensitivity(
-            self.layers, model, batches, lambda batch: self.loss.task.probe(model, batch, self.seed), self.normed
-        )
+        self.found = sensitivity(self.layers, model, batches, self.loss.task, self.normed, self.seed)
+        self.weight, self.activation, self.unit = self.found.weight, self.found.activation, self.found.unit
+
+    def details(self, model: nn.Module) -> dict[str, Any]:
+        return {"standard_error": self.found.relative_error()}

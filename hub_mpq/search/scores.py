@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import pairwise
 
-from ..core import FLOAT_BITS, Candidates, Indicators, LayerBits, LayerGraph
+from ..core import FLOAT_BITS, Candidates, Indicators, LayerBits, LayerGraph, Policy
 from ..errors import InvalidArgument
 
 Scores = Mapping[str, Mapping[LayerBits, float]]
@@ -30,8 +30,8 @@ def balance(indicators: Indicators) -> float:
 
 
 def default_alpha(indicators: Indicators) -> float:
-    """1 for indicators that are growths of the loss: weights and activations share the unit. Else `balance`."""
-    return 1.0 if indicators.provenance.get("indicator") == "loss" else balance(indicators)
+    """1 for indicators whose weights and activations share a unit: divergences and relative powers. Else `balance`."""
+    return 1.0 if indicators.predicts or indicators.unit in ("loss", "relative_power") else balance(indicators)
 
 
 def scored_candidates(indicators: Indicators, graph: LayerGraph, *, weight_only: bool = False) -> dict[str, Candidates]:
@@ -105,6 +105,61 @@ def score_table(
             raise InvalidArgument(f"layer {layer.name!r} has no score at these candidates; search with them")
         table[layer.name] = row
     return table, 0.0
+
+
+def expected_divergence(
+    indicators: Indicators | None, graph: LayerGraph, policy: Policy | None
+) -> dict[str, tuple[float, float | None]]:
+    """{searched layer: (estimated divergence that the policy's widths cause, its relative standard error or None)}.
+
+    Empty where scores are no divergences, or were made for other layers or widths than the policy's.
+    """
+    if indicators is None or policy is None or not indicators.predicts:
+        return {}
+    errors = indicators.standard_error
+    found: dict[str, tuple[float, float | None]] = {}
+    for layer in graph.searched:
+        bits, name = policy.bits[layer.name], layer.name
+        if indicators.pairs:
+            value = indicators.pairs.get(name, {}).get(bits)
+        else:
+            value = indicators.weight.get(name, {}).get(bits.weight)
+            if value is not None and bits.activation != FLOAT_BITS:
+                other = indicators.activation.get(name, {}).get(bits.activation)
+                value = None if other is None else value + other
+        if value is None:
+            return {}
+        found[name] = value, errors.get(name)
+    return found
+
+
+def score_parts(
+    indicators: Indicators, scores: Scores, alpha: float
+) -> dict[str, dict[LayerBits, tuple[float, float]]]:
+    """{layer: {widths: (the weight's part of the score, the input's)}}; of pairs all of it counts as the weight's.
+
+    Args:
+        indicators: What the scores were made of.
+        scores: As `score_table` gave them.
+        alpha: The multiplier that it used.
+    """
+    out: dict[str, dict[LayerBits, tuple[float, float]]] = {}
+    for name, row in scores.items():
+        weight = {} if indicators.pairs else indicators.weight[name]
+        parts = {bits: alpha * weight[bits.weight] if weight else score for bits, score in row.items()}
+        out[name] = {bits: (parts[bits], score - parts[bits]) for bits, score in row.items()}
+    return out
+
+
+def candidates_of(scores: Scores) -> dict[str, Candidates]:
+    """{layer: all widths that a table of scores has}."""
+    return {
+        name: Candidates(
+            tuple({bits.weight for bits in row}),
+            tuple({bits.activation for bits in row} - {FLOAT_BITS}) or (FLOAT_BITS,),
+        )
+        for name, row in scores.items()
+    }
 
 
 def limpq_scores(

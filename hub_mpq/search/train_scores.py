@@ -100,7 +100,7 @@ def train_scores(
     searched = {layer.name: candidates[layer.name] for layer in graph.searched}
     hooks.attach(student, graph, searched, norms)
     hooks.calibrate(student, batches, inputs)
-    provenance: dict[str, Any] = {"strategy": name, "unit": hooks.unit, "sense": hooks.sense, "seed": options.seed}
+    provenance: dict[str, Any] = {"strategy": name, "sense": hooks.sense, "seed": options.seed}
     provenance |= {"task": known.name, "distill": distill, "processes": accelerator.num_processes, "steps": 0}
     if hooks.trains and options.steps != 0:
         log = fit(
@@ -123,7 +123,7 @@ def train_scores(
         provenance |= {"epoch_loss": [round(x, 5) for x in log.epoch_loss]}
     hooks.read_out(student, batches)
     found, inferred = hooks.indicators(student), hooks.inferred(student)
-    provenance |= hooks.details(student)
+    provenance |= {"unit": hooks.unit, **hooks.details(student)}
     if inferred is not None:
         provenance["inferred"] = {layer: str(bits) for layer, bits in inferred.items()}
     provenance["seconds"] = round(time.perf_counter() - began, 3)

@@ -79,7 +79,7 @@ class SplitBatches:
         held: Any = None
         for batch in self.loader:
             try:
-                train, held = _cut(batch, 0), _cut(batch, 1)
+                train, held = cut(batch, 0), cut(batch, 1)
             except InvalidArgument:
                 if held is None:
                     raise
@@ -90,12 +90,12 @@ class SplitBatches:
         return len(self.loader)  # type: ignore[arg-type]
 
 
-def _cut(batch: Any, part: int) -> Any:
+def cut(batch: Any, part: int) -> Any:
     """Half of a batch: of every tensor and array, and of lists with an entry a sample (labels, detection's dicts)."""
     if isinstance(batch, Mapping):
-        return {k: _cut(v, part) for k, v in batch.items()}
+        return {k: cut(v, part) for k, v in batch.items()}
     if isinstance(batch, (tuple, list)) and any(isinstance(v, (Tensor, np.ndarray, tuple)) for v in batch):
-        return tuple(_cut(v, part) for v in batch)
+        return tuple(cut(v, part) for v in batch)
     if not isinstance(batch, (Tensor, np.ndarray, list)) or getattr(batch, "ndim", 1) == 0:
         return batch
     if len(batch) < 2:

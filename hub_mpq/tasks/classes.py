@@ -85,7 +85,7 @@ class Classes(Task):
 
     def sample(self, output: Any, generator: torch.Generator) -> Any:
         logits = self.logits(output).detach()
-        if logits.shape[-1] < 2:  # one value is no distribution; see `divergence`
+        if logits.shape[-1] < 2:  # one value an item is no distribution
             return None
         p = logits.float().softmax(-1).flatten(0, -2).cpu()
         drawn = torch.multinomial(p, 1, generator=generator)[:, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,6 +63,16 @@ class Heads(Task):
     def sample(self, output: Any, generator: torch.Generator) -> Any:
         drawn = {key: task.sample(head, generator) for key, task, head, _ in self._each(output)}
         return None if any(labels is None for labels in drawn.values()) else drawn
+
+    def probe(self, output: Any, generator: torch.Generator, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One value per sample, from those of its outputs' items."""
+        rows = []
+        for _, task, head, _ in self._each(output):
+            values, kept = task.probe(head, generator, mask)
+            values = torch.where(kept, values, torch.zeros_like(values)).reshape(len(values), -1).sum(1)
+            rows.append(values / kept.reshape(len(kept), -1).sum(1).clamp_min(1).sqrt())
+        values = torch.stack(rows).sum(0) / math.sqrt(len(rows))
+        return values, torch.ones_like(values, dtype=torch.bool)
 
     def metrics(self, output: Any, labels: Any, samples: float) -> Sums:
         """Each output's metrics under its path."""

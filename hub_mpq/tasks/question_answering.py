@@ -43,6 +43,8 @@ class QuestionAnswering(Classes):
 
     def sample(self, output: Any, generator: torch.Generator) -> Any:
         drawn = super().sample(output, generator)
+        if drawn is None:
+            return None
         return dict(zip(QuestionAnswering.label_keys, drawn.unbind(1), strict=True))
 
     def metrics(self, output: Any, labels: Any, samples: float) -> Sums:

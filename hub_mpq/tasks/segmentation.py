@@ -21,6 +21,7 @@ class Segmentation(Classes):
     """
 
     name = "segmentation"
+    positional = True
 
     def bind(self: T, model: nn.Module, example: Any = None) -> T:
         out = super().bind(model, example)

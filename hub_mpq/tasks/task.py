@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.task import tasks
 from ..errors import InvalidArgument
 from .batch import Parts, Signature, size_of, to_device, tree_leaves_of
-from .outputs import mean, power, squared_error, tensors_in
+from .outputs import leading, mean, power, squared_error, tensors_in
 
 T = TypeVar("T", bound="Task")
 _SETTINGS = ("ignore_index", "output", "label_keys")
@@ -40,11 +40,13 @@ class Task:
         name: Name of the task, as `task=` and `--task`.
         label_keys: Keys of labels in a dict.
         smoothing: Label smoothing of a training that names none.
+        positional: Whether the items are positions of a sequence or a map.
         signature: What the forward of the network takes; set by `bind`.
     """
 
     name: str = ""
     smoothing: float = 0.0
+    positional: bool = False
     label_keys: tuple[str, ...] = ("labels", "label")
 
     def __init__(
@@ -270,28 +272,58 @@ class Task:
         """How far an output is from the float model's: the mean divergence of the items that count."""
         return mean(*self.divergence(output, reference, self.mask(batch)))
 
-    def probe(self, model: nn.Module, batch: Any, seed: int = 0) -> Tensor:
-        """The loss whose gradients say how much an error in a layer matters, a mean over samples.
+    def unit(self, output: Any) -> str:
+        """What `divergence` is counted in: "kl", nats of a distribution that labels can be drawn from, or
+        "target_error", squared error in units of the targets' variance."""
+        return "target_error" if self.sample(output, torch.Generator()) is None else "kl"
 
-        The task's own where there are labels. Without: the loss for labels drawn from the model's distribution
-        (the Fisher information); where there is none, Σ n·y over all targets with standard normal n, whose squared
-        gradients are on average those of the targets' squared error [ours].
+    def probe(self, output: Any, generator: torch.Generator, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(a random value of every item, mask of those that count): the square of its derivative along a small change
+        of the output is on average the item's divergence, and values of two items are uncorrelated.
+
+        With a distribution it is −log p/√2 of labels drawn from it (the Fisher information, whose half is the second
+        order of the KL divergence); without, and for other outputs, Σ n·y over a target with standard normal n, in
+        units of its deviation [our construction].
+
+        Args:
+            output: What the network returned, with its gradient.
+            generator: A generator on the CPU.
+            mask: Tokens that are no padding, as `mask` gave it.
         """
-        if self.labels(batch) is not None:
-            return self.run(model, batch)[0]
-        output = self.forward(model, batch)
-        generator = torch.Generator().manual_seed(seed)
-        drawn, places = self.sample(output, generator), self.mask(batch)
-        if drawn is not None:
-            if isinstance(drawn, Tensor) and places is not None and places.shape == drawn.shape:
-                drawn = drawn.masked_fill(~places, self.ignore_index)
-            return self.loss(output, drawn)
-        total = torch.zeros(())
-        found = self.targets(output)
-        for y in found.values():
+        drawn = self.sample(output, generator)
+        if drawn is None:
+            values = self._projected(self.targets(output), generator, mask)
+            return values, torch.ones_like(values, dtype=torch.bool)
+        if isinstance(drawn, Tensor) and mask is not None and mask.shape == drawn.shape:
+            drawn = drawn.masked_fill(~mask, self.ignore_index)
+        values, kept = self.item_loss(output, drawn)
+        values = values / math.sqrt(2)
+        if others := self.beside(output):
+            rows = self._projected(others, generator, mask) * math.sqrt(len(others))  # a sum, as in `with_others`
+            per_item = rows / kept.flatten(1).sum(1).clamp_min(1).sqrt() if kept.dim() > 1 else rows
+            values = (values + per_item.view(-1, *[1] * (values.dim() - 1))) / math.sqrt(1 + len(others))
+        return values, kept
+
+    @staticmethod
+    def _projected(targets: Mapping[str, Tensor], generator: torch.Generator, mask: Tensor | None) -> Tensor:
+        """One value per sample whose squared derivative is on average the mean of the targets' `squared_error`."""
+        rows = []
+        for y in targets.values():
+            counted = leading(mask, y)
             n = torch.randn(y.shape, generator=generator).to(y.device)
-            total = total.to(y.device) + (y.float() * n).sum() / power(y.detach()).sqrt() / size_of(batch)
-        return total / math.sqrt(len(found))
+            scaled = y.float() * n / power(y.detach(), counted).sqrt()
+            if y.dim() < 2:
+                rows.append(scaled.reshape(-1))
+                continue
+            if counted is None:
+                rows.append(scaled.flatten(1).sum(1) / math.sqrt(scaled[0].numel()))
+                continue
+            inner = scaled.flatten(counted.dim()).sum(-1) / math.sqrt(math.prod(y.shape[counted.dim() :]))
+            kept = counted.flatten(1).sum(1).clamp_min(1)
+            rows.append((inner * counted).flatten(1).sum(1) / kept.sqrt())
+        if len({len(row) for row in rows}) > 1:  # outputs that are no rows of samples
+            rows = [row.sum()[None] / math.sqrt(len(row)) for row in rows]
+        return torch.stack(rows).sum(0) / math.sqrt(len(rows))
 
     # figures
 

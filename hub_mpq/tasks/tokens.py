@@ -17,12 +17,14 @@ class TokenClassification(Classes):
     """A class for every token: logits [batch, tokens, classes], labels [batch, tokens]."""
 
     name = "token-classification"
+    positional = True
 
 
 class MaskedLM(Classes):
     """The words at masked places: labels [batch, tokens] with `ignore_index` everywhere else."""
 
     name = "masked-lm"
+    positional = True
 
     def figures(self, sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
         """With the perplexity, from the mean over all tokens of the data."""
@@ -45,8 +47,10 @@ class CausalLM(MaskedLM):
     def counted(self, labels: Tensor) -> Tensor:
         return super().counted(labels[:, 1:] if labels.dim() > 1 else labels)
 
-    def sample(self, output: Any, generator: torch.Generator) -> Tensor:
+    def sample(self, output: Any, generator: torch.Generator) -> Any:
         drawn = super().sample(output, generator)
+        if drawn is None:
+            return None
         first = torch.full_like(drawn[:, :1], self.ignore_index)
         return torch.cat([first, drawn[:, :-1]], 1)
 

@@ -111,7 +111,13 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def reestimate_batch_norm(
-    model: nn.Module, batches: Iterable[Any], *, limit: int = 32, task: TaskLike = None, example: Any = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    limit: int = 32,
+    alone: bool = False,
+    task: TaskLike = None,
+    example: Any = None,
 ) -> int:
     """Replace running statistics by those of all values that a norm reads in up to `limit` batches of each process.
 
@@ -120,6 +126,14 @@ def reestimate_batch_norm(
 
     A folded BatchNorm (identity statistics of a model whose convolutions hold the affine part) must not be
     re-estimated: such a norm has mean 0 and variance 1 throughout and is left alone. So is one that nothing reached.
+
+    Args:
+        model: The network.
+        batches: What it runs on.
+        limit: How many of them at most.
+        alone: Of this process's batches only, without a word to the other processes.
+        task: What the model is for; None to find out from it.
+        example: One input as the network takes it, which says how many inputs a batch has.
 
     Returns:
         How many batches this process used.
@@ -154,7 +168,7 @@ def reestimate_batch_norm(
             norm.running_mean.copy_(mean)
             norm.running_var.copy_(var)
     for norm, found in seen.items():
-        if world()[1] > 1:
+        if world()[1] > 1 and not alone:
             found.of_all_processes()
         if found.count > 1:
             norm.running_mean.copy_(found.mean)

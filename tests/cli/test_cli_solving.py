@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from cli_toys import SKELETON
+from cli_toys import MODEL, SKELETON
 
 TABLE = {
     "sense": "min",
@@ -59,3 +59,20 @@ def test_pareto_is_monotone(run, indicators, tmp_path):
     assert objectives == sorted(objectives, reverse=True)
     assert b"<svg" in (tmp_path / "front.svg").read_bytes()
     assert len(run(*args).stdout.splitlines()) == len(points) + 2
+
+
+def test_search_measures_policies_where_it_is_asked_to(run, indicators, folder):
+    args = ["search", *MODEL, "--indicators", indicators, "--bitops", "W4A4", "--validate", folder]
+    args += ["--batch-size", "4", "--workers", "0"]
+    tree = json.loads(run(*args, "--json").stdout)
+    assert [row["name"] for row in tree["measurements"]][:2] == ["optimum", "uniform W4A4"]
+    assert tree["validation"]["done"]
+    assert tree["validation"]["choosing"] + tree["validation"]["reporting"] <= 24
+    named = next(row for row in tree["measurements"] if row["policy"] == tree["policy"])
+    assert named["name"].startswith(tree["chosen_by"])
+    text = run(*args).stdout
+    assert "less the optimum's" in text
+    assert "forward passes" in text
+    late = json.loads(run(*args, "--validate-seconds", "1e-9", "--json").stdout)
+    assert not late["validation"]["done"]
+    assert late["policy"] == late["optimum"]

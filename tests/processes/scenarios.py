@@ -16,7 +16,7 @@ from sharding import fsdp, unsharded
 from torch.utils.data import DataLoader
 
 from hub_mpq import HubMPQ
-from hub_mpq.core import Candidates, Engine
+from hub_mpq.core import Candidates, Engine, Indicators
 from hub_mpq.errors import HubMPQError, InvalidArgument
 from hub_mpq.nn.calibrate import sample_inputs
 from hub_mpq.search.limpq import LIMPQ
@@ -109,6 +109,24 @@ def measured(folder):
     return {"labels": figures, "fidelity": fidelity, "list": lists, "norm": norm}
 
 
+def validated(folder):
+    """What is measured before a policy is taken, by the main process alone; scores that are the same everywhere."""
+    mpq = HubMPQ.from_module(_net(), X)
+    rows = {x.name: {b: (i + 1) * 4.0**-b for b in (2, 3, 4, 5, 6)} for i, x in enumerate(mpq.graph.searched)}
+    scores = Indicators(rows, rows, provenance={"unit": "kl", "task": "classification"})
+    batches = DataLoader(samples(96), batch_size=16)
+    options = {"train": batches, "val": DataLoader(samples(320, seed=2), batch_size=32), "indicators": scores}
+    mpq.quantize(bitops="W3A3", steps=0, **options)
+    found = mpq.result
+    return {
+        "chosen_by": found.chosen_by,
+        "policy": found.policy.to_dict()["bits"],
+        "rows": [[row.name, row.divergence, row.samples] for row in found.measurements],
+        "check": [found.check.spearman, found.check.slope],
+        "forwards": found.validation.forwards,
+    }
+
+
 def bars(folder):
     """Whether this process shows a progress bar: None is tqdm's "where there is a terminal"."""
     from huggingface_hub.utils import tqdm
@@ -188,7 +206,7 @@ def errors(folder):
     return out
 
 
-SCENARIOS = {f.__name__: f for f in (gradients, indicators, measured, bars, tuned, stopped, errors, fsdp)}
+SCENARIOS = {f.__name__: f for f in (gradients, indicators, measured, validated, bars, tuned, stopped, errors, fsdp)}
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ def two(folder):
 def one(tmp_path_factory):
     """Results of the scenarios that compare, in this process."""
     folder = tmp_path_factory.mktemp("one")
-    return {name: scenarios.SCENARIOS[name](folder) for name in ("gradients", "indicators", "measured")}
+    return {name: scenarios.SCENARIOS[name](folder) for name in ("gradients", "indicators", "measured", "validated")}
 
 
 def test_there_are_two(two):
@@ -137,6 +137,16 @@ def test_norms_count_every_sample_once(one, two):
     assert two[0]["measured"]["norm"] == two[1]["measured"]["norm"]
     for got, want in zip(two[0]["measured"]["norm"], one["measured"]["norm"], strict=True):
         assert got == pytest.approx(want, rel=1e-4, abs=1e-6)
+
+
+def test_all_take_the_policy_that_one_process_alone_would_measure(one, two):
+    assert two[0]["validated"] == two[1]["validated"]
+    found, alone = two[0]["validated"], one["validated"]
+    assert {k: found[k] for k in ("chosen_by", "policy", "forwards")} == {
+        k: alone[k] for k in ("chosen_by", "policy", "forwards")
+    }
+    assert [row[0] for row in found["rows"]] == [row[0] for row in alone["rows"]]
+    np.testing.assert_allclose([r[1:] for r in found["rows"]], [r[1:] for r in alone["rows"]], rtol=1e-5)
 
 
 def test_one_process_shows_progress(two):

@@ -8,12 +8,10 @@ from torch import nn
 from hub_mpq import HubMPQ
 from hub_mpq.core import Candidates
 from hub_mpq.errors import InvalidArgument
-from hub_mpq.nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
-from hub_mpq.nn.quantize import quantize_with_lsq, quantized_layers
 from hub_mpq.quantizers import LSQ
 from hub_mpq.search.limpq import LIMPQ
-from hub_mpq.search.loss_sensitivity import like, loss_sensitivity
 from hub_mpq.search.movement import movement, rank_correlation
+from hub_mpq.search.sensitivity import like
 from hub_mpq.tasks import Classification
 from hub_mpq.train import Finetune
 
@@ -73,29 +71,6 @@ def test_granularity_of_the_weight_scales(net, options, channels):
     assert (counts != {1}) is channels
 
 
-def test_growth_is_the_formula_on_one_linear_layer():
-    net = nn.Sequential(nn.Linear(4, 3))
-    graph = HubMPQ.from_module(nn.Sequential(net[0], nn.Linear(3, 2)), torch.zeros(1, 4), fixed={"0": None}).graph
-    quantize_with_lsq(net, graph, {"0": ((2, 4), (3,))}, per_channel=True)
-    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
-    calibrate_weights(net, mse=True)
-    calibrate_inputs(net, {"0": x}, mse=True)
-    layers = dict(quantized_layers(net))
-    with widths_off(net):
-        weight, activation = loss_sensitivity(layers, net, [x], lambda batch: net(batch).square().sum(1).mean())
-    layer = net[0]
-    for parameter in net.parameters():
-        parameter.requires_grad_(False)
-    y = nn.functional.linear(x, layer.weight, layer.bias)
-    g = 2 * y  # of one sample's loss
-    for bits in (2, 4):
-        layer.weight_quantizer.set_width(bits)
-        moved = nn.functional.linear(x, layer.weight_quantizer(layer.weight), layer.bias) - y
-        assert weight["0"][bits] == pytest.approx(float((g * moved).sum(1).square().mean()), rel=1e-4)
-    moved = nn.functional.linear(layer.input_quantizer(x), layer.weight, layer.bias) - y
-    assert activation["0"][3] == pytest.approx(float((g * moved).sum(1).square().mean()), rel=1e-4)
-
-
 def test_what_a_batchnorm_removes_is_no_error(net, train):
     """Channels' shift and scale go, another pattern stays; only layers that a BatchNorm reads are forgiven."""
     y = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
@@ -114,7 +89,7 @@ def test_what_a_batchnorm_removes_is_no_error(net, train):
     assert normed[2] < folded[2]
 
 
-def test_the_unit_of_a_weight_changes_its_scale_but_not_the_growth_of_the_loss(net, train):
+def test_the_unit_of_a_weight_changes_its_scale_but_not_the_divergence(net, train):
     """A convolution's weight times 10 before a BatchNorm is the same network: only the scale-free indicator says so."""
     twin = copy.deepcopy(net)
     with torch.no_grad():
@@ -125,21 +100,24 @@ def test_the_unit_of_a_weight_changes_its_scale_but_not_the_growth_of_the_loss(n
     batches = list(train)[:2]
     torch.testing.assert_close(twin(batches[0][0]), net(batches[0][0]), rtol=1e-3, atol=1e-3)
     found = {}
-    for kind in ("loss", "scale"):
+    for kind in ("divergence", "scale", "raw scale"):
         for name, model in (("net", net), ("twin", twin)):
             indicators = HubMPQ.from_module(model, X).train_indicators(batches, steps=0, indicator=kind)
             found[kind, name] = indicators.weight["3"][4]
-    assert found["loss", "twin"] == pytest.approx(found["loss", "net"], rel=0.02)  # eps of the norm does not scale
-    assert found["scale", "twin"] == pytest.approx(10 * found["scale", "net"], rel=1e-3)
+    assert found["divergence", "twin"] == pytest.approx(
+        found["divergence", "net"], rel=0.02
+    )  # eps of the norm does not scale
+    assert found["scale", "twin"] == pytest.approx(found["scale", "net"], rel=1e-3)
+    assert found["raw scale", "twin"] == pytest.approx(10 * found["raw scale", "net"], rel=1e-3)
 
 
-def test_growth_falls_with_the_width_and_alpha_is_one(net, train):
+def test_divergence_falls_with_the_width_and_alpha_is_one(net, train):
     mpq = HubMPQ.from_module(net, X)
     indicators = mpq.train_indicators(train, steps=4)
     for row in (*indicators.weight.values(), *indicators.activation.values()):
         assert row[2] > row[4] > row[6]
     assert mpq.score_table()[1] == 1.0
-    mpq.train_indicators(train, steps=2, indicator="scale")
+    mpq.train_indicators(train, steps=2, indicator="raw scale")
     assert mpq.score_table()[1] != 1.0
 
 

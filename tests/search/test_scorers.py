@@ -12,8 +12,8 @@ from hub_mpq.errors import InvalidArgument
 from hub_mpq.nn.calibrate import sample_inputs, widths_off
 from hub_mpq.search.candidates import resolve_candidates
 from hub_mpq.search.hessian import Hessian
-from hub_mpq.search.loss_sensitivity import at
 from hub_mpq.search.posttraining import KL, MSE
+from hub_mpq.search.sensitivity import at
 from hub_mpq.tasks import Classification
 from hub_mpq.train import Finetune
 from hub_mpq.train.norms import batch_statistics, reestimate_batch_norm

@@ -1,0 +1,227 @@
+"""Measure policies: how far each of them takes the outputs from those of the float model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.restore_state import copied
+from ..core import FLOAT_BITS, Candidates, LayerGraph, Policy
+from ..errors import InvalidArgument
+from ..nn.calibrate import calibrate_input, calibrate_weight, sample_inputs
+from ..nn.quantize import check_finite, quantize_with_lsq
+from ..tasks import TaskLike, task_of, to_device
+from ..tasks.batch import evaluating
+from ..tasks.outputs import tensors_in
+from ..train.norms import reestimate_batch_norm
+from ..train.random_draws import fixed_draws
+
+KEPT = 1 << 29
+"""Bytes of the float model's outputs that are kept; those beyond are computed again for each policy."""
+
+
+class PolicyMeter:
+    """Measures any policy of a model's candidates on one copy of it, whose quantizers hold all candidate widths.
+
+    The copy at a policy computes what `HubMPQ.apply_policy` makes of the float model: scales of least squared error,
+    BatchNorm statistics re-estimated for each policy. Nothing here speaks to other processes, so the main one can
+    measure alone. A model that draws random numbers in its forward draws the same ones at each policy.
+
+    Args:
+        model: The float model; it stays as it is.
+        graph: Its layers.
+        candidates: Widths of every searched layer.
+        calibration: Batches. Scales of activations are calibrated on the first `scale_batches` of them, BatchNorm
+            statistics re-estimated on the first `norm_batches`.
+        task: What the model is for, which says what is compared; None to find out from the model and the first batch.
+        example: One input as the network takes it, which says how many inputs a batch has.
+        per_channel: One weight scale per output channel, else one per tensor.
+        scale_batches, norm_batches: As `HubMPQ.apply_policy` does.
+
+    Attributes:
+        forwards: Forward passes of a batch so far, of the float and of the quantized model.
+
+    Raises:
+        InvalidArgument: There is no calibration batch, no layer that can be quantized, or a layer's weight holds NaN
+            or infinite values.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: LayerGraph,
+        candidates: Mapping[str, Candidates],
+        calibration: Iterable[Any],
+        *,
+        task: TaskLike = None,
+        example: Any = None,
+        per_channel: bool = True,
+        scale_batches: int = 4,
+        norm_batches: int = 16,
+    ) -> None:
+        graph.check_layers(searched=False)
+        check_finite(model, graph.names)
+        self.float_model, self.graph, self.example, self.forwards = model, graph, example, 0
+        self.device = next(model.parameters()).device
+        self.calibration = list(islice(calibration, max(scale_batches, norm_batches)))
+        if not self.calibration:
+            raise InvalidArgument("the calibration data are empty")
+        self.norm_batches = norm_batches
+        self.task = task_of(task, model, self.calibration[0], example)
+        self.model = copied(model).eval()
+        widths = {
+            layer.name: (
+                _below_float(candidates[layer.name].weight if layer.fixed is None else (layer.fixed.weight,)),
+                _below_float(candidates[layer.name].activation if layer.fixed is None else (layer.fixed.activation,)),
+            )
+            for layer in graph
+        }
+        self.layers: dict[str, Any] = quantize_with_lsq(self.model, graph, widths, per_channel=per_channel)
+        taken = [to_device(batch, self.device) for batch in self.calibration[:scale_batches]]
+        with fixed_draws(self.device, 0):
+            self.samples = sample_inputs(self.model, taken, self.task.forward)
+        self.forwards += len(taken)
+        self.norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._float_statistics = self._statistics()
+        self._estimated: dict[tuple[Any, ...], list[Any]] = {}
+        self._calibrated: set[tuple[int, int]] = set()
+        self._references: dict[int, tuple[Any, Any]] = {}
+        self._kept = 0
+
+    @torch.no_grad()
+    def measure(self, policy: Policy, batches: Iterable[Any]) -> Tensor:
+        """The divergence of every item that counts, as `Task.divergence` defines it, float64 on the CPU.
+
+        Args:
+            policy: Widths of every layer, searched ones within the candidates.
+            batches: Held-out batches; labels are not looked at. The float model's outputs on them are kept.
+
+        Raises:
+            PolicyMismatch: The policy is for another graph.
+            InvalidArgument: A width is no candidate, or a fixed layer's is not its own.
+        """
+        rows = [values[mask] for values, mask in self._divergences(policy, batches)]
+        return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.float64)
+
+    @torch.no_grad()
+    def measure_samples(self, policy: Policy, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
+        """(sum of the divergences of each sample's items, how many of them count), float64 on the CPU.
+
+        Arguments and errors as for `measure`. For batches whose items are too many to keep (pixels), and for standard
+        errors: the items of one sample are not independent.
+        """
+        sums, counts = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.float64)]
+        for values, mask in self._divergences(policy, batches):
+            kept = torch.where(mask, values, torch.zeros_like(values)).reshape(len(values), -1)
+            sums.append(kept.sum(1))
+            counts.append(mask.reshape(len(mask), -1).sum(1).double())
+        return torch.cat(sums), torch.cat(counts)
+
+    def items(self, batch: Any) -> tuple[int, int, bool]:
+        """(samples of a batch, items of it that count, whether they are tokens); runs the float model on it."""
+        with torch.no_grad(), evaluating(self.float_model):
+            moved = to_device(batch, self.device)
+            output = self._reference(batch, moved, keep=False)
+            _, mask = self.task.divergence(output, output, self.task.mask(moved))
+        return len(mask), int(mask.sum()), mask.dim() == 2
+
+    def _divergences(self, policy: Policy, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(divergence of every item, mask of those that count) of each batch, on the CPU."""
+        self._set(policy)
+        with evaluating(self.float_model):
+            for own in batches:
+                batch = to_device(own, self.device)
+                reference = self._reference(own, batch)
+                with fixed_draws(self.device, 0):
+                    output = self.task.forward(self.model, batch)
+                self.forwards += 1
+                values, mask = self.task.divergence(output, reference, self.task.mask(batch))
+                yield values.double().cpu(), mask.cpu()
+
+    def _reference(self, own: Any, batch: Any, *, keep: bool = True) -> Any:
+        """The float model's output on a batch (on its device as `batch`); kept by its identity, and `own` with it."""
+        if id(own) in self._references:
+            return self._references[id(own)][1]
+        with fixed_draws(self.device, 0):
+            output = self.task.forward(self.float_model, batch)
+        self.forwards += 1
+        size = sum(x.numel() * x.element_size() for x in tensors_in(output).values())
+        if keep and self._kept + size <= KEPT:
+            self._references[id(own)] = (own, output)
+            self._kept += size
+        return output
+
+    def _set(self, policy: Policy) -> None:
+        """Bring the copy to a policy."""
+        policy.check(self.graph)
+        for name, module in self.layers.items():
+            bits, fixed = policy.bits[name], self.graph[name].fixed
+            if fixed is not None and bits != fixed:
+                raise InvalidArgument(f"layer {name!r} is fixed at {fixed}, and the policy has {bits}")
+            sides = [(module.weight_quantizer, bits.weight, "weight")]
+            if module.input_quantizer is not None:
+                sides.append((module.input_quantizer, bits.activation, "input"))
+            for quantizer, width, side in sides:
+                if width != FLOAT_BITS and width not in quantizer.widths:
+                    raise InvalidArgument(
+                        f"layer {name!r}: {width} bits is no candidate of its {side} ({_listed(quantizer.widths)})"
+                    )
+                self._calibrate(name, module, quantizer, width, side)
+                quantizer.set_width(None if width == FLOAT_BITS else width)
+            if module.input_quantizer is None and bits.activation != FLOAT_BITS:
+                raise InvalidArgument(f"layer {name!r}: its input stays float, and the policy has {bits}")
+        if shared := self._conflict(policy):
+            raise InvalidArgument(f"layers {shared[0]!r} and {shared[1]!r} share one weight and take one width")
+        self._restore(self._float_statistics)
+        key = tuple(policy.bits[name] for name in self.graph.names)
+        if key not in self._estimated:
+            with fixed_draws(self.device, 0):
+                self.forwards += reestimate_batch_norm(
+                    self.model,
+                    self.calibration,
+                    limit=self.norm_batches,
+                    alone=True,
+                    task=self.task,
+                    example=self.example,
+                )
+            self._estimated[key] = self._statistics()
+        self._restore(self._estimated[key])
+
+    def _calibrate(self, name: str, module: Any, quantizer: Any, bits: int, side: str) -> None:
+        """Set the scales of a width when it is first taken."""
+        if bits == FLOAT_BITS or (id(quantizer), bits) in self._calibrated:
+            return
+        self._calibrated.add((id(quantizer), bits))
+        if side == "weight":
+            calibrate_weight(module, bits, mse=True)
+        elif name in self.samples:
+            calibrate_input(module, self.samples[name], bits, mse=True)
+
+    def _conflict(self, policy: Policy) -> tuple[str, str] | None:
+        """Two layers that share a weight and have different widths for it."""
+        for layer in self.graph:
+            owner = layer.weight_owner or layer.name
+            if owner in policy.bits and policy.bits[layer.name].weight != policy.bits[owner].weight:
+                return layer.name, owner
+        return None
+
+    def _statistics(self) -> list[Any]:
+        return [None if m.running_mean is None else (m.running_mean.clone(), m.running_var.clone()) for m in self.norms]
+
+    def _restore(self, statistics: Sequence[Any]) -> None:
+        for norm, found in zip(self.norms, statistics, strict=True):
+            if found is not None:
+                norm.running_mean.copy_(found[0])
+                norm.running_var.copy_(found[1])
+
+
+def _below_float(widths: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted(bits for bits in widths if bits != FLOAT_BITS))
+
+
+def _listed(widths: Iterable[int]) -> str:
+    return ", ".join(map(str, widths))

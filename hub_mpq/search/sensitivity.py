@@ -1,0 +1,191 @@
+"""How far the output moves when one operand of one layer is quantized: the Fisher information's estimate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.layers import first_operand
+from ..quantizers import LSQ
+from ..tasks import Task
+from ..train.processes import mean_rows, total, world
+from ..train.random_draws import fixed_draws
+
+Rows = dict[str, dict[int, float]]
+LEAST = 1e-30
+SAMPLES, POSITIONS = 512, 4096
+"""How much is read: enough that the number of samples, which bounds the rank of the estimated Fisher information, is
+no limit."""
+
+
+class Sensitivity(NamedTuple):
+    """Divergence of the output by layer and width, with the standard error of each, and what it is counted in."""
+
+    weight: Rows
+    activation: Rows
+    weight_error: Rows
+    activation_error: Rows
+    unit: str
+
+    def relative_error(self) -> dict[str, float]:
+        """{layer: standard error of its two operands' sum at the narrowest widths, over that sum}."""
+        out = {}
+        for name, row in self.weight.items():
+            narrow = [(row, self.weight_error[name])]
+            if name in self.activation:
+                narrow.append((self.activation[name], self.activation_error[name]))
+            value = sum(found[min(found)] for found, _ in narrow)
+            out[name] = round(math.hypot(*(error[min(error)] for _, error in narrow)) / value, 4)
+        return out
+
+
+@contextmanager
+def at(quantizer: LSQ, bits: int) -> Iterator[None]:
+    """One quantizer on at a width, then off."""
+    quantizer.set_width(bits)
+    try:
+        yield
+    finally:
+        quantizer.set_width(None)
+
+
+def like(moved: Tensor, y: Tensor) -> Tensor:
+    """`moved` with each channel's mean and deviation (dimension 1) brought to those of `y`, as a BatchNorm that reads
+    it will once it has seen it."""
+    dims = [d for d in range(y.dim()) if d != 1]
+    spread = moved.std(dims, correction=0, keepdim=True)
+    deviation = torch.where(spread > 0, y.std(dims, correction=0, keepdim=True) / spread, 0.0)
+    return (moved - moved.mean(dims, keepdim=True)) * deviation + y.mean(dims, keepdim=True)
+
+
+def monotone(row: Mapping[int, float]) -> dict[int, float]:
+    """{bits: value} in which no width has less than a wider one, and at least what can be stored."""
+    out = {bits: max(value, LEAST) for bits, value in sorted(row.items())}
+    for wider, bits in pairwise(sorted(out, reverse=True)):
+        out[bits] = max(out[bits], out[wider])
+    return out
+
+
+def sensitivity(
+    layers: Mapping[str, Any],
+    model: nn.Module,
+    batches: Sequence[Any],
+    task: Task,
+    normed: Collection[str] = (),
+    seed: int = 0,
+) -> Sensitivity:
+    """Estimated divergence from the float model when one operand alone is quantized, a mean over the task's items.
+
+    To second order the divergence is half the square of an error, measured by the Fisher information. For labels drawn
+    from the model's own output it is the mean of ½(g·ΔY)²: Y is the layer's output, ΔY what quantizing its weight or
+    its input changes in it, and g the gradient of −log p(label). `Task.probe` is such a random value of every item,
+    also for tasks without a distribution, whose divergence is a squared error. So all layers and operands are counted
+    in one unit, the task's divergence, and their sum estimates a policy's.
+
+    A weight's errors at all places of an image add up, so g·ΔY is summed over each sample. Where the items are
+    positions themselves (tokens, pixels: `Task.positional`) it is taken at each position, which leaves out how errors
+    at two positions act together, but needs far fewer samples [our construction]. normed: layers whose output a
+    BatchNorm reads; what it removes, a channel's shift and scale, is not counted for them [our construction].
+
+    Args:
+        layers: {name: quantized layer}; all quantizers off.
+        model: The network that holds them, in eval mode.
+        batches: What to run it on; labels are not used. Of one that would go beyond `SAMPLES` samples (or `POSITIONS`
+            items) in all, nothing is read.
+        task: What the output means.
+        normed: Names of layers that a BatchNorm reads.
+        seed: Of the drawn labels.
+
+    Returns:
+        Values that do not fall with the width, and standard errors over samples. One forward and backward a batch, and
+        one run of each layer an operand and width. Of several processes: the mean of all.
+    """
+    sides = {
+        "weight": {n: m.weight_quantizer for n, m in layers.items()},
+        "activation": {n: m.input_quantizer for n, m in layers.items() if m.input_quantizer is not None},
+    }
+    sums = {side: {n: {b: [0.0, 0.0] for b in q.widths} for n, q in found.items()} for side, found in sides.items()}
+    batch_size = 1
+
+    @torch.no_grad()
+    def add(name: str, x: Tensor, grad: Tensor) -> None:
+        module = layers[name]
+        # again, not kept from the forward: what follows a layer may have changed its output in place
+        y = type(module).forward(module, x)
+        for side, quantizers in sides.items():
+            if name not in quantizers:
+                continue
+            for bits in quantizers[name].widths:
+                with at(quantizers[name], bits):
+                    # the class's forward: calling the module would run this very hook again
+                    moved = type(module).forward(module, x)
+                error = (like(moved, y) if name in normed else moved) - y
+                found = _squares(grad * error, module, batch_size, task.positional)
+                both = torch.stack([found.sum(), found.square().sum()]).tolist()
+                row = sums[side][name][bits]
+                row[0], row[1] = row[0] + both[0], row[1] + both[1]
+
+    handles = []
+    for name, module in layers.items():
+
+        def keep(
+            _m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, name: str = name
+        ) -> None:
+            if output.requires_grad:
+                x = first_operand(args, kwargs).detach()
+                output.register_hook(lambda grad: add(name, x, grad))
+
+        handles.append(module.register_forward_hook(keep, with_kwargs=True))
+    items, samples, unit = 0.0, 0.0, ""
+    rank, processes = world()
+    try:
+        for i, batch in enumerate(batches):
+            batch_size = int(task.samples(batch))
+            if items and (samples + batch_size > SAMPLES or items > POSITIONS):
+                break
+            model.zero_grad(set_to_none=True)
+            with fixed_draws(next(model.parameters()).device, seed + i):
+                output = task.forward(model, batch)
+            generator = torch.Generator().manual_seed(seed + i * processes + rank)
+            unit = unit or task.unit(output)
+            values, kept = task.probe(output, generator, task.mask(batch))
+            torch.where(kept, values, torch.zeros_like(values)).sum().backward()
+            items, samples = items + float(kept.sum()), samples + batch_size
+    finally:
+        model.zero_grad(set_to_none=True)
+        for handle in handles:
+            handle.remove()
+    whole = total(items)[0] / processes
+    means, errors = {}, {}
+    for side, found in sums.items():
+        # the variance of a sum over samples, from the sum of squares
+        means[side] = mean_rows({n: {b: s / max(whole, 1) for b, (s, _) in row.items()} for n, row in found.items()})
+        squares = mean_rows(
+            {n: {b: _variance(pair[0], pair[1], samples) for b, pair in row.items()} for n, row in found.items()}
+        )
+        errors[side] = {
+            n: {b: math.sqrt(v / processes) / max(whole, 1) for b, v in row.items()} for n, row in squares.items()
+        }
+    weight, activation = ({n: monotone(row) for n, row in means[side].items()} for side in sides)
+    return Sensitivity(weight, activation, errors["weight"], errors["activation"], unit)
+
+
+def _variance(first: float, second: float, samples: float) -> float:
+    """Variance of a sum over samples of which the sum and the sum of squares are known."""
+    return max(second - first * first / samples, 0.0) * samples / max(samples - 1, 1) if samples else 0.0
+
+
+def _squares(product: Tensor, module: nn.Module, samples: int, positional: bool) -> Tensor:
+    """Σ over each sample of (g·ΔY)², taken for the whole sample or at every position; [samples], or one for every row
+    of the output where the first axis is not a whole number of rows a sample."""
+    channel = 1 if module.weight.dim() > 2 and product.dim() > 2 else product.dim() - 1
+    if positional:
+        product = product.sum(channel).square()
+    rows = product.reshape(samples, -1) if len(product) % max(samples, 1) == 0 else product.flatten(1)
+    return rows.sum(1) if positional else rows.sum(1).square()

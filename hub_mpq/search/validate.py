@@ -1,0 +1,322 @@
+"""A policy is measured before it is returned: the optimum of the scores against uniform, levels and other optima."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core import FLOAT_BITS, Candidates, LayerBits, Measurement, Policy, SearchResult, Validation
+from .held_out import HeldOut
+from .measure import PolicyMeter
+from .policy_search import usage_of
+from .prediction import SIGMAS, Parts, Prediction, check_prediction
+from .space import SearchSpace
+
+Z = 1.96
+"""Paired standard errors that a difference must pass to be measurable."""
+LEAST_SAMPLES = 8
+"""In each half; with fewer a standard error says nothing, and nothing is validated."""
+CHECKED_SAMPLES, CHECKED_TOKENS = 64, 256
+"""The choosing half must hold as many samples, or items, for the prediction to be checked."""
+LOW = 3.0
+"""Mean bits of uniform's operands up to which more candidates are measured."""
+LEVELS = 3
+"""Levels beside uniform that are measured."""
+PERTURBED = 20
+"""Optima of perturbed scores that are measured on a small sample, at low widths or where the prediction is poor."""
+FINALISTS = 3
+"""How many of them are measured on all choosing samples."""
+
+Sums = tuple[Tensor, Tensor]
+"""(sum of the divergences of each sample's items, how many of them count)."""
+
+
+def validated(
+    result: SearchResult,
+    space: SearchSpace,
+    meter: PolicyMeter,
+    held: HeldOut,
+    *,
+    candidates: Mapping[str, Candidates],
+    unit: str,
+    parts: Parts,
+    seconds: float,
+    began: float | None = None,
+) -> SearchResult:
+    """The result with the policy that measures best, where it is measurably better than the optimum.
+
+    All policies are compared sample by sample on the choosing half. The optimum stays unless another one's divergence
+    is lower by more than 1.96 paired standard errors; of several, the lowest is taken. On the reporting half, which the
+    figures are of, the one that was chosen must not be measurably worse than uniform, or uniform is returned.
+    Uniform is the dearest level that meets each limit; where none does, the greedy fill stands for it.
+
+    At low widths, or where the scores predict random policies poorly, optima of perturbed scores and of refitted ones
+    are measured too, on a small part of the choosing half first.
+
+    Args:
+        result: The optimum.
+        space: The budget and the scores.
+        meter: What measures.
+        held: The two halves.
+        candidates: Widths of every searched layer.
+        unit: Of the scores.
+        parts: What the scores consist of.
+        seconds: When they are over, the best policy that is known then is returned. Where the time is too short for the
+            optimum and uniform on all samples, they are compared on fewer.
+        began: `time.perf_counter()` when they began, before the meter was made; None: now.
+    """
+    return _Contest(result, space, meter, held, seconds, began).run(candidates, unit, parts)
+
+
+class _Contest:
+    """One validation: what was measured so far, and the time that is left."""
+
+    def __init__(
+        self,
+        result: SearchResult,
+        space: SearchSpace,
+        meter: PolicyMeter,
+        held: HeldOut,
+        seconds: float,
+        began: float | None,
+    ) -> None:
+        self.result, self.space, self.meter, self.held = result, space, meter, held
+        self.began = time.perf_counter() if began is None else began
+        self.before = meter.forwards if began is None else 0
+        self.seconds = seconds
+        self.policies: dict[str, Policy] = {"optimum": result.optimum or result.policy}
+        self.choosing: dict[str, Sums] = {}
+        self.reporting: dict[str, Sums] = {}
+
+    def run(self, candidates: Mapping[str, Candidates], unit: str, parts: Parts) -> SearchResult:
+        levels = self.space.levels(candidates)
+        uniform = f"uniform {_level(levels[0])}" if levels else "greedy fill"
+        other = Policy.uniform(self.space.graph, levels[0]) if levels else self.space.greedy_fill()
+        if other is None:
+            return self.not_validated("no level meets the budget, and no greedy fill was found in time")
+        self.policies[uniform] = other
+        if self.left(1.0) <= 0 or not self.compare(uniform):
+            return self.not_validated(f"{self.seconds:.3g} s did not suffice to compare the optimum with {uniform}")
+        samples = [len(half["optimum"][1]) for half in (self.choosing, self.reporting)]
+        if min(samples) < LEAST_SAMPLES:
+            return self.not_validated(f"only {sum(samples)} samples are held out")
+        for level in _near(levels)[:LEVELS]:
+            name = f"level {_level(level)}"
+            self.policies[name] = Policy.uniform(self.space.graph, level)
+            if self.known(name) or not self.measure(name, 0.85):
+                del self.policies[name]
+        prediction = self.check(unit, parts, low=_mean_width(self.space, other) <= LOW)
+        better = [n for n in self.choosing if n != "optimum" and self.below(self.choosing, n, "optimum")]
+        chosen = min(better, key=self.mean, default="optimum")
+        for name in dict.fromkeys(("optimum", uniform, chosen, *self.choosing)):
+            basic = name in ("optimum", uniform, chosen)
+            if basic or (name.startswith("level") and self.left(1.0) > 0):
+                self.measure(name, None, self.reporting)
+        preferred = chosen
+        if self.below(self.reporting, "optimum", chosen):
+            chosen = "optimum"
+        if self.below(self.reporting, uniform, chosen):
+            chosen = uniform
+        return self.finished(chosen, preferred, uniform, bool(levels), prediction)
+
+    # what is measured
+
+    def left(self, share: float) -> float:
+        """Seconds until a share of them is over."""
+        return self.began + share * self.seconds - time.perf_counter()
+
+    def known(self, name: str) -> bool:
+        """Whether the policy is among the measured ones under another name."""
+        bits = self.policies[name].bits
+        return any(other != name and self.policies[other].bits == bits for other in self.choosing)
+
+    def measure(self, name: str, share: float | None, half: dict[str, Sums] | None = None) -> bool:
+        """Measure a policy on a half unless it was, or a share of the time is over; whether it is measured."""
+        half = self.choosing if half is None else half
+        if name in half:
+            return True
+        if share is not None and self.left(share) <= 0:
+            return False
+        for other, sums in half.items():
+            if self.policies[other].bits == self.policies[name].bits:
+                half[name] = sums
+                return True
+        batches = self.held.choosing if half is self.choosing else self.held.reporting
+        half[name] = self.meter.measure_samples(self.policies[name], batches)
+        return True
+
+    def compare(self, uniform: str) -> bool:
+        """Measure the optimum and uniform on both halves, on fewer batches where the time does not suffice for all."""
+        first = self.held.choosing[:1]
+        self.meter.measure_samples(self.policies["optimum"], first)  # scales, norms and references are made here
+        before = time.perf_counter()
+        self.meter.measure_samples(self.policies["optimum"], first)
+        cost = 3 * max(time.perf_counter() - before, 1e-9)  # the two policies and the float model
+        affordable = 0.5 * max(self.left(1.0), 0.0) / cost
+        wanted = len(self.held.choosing) + len(self.held.reporting)
+        if affordable < wanted:
+            part = affordable / wanted
+            choosing, reporting = (h[: max(1, int(part * len(h)))] for h in (self.held.choosing, self.held.reporting))
+            self.held = HeldOut(choosing, reporting, self.held.data)
+        return all(
+            self.measure(name, 1.0, half) for half in (self.choosing, self.reporting) for name in ("optimum", uniform)
+        )
+
+    def check(self, unit: str, parts: Parts, *, low: bool) -> Prediction | None:
+        """Check the prediction; at low widths or where it is poor, measure more candidates. None: too few samples."""
+        counts = self.choosing["optimum"][1]
+        if len(counts) < CHECKED_SAMPLES and float(counts.sum()) < CHECKED_TOKENS:
+            return None
+        few = self.held.few(self.meter)
+        found = check_prediction(
+            self.space,
+            self.meter,
+            few,
+            unit=unit,
+            parts=parts,
+            seed=self.result.seed,
+            refit=low,
+            in_time=lambda: self.left(0.5) > 0,
+        )
+        if found is None or (found.check.good and not low):
+            return found
+        if found.refit is not None and (policy := self.space.solve(found.refit)) is not None:
+            self.policies["refit"] = policy
+            if self.known("refit") or not self.measure("refit", 0.85):
+                del self.policies["refit"]
+        pool = [
+            (value, p) for p, own, value in zip(found.policies, found.perturbed, found.measured, strict=True) if own
+        ]
+        rng = np.random.default_rng([self.result.seed, 2])
+        for _ in range(PERTURBED):
+            if self.left(0.75) <= 0:
+                break
+            policy = self.space.perturbed(rng, float(rng.uniform(*SIGMAS)))
+            if policy is not None and all(policy.bits != p.bits for _, p in pool):
+                sums, counts = self.meter.measure_samples(policy, few)
+                pool.append((float(sums.sum() / counts.sum()), policy))
+        pool.sort(key=lambda row: row[0] if math.isfinite(row[0]) else math.inf)
+        for i, (_, policy) in enumerate(pool[:FINALISTS]):
+            name = f"perturbed {i + 1}"
+            self.policies[name] = policy
+            if self.known(name) or not self.measure(name, 0.85):
+                del self.policies[name]
+        return found
+
+    # what it says
+
+    def mean(self, name: str) -> float:
+        return mean_of(self.choosing[name])[0]
+
+    def below(self, half: Mapping[str, Sums], name: str, other: str) -> bool:
+        """Whether a policy is measurably better than another."""
+        difference, error = difference_of(half[name], half[other])
+        return difference < -Z * error
+
+    def not_validated(self, why: str) -> SearchResult:
+        said = Validation(False, why, self.held.data, seconds=self.spent(), forwards=self.meter.forwards - self.before)
+        return replace(self.result, validation=said)
+
+    def spent(self) -> float:
+        return time.perf_counter() - self.began
+
+    def finished(
+        self, chosen: str, preferred: str, uniform: str, level: bool, prediction: Prediction | None
+    ) -> SearchResult:
+        rows = []
+        for name, sums in self.reporting.items():
+            value, error = mean_of(sums)
+            difference = (0.0, 0.0) if name == "optimum" else difference_of(sums, self.reporting["optimum"])
+            policy = self.policies[name]
+            counted = (len(sums[1]), int(sums[1].sum()))
+            rows.append(
+                Measurement(name, policy, self.space.predicted(policy), value, error, *difference, *counted),
+            )
+        said = Validation(
+            True,
+            self.verdict(chosen, preferred, uniform, level),
+            self.held.data,
+            len(self.choosing["optimum"][1]),
+            len(self.reporting["optimum"][1]),
+            self.spent(),
+            self.meter.forwards - self.before,
+        )
+        policy = self.policies[chosen]
+        return replace(
+            self.result,
+            policy=policy,
+            usage=usage_of(self.space.graph, policy, self.space.budget, self.space.base_bytes),
+            chosen_by=chosen if chosen.startswith("level") or chosen == "greedy fill" else chosen.split()[0],
+            measurements=tuple(rows),
+            check=None if prediction is None else prediction.check,
+            validation=said,
+        )
+
+    def verdict(self, chosen: str, preferred: str, uniform: str, level: bool) -> str:
+        beside = "" if level else " (no level meets each limit)"
+        if self.policies["optimum"].bits == self.policies[uniform].bits:
+            same = f"the optimum is {uniform} itself{beside}"
+            return same if chosen in ("optimum", uniform) else f"{same}, and {chosen} is returned: it measured better"
+        if chosen != preferred:
+            return (
+                f"{_the(chosen)} is returned{beside}: on the reporting samples it measured better than "
+                f"{_the(preferred)}, which the choosing samples had preferred"
+            )
+        if chosen != "optimum":
+            text = f"{chosen} is returned: it measured better than the optimum"
+            return text + beside if chosen == uniform else f"{text}, and not worse than {uniform}{beside}"
+        if self.below(self.reporting, "optimum", uniform):
+            return f"the optimum stays: it measured better than {uniform}{beside}"
+        return f"the optimum stays: its difference from {uniform}{beside} cannot be told from noise, a tie"
+
+
+def mean_of(sums: Sums) -> tuple[float, float]:
+    """(mean over items, its standard error with the items of a sample as dependent); infinite for a broken policy."""
+    return _clustered(*sums)
+
+
+def difference_of(sums: Sums, other: Sums) -> tuple[float, float]:
+    """(mean over items of a policy's divergence less another's, its standard error), paired sample by sample."""
+    if not torch.isfinite(other[0]).all():
+        return (-math.inf, 0.0) if torch.isfinite(sums[0]).all() else (0.0, math.inf)
+    return _clustered(sums[0] - other[0], sums[1])
+
+
+def _clustered(values: Tensor, counts: Tensor) -> tuple[float, float]:
+    if not torch.isfinite(values).all():
+        return math.inf, 0.0
+    items, samples = float(counts.sum()), int((counts > 0).sum())
+    if samples < 2:
+        return float(values.sum()) / max(items, 1.0), math.inf
+    mean = float(values.sum()) / items
+    spread = float((values - mean * counts).square().sum()) * samples / (samples - 1)
+    return mean, math.sqrt(spread) / items
+
+
+def _near(levels: list[LayerBits]) -> list[LayerBits]:
+    """The levels beside the first that no other one exceeds in both widths."""
+
+    def exceeded(x: LayerBits) -> bool:
+        return any(y != x and y.weight >= x.weight and y.activation >= x.activation for y in levels)
+
+    return [level for level in levels[1:] if not exceeded(level)]
+
+
+def _mean_width(space: SearchSpace, policy: Policy) -> float:
+    """Mean bits of the searched layers' quantized operands."""
+    widths = [b for x in space.graph.searched for b in (policy.bits[x.name].weight, policy.bits[x.name].activation)]
+    return float(np.mean([b for b in widths if b != FLOAT_BITS]))
+
+
+def _level(level: LayerBits) -> str:
+    return f"W{level.weight}" if level.activation == FLOAT_BITS else str(level)
+
+
+def _the(name: str) -> str:
+    return f"the {name}" if name == "optimum" else name

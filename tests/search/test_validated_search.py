@@ -1,0 +1,155 @@
+"""Measuring before a policy is returned, from HubMPQ's own calls."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from hub_mpq import HubMPQ, Policy
+from hub_mpq.core import Indicators
+from hub_mpq.core.files import PACKED
+from hub_mpq.errors import InvalidArgument
+from hub_mpq.pack import read_manifest
+
+X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+UNTRAINED = {"epochs": 0, "indicator_options": {"steps": 0}}
+
+
+@pytest.fixture
+def mpq(net):
+    return HubMPQ.from_module(net, X[:1])
+
+
+def one_sided_scores(mpq, layer):
+    """Scores that send all bits to one layer."""
+    rows = {x.name: {b: (1.0 if x.name == layer else 1e-6) * 4.0**-b for b in range(2, 7)} for x in mpq.graph.searched}
+    return Indicators(rows, rows, provenance={"unit": "kl", "task": "classification"})
+
+
+def test_quantize_measures_on_val_and_tells(mpq, net, train, val, tmp_path):
+    before = copy.deepcopy(net.state_dict())
+    mpq.quantize(bitops="W4A4", train=train, val=val, **UNTRAINED)
+    found = mpq.result
+    assert found.validation.done
+    assert (found.validation.data, found.validation.choosing, found.validation.reporting) == ("val", 48, 48)
+    assert mpq.policy == found.policy
+    assert mpq.usage()["bitops"] <= mpq.usage("W4A4")["bitops"]
+    assert {row.items for row in found.measurements} == {48}
+    assert {"optimum", "uniform W4A4"} <= {row.name for row in found.measurements}
+    assert found.check is None, "48 samples are too few to say anything of a prediction"
+    assert "uniform W4A4" in mpq.report()
+    assert str(found.validation) in mpq.report()
+    assert mpq.seconds["validate"] > 0
+    json.dumps(found.to_dict(), allow_nan=False)
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items()), "the user's network was changed"
+    mpq.save_pretrained(tmp_path)
+    told = read_manifest(tmp_path / PACKED).provenance["search"]
+    assert told["chosen_by"] == found.chosen_by
+    assert ("status" in told) == (found.policy == found.optimum)
+
+
+def test_the_measured_figures_are_those_of_the_applied_policies(mpq, train, val):
+    mpq.quantize(bitops="W4A4", train=train, val=val, **UNTRAINED)
+    found = mpq.result
+    x = torch.cat([batch for batch, _ in val])
+    float_logits = mpq.float_model(x).log_softmax(-1)
+    for row in found.measurements:
+        quantized = mpq.apply_policy(row.policy, train).model
+        with torch.no_grad():
+            kl = (float_logits.exp() * (float_logits - quantized(x).log_softmax(-1))).sum(-1)
+        # half of these 96 samples were reported on
+        assert row.divergence == pytest.approx(float(kl.mean()), abs=6 * row.standard_error)
+
+
+def test_bad_scores_never_cost_more_than_uniform(mpq, train, val):
+    scores = one_sided_scores(mpq, "9")
+    mpq.quantize(bitops="W4A4", train=train, val=val, indicators=scores, **UNTRAINED)
+    rows = {row.name: row for row in mpq.result.measurements}
+    mine = next(row for row in rows.values() if row.policy == mpq.policy)
+    uniform = rows["uniform W4A4"]
+    assert rows["optimum"].divergence > uniform.divergence, "these scores were to be bad"
+    assert mine.divergence <= uniform.divergence + 1.96 * uniform.difference_error
+    assert mpq.policy != mpq.result.optimum
+
+
+def test_without_val_it_measures_on_training_batches_that_nothing_was_scored_on(mpq, data):
+    seen = []
+
+    class Watched(TensorDataset):
+        def __getitem__(self, index):
+            seen.append(index)
+            return super().__getitem__(index)
+
+    train = DataLoader(Watched(*data.tensors), batch_size=4)
+    mpq.train_indicators(train, steps=0)
+    scored = set(seen)
+    mpq.quantize(bitops="W4A4", train=train, epochs=0)
+    found = mpq.result.validation
+    assert found.data == "training batches that no score was read from"
+    assert (found.choosing, found.reporting) == (16, 16), "24 batches less the 16 that calibrate"
+    assert max(scored) < 64
+
+
+def test_few_training_batches_validate_nothing(mpq, train):
+    mpq.quantize(bitops="W4A4", train=train, **UNTRAINED)
+    assert "not validated: there are no training batches that no score was read from" in mpq.report()
+    assert mpq.policy == mpq.result.optimum
+
+
+def test_validation_can_be_off_or_on_batches_of_its_own(mpq, train, val, data):
+    mpq.quantize(bitops="W4A4", train=train, val=val, validate=False, **UNTRAINED)
+    assert mpq.result.validation is None
+    assert mpq.result.measurements == ()
+    images = [data.tensors[0][:40], data.tensors[0][40:]]
+    mpq.quantize(bitops="W4A4", train=train, validate=images, **UNTRAINED)
+    assert (mpq.result.validation.data, mpq.result.validation.choosing) == ("the batches given", 48)
+    with pytest.raises(InvalidArgument, match="validate holds no batch"):
+        mpq.quantize(bitops="W4A4", train=train, validate=[], **UNTRAINED)
+    for seconds in (0, -1.0):
+        with pytest.raises(InvalidArgument, match="validate_seconds"):
+            mpq.quantize(bitops="W4A4", train=train, val=val, validate_seconds=seconds, **UNTRAINED)
+
+
+def test_without_data_it_says_that_nothing_was_measured(mpq):
+    with pytest.warns(UserWarning, match="no data"):
+        mpq.quantize(bitops="W4A4")
+    assert str(mpq.result.validation) == "not validated: there are no data"
+
+
+def test_search_and_pareto_measure_when_told(mpq, train, val):
+    mpq.train_indicators(train, steps=0)
+    plain = mpq.search(bitops="W4A4")
+    assert plain.validation is None
+    assert plain.chosen_by == "optimum"
+    found = mpq.search(bitops="W4A4", validate=val)
+    assert found.optimum == plain.policy
+    assert found.validation.done
+    assert found.validation.choosing + found.validation.reporting == 48, "half of three batches calibrate"
+    assert mpq.policy is None
+    again = mpq.search(bitops="W4A4", validate=val)
+    assert (again.policy, again.measurements) == (found.policy, found.measurements)
+    front = mpq.pareto(points=3, validate=val)
+    assert all(point.validation is not None for point in front)
+    assert all(point.validation is None for point in mpq.pareto(points=3))
+
+
+def test_the_order_of_val_does_not_decide_what_is_measured(mpq, data):
+    """A val that is sorted by class is read from all over."""
+    x, y = (torch.cat([t] * 40) for t in data.tensors)
+    order = y.argsort(stable=True)
+    ordered = DataLoader(TensorDataset(x[order], y[order]), batch_size=64)
+    from hub_mpq.search.held_out import spread
+
+    first = next(iter(spread(ordered, 0)))[1]
+    assert len(first.unique()) == len(y.unique()) > 2
+    assert torch.equal(next(iter(ordered))[1], y[order][:64])
+    assert torch.equal(next(iter(spread(ordered, 0)))[1], first)
+
+
+def test_a_policy_of_uniform_widths_reports_no_rival(mpq, train, val):
+    mpq.train_indicators(train, steps=0)
+    found = mpq.search(bitops="W2A2", validate=val)
+    assert found.policy == Policy.uniform(mpq.graph, "W2A2")
+    assert "the optimum is uniform W2A2 itself" in found.validation.verdict
