@@ -22,6 +22,7 @@ from torch import nn
 from . import adapters
 from ._version import __version__
 from .adapters import Source, norm_of
+from .adapters.base import placed
 from .adapters.restore_state import copied
 from .core import (
     FLOAT_BITS,
@@ -310,7 +311,7 @@ class HubMPQ(nn.Module):
         **more: Any,
     ) -> Indicators:
         with torch.no_grad():
-            norms = norm_of(self.float_model, self.source.example)
+            norms = norm_of(self.float_model, self._example)
         self.scores = train_scores(
             self.float_model,
             graph,
@@ -570,7 +571,7 @@ class HubMPQ(nn.Module):
         graph = graph.at(policy.bits)
         model = copied(self.float_model)
         told = self._told(task)
-        data: Any = [synthetic_batch(self.float_model, self.source.example)]
+        data: Any = [synthetic_batch(self.float_model, self._example)]
         if calibration is not None:
             data = seeded(calibration)
             if isinstance(data, Iterator):  # read once for scales and norms alike
@@ -762,7 +763,7 @@ class HubMPQ(nn.Module):
             return replace(optimum(), validation=Validation(False, "there are no data"))
         rest: Iterable[Any] = ()
         if train is None:  # norms stay as they are where there is nothing to estimate them on
-            calibration: list[Any] = [synthetic_batch(self.float_model, self.source.example)]
+            calibration: list[Any] = [synthetic_batch(self.float_model, self._example)]
             more["norm_batches"] = 0
         else:
             scored = strategies.get(scores.strategy).batches if scores.strategy in strategies else 0
@@ -810,7 +811,7 @@ class HubMPQ(nn.Module):
                 "policy that was learned",
                 stacklevel=3,
             )
-            data = [synthetic_batch(self.float_model, self.source.example, options.seed)]
+            data = [synthetic_batch(self.float_model, self._example, options.seed)]
             if strategy_named(more["strategy"]).learned_once:
                 options = IndicatorOptions.of(options, steps=0, checkpoint_dir=None, resume=False)
         else:
@@ -919,7 +920,8 @@ class HubMPQ(nn.Module):
         if self.policy is None:
             raise HubMPQError("there is no policy yet; call quantize or apply_policy before exporting")
         source = self.source
-        return export(folder, format, self.model, self._manifest(self.policy), source.config, source.example)
+        example = placed(source.example, self.model)
+        return export(folder, format, self.model, self._manifest(self.policy), source.config, example)
 
     def _tell_transformers(self) -> None:
         """So that `mpq.model.save_pretrained` writes the packed format and transformers' Trainer trains `mpq.model`."""
@@ -956,9 +958,14 @@ class HubMPQ(nn.Module):
 
     # what a call may change for itself
 
+    @property
+    def _example(self) -> Any:
+        """The example input on the device of the model, which may have been moved."""
+        return placed(self.source.example, self._float[0] if self._float else self.model)
+
     def _told(self, task: TaskLike) -> dict[str, Any]:
         """What the functions below need to know of the task."""
-        return {"task": self.task if task is None else task, "example": self.source.example}
+        return {"task": self.task if task is None else task, "example": self._example}
 
     def _pinned(self, fixed: Pins | None) -> LayerGraph:
         """The graph with layers pinned or freed for one call."""

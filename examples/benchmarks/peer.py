@@ -1,7 +1,9 @@
-"""The policy of another package at the same budget: NVIDIA ModelOpt's auto_quantize (extra `bench`).
+"""Policies of other packages at the same budget: NVIDIA ModelOpt and Sony MCT, weights mixed, activations at one width.
 
-It scores every layer's formats by gradients and picks them with a linear program for a mean number of weight bits.
-Activations have one width, and neither BitOps nor bytes are limits of its own: it gets the most weight bits that fit.
+ModelOpt's auto_quantize (extra `bench`) scores every layer's formats by gradients and picks them with a linear program
+for a mean number of weight bits. Neither BitOps nor bytes are limits of its own: it gets the most weight bits that fit.
+MCT (`pip install model-compression-toolkit`, in an environment of its own: it pins older packages) measures the
+distance of inner activations with one layer quantized and solves for its BitOps or its bytes of weights.
 """
 
 from __future__ import annotations
@@ -68,3 +70,87 @@ def modelopt_policy(
         if mpq.usage(policy)[limit] <= target:
             return policy
     raise SystemExit(f"no policy of ModelOpt meets {limit} = {target:.4g}")
+
+
+def node_of(layer: str) -> str:
+    """The name of a layer in MCT's graph, which adds "_bn" where it folded a BatchNorm in."""
+    return layer.replace(".", "_")
+
+
+def mct_policy(
+    mpq: HubMPQ, batches: Sequence[Any], widths: Sequence[int], activation: int, limit: str, target: float, level: int
+) -> Policy:
+    """What MCT chooses for the weights of the searched layers within the cost of all of them at `level` bits.
+
+    Activations are float while it searches. Its own limit is lowered by hundredths until `limit` is within `target`.
+    Fixed layers are held at the widest candidate there, and counted so.
+    """
+    import model_compression_toolkit as mct
+    from mct_quantizers import QuantizationMethod
+    from model_compression_toolkit.core.common.network_editors import NodeNameFilter
+    from model_compression_toolkit.target_platform_capabilities.constants import KERNEL_ATTR
+    from model_compression_toolkit.target_platform_capabilities.schema import mct_current_schema as schema
+
+    off = schema.AttributeQuantizationConfig(enable_weights_quantization=False)
+
+    def operator(bits: int | None) -> Any:
+        kernel = schema.AttributeQuantizationConfig(
+            weights_quantization_method=QuantizationMethod.SYMMETRIC,
+            weights_n_bits=bits or 8,
+            weights_per_channel_threshold=True,
+            enable_weights_quantization=True,
+        )
+        return schema.OpQuantizationConfig(
+            default_weight_attr_config=off,
+            attr_weights_configs_mapping={KERNEL_ATTR: kernel} if bits else {},
+            activation_quantization_method=QuantizationMethod.UNIFORM,
+            activation_n_bits=8,
+            supported_input_activation_n_bits=8,
+            enable_activation_quantization=False,
+            quantization_preserving=False,
+            fixed_scale=None,
+            fixed_zero_point=None,
+            simd_size=1,
+            signedness=schema.Signedness.AUTO,
+        )
+
+    choices = tuple(operator(bits) for bits in sorted(widths, reverse=True))
+    mixed = schema.QuantizationConfigOptions(quantization_configurations=choices, base_config=choices[0])
+    names = schema.OperatorSetNames
+    platform = schema.TargetPlatformCapabilities(
+        default_qco=schema.QuantizationConfigOptions(quantization_configurations=(operator(None),)),
+        operator_set=tuple(
+            schema.OperatorsSet(name=name, qc_options=mixed)
+            for name in (names.CONV, names.DEPTHWISE_CONV, names.FULLY_CONNECTED)
+        ),
+        fusing_patterns=(),
+        add_metadata=False,
+    )
+    graph = mpq.graph
+    fixed = {layer.name: layer.fixed for layer in graph if layer.fixed is not None}
+    amount = {x.name: (x.macs if limit == "bitops" else x.weight_count) for x in graph}
+    unit = 32 if limit == "bitops" else 1 / 8  # float activations count 32 bits; bytes
+    most = unit * sum(amount[x.name] * (max(widths) if x.name in fixed else level) for x in graph)
+    for part in np.arange(1.0, 0.8, -0.01):
+        core = mct.core.CoreConfig(mixed_precision_config=mct.core.MixedPrecisionQuantizationConfig(num_of_images=32))
+        for name in fixed:
+            names_there = [NodeNameFilter(n) for n in (node_of(name), f"{node_of(name)}_bn")]
+            core.bit_width_config.set_manual_weights_bit_width(names_there[0] | names_there[1], max(widths), "weight")
+        wanted = {"bops" if limit == "bitops" else "weights_memory": float(part * most)}
+        quantized, _ = mct.ptq.pytorch_post_training_quantization(
+            copy.deepcopy(mpq.float_model),
+            lambda: iter([[x.cpu().numpy()] for x, _ in batches]),
+            target_resource_utilization=mct.core.ResourceUtilization(**wanted),
+            core_config=core,
+            target_platform_capabilities=platform,
+        )
+        found = {
+            name.removesuffix("_bn"): next(iter(module.weights_quantizers.values())).num_bits
+            for name, module in quantized.named_modules()
+            if getattr(module, "weights_quantizers", None)
+        }
+        bits = {x.name: LayerBits(found[node_of(x.name)], activation) for x in graph.searched}
+        policy = Policy({**fixed, **bits}, graph.digest)
+        if mpq.usage(policy)[limit] <= target:
+            return policy
+    raise SystemExit(f"no policy of MCT meets {limit} = {target:.4g}")

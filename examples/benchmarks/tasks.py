@@ -113,15 +113,18 @@ def wrapped(net: nn.Module, name: str, *shape: int) -> HubMPQ:
 
 
 HELD = 2048  # images of a training set that `Task.held` gives and the study does not train on
+HELD_IMAGENET = 200
 
 
 @cache
 def _data(name: str, split: str) -> tuple[Tensor, Tensor]:
-    """Pixels and labels of a data set on the benchmarks' device, read once."""
+    """Pixels and labels of a data set on the benchmarks' device, read once; shuffled, as the files are in the order of
+    their classes."""
     where = images.device()
     read = {"cifar10": images.cifar10, "mnist": images.mnist, "imagenet": lambda s: images.imagenet(s, SIDE, 95)}
     pixels, labels = read[name](split)
-    return pixels.to(where), labels.to(where)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    return pixels[order].to(where), labels[order].to(where)
 
 
 def _without(data: tuple[Tensor, Tensor], held: int) -> tuple[Tensor, Tensor]:
@@ -189,17 +192,13 @@ def digit_net() -> nn.Module:
     return _float_once("mnist-digitnet", net, lambda: _mnist(0), lr=0.05, epochs=2, optimizer="sgd")
 
 
-# the images lie in the order of their classes: every fifth one is held out
 def _imagenet_train(seed: int) -> Iterable[Any]:
-    pixels, labels = _data("imagenet", "train")
-    kept = [i for i in range(len(labels)) if i % 5]
-    data = images.Images(pixels[kept], labels[kept], *HALF, pad=4, mirror=True, seed=seed)
-    return images.loader(data, 32, seed=seed)
+    data = _without(_data("imagenet", "train"), HELD_IMAGENET)
+    return images.loader(images.Images(*data, *HALF, pad=4, mirror=True, seed=seed), 32, seed=seed)
 
 
 def _imagenet_held() -> Iterable[Any]:
-    pixels, labels = _data("imagenet", "train")
-    return images.loader(images.Images(pixels[::5], labels[::5], *HALF), 100)
+    return images.loader(images.Images(*_last(_data("imagenet", "train"), HELD_IMAGENET), *HALF), 100)
 
 
 def imagenet_test() -> Iterable[Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from images import cache_root
+from images import cache_root, device
 from nets import data_root
 from torch import Tensor
 
@@ -33,7 +33,8 @@ def minilm() -> HubMPQ:
 
     The pooler keeps 8 bits: sentence embeddings do not read it, and a search would save bytes there for nothing.
     """
-    return HubMPQ.from_pretrained(minilm_path(), fixed={"embeddings.*": None, "pooler.dense": "W8A8"})
+    found = HubMPQ.from_pretrained(minilm_path(), fixed={"embeddings.*": None, "pooler.dense": "W8A8"})
+    return found.to(device())
 
 
 def stsb(split: str) -> list[tuple[str, str, float]]:
@@ -57,7 +58,7 @@ def by_length(sentences: Sequence[str], batch: int) -> list[tuple[dict[str, Tens
     for _, members in sorted(groups.items()):
         for start in range(0, len(members), batch):
             chosen = members[start : start + batch]
-            out.append(({"input_ids": torch.tensor([ids[i] for i in chosen])}, chosen))
+            out.append(({"input_ids": torch.tensor([ids[i] for i in chosen], device=device())}, chosen))
     return out
 
 
@@ -143,7 +144,8 @@ def smollm2_path() -> str:
 
 def smollm2() -> HubMPQ:
     """SmolLM2-135M, weights alone; its embedding, which is its head too, stays float."""
-    return HubMPQ.from_pretrained(smollm2_path(), fixed={"model.embed_tokens": None, "lm_head": None}, weight_only=True)
+    fixed = {"model.embed_tokens": None, "lm_head": None}
+    return HubMPQ.from_pretrained(smollm2_path(), fixed=fixed, weight_only=True).to(device())
 
 
 def chunks(split: str, count: int, length: int = 256, first: int = 0) -> list[dict[str, Tensor]]:
@@ -153,7 +155,7 @@ def chunks(split: str, count: int, length: int = 256, first: int = 0) -> list[di
 
     text = (data_root() / "text" / "wikitext2" / f"{split}.txt").read_text()[:400_000]
     ids = torch.tensor(AutoTokenizer.from_pretrained(smollm2_path())(text)["input_ids"])
-    rows = ids[first * length : (first + count) * length].view(count, length)
+    rows = ids[first * length : (first + count) * length].view(count, length).to(device())
     return [{"input_ids": rows[i : i + 2], "labels": rows[i : i + 2]} for i in range(0, count, 2)]
 
 

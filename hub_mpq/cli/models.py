@@ -56,15 +56,10 @@ def load(model: str, options: ModelOptions, *, meta: bool = False) -> HubMPQ:
 
 
 def place(mpq: HubMPQ) -> HubMPQ:
-    """The model and its example on the GPU, when there is one."""
+    """The model on the GPU, when there is one."""
     import torch
 
-    if torch.cuda.is_available():
-        from ..adapters.base import placed
-
-        mpq.model.to("cuda")
-        mpq.source.example = placed(mpq.source.example, mpq.model)
-    return mpq
+    return mpq.to("cuda") if torch.cuda.is_available() else mpq
 
 
 def is_packed(folder: str | Path) -> bool:

@@ -88,7 +88,7 @@ def indicators(folder):
     }.items():
         found = HubMPQ.from_module(_net(), X).train_indicators(loader(shuffle=True), seed=3, **options)
         out[name] = {"weight": rounded(found.weight), "activation": rounded(found.activation)}
-    for kind in ("scale", "loss"):
+    for kind in ("scale", "raw scale"):
         plain = HubMPQ.from_module(_net(), X).train_indicators(loader(), steps=0, indicator=kind)
         out[f"ordered {kind}"] = {"weight": rounded(plain.weight), "activation": rounded(plain.activation)}
     mpq = HubMPQ.from_module(_net(), X)
