@@ -28,9 +28,9 @@ class BitPlanes(nn.Module):
     def __init__(self, weight: Tensor, count: int) -> None:
         super().__init__()
         self.register_buffer("step", weight_range(weight) / (2**count - 1))
-        self.register_buffer("low", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("high", torch.tensor(count))
-        self.planes = nn.Parameter(torch.zeros(2, count + 1, *weight.shape, dtype=torch.float32))
+        self.register_buffer("low", torch.zeros((), dtype=torch.int64, device=weight.device))
+        self.register_buffer("high", torch.tensor(count, device=weight.device))
+        self.planes = nn.Parameter(torch.zeros(2, count + 1, *weight.shape, dtype=torch.float32, device=weight.device))
         self._write(torch.round(weight.detach().float() / self.step))
 
     @property

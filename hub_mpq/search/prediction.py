@@ -142,8 +142,13 @@ def _by_width(layer: LayerSpec, operand: str, bits: int) -> str:
     return f"{operand} {bits}"
 
 
-GROUPINGS: tuple[Callable[[LayerSpec, str, int], str], ...] = (_by_kind, _by_width)
-"""What layers a refit gives one factor: operands of layers of one kind, or operands at one width [our construction]."""
+def _together(layer: LayerSpec, operand: str, bits: int) -> str:
+    return "all"
+
+
+GROUPINGS: tuple[Callable[[LayerSpec, str, int], str], ...] = (_together, _by_kind, _by_width)
+"""What a refit gives one factor: all scores, operands of layers of one kind, or operands at one width [our
+construction]."""
 
 
 def _refitted(
@@ -151,32 +156,32 @@ def _refitted(
 ) -> tuple[PredictionCheck, Scores | None]:
     """(the check with its refit's figures, the scores where they predict held-out policies better).
 
-    Each third of the policies is predicted by fits on the others: by the scores times one common factor, and by the
-    refit of each grouping. The best refit is kept if it misses by less than the common factor (median of
-    |log(predicted / measured)|) and ranks no worse than the scores themselves.
+    Each third of the policies is predicted by fits on the others, of each grouping. The one that misses least (median
+    of |log(predicted / measured)|) is kept if it misses by less than the scores themselves, which for scores that have
+    no unit of divergence are their best multiple, and ranks no worse.
     """
     usable = np.isfinite(measured) & (measured > 0)
     if usable.sum() < LEAST_POLICIES:
         return check, None
-    y = measured[usable]
+    kept, y = [p for p, ok in zip(policies, usable, strict=True) if ok], measured[usable]
     fold = np.arange(len(y)) // 2 % FOLDS  # policies of both origins in each fold
     best, scores = (math.inf, 0.0, 0.0), None
     for group_of in GROUPINGS:
-        names, features = _features(space, parts, [p for p, ok in zip(policies, usable, strict=True) if ok], group_of)
-        if features.sum(1).min() <= 0:
+        names, features = _features(space, parts, kept, group_of)
+        raw, held = features.sum(1), np.empty(len(y))
+        if raw.min() <= 0:
             return check, None
-        held, common = np.empty(len(y)), np.empty(len(y))
         for k in range(FOLDS):
             train = fold != k
-            factors, factor = fit_factors(features[train], y[train])
-            held[~train], common[~train] = features[~train] @ factors, features[~train].sum(1) * factor
-        miss, plain = _miss(held, y), _miss(common, y)
-        rank = rank_correlation(held, y)
+            held[~train] = features[~train] @ fit_factors(features[train], y[train])
+        own = rank_correlation(raw, y)
+        rank = own if len(names) == 1 else rank_correlation(held, y)  # one factor leaves the order as it is
+        miss = _miss(held, y)
         if miss < best[0]:
-            best = miss, rank, float(np.median(y / np.maximum(held, 1e-300)))
-            scores = None
-            if miss < plain and rank >= rank_correlation(features.sum(1), y):
-                factors, _ = fit_factors(features, y)
+            best, scores = (miss, rank, float(np.median(y / np.maximum(held, 1e-300)))), None
+            plain = raw if check.slope is not None else raw * float(np.median(y / raw))
+            if miss < _miss(plain, y) and rank >= own:
+                factors = fit_factors(features, y)
                 scores = _scaled(space, parts, dict(zip(names, factors.tolist(), strict=True)), group_of)
     return replace(check, refitted=scores is not None, spearman_refit=best[1], slope_refit=best[2]), scores
 
@@ -221,8 +226,8 @@ def _scaled(
     return out
 
 
-def fit_factors(features: Vector, measured: Vector) -> tuple[Vector, float]:
-    """(factor of each group, the common factor): measured ≈ features · factors, factors not negative.
+def fit_factors(features: Vector, measured: Vector) -> Vector:
+    """The factor of each group: measured ≈ features · factors, factors not negative.
 
     Least squares of the relative error, Huber's weights beyond 1.345 deviations, and a ridge towards the common factor,
     the median of measured over predicted. The ridge is that of factors with a deviation of `SPREAD` and errors with
@@ -249,4 +254,4 @@ def fit_factors(features: Vector, measured: Vector) -> tuple[Vector, float]:
                 factors[g] = max((rest + ridge) / (gram[g, g] + ridge), 0.0)
         if np.abs(factors - before).max() < 1e-9:
             break
-    return common * factors, common
+    return common * factors

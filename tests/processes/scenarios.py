@@ -88,6 +88,7 @@ def indicators(folder):
     }.items():
         found = HubMPQ.from_module(_net(), X).train_indicators(loader(shuffle=True), seed=3, **options)
         out[name] = {"weight": rounded(found.weight), "activation": rounded(found.activation)}
+        out[name]["error"] = found.standard_error
     for kind in ("scale", "raw scale"):
         plain = HubMPQ.from_module(_net(), X).train_indicators(loader(), steps=0, indicator=kind)
         out[f"ordered {kind}"] = {"weight": rounded(plain.weight), "activation": rounded(plain.activation)}
@@ -96,6 +97,7 @@ def indicators(folder):
     for name in ("gradient", "mse"):
         got = train_scores(mpq.model, mpq.graph, {}, loader(), resolved, strategy=name, strategy_options={})
         out[name] = {layer: {str(b): v for b, v in row.items()} for layer, row in got.pairs.items()}
+        out[f"{name} error"] = got.standard_error
     return out
 
 

@@ -151,3 +151,7 @@ def test_a_layer_of_zeros_has_no_planes_left():
     q.requantize()
     assert q.bits == 1
     assert not q(weight()).any()
+
+
+def test_planes_lie_where_the_weight_does():
+    assert {x.device.type for x in BitPlanes(torch.zeros(3, 4, device="meta"), 5).state_dict().values()} == {"meta"}

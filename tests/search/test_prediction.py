@@ -57,6 +57,7 @@ def test_scores_of_the_wrong_size_are_told_and_refitted(graph):
     assert found.check.slope == pytest.approx(3, abs=0.1)
     assert not found.check.good
     assert "poor" in str(found.check)
+    assert found.check.refitted
     assert found.check.slope_refit == pytest.approx(1, abs=0.1)
 
 
@@ -102,9 +103,9 @@ def test_factors_are_found_beside_an_outlier_and_never_negative():
     wanted = np.array([2.0, 0.5, 1.0])
     measured = features @ wanted * rng.normal(1, 0.02, 20)
     measured[4] *= 30
-    factors, _ = fit_factors(features, measured)
+    factors = fit_factors(features, measured)
     np.testing.assert_allclose(factors, wanted, rtol=0.2)
-    factors, _ = fit_factors(features, np.maximum(features @ np.array([2.0, -0.8, 1.0]), 0.1))
+    factors = fit_factors(features, np.maximum(features @ np.array([2.0, -0.8, 1.0]), 0.1))
     assert (factors >= 0).all()
 
 
