@@ -1,6 +1,7 @@
 """Does the sum of scores predict what a policy measures? Random policies of equal budget, on items of their own.
 
     python examples/benchmarks/prediction.py --net resnet20 --level W2A2
+    python examples/benchmarks/prediction.py --net resnet20 --level W2A2 --strategy kl --strategy mse
     python examples/benchmarks/prediction.py --perplexity
     python examples/benchmarks/prediction.py --report
 
@@ -107,14 +108,15 @@ def distinct(draw: Callable[[np.random.Generator], Policy | None], count: int) -
     return list(found.values())
 
 
-def run(name: str, level: str, policies: int = POLICIES) -> None:
+def run(name: str, level: str, policies: int = POLICIES, strategy: str = "limpq") -> None:
     """One row, if it is not there yet."""
-    file = folder() / f"{name}-{level}.json"
+    file = folder() / f"{name}-{level}{'' if strategy == 'limpq' else f'-{strategy}'}.json"
     if file.exists():
         return
     began, net = time.perf_counter(), NETS[name]
     mpq = net.build()
-    scores = mpq.train_scores(net.scored(), candidates=net.widths(level), seed=0, **net.options)
+    options = net.options if strategy == "limpq" else {}
+    scores = mpq.train_scores(net.scored(), strategy=strategy, candidates=net.widths(level), seed=0, **options)
     table, alpha = mpq.score_table()
     graph, base = mpq.graph, mpq.base_bytes()
     space = SearchSpace(graph, table, Budget(**net.budget(level)), base)
@@ -126,7 +128,7 @@ def run(name: str, level: str, policies: int = POLICIES) -> None:
     check = check_prediction(space, meter, few, unit=scores.unit, parts=parts, refit=True)
     refit = None if check is None or check.refit is None else SearchSpace(graph, check.refit, space.budget, base)
     tested = list(net.tested())
-    row: dict[str, Any] = {"net": name, "level": level, "unit": scores.unit, "kinds": {}}
+    row: dict[str, Any] = {"net": name, "level": level, "strategy": strategy, "unit": scores.unit, "kinds": {}}
     kinds = {
         "fills": space.random,
         "perturbed optima": lambda generator: space.perturbed(generator, float(generator.uniform(*SIGMAS))),
@@ -141,7 +143,13 @@ def run(name: str, level: str, policies: int = POLICIES) -> None:
             "counts": [float(x) for x in counts[0]],
         }
         print(
-            name, level, kind, *figures(row["kinds"][kind], "raw"), f"{time.perf_counter() - began:.0f} s", flush=True
+            name,
+            level,
+            strategy,
+            kind,
+            *figures(row["kinds"][kind], "raw"),
+            f"{time.perf_counter() - began:.0f} s",
+            flush=True,
         )
     row |= {"refitted": refit is not None, "seconds": time.perf_counter() - began, "forwards": meter.forwards}
     study.write(file, row)
@@ -185,13 +193,23 @@ def perplexity(level: str) -> None:
 
 def report() -> None:
     """Print the tables of the rows that are there, in markdown."""
-    head = ["network", "level", "policies", "items", "Spearman", "slope", "Spearman, refitted", "slope, refitted"]
+    head = [
+        "network",
+        "level",
+        "strategy",
+        "policies",
+        "items",
+        "Spearman",
+        "slope",
+        "Spearman, refitted",
+        "slope, refitted",
+    ]
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for file in sorted(folder().glob("*.json")):
         row = json.loads(file.read_text())
         for kind, found in row.get("kinds", {}).items():
             shape = np.shape(found["measured"])
-            cells = [row["net"], row["level"], f"{shape[0]} {kind}", f"{sum(found['counts']):.0f}"]
+            cells = [row["net"], row["level"], row["strategy"], f"{shape[0]} {kind}", f"{sum(found['counts']):.0f}"]
             kept = figures(found, "refit") if row["refitted"] else ("not kept", "")
             print("| " + " | ".join([*cells, *figures(found, "raw"), *kept]) + " |")
     head = ["SmolLM2, mean bits", "policy", "perplexity", "loss minus uniform's, 95 %"]
@@ -215,6 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", choices=sorted(NETS), action="append")
     parser.add_argument("--level", action="append")
+    parser.add_argument("--strategy", choices=("limpq", "gradient", "hessian", "mse", "kl"), action="append")
     parser.add_argument("--policies", type=int, default=POLICIES, help="of each kind")
     parser.add_argument("--perplexity", action="store_true")
     parser.add_argument("--report", action="store_true")
@@ -225,7 +244,8 @@ def main() -> None:
     elif not args.report:
         for name in args.net or NETS:
             for level in args.level or NETS[name].levels:
-                run(name, level, args.policies)
+                for strategy in args.strategy or ("limpq",):
+                    run(name, level, args.policies, strategy)
     report()
 
 

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from ..core import Candidates, LayerBits, LayerGraph
 from ..core.checks import number, whole
+from ..core.layer_kind import layer_kinds
 from ..nn.quantize import quantize_layers
-from ..quantizers import LSQ, activation_scale
+from ..quantizers import LSQ, activation_scale, weight_scale_mse
 from ..quantizers.bit_planes import BitPlanes
 from ..train.hooks import Groups
 from .differentiable_costs import DifferentiableCosts
+from .posttraining import noise
 from .scores import Scores
 from .strategy import SearchStrategy, additive, register_strategy
 from .tied_layers import shared_widths, widest_of_ties
@@ -28,14 +30,16 @@ class BSQ(SearchStrategy):
     weights and inputs alike; a cost of the user's own is not looked at) or the candidate next to it.
 
     planes: 7 and a sign are 8 bits. every: re-quantize each so many steps as well as after every epoch.
-    Scores [ours]: the share of a layer's weight energy in the planes that a narrower width would cut at the bottom:
-    Σ_i 4^i·‖[p_i; n_i]‖² over cut planes i, over the same sum over all planes. The paper has no other activation width
-    than the one trained at; here every candidate is scored, so that a budget that can be met is met, and each bit away
-    from the trained width counts more than all weights together: it is left only where the budget forces it [ours].
+    Scores [ours]: ‖Q(W) − W‖² / ‖W‖² of the weight W that the planes hold, rounded to a narrower width at the scales
+    that a policy starts from. Planes that are empty at the bottom cost nothing; those that are cut are rounded off, not
+    lost: their own energy is nearly all of a weight with a few large elements, at 2 bits as at 3.
+    The paper has no other activation width than the one trained at; here every candidate is scored, so that a budget
+    that can be met is met, and each bit away from the trained width counts more than all weights together: it is left
+    only where the budget forces it [ours].
     Without a budget the alive planes and the sign are the width, the widest of them where layers share theirs.
     """
 
-    unit = "share of the weight energy"
+    unit = "squared error relative to the weight"
     many_processes = False  # parameters are rebuilt
 
     def __init__(
@@ -123,11 +127,13 @@ class BSQ(SearchStrategy):
         weight: dict[str, dict[int, float]] = {}
         activation: dict[str, dict[int, float]] = {}
         for name in self.layers:
-            tensor, c = self._owner(name), self.candidates[name]
-            energy = (4.0 ** torch.arange(tensor.planes.shape[1])).double() * tensor.norms().cpu().double().square()
-            high, total = tensor.span[1], float(energy.sum()) or 1.0
-            # width w keeps the sign and the w − 1 uppermost alive planes
-            weight[name] = {w: float(energy[: max(high - max(w - 1, 0), 0)].sum()) / total for w in c.weight}
+            c, axis = self.candidates[name], layer_kinds.get(self.graph[name].kind).channel_axis
+            w = self._owner(name)(self.layers[name].weight).float()
+            rounded = LSQ(c.weight, signed=True, channels=w.shape[axis], axis=axis).to(w.device)
+            for bits in c.weight:
+                rounded.init(bits, weight_scale_mse(w, bits, axis=axis))
+            power = float(w.double().square().sum()) or 1.0
+            weight[name] = {b: float(e.double().square().sum()) / power for b, e in noise(rounded, w).items()}
             activation[name] = {a: departure * abs(a - self.activation[name]) for a in c.activation}
         return additive(self.graph, weight, activation)
 

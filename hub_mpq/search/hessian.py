@@ -23,7 +23,8 @@ class Hessian(PostTraining):
     that a score is the mean divergence of an error of that size in a random direction; HAWQ-V2 takes the labels' loss,
     whose unit is none of the divergence [our construction].
     trace(H) ≈ mean of vᵀHv over `probes` draws of v in {−1, +1}, one double backward each. A negative estimate
-    counts as 0.
+    counts as 0. Rounding errors are in no random direction (those of large weights under large inputs count most), so
+    that sums can be several times too small; `examples/benchmarks/prediction.py --strategy hessian` measures it.
 
     Args:
         batches: How many are looked at.

@@ -106,7 +106,10 @@ class MSE(PostTraining):
     """‖Q(T) − T‖² / ‖T‖² of weights and of inputs, times one factor for all layers [our construction].
 
     The factor makes the scores of the middle candidate widths add up to the divergence that was measured with every
-    searched layer at its middle width, so that the unit is the divergence's.
+    searched layer at its middle width, so that the unit is the divergence's. It knows how large an error is in each
+    layer, not how much it matters there: the sums have the right size, and on decoders they do not rank policies
+    (`examples/benchmarks/prediction.py --net smollm2 --strategy mse`). The cheapest scorer, for models without a
+    backward pass.
     """
 
     factor = 1.0

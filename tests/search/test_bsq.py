@@ -9,6 +9,7 @@ from torch import nn
 
 from hub_mpq import Candidates, HubMPQ, LayerBits, Policy
 from hub_mpq.errors import InfeasibleBudget, InvalidArgument
+from hub_mpq.quantizers import weight_scale_mse
 from hub_mpq.search.bsq import BSQ
 from hub_mpq.search.candidates import resolve_candidates
 
@@ -76,6 +77,33 @@ def test_the_penalty_is_beside_the_task_with_its_strength(net, data):
     ((loss, groups),) = bsq.losses(net, batch, None)
     assert float(loss.detach()) == pytest.approx(2.0 + 0.25 * float(bsq.penalty().detach()))
     assert groups is None
+
+
+def test_scores_are_the_error_of_rounding_what_the_planes_hold(net):
+    """A few large elements leave nearly all energy to the planes that 2 and 3 bits cut; rounding loses far less."""
+    with torch.no_grad():
+        net[3].weight[:, 0, 0, 0] *= 6
+    _, bsq = attached(net)
+    held = bsq.tensors["3"](net[3].weight).detach()
+    scores = bsq.scores(None)["3"]
+    for bits in (2, 3, 6):
+        scale = weight_scale_mse(held, bits).view(-1, 1, 1, 1)
+        codes = (held / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        error = float((codes * scale - held).square().sum() / held.square().sum())
+        assert scores[LayerBits(bits, bsq.activation["3"])] == pytest.approx(error, rel=1e-4)
+    assert scores[LayerBits(2, bsq.activation["3"])] < 0.4
+
+
+def test_emptied_planes_make_a_narrow_width_free(net):
+    """What the lasso has emptied at the bottom costs nothing to leave out."""
+    _, bsq = attached(net)
+    with torch.no_grad():
+        codes = torch.randint(-1, 2, net[3].weight.shape, generator=torch.Generator().manual_seed(0))
+        codes[:, 0, 0, 0] = 1
+        bsq.tensors["3"].planes.zero_()
+        bsq.tensors["3"].planes[0, 5], bsq.tensors["3"].planes[1, 5] = (codes > 0).float(), (codes < 0).float()
+    scores, width = bsq.scores(None), bsq.activation["3"]
+    assert scores["3"][LayerBits(2, width)] < 1e-6 < scores["6"][LayerBits(2, width)]
 
 
 def met(mpq, train, budget, **more):

@@ -17,7 +17,6 @@ from torch.utils.data import (
 
 from hub_mpq import HubMPQ
 from hub_mpq.errors import InvalidArgument
-from hub_mpq.search.ebs import falling
 from hub_mpq.search.proxy import class_loader
 from hub_mpq.search.seam import margin_loss
 from hub_mpq.search.train_val_split import train_val_split
@@ -106,12 +105,6 @@ def test_a_proxy_of_other_classes_gets_a_fresh_head_on_the_copy_only(net, train)
     unlabelled = [torch.zeros(4, 1, 8, 8)]
     with pytest.raises(InvalidArgument, match="class label"):
         mpq.train_scores(train, strategy="seam", strategy_options={"proxy": unlabelled}, steps=1)
-
-
-def test_scores_are_pooled_until_they_never_rise():
-    assert falling([3, 1, 2, 0]) == [3, 1.5, 1.5, 0]
-    assert falling([0, 0, 3]) == [1, 1, 1]
-    assert falling([4, 3, 2]) == [4, 3, 2]
 
 
 class Recorded(Dataset):
