@@ -30,6 +30,7 @@ import tasks
 import texts
 
 from hub_mpq import Budget, Candidates, HubMPQ, Policy
+from hub_mpq.pack import read_indicators, write_indicators
 from hub_mpq.search.candidates import resolve_candidates
 from hub_mpq.search.held_out import hold_out
 from hub_mpq.search.measure import PolicyMeter
@@ -84,7 +85,7 @@ NETS: dict[str, Net] = {
         lambda level: WIDTHS,
         lambda: texts.chunks("valid", 16),
         lambda: texts.chunks("valid", 16, first=16),
-        lambda: texts.chunks("test", 8),
+        lambda: texts.chunks("test", 4),
         {"steps": 0},
     ),
 }
@@ -108,15 +109,28 @@ def distinct(draw: Callable[[np.random.Generator], Policy | None], count: int) -
     return list(found.values())
 
 
+def scored(name: str, level: str, strategy: str) -> HubMPQ:
+    """A network with its scores, which are learned once for all levels of one set of candidates."""
+    net = NETS[name]
+    mpq, widths = net.build(), net.widths(level)
+    mark = "-".join(str(b) for b in (*widths.weight, *widths.activation))
+    file = folder() / f"{name}-{strategy}-{mark}.safetensors"
+    if not file.exists():
+        options = net.options if strategy == "limpq" else {}
+        found = mpq.train_scores(net.scored(), strategy=strategy, candidates=widths, seed=0, **options)
+        write_indicators(file, found)
+    mpq.scores = read_indicators(file)
+    return mpq
+
+
 def run(name: str, level: str, policies: int = POLICIES, strategy: str = "limpq") -> None:
     """One row, if it is not there yet."""
     file = folder() / f"{name}-{level}{'' if strategy == 'limpq' else f'-{strategy}'}.json"
     if file.exists():
         return
     began, net = time.perf_counter(), NETS[name]
-    mpq = net.build()
-    options = net.options if strategy == "limpq" else {}
-    scores = mpq.train_scores(net.scored(), strategy=strategy, candidates=net.widths(level), seed=0, **options)
+    mpq = scored(name, level, strategy)
+    scores = mpq.scores
     table, alpha = mpq.score_table()
     graph, base = mpq.graph, mpq.base_bytes()
     space = SearchSpace(graph, table, Budget(**net.budget(level)), base)
@@ -176,10 +190,9 @@ def perplexity(level: str) -> None:
     file = folder() / f"perplexity-{level}.json"
     if file.exists():
         return
-    mpq, net, tested = texts.smollm2(), NETS["smollm2"], texts.chunks("test", 16)
+    net, tested = NETS["smollm2"], texts.chunks("test", 16)
+    mpq, began = scored("smollm2", level, "limpq"), time.perf_counter()
     losses = {"float": texts.token_losses(mpq, tested)}
-    began = time.perf_counter()
-    mpq.train_scores(net.scored(), candidates=WIDTHS, seed=0, **net.options)
     results = {"optimum": mpq.search(**net.budget(level))}
     results["measured"] = mpq.search(**net.budget(level), validate=net.held())
     policies: dict[str, Any] = {"uniform": f"W{float(level):.0f}A32", **results}

@@ -149,14 +149,14 @@ def smollm2() -> HubMPQ:
 
 
 def chunks(split: str, count: int, length: int = 256, first: int = 0) -> list[dict[str, Tensor]]:
-    """`count` chunks of `length` tokens of WikiText-2's "valid" or "test", from chunk `first` on, two to a batch; the
+    """`count` chunks of `length` tokens of WikiText-2's "valid" or "test", from chunk `first` on, four to a batch; the
     labels are the tokens themselves. The split's first 400,000 characters are tokenised."""
     from transformers import AutoTokenizer
 
     text = (data_root() / "text" / "wikitext2" / f"{split}.txt").read_text()[:400_000]
     ids = torch.tensor(AutoTokenizer.from_pretrained(smollm2_path())(text)["input_ids"])
     rows = ids[first * length : (first + count) * length].view(count, length).to(device())
-    return [{"input_ids": rows[i : i + 2], "labels": rows[i : i + 2]} for i in range(0, count, 2)]
+    return [{"input_ids": rows[i : i + 4], "labels": rows[i : i + 4]} for i in range(0, count, 4)]
 
 
 @torch.no_grad()
