@@ -194,7 +194,7 @@ def perplexity(level: str) -> None:
     mpq, began = scored("smollm2", level, "limpq"), time.perf_counter()
     losses = {"float": texts.token_losses(mpq, tested)}
     results = {"optimum": mpq.search(**net.budget(level))}
-    results["measured"] = mpq.search(**net.budget(level), validate=net.held())
+    results["measured"] = mpq.search(**net.budget(level), validate=net.held(), validate_seconds=900)
     policies: dict[str, Any] = {"uniform": f"W{float(level):.0f}A32", **results}
     for method, policy in policies.items():
         mpq.apply_policy(policy, net.scored())
