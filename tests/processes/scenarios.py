@@ -21,9 +21,17 @@ from hub_mpq.errors import HubMPQError, InvalidArgument
 from hub_mpq.nn.calibrate import sample_inputs
 from hub_mpq.search.limpq import LIMPQ
 from hub_mpq.search.train_scores import train_scores
+from hub_mpq.tasks import Classification
 from hub_mpq.train import Finetune, evaluate, fit
 from hub_mpq.train.norms import reestimate_batch_norm
 from hub_mpq.train.processes import own_share, world
+
+
+class Likeliest(Classification):
+    """What a model's scores are read from is the same however the samples are spread: its likeliest labels."""
+
+    def sample(self, output, generator):
+        return self.logits(output).detach().argmax(-1)
 
 
 class Watched(LIMPQ):
@@ -86,18 +94,18 @@ def indicators(folder):
         "growth": {"steps": 0},
         "trained": {"steps": 4},
     }.items():
-        found = HubMPQ.from_module(_net(), X).train_indicators(loader(shuffle=True), seed=3, **options)
+        found = HubMPQ.from_module(_net(), X, task=Likeliest()).train_indicators(
+            loader(shuffle=True), seed=3, **options
+        )
         out[name] = {"weight": rounded(found.weight), "activation": rounded(found.activation)}
-        out[name]["error"] = found.standard_error
     for kind in ("scale", "raw scale"):
         plain = HubMPQ.from_module(_net(), X).train_indicators(loader(), steps=0, indicator=kind)
         out[f"ordered {kind}"] = {"weight": rounded(plain.weight), "activation": rounded(plain.activation)}
     mpq = HubMPQ.from_module(_net(), X)
     resolved = {x.name: Candidates.of([2, 4]) for x in mpq.graph.searched}
     for name in ("gradient", "mse"):
-        got = train_scores(mpq.model, mpq.graph, {}, loader(), resolved, strategy=name, strategy_options={})
+        got = train_scores(mpq.model, mpq.graph, {}, loader(), resolved, strategy=name, task=Likeliest())
         out[name] = {layer: {str(b): v for b, v in row.items()} for layer, row in got.pairs.items()}
-        out[f"{name} error"] = got.standard_error
     return out
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -96,14 +95,12 @@ def test_the_seed_alone_decides_what_they_are_measured_on(one, two):
     import torch
 
     torch.manual_seed(5)
-    again = scenarios.HubMPQ.from_module(scenarios._net(), scenarios.X)
+    again = scenarios.HubMPQ.from_module(scenarios._net(), scenarios.X, task=scenarios.Likeliest())
     found = again.train_indicators(scenarios.loader(shuffle=True), seed=3, steps=0)
     assert scenarios.rounded(found.weight) == one["indicators"]["growth"]["weight"]
-    alone, both = one["indicators"]["growth"], two[0]["indicators"]["growth"]
-    # of no norm: see below; each process draws labels of its own
-    assert both["weight"]["9"]["2"] == pytest.approx(
-        alone["weight"]["9"]["2"], rel=apart(alone["error"], both["error"], "9")
-    )
+    for name, row in one["indicators"]["growth"]["weight"].items():
+        if name == "9":  # of no norm: see below
+            assert two[0]["indicators"]["growth"]["weight"][name] == pytest.approx(row, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["scale", "raw scale"])
@@ -116,19 +113,12 @@ def test_they_are_of_both_processes_data(one, two, kind):
                 assert both[side][name][bits] == pytest.approx(value, rel=1e-3), (side, name, bits)
 
 
-def apart(alone, both, name):
-    """How far two estimates of one value may be apart, over it: four standard errors of their difference."""
-    return 4 * math.hypot(alone[name], both[name])
-
-
 def test_scores_of_scorers_are_averages_too(one, two):
     for name in ("gradient", "mse"):
         assert two[0]["indicators"][name] == two[1]["indicators"][name]
     alone, both = one["indicators"], two[0]["indicators"]
     for layer, row in alone["gradient"].items():
-        error = apart(alone["gradient error"], both["gradient error"], layer)
-        assert error < 1
-        assert both["gradient"][layer]["W2A2"] == pytest.approx(row["W2A2"], rel=error), layer
+        assert both["gradient"][layer] == pytest.approx(row, rel=1e-3), layer
     # one factor for all layers, which is measured with norms over each process's part
     factor = both["mse"]["3"]["W2A2"] / alone["mse"]["3"]["W2A2"]
     assert factor == pytest.approx(1, rel=0.5)
