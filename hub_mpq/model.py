@@ -7,12 +7,11 @@ import hashlib
 import json
 import math
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,11 +36,10 @@ from .core import (
     Policy,
     SearchResult,
     Usage,
-    Validation,
 )
 from .core.library import libraries
 from .core.task import tasks
-from .errors import HubMPQError, InfeasibleBudget, InvalidArgument
+from .errors import HubMPQError, InvalidArgument
 from .export import COMPRESSED_TENSORS, export, exportable
 from .hub.folder import read_folder_indicators, save_folder
 from .hub.load import load_folder
@@ -54,15 +52,12 @@ from .nn.packing import base_nbytes
 from .pack import Manifest
 from .report import measurements, report
 from .search.candidates import CandidatesLike, resolve_candidates
-from .search.held_out import HeldOut, apart, beyond, hold_out, spread
-from .search.measure import PolicyMeter
 from .search.policy_search import inferred_policy, pareto_front, search_policy, usage_of
-from .search.scores import Scores, candidates_of, equal_scores, expected_divergence, score_parts, score_table
-from .search.space import SearchSpace
-from .search.strategy import infers_widths, strategies, strategy_named
+from .search.scores import Scores, candidates_of, equal_scores, expected_divergence, score_table
+from .search.strategy import infers_widths, strategy_named
 from .search.synthetic_data import synthetic_batch
 from .search.train_scores import train_scores
-from .search.validate import validated
+from .search.validated_search import ScoredLayers, on_batches, search_measured
 from .tasks import TaskLike, task_of
 from .tasks.task import restored
 from .train.apply_policy import apply_policy
@@ -71,7 +66,7 @@ from .train.evaluate import evaluate
 from .train.finetune import finetune
 from .train.loop import TrainLog
 from .train.norms import reestimate_batch_norm
-from .train.processes import on_main, seeded, world
+from .train.processes import on_main, seeded
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -377,81 +372,31 @@ class HubMPQ(nn.Module):
         whole = Budget.of(budget, limits) or Budget()
         graph = self._pinned(fixed)
         _check_seconds(validate_seconds)
-        finish = None
+        scored = self._scored(graph, alpha, candidates)
+        result = scored.optimum(whole, time_limit)
         if validate is not None:
-            began = time.perf_counter()
-            calibration, rest = apart(validate, self._scores().seed)
-            held = partial(hold_out, batches=rest, data="the batches given")
-            finish = self._validation(graph, candidates, alpha, calibration, held, validate_seconds, began=began)
-        result = self._search(graph, whole, alpha, candidates, time_limit, finish)
-        _tell_poor(result)
+            finish = on_batches(scored, self.float_model, validate, validate_seconds, **self._told(None))
+            result = finish(result, whole)
+        self._note(result)
         return result
 
-    def _search(
-        self,
-        graph: LayerGraph,
-        budget: Budget,
-        alpha: float | None,
-        candidates: CandidatesLike,
-        time_limit: float | None = None,
-        finish: Callable[[SearchResult, Budget], SearchResult] | None = None,
-    ) -> SearchResult:
+    def _scored(self, graph: LayerGraph, alpha: float | None, candidates: CandidatesLike) -> ScoredLayers:
+        """What a search needs beside the budget."""
         graph.check_layers()
-        scores = self._scores()
-        table, used = self._score_table(graph, alpha, candidates)
-        result = search_policy(
-            graph,
-            table,
-            budget,
-            base_bytes=self._base_bytes(graph),
-            sense=scores.sense,
-            strategy=scores.strategy,
-            seed=scores.seed,
-            time_limit=time_limit,
-            details={"training": scores.provenance} if scores.pairs else {"alpha": used},
-        )
-        self.seconds["search"] = result.seconds
-        return result if finish is None else finish(result, budget)
-
-    def _validation(
-        self,
-        graph: LayerGraph,
-        candidates: CandidatesLike,
-        alpha: float | None,
-        calibration: Iterable[Any],
-        held: Callable[[PolicyMeter], HeldOut],
-        seconds: float | None,
-        *,
-        began: float | None = None,
-        task: TaskLike = None,
-        **more: Any,
-    ) -> Callable[[SearchResult, Budget], SearchResult]:
-        """What makes of the optimum of a budget the policy that measures best."""
-        scores = self._scores()
         table, used = self._score_table(graph, alpha, candidates)
         widths = candidates_of(table) if candidates is None else self._candidates(graph, candidates)
-        told = self._told(task)
-        if told["task"] is None and scores.provenance.get("task") in tasks:
-            told["task"] = scores.provenance["task"]  # held-out batches need no labels that would tell
-        if seconds is None:
-            seconds = max(30.0, float(scores.provenance.get("seconds", 0.0)) / 4)
-            if world()[1] > 1:  # the others wait for the main process, and not for ever
-                seconds = min(seconds, 240.0)
-        meter = PolicyMeter(self.float_model, graph, widths, calibration, **told, **more)
-        halves, limit = held(meter), seconds
+        return ScoredLayers(graph, self._scores(), table, used, widths, self._base_bytes(graph))
 
-        def finish(result: SearchResult, budget: Budget) -> SearchResult:
-            nonlocal began
-            space = SearchSpace(graph, table, budget, self._base_bytes(graph), scores.sense)
-            parts = score_parts(scores, table, used)
-            measured: dict[str, Any] = {"candidates": widths, "unit": scores.unit, "parts": parts}
-            found = validated(result, space, meter, halves, **measured, seconds=limit, began=began)
-            if found.validation is not None:
-                self.seconds["validate"] = found.validation.seconds
-            began = None  # what follows on the same batches begins when it does
-            return found
-
-        return finish
+    def _note(self, *results: SearchResult) -> None:
+        """Keep the seconds of searches, and warn where the scores predict measurements poorly."""
+        self.seconds["search"] = sum(result.seconds for result in results)
+        measured = [result.validation.seconds for result in results if result.validation is not None]
+        self.seconds.pop("validate", None)
+        if sum(measured):
+            self.seconds["validate"] = sum(measured)
+        poor = [result.check for result in results if result.check is not None and not result.check.good]
+        if poor:
+            warnings.warn(f"the scores predict poorly what policies measure: {poor[0]}", stacklevel=3)
 
     def check_reachable(
         self,
@@ -475,7 +420,7 @@ class HubMPQ(nn.Module):
 
     def _check_reachable(self, graph: LayerGraph, budget: Budget, candidates: CandidatesLike, *, learned: bool) -> None:
         if learned:
-            self._search(graph, budget, None, candidates)
+            self._scored(graph, None, candidates).optimum(budget)
             return
         search_policy(
             graph,
@@ -507,27 +452,26 @@ class HubMPQ(nn.Module):
             validate: As in `search`.
             validate_seconds: As in `search`, of each point.
         """
-        graph = self._pinned(fixed)
-        scores = self._scores()
         _check_seconds(validate_seconds)
+        scored = self._scored(self._pinned(fixed), alpha, candidates)
         finish = None
         if validate is not None:
-            calibration, rest = apart(validate, scores.seed)
-            held = partial(hold_out, batches=rest, data="the batches given")
-            finish = self._validation(graph, candidates, alpha, calibration, held, validate_seconds)
-        table, _ = self._score_table(graph, alpha, candidates)
-        return pareto_front(
-            graph,
-            table,
+            finish = on_batches(scored, self.float_model, validate, validate_seconds, **self._told(None))
+        scores = scored.indicators
+        results = pareto_front(
+            scored.graph,
+            scored.table,
             limit=limit,
             points=points,
-            base_bytes=self._base_bytes(graph),
+            base_bytes=scored.base_bytes,
             others=Budget.of(budget, limits),
             sense=scores.sense,
             strategy=scores.strategy,
             seed=scores.seed,
             finish=finish,
         )
+        self._note(*results)
+        return results
 
     # the quantized model
 
@@ -722,10 +666,12 @@ class HubMPQ(nn.Module):
         # of several processes one searches and measures: a time limit could end them at other policies
         result = None
         if whole is not None:
-            optimum = partial(self._search, graph, whole, alpha, candidates)
-            data = {"train": train, "val": val, "seconds": validate_seconds, "per_channel": per_channel, "task": task}
-            result = on_main(lambda: self._measured_search(optimum, graph, candidates, alpha, validate, **data))
-            _tell_poor(result)
+            scored = self._scored(graph, alpha, candidates)
+            more = {"seconds": validate_seconds, "per_channel": per_channel, **self._told(task)}
+            result = on_main(
+                partial(search_measured, scored, self.float_model, whole, validate, train=train, val=val, **more)
+            )
+            self._note(result)
         policy = result.policy if result else inferred_policy(graph, self._scores())
         # fine-tuning starts from the float BatchNorm (LIMPQ) and re-estimates at its end
         self._quantize_at(policy, graph, train, 4, per_channel, not tuned, task)
@@ -739,54 +685,6 @@ class HubMPQ(nn.Module):
         if val is not None:
             self.evaluate(val, task=task)
         return self
-
-    def _measured_search(
-        self,
-        optimum: Callable[..., SearchResult],
-        graph: LayerGraph,
-        candidates: CandidatesLike,
-        alpha: float | None,
-        validate: bool | Iterable[Any],
-        *,
-        train: Iterable[Any] | None,
-        val: Iterable[Any] | None,
-        seconds: float | None,
-        **more: Any,
-    ) -> SearchResult:
-        """The policy of `quantize`: the optimum, or what measures better where there is something to measure on."""
-        if validate is False:
-            return optimum()
-        began, scores = time.perf_counter(), self._scores()
-        given = None if validate is True else validate
-        chosen = given if given is not None else val
-        if chosen is None and train is None:
-            return replace(optimum(), validation=Validation(False, "there are no data"))
-        rest: Iterable[Any] = ()
-        if train is None:  # norms stay as they are where there is nothing to estimate them on
-            calibration: list[Any] = [synthetic_batch(self.float_model, self._example)]
-            more["norm_batches"] = 0
-        else:
-            scored = strategies.get(scores.strategy).batches if scores.strategy in strategies else 0
-            calibration, rest = beyond(train, scores.seed, scored)
-        data = "training batches that no score was read from"
-        if chosen is not None:
-            rest, data = spread(chosen, scores.seed), "val" if given is None else "the batches given"
-        rest = iter(rest)
-        first = list(islice(rest, 1))
-        if not first and given is not None:
-            raise InvalidArgument("validate holds no batch")
-        if not first:
-            return replace(optimum(), validation=Validation(False, f"there are no {data}; give val= or validate="))
-        held = partial(hold_out, batches=chain(first, rest), data=data)
-        try:
-            finish = self._validation(graph, candidates, alpha, calibration, held, seconds, began=began, **more)
-            return optimum(finish=finish)
-        except InfeasibleBudget:
-            raise
-        except HubMPQError as error:
-            if given is not None:
-                raise
-            return replace(optimum(), validation=Validation(False, str(error), data))
 
     def _labelled(self, loader: Iterable[Any], task: TaskLike) -> bool:
         """Whether the first batch has labels."""
@@ -986,12 +884,6 @@ class HubMPQ(nn.Module):
 def _check_seconds(seconds: float | None) -> None:
     if seconds is not None and not seconds > 0:
         raise InvalidArgument(f"validate_seconds is {seconds!r}; it must be above zero")
-
-
-def _tell_poor(result: SearchResult) -> None:
-    """One warning where the scores predict measurements poorly."""
-    if result.check is not None and not result.check.good:
-        warnings.warn(f"the scores predict poorly what policies measure: {result.check}", stacklevel=3)
 
 
 def _brief(facts: Any) -> Any:
