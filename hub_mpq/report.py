@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,8 +96,10 @@ def measurements(result: SearchResult) -> str:
             [
                 m.name + (" *" if m.policy == result.policy else ""),
                 "" if m.predicted is None else f"{m.predicted:.4g}",
-                f"{m.divergence:.4g} ± {m.standard_error:.2g}",
-                "" if m.name == "optimum" else f"{m.difference:+.3g} ± {m.difference_error:.2g}",
+                f"{m.divergence:.4g} ± {m.standard_error:.2g}" if math.isfinite(m.divergence) else "not finite",
+                f"{m.difference:+.3g} ± {m.difference_error:.2g}"
+                if m.name != "optimum" and math.isfinite(m.difference) and math.isfinite(m.difference_error)
+                else "",
             ]
             for m in result.measurements
         ]

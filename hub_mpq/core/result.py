@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -68,7 +69,8 @@ class Measurement:
         name: "optimum", "uniform W3A3", "level W4A2", "greedy fill", "perturbed 7" or "refit".
         policy: Its widths.
         predicted: Sum of the scores of its layers; None where a layer has no score at its widths.
-        divergence: Mean over the items of the task's distance from the float model, see `Task.divergence`.
+        divergence: Mean over the items of the task's distance from the float model, see `Task.divergence`; infinite
+            for outputs that are not finite.
         standard_error: Of that mean; the items of one sample count as dependent.
         difference: Its divergence less the optimum's, item by item; 0 for the optimum.
         difference_error: Standard error of that mean difference.
@@ -207,10 +209,20 @@ class SearchResult:
             object.__setattr__(self, "optimum", self.policy)
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON values; a figure that is not finite is None."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         found |= {"policy": self.policy.to_dict(), "usage": dict(self.usage.amounts), "details": dict(self.details)}
         found["optimum"] = None if self.optimum is None else self.optimum.to_dict()
         found["measurements"] = [row.to_dict() for row in self.measurements]
         for name in ("check", "validation"):
             found[name] = None if found[name] is None else asdict(found[name])
-        return found
+        return _json(found)  # type: ignore[no-any-return]
+
+
+def _json(tree: Any) -> Any:
+    """JSON values, in which what is not finite is null."""
+    if isinstance(tree, Mapping):
+        return {key: _json(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_json(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

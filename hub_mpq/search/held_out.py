@@ -78,7 +78,7 @@ def hold_out(meter: PolicyMeter, batches: Iterable[Any], data: str) -> HeldOut:
         if samples >= SAMPLES or tokens >= TOKENS:
             break
     if not taken:
-        raise InvalidArgument(f"{data} are empty")
+        raise InvalidArgument(f"beside what calibrates, {data} hold nothing to measure on: give more than one sample")
     if len(taken) >= 4:
         return HeldOut(taken[::2], taken[1::2], data)
     try:
@@ -121,10 +121,18 @@ def beyond(train: Iterable[Any], seed: int, scored: int) -> tuple[list[Any], Ite
 
 def apart(batches: Iterable[Any], seed: int) -> tuple[list[Any], Iterable[Any]]:
     """(batches to calibrate on, batches to measure on) of data that are used for nothing else: a quarter of the
-    batches calibrate, 16 at most; where there are fewer than four, half of each."""
+    batches calibrate, 16 at most; where there are fewer than four, half of each, or the first one where a batch is a
+    single sample. Raises InvalidArgument where there is no batch."""
+    if isinstance(batches, (bool, str)):
+        raise InvalidArgument(f"validate takes batches, such as a DataLoader or a list, not {batches!r}")
     rest = iter(spread(batches, seed))
     first = list(islice(rest, 4 * CALIBRATION))
+    if not first:
+        raise InvalidArgument("validate holds no batch")
     count = len(first) // 4
     if count:
         return first[:count], chain(first[count:], rest)
-    return [cut(batch, 0) for batch in first], [cut(batch, 1) for batch in first]
+    try:
+        return [cut(batch, 0) for batch in first], [cut(batch, 1) for batch in first]
+    except InvalidArgument:  # a batch of one sample
+        return first[:1], first[1:]

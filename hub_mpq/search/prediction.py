@@ -102,7 +102,8 @@ def check_prediction(
         in_time: Whether another policy may be measured.
 
     Returns:
-        None where fewer than `LEAST_POLICIES` policies differ, or the time did not allow for so many.
+        None where fewer than `LEAST_POLICIES` policies differ, or the time did not allow for so many, or all of them
+        measure the same.
     """
     began, before = time.perf_counter(), meter.forwards
     found: list[tuple[Policy, bool]] = []
@@ -119,10 +120,17 @@ def check_prediction(
     if len(found) < LEAST_POLICIES:
         return None
     measured = np.array(means)
+    if (measured == measured[0]).all():  # of outputs that never change, or are never finite
+        return None
     predicted = np.array([space.predicted(policy) for policy, _ in found], dtype=np.float64)
-    slope = float(np.median(measured / predicted)) if unit in DIVERGENCES else None
+    slope = None
+    if unit in DIVERGENCES:
+        usable = predicted > 0
+        slope = float(np.median(measured[usable] / predicted[usable])) if usable.any() else math.inf
     sign = 1 if space.sense == "min" else -1
-    check = PredictionCheck(rank_correlation(sign * predicted, measured), slope, len(found), samples, items)
+    told = (predicted != predicted[0]).any()  # equal predictions rank nothing
+    rank = rank_correlation(sign * predicted, measured) if told else 0.0
+    check = PredictionCheck(rank, slope, len(found), samples, items)
     scores = None
     if (refit or not check.good) and sign > 0:
         check, scores = _refitted(check, space, parts, [policy for policy, _ in found], measured)

@@ -90,6 +90,8 @@ class _Contest:
         self.began = time.perf_counter() if began is None else began
         self.before = meter.forwards if began is None else 0
         self.seconds = seconds
+        self.longest = 0.0  # seconds of one policy on one half
+        self.shortened = False  # whether the time was too short for all batches
         self.policies: dict[str, Policy] = {"optimum": result.optimum or result.policy}
         self.choosing: dict[str, Sums] = {}
         self.reporting: dict[str, Sums] = {}
@@ -105,7 +107,11 @@ class _Contest:
             return self.not_validated(f"{self.seconds:.3g} s did not suffice to compare the optimum with {uniform}")
         samples = [len(half["optimum"][1]) for half in (self.choosing, self.reporting)]
         if min(samples) < LEAST_SAMPLES:
-            return self.not_validated(f"only {sum(samples)} samples are held out")
+            only = f"only {sum(samples)} samples "
+            only += "could be measured in time" if self.shortened else "are held out"
+            return self.not_validated(f"{only}, of {2 * LEAST_SAMPLES} at least")
+        if not any(math.isfinite(self.mean(name)) for name in self.choosing):
+            return self.not_validated(f"the outputs of the optimum and of {uniform} are not finite")
         for level in _near(levels)[:LEVELS]:
             name = f"level {_level(level)}"
             self.policies[name] = Policy.uniform(self.space.graph, level)
@@ -141,29 +147,31 @@ class _Contest:
         half = self.choosing if half is None else half
         if name in half:
             return True
-        if share is not None and self.left(share) <= 0:
+        if share is not None and (self.left(share) <= 0 or (share < 1 and self.left(1.0) <= self.longest)):
             return False
         for other, sums in half.items():
             if self.policies[other].bits == self.policies[name].bits:
                 half[name] = sums
                 return True
         batches = self.held.choosing if half is self.choosing else self.held.reporting
+        start = time.perf_counter()
         half[name] = self.meter.measure_samples(self.policies[name], batches)
+        self.longest = max(self.longest, time.perf_counter() - start)
         return True
 
     def compare(self, uniform: str) -> bool:
         """Measure the optimum and uniform on both halves, on fewer batches where the time does not suffice for all."""
-        first = self.held.choosing[:1]
+        first, start = self.held.choosing[:1], time.perf_counter()
         self.meter.measure_samples(self.policies["optimum"], first)  # scales, norms and references are made here
         before = time.perf_counter()
         self.meter.measure_samples(self.policies["optimum"], first)
         cost = 3 * max(time.perf_counter() - before, 1e-9)  # the two policies and the float model
-        affordable = 0.5 * max(self.left(1.0), 0.0) / cost
+        affordable = 0.5 * max(self.left(1.0) - (before - start), 0.0) / cost  # uniform's scales and norms are to come
         wanted = len(self.held.choosing) + len(self.held.reporting)
         if affordable < wanted:
             part = affordable / wanted
             choosing, reporting = (h[: max(1, int(part * len(h)))] for h in (self.held.choosing, self.held.reporting))
-            self.held = HeldOut(choosing, reporting, self.held.data)
+            self.held, self.shortened = HeldOut(choosing, reporting, self.held.data), True
         return all(
             self.measure(name, 1.0, half) for half in (self.choosing, self.reporting) for name in ("optimum", uniform)
         )
@@ -262,18 +270,26 @@ class _Contest:
         beside = "" if level else " (no level meets each limit)"
         if self.policies["optimum"].bits == self.policies[uniform].bits:
             same = f"the optimum is {uniform} itself{beside}"
-            return same if chosen in ("optimum", uniform) else f"{same}, and {chosen} is returned: it measured better"
+            if chosen in ("optimum", uniform):
+                return same
+            return f"{same}, and {chosen} is returned: it measured better{self.confirmed(chosen)}"
         if chosen != preferred:
             return (
                 f"{_the(chosen)} is returned{beside}: on the reporting samples it measured better than "
                 f"{_the(preferred)}, which the choosing samples had preferred"
             )
         if chosen != "optimum":
-            text = f"{chosen} is returned: it measured better than the optimum"
+            text = f"{chosen} is returned: it measured better than the optimum{self.confirmed(chosen)}"
             return text + beside if chosen == uniform else f"{text}, and not worse than {uniform}{beside}"
         if self.below(self.reporting, "optimum", uniform):
             return f"the optimum stays: it measured better than {uniform}{beside}"
         return f"the optimum stays: its difference from {uniform}{beside} cannot be told from noise, a tie"
+
+    def confirmed(self, chosen: str) -> str:
+        """What is added where the reporting samples do not show what the choosing ones did."""
+        if self.below(self.reporting, chosen, "optimum"):
+            return ""
+        return " on the choosing samples (on the reporting ones the difference cannot be told from noise)"
 
 
 def mean_of(sums: Sums) -> tuple[float, float]:

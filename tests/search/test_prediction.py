@@ -114,3 +114,19 @@ def test_factors_are_found_beside_an_outlier_and_never_negative():
 )
 def test_what_a_good_prediction_is(spearman, slope, good):
     assert PredictionCheck(spearman, slope, 20, 128, 128).good is good
+
+
+def test_scores_that_are_all_alike_predict_nothing(graph):
+    parts = parts_of(graph, SENSITIVITY)
+    flat = {name: dict.fromkeys(row, (0.0, 0.0)) for name, row in parts.items()}
+    found = checked(graph, flat, parts)
+    assert found.check.spearman == 0
+    assert found.check.slope == np.inf
+    assert not found.check.good
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_a_model_that_no_policy_changes_says_nothing_of_scores(graph, value):
+    parts = parts_of(graph, SENSITIVITY)
+    space = space_of(graph, parts, bitops="W3A3")
+    assert check_prediction(space, Meter(lambda policy: value), batches_of(128), unit="kl", parts=parts) is None

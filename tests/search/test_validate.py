@@ -1,5 +1,6 @@
 """A policy is measured before it is returned."""
 
+import json
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from validation_toys import Meter, batches_of, graph_of, optimum_of, parts_of, space_of, truth_of
 
 from hub_mpq.core import Candidates, LayerBits, Policy
+from hub_mpq.report import measurements
 from hub_mpq.search import validate as module
 from hub_mpq.search.held_out import hold_out
 from hub_mpq.search.validate import difference_of, mean_of, validated
@@ -225,6 +227,56 @@ def test_a_broken_policy_is_never_taken_and_a_broken_optimum_never_kept(graph):
 
     found = run(graph, parts, Meter(truth, 0.1))
     assert found.policy not in (best, level)
+    json.dumps(found.to_dict(), allow_nan=False)
+    rows = [line for line in measurements(found).splitlines() if line.startswith(("optimum", "level W3A5"))]
+    assert any("not finite" in row for row in rows)
+    assert "inf" not in measurements(found).split("chosen on")[0]
+
+
+def test_a_model_that_breaks_at_every_policy_is_not_called_a_tie(graph):
+    parts = parts_of(graph, SENSITIVITY)
+    found = run(graph, parts, Meter(lambda policy: math.nan))
+    assert str(found.validation) == "not validated: the outputs of the optimum and of uniform W4A4 are not finite"
+
+
+def test_a_choice_that_the_reporting_samples_do_not_confirm_says_so(graph):
+    """A level is better on the choosing samples only; on the others it is like the rest."""
+    parts = parts_of(graph, SENSITIVITY)
+    batches, level = batches_of(), Policy.uniform(graph, "W5A3")
+    chosen_on = {i for batch in batches[::2] for i in batch}
+
+    def shift(policy, sample):
+        return -1.0 if policy == level and sample in chosen_on else 0.0
+
+    found = run(graph, parts, Meter(lambda policy: 2.0, 0.1, shift), batches)
+    assert found.chosen_by == "level W5A3"
+    assert "(on the reporting ones the difference cannot be told from noise)" in found.validation.verdict
+    everywhere = run(graph, parts, Meter(lambda policy: 2.0 - (policy == level), 0.1), batches)
+    assert everywhere.chosen_by == "level W5A3"
+    assert "told from noise" not in everywhere.validation.verdict
+
+
+def test_time_for_few_samples_only_is_not_blamed_on_the_data(graph, clock):
+    parts = parts_of(graph, SENSITIVITY)
+    found = run(graph, parts, Meter(truth_of(graph, parts), spend=clock), batches_of(size=4), seconds=12)
+    assert found.validation.verdict == "only 8 samples could be measured in time, of 16 at least"
+
+
+def test_what_a_policy_costs_before_its_first_batch_is_foreseen(graph, clock):
+    """Of the norms that each policy estimates anew, the optimum's tell what uniform's will take."""
+    parts = parts_of(graph, SENSITIVITY)
+    began = []
+
+    class Slow(Meter):
+        def measure_samples(self, policy, batches):
+            if policy not in began:
+                began.append(policy)
+                clock(10)
+            return super().measure_samples(policy, batches)
+
+    found = run(graph, parts, Slow(truth_of(graph, parts), 0.1, spend=clock), seconds=50)
+    assert found.validation.done
+    assert found.validation.seconds <= 50
 
 
 def test_standard_errors_are_paired_and_by_sample():

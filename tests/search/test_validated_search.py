@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 
 import pytest
 import torch
@@ -153,3 +154,45 @@ def test_a_policy_of_uniform_widths_reports_no_rival(mpq, train, val):
     found = mpq.search(bitops="W2A2", validate=val)
     assert found.policy == Policy.uniform(mpq.graph, "W2A2")
     assert "the optimum is uniform W2A2 itself" in found.validation.verdict
+
+
+@pytest.mark.parametrize(
+    ("validate", "message"),
+    [
+        (True, "takes batches"),
+        ("images", "takes batches"),
+        ([], "holds no batch"),
+        ([X[:1]], "nothing to measure on"),
+        ([X[:1], X[1:]], "two at least"),
+    ],
+)
+@pytest.mark.parametrize("call", ["search", "pareto"])
+def test_what_cannot_be_measured_on_is_named(mpq, train, call, validate, message):
+    mpq.train_indicators(train, steps=0)
+    more = {"bitops": "W4A4"} if call == "search" else {"points": 2}
+    with pytest.raises(InvalidArgument, match=message):
+        getattr(mpq, call)(validate=validate, **more)
+
+
+def test_few_samples_one_a_batch_validate_nothing(mpq, train, data):
+    mpq.train_indicators(train, steps=0)
+    found = mpq.search(bitops="W4A4", validate=list(data.tensors[0][:3].split(1)))
+    assert found.validation.verdict == "only 2 samples are held out, of 16 at least"
+
+
+def test_the_solver_takes_nothing_of_the_time_to_measure(mpq, train, val, monkeypatch):
+    from hub_mpq.search import validated_search
+
+    mpq.train_indicators(train, steps=0)
+    solve, solved = validated_search.search_policy, []
+
+    def slow(*args, **kwargs):
+        time.sleep(1.5)
+        solved.append(1)
+        return solve(*args, **kwargs)
+
+    monkeypatch.setattr(validated_search, "search_policy", slow)
+    found = mpq.search(bitops="W4A4", validate=val, validate_seconds=1.5)
+    assert found.validation.done
+    assert found.validation.seconds < 1.5
+    assert solved == [1]
