@@ -8,7 +8,7 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, SequentialSampler, Subset
+from torch.utils.data import DataLoader, SequentialSampler
 
 from ..errors import InvalidArgument
 from ..train.processes import is_sharded, seeded
@@ -99,10 +99,13 @@ def spread(loader: Iterable[Any], seed: int) -> Iterable[Any]:
         return seeded(loader, seed=seed)
     order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed)).tolist()
     return DataLoader(
-        Subset(loader.dataset, [indices[i] for i in order]),
+        loader.dataset,
+        sampler=[indices[i] for i in order],
         batch_size=loader.batch_size,
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
     )
 
 

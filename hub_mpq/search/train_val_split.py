@@ -127,6 +127,8 @@ def train_val_split(loader: Iterable[Any], seed: int) -> Iterable[Any]:
         generator=torch.Generator().manual_seed(seed) if shuffled else None,
         collate_fn=_PairCollate(loader.collate_fn or default_collate),
         num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
         drop_last=loader.drop_last or (len(data) > size > 1 and len(data) % size == 1),
         pin_memory=loader.pin_memory,
     )

@@ -200,3 +200,28 @@ def test_labels_that_are_no_class_are_refused(label):
             class_loader(DataLoader(data, batch_size=4), 0.5, None, 4, 0)
     with pytest.raises(InvalidArgument, match="no labels"):
         class_loader(DataLoader(torch.zeros(8, 3, 4, 4), batch_size=4), 0.5, None, 4, 0)
+
+
+class _NeedsWorkers(TensorDataset):
+    """Reads samples only where the loader's `worker_init_fn` opened it."""
+
+    opened = False
+
+    def __getitem__(self, index):
+        assert self.opened
+        return super().__getitem__(index)
+
+
+def _open(worker):
+    torch.utils.data.get_worker_info().dataset.opened = True
+
+
+def test_workers_of_a_reordered_loader_start_as_the_users_do():
+    from hub_mpq.search.held_out import spread
+
+    data = _NeedsWorkers(torch.arange(12.0))
+    loader = DataLoader(data, batch_size=4, num_workers=1, worker_init_fn=_open)
+    seen = torch.cat([x for (x,) in spread(loader, 0)])
+    assert sorted(seen.tolist()) == list(range(12))
+    assert seen.tolist() != list(range(12))
+    assert train_val_split(loader, 0).worker_init_fn is _open
