@@ -128,6 +128,8 @@ def class_loader(
         batch_sampler=sampler,  # type: ignore[arg-type]
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
     )
 
 
