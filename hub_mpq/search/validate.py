@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..core import FLOAT_BITS, Candidates, LayerBits, Measurement, Policy, SearchResult, Validation
 from .held_out import HeldOut
 from .measure import PolicyMeter
+from .paired import Sums, difference_of, mean_of
 from .policy_search import usage_of
 from .prediction import SIGMAS, Parts, Prediction, check_prediction
 from .space import SearchSpace
@@ -32,9 +31,6 @@ PERTURBED = 20
 """Optima of perturbed scores that are measured on a small sample, at low widths or where the prediction is poor."""
 FINALISTS = 3
 """How many of them are measured on all choosing samples."""
-
-Sums = tuple[Tensor, Tensor]
-"""(sum of the divergences of each sample's items, how many of them count)."""
 
 
 def validated(
@@ -290,29 +286,6 @@ class _Contest:
         if self.below(self.reporting, chosen, "optimum"):
             return ""
         return " on the choosing samples (on the reporting ones the difference cannot be told from noise)"
-
-
-def mean_of(sums: Sums) -> tuple[float, float]:
-    """(mean over items, its standard error with the items of a sample as dependent); infinite for a broken policy."""
-    return _clustered(*sums)
-
-
-def difference_of(sums: Sums, other: Sums) -> tuple[float, float]:
-    """(mean over items of a policy's divergence less another's, its standard error), paired sample by sample."""
-    if not torch.isfinite(other[0]).all():
-        return (-math.inf, 0.0) if torch.isfinite(sums[0]).all() else (0.0, math.inf)
-    return _clustered(sums[0] - other[0], sums[1])
-
-
-def _clustered(values: Tensor, counts: Tensor) -> tuple[float, float]:
-    if not torch.isfinite(values).all():
-        return math.inf, 0.0
-    items, samples = float(counts.sum()), int((counts > 0).sum())
-    if samples < 2:
-        return float(values.sum()) / max(items, 1.0), math.inf
-    mean = float(values.sum()) / items
-    spread = float((values - mean * counts).square().sum()) * samples / (samples - 1)
-    return mean, math.sqrt(spread) / items
 
 
 def _near(levels: list[LayerBits]) -> list[LayerBits]:

@@ -226,4 +226,4 @@ def test_workers_of_a_reordered_loader_start_as_the_users_do():
     assert seen.tolist() != list(range(12))
     assert train_val_split(loader, 0).worker_init_fn is _open
     labelled = DataLoader(TensorDataset(torch.zeros(12), torch.arange(12) % 2), batch_size=4, worker_init_fn=_open)
-    assert class_loader(labelled, share=0.5).worker_init_fn is _open
+    assert class_loader(labelled, 0.5, None, 2, 0).worker_init_fn is _open

@@ -11,7 +11,8 @@ from hub_mpq.core import Candidates, LayerBits, Policy
 from hub_mpq.report import measurements
 from hub_mpq.search import validate as module
 from hub_mpq.search.held_out import hold_out
-from hub_mpq.search.validate import difference_of, mean_of, validated
+from hub_mpq.search.paired import difference_of, mean_of
+from hub_mpq.search.validate import validated
 
 SENSITIVITY = [1.0, 8.0, 2.0, 0.5, 30.0, 4.0]
 

@@ -196,3 +196,32 @@ def test_the_solver_takes_nothing_of_the_time_to_measure(mpq, train, val, monkey
     assert found.validation.done
     assert found.validation.seconds < 1.5
     assert solved == [1]
+
+
+def test_of_a_front_each_point_tells_its_own_seconds(mpq, train, val):
+    mpq.train_indicators(train, steps=0)
+    began = time.perf_counter()
+    front = mpq.pareto(points=4, validate=val)
+    assert len(front) > 2
+    spent = [point.validation.seconds for point in front]
+    assert sum(spent) <= time.perf_counter() - began
+    assert mpq.seconds["validate"] == pytest.approx(sum(spent))
+
+
+def test_one_sample_is_an_error_of_validate_and_none_of_val(mpq, train, data):
+    with pytest.raises(InvalidArgument, match="two at least"):
+        mpq.quantize(bitops="W4A4", train=train, validate=[X[:1]], **UNTRAINED)
+    mpq.quantize(bitops="W4A4", train=train, val=[X[:1]], **UNTRAINED)
+    assert not mpq.result.validation.done
+
+
+def test_without_training_data_norms_are_measured_as_they_are(mpq, train, val):
+    scores = mpq.train_indicators(train, steps=0)
+    mpq.quantize(bitops="W4A4", val=val, indicators=scores)
+    x = torch.cat([batch for batch, _ in val])
+    float_logits = mpq.float_model(x).log_softmax(-1)
+    for row in mpq.result.measurements:
+        quantized = mpq.apply_policy(row.policy).model
+        with torch.no_grad():
+            kl = (float_logits.exp() * (float_logits - quantized(x).log_softmax(-1))).sum(-1)
+        assert row.divergence == pytest.approx(float(kl.mean()), abs=6 * row.standard_error)
