@@ -35,8 +35,8 @@ class Sensitivity(NamedTuple):
     unit: str
 
     def relative_error(self) -> dict[str, float]:
-        """{layer: standard error of its two operands' sum at the narrowest widths, over that sum}; empty where one sample
-        was read, which says nothing of its spread."""
+        """{layer: standard error of its two operands' sum at the narrowest widths, over that sum}; none where it is
+        unknown (of one sample) or where nothing was found that could spread."""
         out = {}
         for name, row in self.weight.items():
             narrow = [(row, self.weight_error[name])]
@@ -44,7 +44,7 @@ class Sensitivity(NamedTuple):
                 narrow.append((self.activation[name], self.activation_error[name]))
             value = sum(found[min(found)] for found, _ in narrow)
             out[name] = math.hypot(*(error[min(error)] for _, error in narrow)) / value
-        return {name: round(error, 4) for name, error in out.items() if math.isfinite(error)}
+        return {name: round(error, 4) for name, error in out.items() if 0 < error < math.inf}
 
 
 @contextmanager

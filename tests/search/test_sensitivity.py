@@ -193,6 +193,7 @@ def test_squares_of_half_precision_do_not_vanish():
 def test_one_sample_has_no_standard_error():
     net, _, x = linear()
     assert found(net, x[:1], Classification()).relative_error() == {}
+    assert found(net, 0 * x, Classification()).relative_error() == {}
 
 
 def test_samples_bound_what_is_read_where_items_are_no_positions():
