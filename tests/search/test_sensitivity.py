@@ -13,7 +13,7 @@ from hub_mpq.errors import InvalidArgument
 from hub_mpq.nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs, widths_off
 from hub_mpq.nn.quantize import quantize_with_lsq, quantized_layers
 from hub_mpq.search.scores import default_alpha
-from hub_mpq.search.sensitivity import LEAST, SAMPLES, at, like, monotone, sensitivity
+from hub_mpq.search.sensitivity import LEAST, POSITIONS, SAMPLES, at, like, monotone, sensitivity
 from hub_mpq.tasks import Classification, MultiLabel, Regression, TokenClassification, task_of
 
 
@@ -238,3 +238,52 @@ def test_standard_errors_of_a_file_that_lies():
     errors = {"a": 0.1, "b": 10**400, "c": float("nan"), "d": -1.0, "e": "x", "f": True, "g": float("inf")}
     assert Indicators({}, {}, provenance={"standard_error": errors}).standard_error == {"a": 0.1}
     assert Indicators({}, {}, provenance={"standard_error": [1]}).standard_error == {}
+
+
+class FirstPosition(PositionsSecond):
+    """The result is read at the first position, as at a class token."""
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.layer(torch.tanh(self.first(x))))[:, 0])
+
+
+def test_a_class_token_does_not_move_the_samples_to_the_second_axis():
+    torch.manual_seed(0)
+    net, x = FirstPosition(), draw(256, 16, 12)
+    one, other = (searched(copy.deepcopy(net), part)[0] for part in (x, x[:, :8]))
+    assert one.weight_error["layer"][4] / one.weight["layer"][4] == pytest.approx(
+        other.weight_error["layer"][4] / other.weight["layer"][4], rel=0.25
+    )
+
+
+def test_what_a_norm_removes_does_not_count():
+    """Of one input value, a quantized weight moves the scale of each channel alone."""
+    net = nn.Sequential(nn.Linear(1, 5)).eval()
+    graph = HubMPQ.from_module(nn.Sequential(nn.Linear(1, 5), nn.Linear(5, 2)), draw(1, 1), fixed={"0": None}).graph
+    quantize_with_lsq(net, graph, {"0": ((2, 4), (2, 4))}, per_channel=False)
+    x = draw(64, 1)
+    calibrate_weights(net, mse=True)
+    calibrate_inputs(net, {"0": x.flatten()}, mse=True)
+    layers, task = dict(quantized_layers(net)), Classification()
+    with widths_off(net):
+        plain, normed = (sensitivity(layers, net, [x], task, names).weight["0"][2] for names in ((), ("0",)))
+    assert normed < 1e-6 * plain
+
+
+def test_positions_bound_what_is_read():
+    net, _, x = linear(positions=3)
+    long = x.repeat(1, POSITIONS // 3 // 64 + 1, 1)
+    one, two = (found(net, part, TokenClassification()) for part in (long[:64], long))
+    assert one.weight == two.weight
+
+
+def test_a_run_whose_output_goes_nowhere_hides_no_other():
+    class Idle(PositionsSecond):
+        def forward(self, x):
+            self.layer(torch.tanh(self.first(x)))
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    net, idle, x = PositionsSecond(), Idle(), draw(64, 4, 12)
+    idle.load_state_dict(net.state_dict())
+    assert searched(idle, x)[0].weight == searched(net, x)[0].weight
