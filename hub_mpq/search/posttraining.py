@@ -83,9 +83,7 @@ class PostTraining(SearchStrategy):
         """Mean divergence, over the items that count, of the quantizers in force from the `references`."""
         moved, items = 0.0, 0
         for batch, reference in zip(batches, references, strict=True):
-            values, kept = self.loss.task.divergence(
-                self.output(model, batch), reference, self.loss.task.mask(batch)
-            )
+            values, kept = self.loss.task.divergence(self.output(model, batch), reference, self.loss.task.mask(batch))
             moved, items = moved + float(values[kept].double().sum()), items + int(kept.sum())
         return max(moved, 0.0) / counted(items)
 

@@ -59,7 +59,7 @@ def at(quantizer: LSQ, bits: int) -> Iterator[None]:
 
 def like(moved: Tensor, y: Tensor) -> Tensor:
     """`moved` with each channel's mean and deviation (dimension 1) brought to those of `y`, as a BatchNorm that reads
-    it will once it has seen it. Two values a channel or fewer stay as they are: nothing of their error would be left."""
+    it will once it has seen it. One or two values a channel stay as they are: no error of them would be left."""
     if y.numel() <= 2 * y.shape[1]:
         return moved
     dims = [d for d in range(y.dim()) if d != 1]
@@ -218,9 +218,7 @@ def sensitivity(
         squares = mean_rows(
             {n: {b: _variance(pair[0], pair[1], samples) for b, pair in row.items()} for n, row in found.items()}
         )
-        errors[side] = {
-            n: {b: math.sqrt(v / processes) / whole for b, v in row.items()} for n, row in squares.items()
-        }
+        errors[side] = {n: {b: math.sqrt(v / processes) / whole for b, v in row.items()} for n, row in squares.items()}
     weight, activation = ({n: monotone(row) for n, row in means[side].items()} for side in sides)
     return Sensitivity(weight, activation, errors["weight"], errors["activation"], unit)
 
