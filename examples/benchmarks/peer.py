@@ -1,18 +1,31 @@
-"""Policies of other packages at the same budget: NVIDIA ModelOpt and Sony MCT, weights mixed, activations at one width.
+"""Policies of other packages at the same budget: weights mixed, activations at one width.
 
 ModelOpt's auto_quantize (extra `bench`) scores every layer's formats by gradients and picks them with a linear program
 for a mean number of weight bits. Neither BitOps nor bytes are limits of its own: it gets the most weight bits that fit.
 MCT (`pip install model-compression-toolkit`, in an environment of its own: it pins older packages) measures the
 distance of inner activations with one layer quantized and solves for its BitOps or its bytes of weights.
+AutoScheme (`pip install auto-round`) scores groups of 128 weights by the gradient of a decoder's own loss and fills a
+mean number of weight bits. It needs that loss: of an encoder, "BaseModelOutputWithPoolingAndCrossAttentions has no
+attribute 'loss'" (0.16.1).
+
+    python examples/benchmarks/peer.py --mean-bits 3 --policies decoders.json
+    python examples/benchmarks/prediction.py --perplexity --policies-file decoders.json
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
+import tempfile
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import texts
+import torch
 import torch.nn.functional as F
 
 from hub_mpq import HubMPQ, LayerBits, Policy
@@ -154,3 +167,45 @@ def mct_policy(
         if mpq.usage(policy)[limit] <= target:
             return policy
     raise SystemExit(f"no policy of MCT meets {limit} = {target:.4g}")
+
+
+def autoscheme_bits(mean_bits: float, widths: Sequence[int] = (2, 3, 4, 8), samples: int = 16) -> dict[str, int]:
+    """{layer of SmolLM2: weight bits} that AutoScheme chooses, scored on chunks of WikiText-2's validation split."""
+    from auto_round import AutoRound, AutoScheme
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = texts.smollm2_path()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    rows = [row for batch in texts.chunks("valid", samples) for row in batch["input_ids"]]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "calibration.json"
+        file.write_text(json.dumps([{"text": tokenizer.decode(row)} for row in rows]))
+        scheme = AutoScheme(
+            avg_bits=mean_bits,
+            options=tuple(f"W{bits}A16" for bits in widths),
+            nsamples=samples,
+            seqlen=128,
+            batch_size=2,
+            ignore_scale_zp_bits=True,
+            low_gpu_mem_usage=False,
+        )
+        net = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        rounder = AutoRound(net, tokenizer, scheme=scheme, iters=0, dataset=str(file), seqlen=128, nsamples=samples)
+        rounder.post_init()
+    return {name: config["bits"] for name, config in rounder.layer_config.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mean-bits", type=float, default=4.0)
+    parser.add_argument("--policies", type=Path, required=True, help="JSON file, which is written or added to")
+    args = parser.parse_args()
+    known = json.loads(args.policies.read_text()) if args.policies.exists() else {}
+    began = time.perf_counter()
+    bits = {name: f"W{b}A32" for name, b in autoscheme_bits(args.mean_bits).items()}
+    known[f"AutoScheme|{args.mean_bits}"] = {"bits": bits, "seconds": time.perf_counter() - began}
+    args.policies.write_text(json.dumps(known))
+
+
+if __name__ == "__main__":
+    main()

@@ -29,7 +29,7 @@ import study
 import tasks
 import texts
 
-from hub_mpq import Budget, Candidates, HubMPQ, Policy
+from hub_mpq import Budget, Candidates, HubMPQ, LayerBits, Policy
 from hub_mpq.pack import read_indicators, write_indicators
 from hub_mpq.search.candidates import resolve_candidates
 from hub_mpq.search.held_out import hold_out
@@ -185,8 +185,11 @@ def figures(found: dict[str, Any], which: str, rounds: int = 1000) -> tuple[str,
     return first, second
 
 
-def perplexity(level: str) -> None:
-    """SmolLM2 at a mean width of its weights: uniform and mixed, each token's loss on 16 × 256 test tokens."""
+def perplexity(level: str, others: Path | None = None) -> None:
+    """SmolLM2 at a mean width of its weights: uniform and mixed, each token's loss on 16 × 256 test tokens.
+
+    others: file of AutoScheme's policies, written by peer.py.
+    """
     file = folder() / f"perplexity-{level}.json"
     if file.exists():
         return
@@ -196,6 +199,11 @@ def perplexity(level: str) -> None:
     results = {"optimum": mpq.search(**net.budget(level))}
     results["measured"] = mpq.search(**net.budget(level), validate=net.held(), validate_seconds=900)
     policies: dict[str, Any] = {"uniform": f"W{float(level):.0f}A32", **results}
+    known = json.loads(others.read_text()) if others else {}
+    if (name := f"AutoScheme|{level}") in known:
+        fixed = {layer.name: layer.fixed for layer in mpq.graph if layer.fixed is not None}
+        bits = {layer: LayerBits.parse(b) for layer, b in known[name]["bits"].items()}
+        policies["AutoScheme"] = Policy({**bits, **fixed}, mpq.graph.digest)
     for method, policy in policies.items():
         mpq.apply_policy(policy, net.scored())
         losses[method] = texts.token_losses(mpq, tested)
@@ -249,11 +257,12 @@ def main() -> None:
     parser.add_argument("--strategy", choices=("limpq", "gradient", "hessian", "mse", "kl"), action="append")
     parser.add_argument("--policies", type=int, default=POLICIES, help="of each kind")
     parser.add_argument("--perplexity", action="store_true")
+    parser.add_argument("--policies-file", type=Path, help="AutoScheme's policies, written by peer.py")
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     if args.perplexity:
         for level in args.level or NETS["smollm2"].levels:
-            perplexity(level)
+            perplexity(level, args.policies_file)
     elif not args.report:
         for name in args.net or NETS:
             for level in args.level or NETS[name].levels:

@@ -2,6 +2,7 @@
 
     python examples/benchmarks/study.py --task resnet20 --level W2A2 --seeds 3
     python examples/benchmarks/study.py --report
+    python examples/benchmarks/study.py --summary
 
 Every row starts from the same float weights and gets the same steps and schedule. What each test item gave is kept
 in the cache folder ($HUB_MPQ_CACHE), so that a stopped study goes on where it was and the report can bootstrap over
@@ -219,6 +220,41 @@ def report(folder: Path) -> None:
         print("\nOn " + ", ".join(sorted(known)) + "; " + "; ".join(movements(folder, task, level)))
 
 
+def summary(folder: Path) -> None:
+    """Print one table a network, in markdown: each method's score, and in brackets its 95 % interval minus uniform."""
+    rows = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))]
+    methods = [method for method in METHODS if method not in ("float", "uniform")]
+    for name in sorted({r["task"] for r in rows}):
+        task = TASKS[name]
+        own = [r for r in rows if r["task"] == name]
+        measures = [(task.unit, task.score), *([("distance to float", task.distance)] if task.distance else [])]
+        whole = next((r["items"] for r in own if r["method"] == "float"), None)
+        for unit, measure in measures:
+            told = "" if whole is None else f", float {measure(np.array(whole, dtype=float)):.2f}"
+            print(f"\n### {name}: {unit}{told}\n")
+            head = ["level", "seeds", "uniform", *methods, "mixed minus untrained, 95 %"]
+            print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+            for level in (level for level in task.levels if any(r["level"] == level for r in own)):
+                here = {
+                    m: {r["seed"]: r["items"] for r in own if (r["level"], r["method"]) == (level, m)} for m in METHODS
+                }
+                seeds = sorted({len(found) for m, found in here.items() if found and m != "float"})
+                cells = [level, "–".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))) if seeds else "0"]
+                for method in ("uniform", *methods):
+                    found = here[method]
+                    scores = [measure(np.array(items, dtype=float)) for items in found.values()]
+                    both = [s for s in found if s in here["uniform"] and method != "uniform"]
+                    interval = (
+                        bootstrap(measure, [found[s] for s in both], [here["uniform"][s] for s in both]) if both else ""
+                    )
+                    cells.append((f"{np.mean(scores):.2f}" if scores else "") + (f" ({interval})" if interval else ""))
+                both = [s for s in here["mixed"] if s in here["untrained"]]
+                trained, start = ([here[m][s] for s in both] for m in ("mixed", "untrained"))
+                print("| " + " | ".join([*cells, bootstrap(measure, trained, start) if both else ""]) + " |")
+        known = {f"{r['device']} at {r['commit']}" for r in own}
+        print("\nOn " + ", ".join(sorted(known)))
+
+
 def movements(folder: Path, task: Task, level: str) -> list[str]:
     """What the joint training changed: the scales against their start, the indicators against untrained ones."""
     changes: dict[str, list[dict[str, float]]] = {}
@@ -251,12 +287,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--options", default="{}", help="JSON: settings of train_indicators, and alpha, for ablations")
     parser.add_argument("--name", default="study", help="folder of the rows, in the cache")
-    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--report", action="store_true", help="print a table for each network and level")
+    parser.add_argument("--summary", action="store_true", help="print a table for each network")
     args = parser.parse_args()
     folder = cache_root() / args.name
     folder.mkdir(parents=True, exist_ok=True)
-    if args.report:
-        report(folder)
+    if args.report or args.summary:
+        (report if args.report else summary)(folder)
         return
     for seed in range(args.seeds):
         for name in args.task or sorted(TASKS):

@@ -144,8 +144,8 @@ def smollm2_path() -> str:
 
 def smollm2() -> HubMPQ:
     """SmolLM2-135M, weights alone; its embedding, which is its head too, stays float."""
-    fixed = {"model.embed_tokens": None, "lm_head": None}
-    return HubMPQ.from_pretrained(smollm2_path(), fixed=fixed, weight_only=True).to(device())
+    exclude = ["model.embed_tokens", "lm_head"]
+    return HubMPQ.from_pretrained(smollm2_path(), exclude=exclude, weight_only=True).to(device())
 
 
 def chunks(split: str, count: int, length: int = 256, first: int = 0) -> list[dict[str, Tensor]]:

@@ -106,9 +106,8 @@ class MSE(PostTraining):
 
     The factor makes the scores of the middle candidate widths add up to the divergence that was measured with every
     searched layer at its middle width, so that the unit is the divergence's. It knows how large an error is in each
-    layer, not how much it matters there: the sums have the right size, and on decoders they do not rank policies
-    (`examples/benchmarks/prediction.py --net smollm2 --strategy mse`). The cheapest scorer, for models without a
-    backward pass.
+    layer, not how much it matters there: where layers differ in that, as in decoders, it can't rank policies well, and
+    a search with `validate=` tells so. The cheapest scorer, for models without a backward pass.
     """
 
     factor = 1.0
