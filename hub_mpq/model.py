@@ -357,7 +357,7 @@ class HubMPQ(nn.Module):
 
         Args:
             budget: A Budget; or name its limits (bitops=, size=, compression=, …, see `Budget`).
-            alpha: Multiplier for LIMPQ's weight indicators; None balances the sums.
+            alpha: Multiplier for LIMPQ's weight indicators; None: 1 for scores in one unit, else the sums are balanced.
             candidates: Widths that layers may take; None for all that have a score.
             fixed: {name or pattern: "W8A8" or None} for this call.
             time_limit: Seconds; past them the best policy so far, with its gap.

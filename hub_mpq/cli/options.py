@@ -32,7 +32,10 @@ Model = Annotated[
     str, typer.Argument(help="A timm name, a Hugging Face id, hf-hub:…, or a folder.", show_default=False)
 ]
 CandidateBits = Annotated[Text, typer.Option("--candidates", help="Widths to choose from, such as 2,3,4,5,6.")]
-Alpha = Annotated[Number, typer.Option(help="Weight of the weight indicators; balanced when left out.")]
+Alpha = Annotated[
+    Number,
+    typer.Option(help="Weight of the weight indicators; when left out, 1 for scores in one unit, balanced for others."),
+]
 Strategy = Annotated[
     Text,
     typer.Option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,7 +60,7 @@ class Indicators:
         """{layer: relative standard error of its value at the narrowest widths}, of the layers where it is known."""
         found = self.provenance.get("standard_error")
         known = found.items() if isinstance(found, Mapping) else ()
-        return {name: float(value) for name, value in known if isinstance(value, (int, float))}
+        return {name: value for name, value in known if isinstance(value, float) and 0 <= value < math.inf}
 
     @property
     def sense(self) -> str:

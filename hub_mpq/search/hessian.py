@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..core.checks import whole
 from ..nn.layers import first_operand
 from .posttraining import PostTraining, noise, read
+from .sensitivity import counted
 from .strategy import register_strategy
 
 
@@ -56,12 +57,12 @@ class Hessian(PostTraining):
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         generator = torch.Generator().manual_seed(self.seed)
-        moved: dict[str, Tensor] = {}
+        moved: list[tuple[str, Tensor]] = []
 
         def disturb(_m: nn.Module, args: Any, kwargs: Any, name: str) -> tuple[tuple[Tensor], dict[str, Any]]:
             x = first_operand(args, kwargs)
-            moved[name] = torch.zeros_like(x, requires_grad=True)
-            return (x + moved[name],), {}
+            moved.append((name, torch.zeros_like(x, requires_grad=True)))  # again for a layer that runs again
+            return (x + moved[-1][1],), {}
 
         handles = [
             m.register_forward_pre_hook(
@@ -78,20 +79,20 @@ class Hessian(PostTraining):
             with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
                 for batch in batches:
                     moved.clear()
-                    loss, counted = self.probe(model, batch)
-                    items += counted
-                    leaves = [self.layers[n].weight for n in names] + list(moved.values())
+                    loss, more = self.probe(model, batch)
+                    items += more
+                    leaves = [self.layers[n].weight for n in names] + [x for _, x in moved]
                     grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
                     for _ in range(self.probes):
                         found = self._products(grads, leaves, generator)
                         for n, value in zip(names, found, strict=False):
                             weight[n] += value
-                        for n, value in zip(moved, found[len(names) :], strict=True):
+                        for (n, _), value in zip(moved, found[len(names) :], strict=True):
                             activation[n] += value
         finally:
             for handle in handles:
                 handle.remove()
-        total = self.probes * max(items, 1)
+        total = self.probes * counted(items)
         return {n: max(v / total, 0.0) for n, v in weight.items()}, {
             n: max(v / total, 0.0) for n, v in activation.items()
         }
@@ -100,8 +101,8 @@ class Hessian(PostTraining):
         """(summed divergence of the output from itself, how many items): zero, without slope, with this Hessian."""
         task = self.loss.task
         output = task.forward(model, batch)
-        values, counted = task.divergence(output, output, task.mask(batch))
-        return values[counted].sum(), int(counted.sum())
+        values, kept = task.divergence(output, output, task.mask(batch))
+        return values[kept].sum(), int(kept.sum())
 
     @staticmethod
     def _products(grads: Sequence[Tensor | None], leaves: Sequence[Tensor], generator: torch.Generator) -> list[float]:

@@ -16,7 +16,7 @@ from ..quantizers import LSQ
 from ..train.norms import batch_statistics
 from ..train.random_draws import fixed_draws
 from .scores import Scores
-from .sensitivity import Rows, Sensitivity, at, sensitivity
+from .sensitivity import Rows, Sensitivity, at, counted, sensitivity
 from .strategy import SearchStrategy, additive, register_strategy
 
 
@@ -58,9 +58,10 @@ class PostTraining(SearchStrategy):
         calibrate_inputs(model, dict(inputs), mse=True)
         model.eval()
         with widths_off(model):
-            with torch.no_grad():
-                self.unit = self.loss.task.unit(self.output(model, batches[0]))
             self.measure(model, batches, inputs)
+            if not self.unit:
+                with torch.no_grad():
+                    self.unit = self.loss.task.unit(self.output(model, batches[0]))
 
     def measure(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
         """Fill the rows. All quantizers are off; `at` turns one on."""
@@ -82,11 +83,9 @@ class PostTraining(SearchStrategy):
         """Mean divergence, over the items that count, of the quantizers in force from the `references`."""
         moved, items = 0.0, 0
         for batch, reference in zip(batches, references, strict=True):
-            values, counted = self.loss.task.divergence(
-                self.output(model, batch), reference, self.loss.task.mask(batch)
-            )
-            moved, items = moved + float(values[counted].double().sum()), items + int(counted.sum())
-        return max(moved, 0.0) / max(items, 1)
+            values, kept = self.loss.task.divergence(self.output(model, batch), reference, self.loss.task.mask(batch))
+            moved, items = moved + float(values[kept].double().sum()), items + int(kept.sum())
+        return max(moved, 0.0) / counted(items)
 
     def scores(self, model: nn.Module) -> Scores:
         return additive(self.graph, self.weight, self.activation)

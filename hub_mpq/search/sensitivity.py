@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import InvalidArgument
 from ..nn.layers import first_operand
 from ..quantizers import LSQ
 from ..tasks import Task
@@ -34,15 +35,16 @@ class Sensitivity(NamedTuple):
     unit: str
 
     def relative_error(self) -> dict[str, float]:
-        """{layer: standard error of its two operands' sum at the narrowest widths, over that sum}."""
+        """{layer: standard error of its two operands' sum at the narrowest widths, over that sum}; none where it is
+        unknown (of one sample) or where nothing was found that could spread."""
         out = {}
         for name, row in self.weight.items():
             narrow = [(row, self.weight_error[name])]
             if name in self.activation:
                 narrow.append((self.activation[name], self.activation_error[name]))
             value = sum(found[min(found)] for found, _ in narrow)
-            out[name] = round(math.hypot(*(error[min(error)] for _, error in narrow)) / value, 4)
-        return out
+            out[name] = math.hypot(*(error[min(error)] for _, error in narrow)) / value
+        return {name: round(error, 4) for name, error in out.items() if 0 < error < math.inf}
 
 
 @contextmanager
@@ -57,7 +59,9 @@ def at(quantizer: LSQ, bits: int) -> Iterator[None]:
 
 def like(moved: Tensor, y: Tensor) -> Tensor:
     """`moved` with each channel's mean and deviation (dimension 1) brought to those of `y`, as a BatchNorm that reads
-    it will once it has seen it."""
+    it will once it has seen it. One or two values a channel stay as they are: no error of them would be left."""
+    if y.numel() <= 2 * y.shape[1]:
+        return moved
     dims = [d for d in range(y.dim()) if d != 1]
     spread = moved.std(dims, correction=0, keepdim=True)
     deviation = torch.where(spread > 0, y.std(dims, correction=0, keepdim=True) / spread, 0.0)
@@ -70,6 +74,13 @@ def monotone(row: Mapping[int, float]) -> dict[int, float]:
     for wider, bits in pairwise(sorted(out, reverse=True)):
         out[bits] = max(out[bits], out[wider])
     return out
+
+
+def counted(items: float) -> float:
+    """How many items there are to take a mean over. Raises InvalidArgument when there are none."""
+    if not items:
+        raise InvalidArgument("no item of the batches counts: their masks leave everything out")
+    return items
 
 
 def sensitivity(
@@ -90,14 +101,15 @@ def sensitivity(
 
     A weight's errors at all places of an image add up, so g·ΔY is summed over each sample. Where the items are
     positions themselves (tokens, pixels: `Task.positional`) it is taken at each position, which leaves out how errors
-    at two positions act together, but needs far fewer samples [our construction]. normed: layers whose output a
+    at two positions act together, but needs far fewer samples [our construction]. A layer that runs more than once has
+    one error of all its runs. normed: layers whose output a
     BatchNorm reads; what it removes, a channel's shift and scale, is not counted for them [our construction].
 
     Args:
         layers: {name: quantized layer}; all quantizers off.
         model: The network that holds them, in eval mode.
-        batches: What to run it on; labels are not used. Of one that would go beyond `SAMPLES` samples (or `POSITIONS`
-            items) in all, nothing is read.
+        batches: What to run it on; labels are not used. Reading ends before a batch that would go beyond `SAMPLES`
+            samples in all, and after one that reached `POSITIONS` items where items are positions.
         task: What the output means.
         normed: Names of layers that a BatchNorm reads.
         seed: Of the drawn labels.
@@ -105,31 +117,58 @@ def sensitivity(
     Returns:
         Values that do not fall with the width, and standard errors over samples. One forward and backward a batch, and
         one run of each layer an operand and width. Of several processes: the mean of all.
+
+    Raises:
+        InvalidArgument: No item of the batches counts.
     """
     sides = {
         "weight": {n: m.weight_quantizer for n, m in layers.items()},
         "activation": {n: m.input_quantizer for n, m in layers.items() if m.input_quantizer is not None},
     }
     sums = {side: {n: {b: [0.0, 0.0] for b in q.widths} for n, q in found.items()} for side, found in sides.items()}
+    held: dict[str, dict[tuple[str, int], Tensor]] = {}
+    calls: dict[str, int] = {}
+    axes: dict[str, int] = {}
+    unsure: set[str] = set()
     batch_size = 1
+
+    def settle(name: str) -> None:
+        for (side, bits), products in held.pop(name, {}).items():
+            found = products.square().sum(1)
+            both = torch.stack([found.sum(), found.square().sum()]).tolist()
+            row = sums[side][name][bits]
+            row[0], row[1] = row[0] + both[0], row[1] + both[1]
 
     @torch.no_grad()
     def add(name: str, x: Tensor, grad: Tensor) -> None:
+        if unsure:  # the gradient of the first sample alone
+            if name in unsure:
+                axes[name] = int(not grad[:, 1:].any() and bool(grad[1:].any()))
+            return
         module = layers[name]
         # again, not kept from the forward: what follows a layer may have changed its output in place
-        y = type(module).forward(module, x)
+        y = type(module).forward(module, x).float()
+        found = {}
         for side, quantizers in sides.items():
             if name not in quantizers:
                 continue
             for bits in quantizers[name].widths:
                 with at(quantizers[name], bits):
                     # the class's forward: calling the module would run this very hook again
-                    moved = type(module).forward(module, x)
+                    moved = type(module).forward(module, x).float()
                 error = (like(moved, y) if name in normed else moved) - y
-                found = _squares(grad * error, module, batch_size, task.positional)
-                both = torch.stack([found.sum(), found.square().sum()]).tolist()
-                row = sums[side][name][bits]
-                row[0], row[1] = row[0] + both[0], row[1] + both[1]
+                product = (grad.float() * error).movedim(axes.get(name, 0), 0)
+                found[side, bits] = _products(product, module, batch_size, task.positional)
+        before = held.get(name)
+        # the errors of a layer that runs more than once act together
+        if before is not None and all(found[key].shape == products.shape for key, products in before.items()):
+            found = {key: before[key] + products for key, products in found.items()}
+        elif before is not None:
+            settle(name)
+        held[name] = found
+        calls[name] -= 1
+        if not calls[name]:
+            settle(name)
 
     handles = []
     for name, module in layers.items():
@@ -139,6 +178,9 @@ def sensitivity(
         ) -> None:
             if output.requires_grad:
                 x = first_operand(args, kwargs).detach()
+                calls[name] = calls.get(name, 0) + 1
+                if not task.positional and name not in axes and _may_be_second(output, batch_size):
+                    unsure.add(name)
                 output.register_hook(lambda grad: add(name, x, grad))
 
         handles.append(module.register_forward_hook(keep, with_kwargs=True))
@@ -147,45 +189,55 @@ def sensitivity(
     try:
         for i, batch in enumerate(batches):
             batch_size = int(task.samples(batch))
-            if items and (samples + batch_size > SAMPLES or items > POSITIONS):
+            if items and (samples + batch_size > SAMPLES or (task.positional and items >= POSITIONS)):
                 break
+            calls.clear()
             model.zero_grad(set_to_none=True)
             with fixed_draws(next(model.parameters()).device, seed + i):
                 output = task.forward(model, batch)
             generator = torch.Generator().manual_seed(seed + i * processes + rank)
             unit = unit or task.unit(output)
             values, kept = task.probe(output, generator, task.mask(batch))
-            torch.where(kept, values, torch.zeros_like(values)).sum().backward()
+            values = torch.where(kept, values, torch.zeros_like(values))
+            if unsure:
+                values[0].sum().backward(retain_graph=True)
+                unsure.clear()
+            values.sum().backward()
+            for name in list(held):  # a call whose output went nowhere
+                settle(name)
             items, samples = items + float(kept.sum()), samples + batch_size
     finally:
         model.zero_grad(set_to_none=True)
         for handle in handles:
             handle.remove()
-    whole = total(items)[0] / processes
+    whole = counted(total(items)[0]) / processes
     means, errors = {}, {}
     for side, found in sums.items():
         # the variance of a sum over samples, from the sum of squares
-        means[side] = mean_rows({n: {b: s / max(whole, 1) for b, (s, _) in row.items()} for n, row in found.items()})
+        means[side] = mean_rows({n: {b: s / whole for b, (s, _) in row.items()} for n, row in found.items()})
         squares = mean_rows(
             {n: {b: _variance(pair[0], pair[1], samples) for b, pair in row.items()} for n, row in found.items()}
         )
-        errors[side] = {
-            n: {b: math.sqrt(v / processes) / max(whole, 1) for b, v in row.items()} for n, row in squares.items()
-        }
+        errors[side] = {n: {b: math.sqrt(v / processes) / whole for b, v in row.items()} for n, row in squares.items()}
     weight, activation = ({n: monotone(row) for n, row in means[side].items()} for side in sides)
     return Sensitivity(weight, activation, errors["weight"], errors["activation"], unit)
 
 
 def _variance(first: float, second: float, samples: float) -> float:
-    """Variance of a sum over samples of which the sum and the sum of squares are known."""
-    return max(second - first * first / samples, 0.0) * samples / max(samples - 1, 1) if samples else 0.0
+    """Variance of a sum over samples of which the sum and the sum of squares are known; infinite for a single one."""
+    return max(second - first * first / samples, 0.0) * samples / (samples - 1) if samples > 1 else math.inf
 
 
-def _squares(product: Tensor, module: nn.Module, samples: int, positional: bool) -> Tensor:
-    """Σ over each sample of (g·ΔY)², taken for the whole sample or at every position; [samples], or one for every row
-    of the output where the first axis is not a whole number of rows a sample."""
-    channel = 1 if module.weight.dim() > 2 and product.dim() > 2 else product.dim() - 1
+def _may_be_second(output: Tensor, samples: int) -> bool:
+    """Whether the samples of an output may lie along its second axis ([positions, samples, …]); parts of samples may
+    have the same form ([windows of all samples, positions, …])."""
+    return output.dim() > 2 and output.shape[1] == samples > 1
+
+
+def _products(product: Tensor, module: nn.Module, samples: int, positional: bool) -> Tensor:
+    """g·ΔY summed over each sample, [samples, 1], or at every position, [samples, positions]; with one row for every
+    row of the output where its first axis is not a whole number of rows a sample."""
     if positional:
-        product = product.sum(channel).square()
+        product = product.sum(1 if module.weight.dim() > 2 and product.dim() > 2 else -1)
     rows = product.reshape(samples, -1) if len(product) % max(samples, 1) == 0 else product.flatten(1)
-    return rows.sum(1) if positional else rows.sum(1).square()
+    return rows if positional else rows.sum(1, keepdim=True)

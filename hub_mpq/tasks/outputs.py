@@ -13,6 +13,7 @@ INNER = frozenset(
         *("loss", "loss_dict", "auxiliary_outputs", "past_key_values"),
         *("hidden_states", "decoder_hidden_states", "encoder_hidden_states"),
         *("attentions", "decoder_attentions", "encoder_attentions", "cross_attentions"),
+        *("mems", "router_logits", "image_hidden_states"),
     )
 )
 """Fields of an output of transformers that are no result: losses, inner states, caches."""

@@ -290,13 +290,15 @@ class Task:
             generator: A generator on the CPU.
             mask: Tokens that are no padding, as `mask` gave it.
         """
-        drawn = self.sample(output, generator)
+        free = copy.copy(self)  # a class that labels leave out is drawn as any other
+        free.ignore_index = -100
+        drawn = free.sample(output, generator)
         if drawn is None:
             values = self._projected(self.targets(output), generator, mask)
             return values, torch.ones_like(values, dtype=torch.bool)
         if isinstance(drawn, Tensor) and mask is not None and mask.shape == drawn.shape:
-            drawn = drawn.masked_fill(~mask, self.ignore_index)
-        values, kept = self.item_loss(output, drawn)
+            drawn = drawn.masked_fill(~mask, free.ignore_index)
+        values, kept = free.item_loss(output, drawn)
         values = values / math.sqrt(2)
         if others := self.beside(output):
             rows = self._projected(others, generator, mask) * math.sqrt(len(others))  # a sum, as in `with_others`

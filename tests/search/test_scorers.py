@@ -1,5 +1,6 @@
 """Post-training scorers: each formula against the plain one, regression heads, layers that nothing reaches, options."""
 
+import copy
 import math
 
 import pytest
@@ -135,6 +136,37 @@ def test_hessian_predicts_the_divergence_of_a_random_error_of_that_size(operand)
     # four standard errors of the measured mean and as much for the 1000 probes
     assert score == pytest.approx(float(measurement.mean()), abs=8 * float(measurement.std()) / 500**0.5)
     assert 8 * float(measurement.std()) / 500**0.5 < 0.5 * score  # one half would be told from one
+
+
+class Twice(nn.Module):
+    """A layer that reads the same input twice, so that its two runs count alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.layer, self.last = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(10, 3)
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        return self.last(torch.cat([self.layer(x), self.layer(x)], -1))
+
+
+def test_hessian_takes_in_all_runs_of_a_layer():
+    torch.manual_seed(0)
+    net, x, found = Twice(), torch.randn(64, 6), []
+    for used in (slice(0, 10), slice(0, 5), slice(5, 10)):
+        part = copy.deepcopy(net)
+        with torch.no_grad():
+            kept = torch.zeros_like(part.last.weight)
+            kept[:, used] = part.last.weight[:, used]
+            # the classes' probabilities stay those of the whole
+            part.last.weight.copy_(kept)
+            rest = net.last.weight - kept
+            part.last.register_forward_hook(lambda _m, args, y, rest=rest: y + args[0].detach() @ rest.T.detach())
+        scorer, _ = measured(Hessian(probes=400), part, (x, torch.zeros(64).long()), layer="layer")
+        found.append(scorer.traces["layer"][1])
+    both, first, second = found
+    assert both == pytest.approx(first + second, rel=0.1)
+    assert 0.2 < first / second < 5
 
 
 @pytest.mark.parametrize(("name", "unit"), [(n, u) for n in ("hessian", "mse", "kl") for u in ("kl", "target_error")])

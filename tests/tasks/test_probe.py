@@ -45,6 +45,7 @@ CASES = {
     ),
     "next words": (CausalLM(), {"output": draw(8, 5, 7)}, None),
     "words": (Seq2SeqLM(), {"output": draw(8, 5, 7)}, MASK),
+    "pixels of a class that labels leave out": (Segmentation(ignore_index=0), {"output": draw(8, 3, 2, 4)}, None),
     "pixels": (Segmentation(), {"output": draw(8, 3, 2, 4)}, None),
     "span": (QuestionAnswering(), Span(start_logits=draw(8, 5), end_logits=draw(8, 5)), None),
     "features": (Embedding(), {"a": draw(8, 5, 3), "b": 1000 * draw(8, 2)}, MASK),

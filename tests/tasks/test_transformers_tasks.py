@@ -443,3 +443,14 @@ def test_padding_does_not_count_in_a_probe(models):
     longer = {key: torch.nn.functional.pad(value, (0, 6)) for key, value in TEXT.items()}
     _, kept = task.probe(task.forward(model, longer), torch.Generator(), task.mask(longer))
     assert torch.equal(kept, longer["attention_mask"].bool())
+
+
+def test_the_memory_of_xlnet_is_no_result():
+    config = T.XLNetConfig(vocab_size=40, d_model=16, n_layer=1, n_head=2, d_inner=24, num_labels=3)
+    net = T.XLNetForSequenceClassification(config).eval()
+    task = task_of(None, net, {**TEXT, "labels": torch.tensor([0, 2, 1, 1])})
+    output = task.forward(net, TEXT)
+    assert output.mems
+    assert list(task.targets(output)) == ["logits"]
+    values, _ = task.divergence(output, output, task.mask(TEXT))
+    torch.testing.assert_close(values, torch.zeros(4))
