@@ -735,7 +735,7 @@ class HubMPQ(nn.Module):
         were measured."""
         usage = self.usage() if self.policy is not None else None
         graph = self._policy_graph or self.graph
-        expected = expected_divergence(self.scores, graph, self.policy)
+        expected = expected_divergence(self.scores, graph, self.policy, weight_only=self.weight_only)
         unit = self.scores.unit if self.scores is not None else ""
         text = report(graph, self.policy, usage, self.metrics, self.seconds, expected, unit)
         if self.result is not None and (measured := measurements(self.result)):

@@ -108,7 +108,7 @@ def score_table(
 
 
 def expected_divergence(
-    indicators: Indicators | None, graph: LayerGraph, policy: Policy | None
+    indicators: Indicators | None, graph: LayerGraph, policy: Policy | None, *, weight_only: bool = False
 ) -> dict[str, tuple[float, float | None]]:
     """{searched layer: (estimated divergence that the policy's widths cause, its relative standard error or None)}.
 
@@ -116,21 +116,13 @@ def expected_divergence(
     """
     if indicators is None or policy is None or not indicators.predicts:
         return {}
-    errors = indicators.standard_error
-    found: dict[str, tuple[float, float | None]] = {}
-    for layer in graph.searched:
-        bits, name = policy.bits[layer.name], layer.name
-        if indicators.pairs:
-            value = indicators.pairs.get(name, {}).get(bits)
-        else:
-            value = indicators.weight.get(name, {}).get(bits.weight)
-            if value is not None and bits.activation != FLOAT_BITS:
-                other = indicators.activation.get(name, {}).get(bits.activation)
-                value = None if other is None else value + other
-        if value is None:
-            return {}
-        found[name] = value, errors.get(name)
-    return found
+    try:
+        table, _ = score_table(indicators, graph, weight_only=weight_only)
+    except InvalidArgument:
+        return {}
+    if any(policy.bits[name] not in row for name, row in table.items()):
+        return {}
+    return {name: (row[policy.bits[name]], indicators.standard_error.get(name)) for name, row in table.items()}
 
 
 def score_parts(

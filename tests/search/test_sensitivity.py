@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from hub_mpq import HubMPQ, Indicators
+from hub_mpq import HubMPQ, Indicators, Policy
 from hub_mpq.errors import InvalidArgument
 from hub_mpq.nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs, widths_off
 from hub_mpq.nn.quantize import quantize_with_lsq, quantized_layers
-from hub_mpq.search.scores import default_alpha
+from hub_mpq.search.scores import default_alpha, expected_divergence
 from hub_mpq.search.sensitivity import LEAST, POSITIONS, SAMPLES, at, like, monotone, sensitivity
 from hub_mpq.tasks import Classification, MultiLabel, Regression, TokenClassification, task_of
 
@@ -289,3 +290,22 @@ def test_a_run_whose_output_goes_nowhere_hides_no_other():
     net, idle, x = PositionsSecond(), Idle(), draw(64, 4, 12)
     idle.load_state_dict(net.state_dict())
     assert searched(idle, x)[0].weight == searched(net, x)[0].weight
+
+
+def test_the_report_tells_what_a_policy_is_expected_to_cost():
+    mpq = HubMPQ.from_module(
+        nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 5)), draw(1, 12), fixed={"*": None}
+    )
+    batches = [(draw(64, 12, seed=7), torch.arange(64) % 5)]
+    mpq.train_scores(batches, steps=0, candidates=(2, 4))
+    result = mpq.search(bitops="W4A4")
+    mpq.apply_policy("W2A4", batches)
+    found = expected_divergence(mpq.scores, mpq.graph, mpq.policy)
+    assert found["0"][0] == mpq.scores.weight["0"][2] + mpq.scores.activation["0"][4]
+    assert f"{found['0'][0]:.3g} ± {mpq.scores.standard_error['0']:.0%}" in mpq.report()
+    whole = expected_divergence(mpq.scores, mpq.graph, result.policy)
+    assert sum(value for value, _ in whole.values()) == pytest.approx(result.objective)
+    assert not expected_divergence(mpq.scores, mpq.graph, Policy.uniform(mpq.graph, "W3A3"))  # no candidate
+    for old in ("loss", "scale"):
+        mpq.scores = replace(mpq.scores, provenance={"unit": old})
+        assert "expected" not in mpq.report()
