@@ -26,12 +26,15 @@ TIE = 1e-3
 RMS = 0.1  # well below the loop's clipping at 1
 
 
-def preference(scores: Sequence[float], widths: Sequence[int]) -> float:
-    """k of the least-squares fit c + k·4^−b to the scores of widths b; not below 0, and 0 for a single width."""
-    profile = [4.0**-b for b in widths]
-    middle, mean = sum(profile) / len(profile), sum(scores) / len(scores)
-    spread = sum((p - middle) ** 2 for p in profile)
-    return max(sum((p - middle) * (s - mean) for p, s in zip(profile, scores, strict=True)) / (spread or 1.0), 0.0)
+def falling(values: Sequence[float]) -> list[float]:
+    """The nearest sequence that never rises (isotonic regression by pooling neighbours)."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        pools.append((value, 1))
+        while len(pools) > 1 and pools[-1][0] > pools[-2][0]:
+            (b, n), (a, m) = pools.pop(), pools.pop()
+            pools.append(((a * m + b * n) / (m + n), m + n))
+    return [value for value, count in pools for _ in range(count)]
 
 
 @register_strategy("ebs")
@@ -44,11 +47,10 @@ class EBS(SearchStrategy):
     strength: of relu(E[cost]/cap − 1) [relative: ours].
 
     [ours] Strengths learn by SGD on a gradient whose size is normalised over all layers together: Adam moves every
-    strength alike in a short run, which hides which layer cares. Scores: k·4^−b, where c + k·4^−b is fitted to −log p
-    without the push of the hinge: the ILP holds the budget itself, and a hinge that was active all along would send
-    every layer to its least width. The power of a rounding error falls like 4^−b, and so does the growth of the loss;
-    a strength's gradient follows the error itself, and in a short run single differences between widths are noise. At
-    least 1e-3·4^−b, so that no budget is left unused where strengths say nothing. Labels are not smoothed unless that
+    strength alike in a short run, which hides which layer cares. Scores: −log p without the push of the hinge: the ILP
+    holds the budget itself, and a hinge that was active all along would send every layer to its least width. Without
+    that push a wider width cannot be worse for the task: what contradicts it is noise, and is pooled (isotonic);
+    1e-3·4^−b decides where strengths say nothing, so that no budget is left unused. Labels are not smoothed unless that
     is asked for: a trained network is more certain than smoothed labels, so that whatever makes it less certain, as
     narrow widths do, lowers their loss.
     """
@@ -167,11 +169,11 @@ class EBS(SearchStrategy):
 
     @torch.no_grad()
     def scores(self, model: nn.Module) -> Scores:
-        """What −log softmax(strengths) of both operands prefers, at every width."""
+        """−log softmax(strengths) of both widths."""
 
         def row(m: Mixture) -> dict[int, float]:
-            k = preference((-torch.log_softmax(m.strengths.double(), 0)).tolist(), m.widths)
-            return {b: (k + TIE) * 4.0**-b for b in m.widths}
+            scores = falling((-torch.log_softmax(m.strengths.double(), 0)).tolist())
+            return {b: s + TIE * 4.0**-b for b, s in zip(m.widths, scores, strict=True)}
 
         weight = {n: row(m.weight_quantizer) for n, m in self.layers.items()}
         activation = {n: row(m.input_quantizer) for n, m in self.layers.items() if m.input_quantizer is not None}

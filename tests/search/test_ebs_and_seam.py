@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from hub_mpq import HubMPQ
 from hub_mpq.errors import InvalidArgument
 from hub_mpq.search.candidates import resolve_candidates
-from hub_mpq.search.ebs import EBS, NETWORK, TIE, preference
+from hub_mpq.search.ebs import EBS, NETWORK, falling
 from hub_mpq.search.seam import SEAM, margin_loss
 from hub_mpq.tasks import Classification
 from hub_mpq.train.finetune import Finetune
@@ -226,27 +226,7 @@ def test_strengths_of_a_certain_network_prefer_wide_widths(name, options, net, d
     assert sum(narrow - wide for narrow, wide in rows) > 0.1
 
 
-def test_a_preference_is_the_slope_over_the_power_of_a_rounding_error():
-    widths = (1, 2, 4)
-    assert preference([1.5 + 3 * 4.0**-b for b in widths], widths) == pytest.approx(3)
-    assert preference([1.5 - 3 * 4.0**-b for b in widths], widths) == 0  # what wider widths cannot be: worse
-    assert preference([2.0, 2.0], (2, 3)) == 0
-    assert preference([2.0], (3,)) == 0
-
-
-def test_scores_fall_with_the_width_like_the_power_of_a_rounding_error(net, data):
-    """Single strengths are noise: of one operand, only how much it prefers wide widths over narrow ones is kept."""
-    ebs = EBS()
-    student = attached(ebs, net, data[:16])
-    quantizers = [q for layer in ebs.layers.values() for q in (layer.weight_quantizer, layer.input_quantizer)]
-    with torch.no_grad():
-        for i, q in enumerate(quantizers):
-            q.strengths.copy_(torch.tensor([-1.0, 0.5, 0.0]) * i)
-    scores = ebs.scores(student)
-    for i, name in enumerate(ebs.layers):
-        k = []
-        for q in quantizers[2 * i : 2 * i + 2]:
-            k.append(TIE + preference((-torch.log_softmax(q.strengths.detach().double(), 0)).tolist(), q.widths))
-        for bits, score in scores[name].items():
-            assert score == pytest.approx(k[0] * 4.0**-bits.weight + k[1] * 4.0**-bits.activation)
-    assert min(k) > TIE  # the last layer has a preference in both operands
+def test_scores_are_pooled_until_they_never_rise():
+    assert falling([3, 1, 2, 0]) == [3, 1.5, 1.5, 0]
+    assert falling([0, 0, 3]) == [1, 1, 1]
+    assert falling([4, 3, 2]) == [4, 3, 2]
