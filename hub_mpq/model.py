@@ -844,7 +844,7 @@ class HubMPQ(nn.Module):
             provenance["search"] = {
                 "strategy": found.strategy,
                 **(proof if found.policy == found.optimum else {}),
-                "chosen_by": found.chosen_by,
+                **({"chosen_by": found.chosen_by} if found.measurements else {}),
                 "seed": found.seed,
                 **{key: _brief(value) for key, value in found.details.items()},
             }

@@ -78,7 +78,8 @@ def test_indicators_by_the_same_script_alone_and_as_two_processes(tmp_path):
     # the same samples in the same order, and no BatchNorm, which would see half of each batch
     for side, moved in alone.provenance["movement"].items():
         assert both.provenance["movement"][side] == pytest.approx(moved, rel=0.05), side
-    # the labels that each process draws are its own
-    for name, row in alone.weight.items():
-        error = 4 * math.hypot(alone.standard_error[name], both.standard_error[name])
-        assert both.weight[name][2] == pytest.approx(row[2], rel=error), name
+    # the labels that each process draws are its own: layers have errors of a fifth, and all may err alike
+    ratios = [math.log(both.weight[name][2] / row[2]) for name, row in alone.weight.items()]
+    errors = [math.hypot(alone.standard_error[name], both.standard_error[name]) for name in alone.weight]
+    assert 2 * np.median(errors) < math.log(2)  # a sum in place of a mean would be seen
+    assert abs(np.mean(ratios)) < 2 * np.median(errors)

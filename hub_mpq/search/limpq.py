@@ -26,25 +26,21 @@ from .strategy import SearchStrategy, register_strategy
 PRESETS: dict[str, dict[str, Any]] = {
     # our construction, for runs of tens to thousands of steps
     "short": {
-        **{
-            "optimizer": "adam",
-            "lr": 1e-4,
-            "scale_lr": 1e-2,
-            "weight_decay": 0.0,
-            "log": True,
-            "indicator": "divergence",
-        }
+        "optimizer": "adam",
+        "lr": 1e-4,
+        "scale_lr": 1e-2,
+        "weight_decay": 0.0,
+        "log": True,
+        "indicator": "divergence",
     },
     # the LIMPQ authors', for ImageNet-sized runs
     "authors": {
-        **{
-            "optimizer": "sgd",
-            "lr": 1e-2,
-            "scale_lr": 1e-2,
-            "weight_decay": 2.5e-5,
-            "log": False,
-            "indicator": "raw scale",
-        }
+        "optimizer": "sgd",
+        "lr": 1e-2,
+        "scale_lr": 1e-2,
+        "weight_decay": 2.5e-5,
+        "log": False,
+        "indicator": "raw scale",
     },
 }
 # {indicator: the unit of its values}; a divergence's is known once it is measured
