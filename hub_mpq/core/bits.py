@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import total_ordering
 
 from ..errors import InvalidArgument
 
 FLOAT_BITS = 32
 """The width that stands for "not quantized"."""
 
-_LEVEL = re.compile(r"(?:W(\d+))?(?:A(\d+))?", re.IGNORECASE)
+_LEVEL = re.compile(r"(?:W(\d{1,3})(?:g(\d{1,6}))?(z)?)?(?:A(\d{1,3}))?", re.IGNORECASE)
 
 
 def check_width(bits: object, *, allow_float: bool = False) -> int:
@@ -23,27 +24,81 @@ def check_width(bits: object, *, allow_float: bool = False) -> int:
     return bits
 
 
-@dataclass(frozen=True, order=True)
+def check_group_size(size: object) -> int | None:
+    """Return a group size, a whole number of at least 8 or None, or raise InvalidArgument."""
+    if size is None or (isinstance(size, int) and not isinstance(size, bool) and 8 <= size < 2**20):
+        return size
+    raise InvalidArgument(f"a group size is a whole number of at least 8 (32, 64, 128), or None, not {size!r}")
+
+
+@total_ordering
+@dataclass(frozen=True)
 class LayerBits:
-    """Widths of one layer's weight and of its input activation, in bits; 32 = float. Written "W4A8"."""
+    """Widths of one layer's weight and of its input activation, and how the weight is scaled.
+
+    Written "W4A8"; "W4g128A8" with a scale for every 128 weights, "W4g128zA32" with zero points too.
+
+    Args:
+        weight: Bits of a weight, 1 to 8; 32 is float.
+        activation: Bits of an input, 1 to 8; 32 is float.
+        group_size: Consecutive weights along the input axis that share a scale; None: one scale per output channel (or
+            per tensor). Only weights that are packed row by row have groups: of linear layers, embeddings, experts.
+        symmetric: False adds a zero point of `weight` bits to each scale. A 1-bit weight has none: it is {-s, +s}.
+
+    Raises:
+        InvalidArgument: A width, the group size or their combination does not exist.
+    """
 
     weight: int
     activation: int
+    group_size: int | None = None
+    symmetric: bool = True
 
     def __post_init__(self) -> None:
         check_width(self.weight, allow_float=True)
         check_width(self.activation, allow_float=True)
+        check_group_size(self.group_size)
+        if self.grouped and self.weight == FLOAT_BITS:
+            raise InvalidArgument("a float weight has no groups and no zero points")
+        if not self.symmetric and self.weight == 1:
+            raise InvalidArgument("a 1-bit weight has no zero point: it is -s or +s")
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the weight has more than one scale per output channel, or zero points."""
+        return self.group_size is not None or not self.symmetric
+
+    @property
+    def of_weight(self) -> LayerBits:
+        """The weight's part alone: what layers that share a weight have in common."""
+        return replace(self, activation=FLOAT_BITS)
+
+    def with_groups(self, group_size: int | None, symmetric: bool = True) -> LayerBits:
+        """The same widths with other groups and zero points; a float weight has neither, a 1-bit one no zero point."""
+        if self.weight == FLOAT_BITS:
+            return self
+        return replace(self, group_size=group_size, symmetric=symmetric or self.weight == 1)
 
     def __str__(self) -> str:
-        return f"W{self.weight}A{self.activation}"
+        group = "" if self.group_size is None else f"g{self.group_size}"
+        return f"W{self.weight}{group}{'' if self.symmetric else 'z'}A{self.activation}"
+
+    def _key(self) -> tuple[int, int, int, bool]:
+        return self.weight, self.activation, self.group_size or 0, self.symmetric
+
+    def __lt__(self, other: object) -> bool:
+        return self._key() < other._key() if isinstance(other, LayerBits) else NotImplemented
 
     @classmethod
     def parse(cls, text: str) -> LayerBits:
-        """Parse "W4A8"; a part left out ("W4", "A8") is float."""
+        """Parse "W4A8" or "W4g128zA8"; a part left out ("W4", "A8") is float."""
         match = _LEVEL.fullmatch(text.strip()) if isinstance(text, str) else None
         if not match or not match.group(0):
             raise InvalidArgument(f"{text!r} is no level of bits; write for example W4A8")
-        return cls(*(int(part) if part else FLOAT_BITS for part in match.groups()))
+        weight, group, zero, activation = match.groups()
+        return cls(
+            int(weight or FLOAT_BITS), int(activation or FLOAT_BITS), None if group is None else int(group), not zero
+        )
 
 
 def _widths(values: Iterable[int]) -> tuple[int, ...]:

@@ -50,6 +50,17 @@ class LayerSpec:
         """An embedding reads indices: it has no activation to quantize."""
         return layer_kinds.get(self.kind).reads_indices
 
+    @property
+    def takes_groups(self) -> bool:
+        """Whether the weight is packed row by row, so that parts of a row can have scales of their own."""
+        return layer_kinds.get(self.kind).row_axes is not None
+
+    def fitted(self, bits: LayerBits) -> LayerBits:
+        """A level as this layer can take it: with a float input where it reads indices, without groups and zero points
+        where its weight is not packed row by row."""
+        bits = bits if self.takes_groups else bits.with_groups(None)
+        return bits.of_weight if self.weight_only else bits
+
 
 @dataclass(frozen=True)
 class FloatOp:
@@ -132,11 +143,10 @@ class LayerGraph:
                     f"pin {pattern!r}: a layer with a float weight is left out by exclude=, not pinned"
                 )
             for name in self.match(pattern):
-                only = level is not None and self[name].weight_only
-                fixed[name] = LayerBits(level.weight, FLOAT_BITS) if only and level is not None else level
+                fixed[name] = None if level is None else self[name].fitted(level)
         for layer in self.layers:
             mine, owner = fixed[layer.name], fixed.get(layer.weight_owner or "")
-            if layer.weight_owner in fixed and (mine and mine.weight) != (owner and owner.weight):
+            if layer.weight_owner in fixed and (mine and mine.of_weight) != (owner and owner.of_weight):
                 raise InvalidArgument(
                     f"layers {layer.name!r} and {layer.weight_owner!r} share one weight: pin or free both alike"
                 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..errors import InvalidArgument
@@ -98,8 +98,9 @@ class Limit(ABC):
     def level(self, layer: LayerSpec, bits: LayerBits) -> LayerBits:
         """The widths that a level stands for in one layer; a part that it leaves out stands for 8 bits."""
         if layer.weight_only:
-            return LayerBits(bits.weight, FLOAT_BITS)
-        return LayerBits(min(bits.weight, 8), min(bits.activation, 8))
+            return layer.fitted(bits)
+        whole = replace(bits, weight=min(bits.weight, 8), activation=min(bits.activation, 8))
+        return layer.fitted(whole)
 
     def beside(self, graph: LayerGraph, base_bytes: int) -> float:
         """What everything but the searched layers costs: fixed layers here; override it where float work counts too.

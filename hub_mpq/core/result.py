@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from ..errors import PolicyMismatch
+from ..errors import InvalidArgument, PolicyMismatch
 from .bits import LayerBits
 from .layer import LayerGraph
 
@@ -24,18 +24,30 @@ class Policy:
         names, mine = set(graph.names), set(self.bits)
         if names != mine or self.graph_digest != graph.digest:
             raise PolicyMismatch(names - mine, mine - names)
+        for layer in graph:
+            if self.bits[layer.name].grouped and not layer.takes_groups:
+                raise InvalidArgument(
+                    f"layer {layer.name!r} is a {layer.kind}: its weight has no groups and no zero points"
+                )
 
     @classmethod
     def uniform(cls, graph: LayerGraph, bits: LayerBits | str) -> Policy:
         """One level for every searched layer; fixed layers keep theirs, embeddings a float input."""
         level = LayerBits.parse(bits) if isinstance(bits, str) else bits
-        return cls(
-            {
-                layer.name: layer.fixed or (LayerBits(level.weight, 32) if layer.weight_only else level)
-                for layer in graph
-            },
-            graph.digest,
-        )
+        return cls({layer.name: layer.fixed or layer.fitted(level) for layer in graph}, graph.digest)
+
+    def with_groups(self, graph: LayerGraph, group_size: int | None, symmetric: bool = True) -> Policy:
+        """The same widths, with groups and zero points in the searched layers that name neither.
+
+        Args:
+            graph: The layers.
+            group_size, symmetric: As in `LayerBits`.
+        """
+        bits = dict(self.bits)
+        for layer in graph.searched:
+            if not bits[layer.name].grouped:
+                bits[layer.name] = layer.fitted(bits[layer.name].with_groups(group_size, symmetric))
+        return type(self)(bits, self.graph_digest)
 
     def to_dict(self) -> dict[str, Any]:
         return {"graph_digest": self.graph_digest, "bits": {k: str(self.bits[k]) for k in self.bits}}

@@ -27,6 +27,28 @@ def packed_shape(kind: str, weight_shape: Sequence[int], num_bits: int) -> tuple
     return (rows, -(-cols * bits // 32))
 
 
+def group_count(kind: str, weight_shape: Sequence[int], group_size: int | None) -> tuple[int, int]:
+    """(rows, groups of a row) of a weight that is packed row by row; a last group may be short.
+
+    Raises InvalidArgument for a kind whose weight is packed as one stream.
+    """
+    row_axes = layer_kinds.get(kind).row_axes
+    if row_axes is None:
+        raise InvalidArgument(f"a {kind} weight has no groups and no zero points")
+    rows, cols = (weight_shape[axis] for axis in row_axes)
+    return rows, 1 if group_size is None else -(-cols // group_size)
+
+
+def grid_nbytes(kind: str, weight_shape: Sequence[int], bits: LayerBits, *, per_channel: bool = True) -> int:
+    """Bytes of one weight's scales and zero points: float32 scales, one per output channel or one in all; of groups
+    float16 or bfloat16 ones; zero points of the weight's own width, in 32-bit words."""
+    if not bits.grouped:
+        return 4 * (channel_count(kind, weight_shape) if per_channel else 1)
+    rows, groups = group_count(kind, weight_shape, bits.group_size)
+    zeros = 0 if bits.symmetric else 4 * -(-rows * groups * bits.weight // 32)
+    return rows * groups * (4 if bits.group_size is None else 2) + zeros
+
+
 def packed_nbytes(kind: str, weight_shape: Sequence[int], num_bits: int) -> int:
     """Bytes of one packed weight at `num_bits` (1 to 8)."""
     return 4 * math.prod(packed_shape(kind, weight_shape, num_bits))
@@ -40,17 +62,17 @@ def channel_count(kind: str, weight_shape: Sequence[int]) -> int:
 def layer_nbytes(layer: LayerSpec, bits: LayerBits, *, per_channel: bool = True, input_zero_point: bool = False) -> int:
     """Bytes of the payload of a packed file that one layer takes at these widths (the header is not in it).
 
-    Packed weight, float32 scales (one per output channel, or one), the int64 weight shape, and, where the
-    activation is quantized, its float32 scale and with `input_zero_point` its int32 zero point. A float weight
-    takes 4 bytes a value. A layer whose weight another one owns stores its activation's part only.
+    Packed weight, scales and zero points (`grid_nbytes`), the int64 weight shape, and, where the activation is
+    quantized, its float32 scale and with `input_zero_point` its int32 zero point. A float weight takes 4 bytes a value.
+    A layer whose weight another one owns stores its activation's part only.
     """
     total = 0
     if layer.weight_owner is None:
         if bits.weight == FLOAT_BITS:
             total += 4 * layer.weight_count
         else:
-            scales = channel_count(layer.kind, layer.weight_shape) if per_channel else 1
-            total += packed_nbytes(layer.kind, layer.weight_shape, bits.weight) + 4 * scales
+            total += packed_nbytes(layer.kind, layer.weight_shape, bits.weight)
+            total += grid_nbytes(layer.kind, layer.weight_shape, bits, per_channel=per_channel)
             total += 8 * len(layer.weight_shape)
     if bits.activation != FLOAT_BITS:
         total += 4 + 4 * input_zero_point

@@ -116,8 +116,8 @@ class MPQHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if isinstance(device_map, Mapping) and "disk" in device_map.values():
             raise HubMPQError("packed weights can't be offloaded to disk; leave 'disk' out of the device_map")
         version = self.quantization_config.format_version
-        if self.pre_quantized and version != FORMAT_VERSION:
-            raise PackedFormat("config.json", f"format_version {version!r} is unknown, this is {FORMAT_VERSION}")
+        if self.pre_quantized and version not in range(1, FORMAT_VERSION + 1):
+            raise PackedFormat("config.json", f"format_version {version!r} is unknown, the newest is {FORMAT_VERSION}")
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Runs before the files are looked for. config.json never names the packed file: a load without this

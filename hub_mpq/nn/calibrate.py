@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..quantizers import LSQ, activation_scale, weight_scale_mse, weight_scale_sigma
+from ..quantizers import LSQ, GroupedLSQ, activation_scale, weight_scale_mse, weight_scale_sigma
+from ..quantizers.weight_grid import weight_grid
 from .layers import first_operand
 from .quantize import quantized_layers
 
@@ -99,7 +100,10 @@ def calibrate_inputs(model: nn.Module, samples: dict[str, Tensor], *, mse: bool)
 def calibrate_weight(module: Any, bits: int, *, mse: bool) -> None:
     """The scales of one quantized layer's weight at one width, as `calibrate_weights` sets them."""
     q = module.weight_quantizer
-    if not mse and bits > 1:
+    if isinstance(q, GroupedLSQ):
+        rows = module.weight.t() if q.transposed else module.weight.reshape(q.rows, q.columns)
+        q.init(bits, *weight_grid(rows, bits, group_size=q.group_size, symmetric=q.symmetric))
+    elif not mse and bits > 1:
         q.init(bits, weight_scale_sigma(module.weight, bits))
     else:
         q.init(bits, weight_scale_mse(module.weight, bits, axis=q.axis if q.base.shape[1] > 1 else None))

@@ -89,6 +89,7 @@ class PackedLayer(nn.Module):
             source.bits.weight,
             source.kind,
             zero,
+            source.bits.group_size,
         )
 
     @property
@@ -130,7 +131,7 @@ class PackedLayer(nn.Module):
         return fake_quantize(x, self._buffers["input_scale"].reshape(1), low, low + top)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
-        """Casts to another float type (`.to(torch.bfloat16)`) leave the scales float32, or the grid would move."""
+        """Casts to another float type (`.to(torch.bfloat16)`) leave the scales as they are, or the grid would move."""
         scales = (self._buffers.get(name) for name in ("weight_scale", "input_scale"))
         super()._apply(keep_dtype(fn, scales), recurse)
         return self
@@ -202,14 +203,8 @@ class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override]
     """Unpacks only the rows it is asked for."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        table, given = self.packed, first_operand(args, kwargs)
-        scale, zero, ids = table.weight_scale, table.weight_zero_point, given.reshape(-1)
-        if scale.numel() > 1:
-            scale, zero = scale[ids], None if zero is None else zero[ids]
-        rows = PackedTensor(
-            table.weight_packed[ids], scale, (ids.numel(), self.shape[1]), table.num_bits, self.kind, zero
-        )
-        return rows.dequantize(self.compute.dtype).view(*given.shape, self.shape[1])
+        ids = first_operand(args, kwargs)
+        return self.packed.dequantize(self.compute.dtype, ids.reshape(-1)).view(*ids.shape, self.shape[1])
 
 
 def packed_layer(

@@ -15,7 +15,7 @@ from ..cost.size import layer_nbytes
 from ..errors import HubMPQError, PackedFormat
 from ..pack import Manifest, PackedTensor, empty_packed, file_nbytes, layout, pack_weight
 from ..pack.layout import key as part_key
-from ..quantizers import LSQ
+from ..quantizers import LSQ, GroupedLSQ
 from .packed import packed_layers
 from .quantize import check_finite, quantized_layers
 
@@ -60,10 +60,8 @@ def packed_tensors(model: nn.Module, manifest: Manifest) -> dict[str, PackedTens
     for name, module in quantized_layers(model):
         layers.append(name)
         skip.add(part_key(name, "weight"))
-        q = module.weight_quantizer
         if graph[name].weight_owner is None:
-            integers = q.to_int(module.weight).cpu()
-            out[name] = pack_weight(integers, q.scale.detach().cpu(), graph[name].kind, q.spec.num_bits)
+            out[name] = packed_weight(module, graph[name].kind)
         if module.input_quantizer is not None:
             out[part_key(name, "input_scale")] = module.input_quantizer.scale.detach().cpu()
             zero = torch.tensor([module.input_quantizer.zero_point], dtype=torch.int32)
@@ -77,6 +75,41 @@ def packed_tensors(model: nn.Module, manifest: Manifest) -> dict[str, PackedTens
         if key not in skip:
             out[key] = tensor.detach().cpu()
     return out | _guard(manifest, "cpu")
+
+
+@torch.no_grad()
+def packed_weight(module: Any, kind: str) -> PackedTensor:
+    """The weight of a quantized layer, on the CPU, as its quantizer rounds it."""
+    q, weight = module.weight_quantizer, module.weight
+    if not isinstance(q, GroupedLSQ):
+        return pack_weight(q.to_int(weight).cpu(), q.scale.detach().cpu(), kind, q.spec.num_bits)
+    scale, zero = q.group_scale().cpu(), q.group_zero_points()
+    scale = scale.flatten() if q.group_size is None else scale
+    zero = None if zero is None else zero.cpu()
+    return pack_weight(q.stored(weight).cpu(), scale, kind, q.spec.num_bits, zero, q.group_size)
+
+
+@torch.no_grad()
+def take_weight(model: nn.Module, module: Any, packed: PackedTensor) -> None:
+    """Give a quantized layer a packed weight: its values, scales and zero points.
+
+    Args:
+        model: The model that the layer is of: layers that share the weight's quantizer follow.
+        module: The layer, with a quantizer of the packed weight's width, groups and zero points.
+        packed: The weight.
+    """
+    module.weight.copy_(packed.dequantize())
+    q = module.weight_quantizer
+    if isinstance(q, GroupedLSQ):
+        q.init(packed.num_bits, packed.weight_scale, packed.zero_points())
+        return
+    if packed.weight_scale.numel() != q.base.shape[1]:  # saved with one scale per tensor
+        fresh = LSQ(q.widths, signed=True, channels=packed.weight_scale.numel(), axis=q.axis)
+        for _, other in quantized_layers(model):  # a tied head reads by its owner's quantizer
+            if other.weight_quantizer is q:
+                other.weight_quantizer = fresh
+        q = fresh
+    q.init(packed.num_bits, packed.weight_scale)
 
 
 def _guard(manifest: Manifest, device: str) -> dict[str, PackedTensor | Tensor]:
@@ -98,7 +131,7 @@ def predicted_nbytes(model: nn.Module, manifest: Manifest) -> int:
         if level.weight != FLOAT_BITS:
             skip.add(f"{layer.name}.weight")
             if layer.weight_owner is None:
-                out[layer.name] = empty_packed(layer.kind, layer.weight_shape, level.weight)
+                out[layer.name] = empty_packed(layer.kind, layer.weight_shape, level)
         if level.activation != FLOAT_BITS:
             out[f"{layer.name}.input_scale"] = torch.empty(1, device="meta")
             out[f"{layer.name}.input_zero_point"] = torch.empty(1, dtype=torch.int32, device="meta")
@@ -153,15 +186,7 @@ def load_quantized(
     for name, module in quantized_layers(model):
         packed = rest.pop(name, None)
         if isinstance(packed, PackedTensor):
-            module.weight.copy_(packed.dequantize())
-            q = module.weight_quantizer
-            if packed.weight_scale.numel() != q.base.shape[1]:  # saved with one scale per tensor
-                fresh = LSQ(q.widths, signed=True, channels=packed.weight_scale.numel(), axis=q.axis)
-                for _, other in quantized_layers(model):  # a tied head reads by its owner's quantizer
-                    if other.weight_quantizer is q:
-                        other.weight_quantizer = fresh
-                q = fresh
-            q.init(packed.num_bits, packed.weight_scale)
+            take_weight(model, module, packed)
         rest[part_key(name, "weight")] = module.weight
         if module.input_quantizer is not None:
             scale = rest.pop(part_key(name, "input_scale"))

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core import FLOAT_BITS, LayerGraph, LayerSpec, Policy
+from ..core import FLOAT_BITS, LayerBits, LayerGraph, LayerSpec, Policy
 from ..core.layer_kind import layer_kinds
+from ..cost.size import group_count
 from ..errors import InvalidArgument, PolicyMismatch, UnsupportedLayer
-from ..quantizers import LSQ
+from ..quantizers import LSQ, GroupedLSQ
 from ..versions import warn_if_untested
 from .layers import call_only, pad_only, replace_layer, take_over
 from .types import layer_kind
@@ -107,6 +108,7 @@ def quantize_with_lsq(
     *,
     per_channel: bool,
     log: bool = True,
+    groups: Mapping[str, LayerBits] | None = None,
 ) -> dict[str, nn.Module]:
     """Replace layers of a model by layers with LSQ quantizers, in place. Scales still have to be calibrated.
 
@@ -117,6 +119,7 @@ def quantize_with_lsq(
             widths its input does.
         per_channel: One weight scale per output channel instead of one per tensor.
         log: Learn the logarithm of the scales, see `LSQ`.
+        groups: {layer name: what its weight's groups and zero points are}; its widths do not count.
 
     Returns:
         {name: quantized layer} in the order of the graph.
@@ -128,14 +131,37 @@ def quantize_with_lsq(
 
     def make(layer: LayerSpec, module: nn.Module) -> Quantizers:
         weight, inputs = widths[layer.name]
-        axis = layer_kinds.get(layer.kind).channel_axis
-        channels = layer.weight_shape[axis] if per_channel else 1
-        return (
-            LSQ(weight, signed=True, channels=channels, axis=axis, log=log),
-            LSQ(inputs, signed=False, log=log) if inputs else None,
-        )
+        of_inputs = LSQ(inputs, signed=False, log=log) if inputs else None
+        return weight_quantizer(layer, weight, (groups or {}).get(layer.name), per_channel, log), of_inputs
 
     return quantize_layers(model, graph, {name for name, (weight, _) in widths.items() if weight}, make)
+
+
+def weight_quantizer(
+    layer: LayerSpec, widths: Sequence[int], bits: LayerBits | None, per_channel: bool = True, log: bool = True
+) -> LSQ:
+    """The quantizer of a layer's weight, whose scales still have to be set.
+
+    Args:
+        layer: The layer.
+        widths: Its widths.
+        bits: Its groups and zero points; None: none.
+        per_channel: Of weights without either: one scale per output channel, else one in all.
+        log: See `LSQ`.
+    """
+    kind = layer_kinds.get(layer.kind)
+    if bits is None or not bits.grouped:
+        channels = layer.weight_shape[kind.channel_axis] if per_channel else 1
+        return LSQ(widths, signed=True, channels=channels, axis=kind.channel_axis, log=log)
+    rows, _ = group_count(layer.kind, layer.weight_shape, None)
+    return GroupedLSQ(
+        widths,
+        (rows, layer.weight_count // rows),
+        group_size=bits.group_size,
+        symmetric=bits.symmetric,
+        transposed=kind.row_axes == (1, 0),
+        log=log,
+    )
 
 
 def quantize_to_policy(model: nn.Module, graph: LayerGraph, policy: Policy, *, per_channel: bool = True) -> None:
@@ -157,7 +183,7 @@ def quantize_to_policy(model: nn.Module, graph: LayerGraph, policy: Policy, *, p
         return () if bits == FLOAT_BITS else (bits,)
 
     widths = {name: (one(bits.weight), one(bits.activation)) for name, bits in policy.bits.items()}
-    quantize_with_lsq(model, graph, widths, per_channel=per_channel)
+    quantize_with_lsq(model, graph, widths, per_channel=per_channel, groups=policy.bits)
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -41,7 +41,14 @@ def describe(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, .
     return {name: (_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
-def write(path: str | os.PathLike[str], content: str, manifest: str, tensors: Mapping[str, Tensor], room: int) -> int:
+def write(
+    path: str | os.PathLike[str],
+    content: str,
+    manifest: str,
+    tensors: Mapping[str, Tensor],
+    room: int,
+    version: int = 1,
+) -> int:
     """Write the file atomically, its header padded to `room` bytes; return the bytes written."""
     entries = place(describe(tensors))
     if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
@@ -51,7 +58,7 @@ def write(path: str | os.PathLike[str], content: str, manifest: str, tensors: Ma
     digest = hashlib.sha256()
     for part in payload:
         digest.update(part)
-    return write_atomic(path, [encode(content, manifest, entries, digest.hexdigest(), room), *payload])
+    return write_atomic(path, [encode(content, manifest, entries, digest.hexdigest(), room, version), *payload])
 
 
 def _read_header(path: str | os.PathLike[str], file: BinaryIO, content: str) -> tuple[Header, int]:

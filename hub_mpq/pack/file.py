@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from ..core import LayerBits, layer_kinds
 from ..errors import InvalidArgument, PackedFormat
 from . import container, header
 from .canonical import dump_json
@@ -22,20 +23,30 @@ Tensors = Mapping[str, PackedTensor | Tensor]
 def header_nbytes(tensors: Tensors, manifest: Manifest) -> int:
     """Bytes of length field and header of the file `write_packed` would write; tensors on the meta device will do.
 
-    It is what all weights at 8 bits would need, whatever their widths, and holds a provenance of up to
-    PROVENANCE_RESERVE bytes: so the size of a file is a sum over its layers, known before its figures are.
+    It is what all weights at 8 bits would need, whatever their widths, in version 2 with the smallest groups and zero
+    points, and holds a provenance of up to PROVENANCE_RESERVE bytes: so the size of a file is a sum over its layers,
+    known before its figures are.
     """
-    wide = {name: _at_eight_bits(value) for name, value in tensors.items()}
+    grouped = manifest.format_version > 1
+    wide = {name: _widest(value, grouped) for name, value in tensors.items()}
     spare = max(0, PROVENANCE_RESERVE - len(dump_json(dump_json(dict(manifest.provenance))).encode()))
+    if grouped:
+        spare += sum(_LONGEST - len(str(bits)) for bits in manifest.policy.bits.values())
     entries = header.place(container.describe(flatten(wide)))
     size = header.rendered_nbytes(WEIGHTS, manifest.to_text(), entries) + spare
     return 8 + -(-size // 8) * 8
 
 
-def _at_eight_bits(value: PackedTensor | Tensor) -> PackedTensor | Tensor:
+_LONGEST = len(str(LayerBits(8, 8, 2**20 - 1, False)))
+
+
+def _widest(value: PackedTensor | Tensor, grouped: bool) -> PackedTensor | Tensor:
+    """The form of a tensor that takes the longest entry in the header."""
     if not isinstance(value, PackedTensor):
         return value
-    wide = empty_packed(value.kind, value.weight_shape, 8)
+    if grouped and layer_kinds.get(value.kind).row_axes is not None:
+        return empty_packed(value.kind, value.weight_shape, LayerBits(8, 8, 8, False))
+    wide = empty_packed(value.kind, value.weight_shape, LayerBits(8, 8))
     return replace(wide, weight_scale=value.weight_scale, weight_zero_point=value.weight_zero_point)
 
 
@@ -56,11 +67,11 @@ def write_packed(path: str | os.PathLike[str], tensors: Tensors, manifest: Manif
     text = manifest.to_text()
     for name, value in tensors.items():
         level = manifest.policy.bits.get(name)
-        if isinstance(value, PackedTensor) and (level is None or level.weight != value.num_bits):
-            raise InvalidArgument(f"layer {name!r} is packed at {value.num_bits} bits, the policy says {level}")
+        if isinstance(value, PackedTensor) and (level is None or level.of_weight != value.bits):
+            raise InvalidArgument(f"layer {name!r} is packed as {value.bits}, the policy says {level}")
     flat = flatten(tensors)
     assemble(flat, manifest)
-    return container.write(path, WEIGHTS, text, flat, header_nbytes(tensors, manifest) - 8)
+    return container.write(path, WEIGHTS, text, flat, header_nbytes(tensors, manifest) - 8, manifest.format_version)
 
 
 def read_packed(path: str | os.PathLike[str]) -> tuple[dict[str, PackedTensor | Tensor], Manifest]:
@@ -71,7 +82,7 @@ def read_packed(path: str | os.PathLike[str]) -> tuple[dict[str, PackedTensor | 
     """
     head, flat = container.read(path, WEIGHTS)
     try:
-        manifest = Manifest.from_text(head.manifest)
+        manifest = Manifest.from_text(head.manifest, head.version)
         return assemble(flat, manifest), manifest
     except InvalidArgument as error:
         raise PackedFormat(path, str(error)) from None
@@ -80,7 +91,8 @@ def read_packed(path: str | os.PathLike[str]) -> tuple[dict[str, PackedTensor | 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """The manifest alone: reads and verifies the header and the file's size, not the tensors."""
     try:
-        return Manifest.from_text(container.read_header(path, WEIGHTS).manifest)
+        head = container.read_header(path, WEIGHTS)
+        return Manifest.from_text(head.manifest, head.version)
     except InvalidArgument as error:
         raise PackedFormat(path, str(error)) from None
 
@@ -92,6 +104,7 @@ def parse_manifest(first_bytes: bytes, file: str) -> Manifest:
     """
     try:
         size = header.header_nbytes_of(first_bytes[:8], len(first_bytes))
-        return Manifest.from_text(header.decode(first_bytes[:size], WEIGHTS).manifest)
+        head = header.decode(first_bytes[:size], WEIGHTS)
+        return Manifest.from_text(head.manifest, head.version)
     except InvalidArgument as error:
         raise PackedFormat(file, str(error)) from None

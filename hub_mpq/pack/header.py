@@ -17,7 +17,8 @@ from typing import Any
 from ..errors import InvalidArgument
 from .canonical import dump_json, load_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest version. A file is written in the oldest one that can hold it, and all from 1 on are read."""
 MAX_HEADER = 1 << 24
 """16 MiB: some 100,000 tensors. A larger one is refused before it is read."""
 
@@ -46,12 +47,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a verified header says. `nbytes`: of the header with its length field; `manifest`: JSON text."""
+    """What a verified header says. `nbytes`: of the header with its length field; `manifest`: JSON text; `version`: of
+    the format."""
 
     entries: tuple[Entry, ...]
     manifest: str
     payload_sha256: str
     nbytes: int
+    version: int
 
     @property
     def payload_nbytes(self) -> int:
@@ -68,8 +71,8 @@ def place(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[Entry, ..
     return tuple(entries)
 
 
-def _render(content: str, manifest: str, entries: Iterable[Entry], digest: str, payload_sha256: str) -> str:
-    metadata = {"format": "pt", "format_version": str(FORMAT_VERSION), "content": content, "digest": digest}
+def _render(content: str, manifest: str, entries: Iterable[Entry], payload_sha256: str, version: int) -> str:
+    metadata = {"format": "pt", "format_version": str(version), "content": content, "digest": "0" * 64}
     header: dict[str, Any] = {"__metadata__": {**metadata, "payload_sha256": payload_sha256, "manifest": manifest}}
     for e in entries:
         header[e.name] = {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [e.begin, e.end]}
@@ -78,12 +81,14 @@ def _render(content: str, manifest: str, entries: Iterable[Entry], digest: str, 
 
 def rendered_nbytes(content: str, manifest: str, entries: Iterable[Entry]) -> int:
     """Bytes of the JSON, before padding and without the length field."""
-    return len(_render(content, manifest, entries, "0" * 64, "0" * 64).encode())
+    return len(_render(content, manifest, entries, "0" * 64, FORMAT_VERSION).encode())
 
 
-def encode(content: str, manifest: str, entries: Iterable[Entry], payload_sha256: str, room: int) -> bytes:
+def encode(
+    content: str, manifest: str, entries: Iterable[Entry], payload_sha256: str, room: int, version: int = 1
+) -> bytes:
     """Length field and header, padded with spaces to at least `room` and to a multiple of 8, digest filled in."""
-    text = _render(content, manifest, entries, "0" * 64, payload_sha256).encode()
+    text = _render(content, manifest, entries, payload_sha256, version).encode()
     size = -(-max(room, len(text)) // 8) * 8
     if size > MAX_HEADER:
         raise InvalidArgument(f"the header would take {size} bytes; {MAX_HEADER} is the most a file may have")
@@ -94,9 +99,11 @@ def encode(content: str, manifest: str, entries: Iterable[Entry], payload_sha256
 
 def _start(header: bytes) -> re.Match[bytes]:
     version = _VERSION.match(header)
-    if version and int(version.group(1)) != FORMAT_VERSION:
+    if version and not 1 <= int(version.group(1)) <= FORMAT_VERSION:
         found = int(version.group(1))
-        raise InvalidArgument(f"format version {found}: this hub_mpq reads version {FORMAT_VERSION}; try a newer one")
+        raise InvalidArgument(
+            f"format version {found}: this hub_mpq reads versions 1 to {FORMAT_VERSION}; try a newer one"
+        )
     match = _START.match(header)
     if match is None:
         raise InvalidArgument("no file of hub_mpq: its header does not start as one does")
@@ -120,7 +127,7 @@ def decode(raw: bytes, content: str) -> Header:
     if header_nbytes_of(raw[:8], len(raw)) != len(raw):
         raise InvalidArgument("the header's length field is wrong")
     start = _start(raw[8:])
-    kind, digest, payload = (start.group(i).decode() for i in range(2, 5))
+    version, kind, digest, payload = (start.group(i).decode() for i in range(1, 5))
     at = 8 + start.start(3)
     if hashlib.sha256(raw[:at] + b"0" * 64 + raw[at + 64 :]).hexdigest() != digest:
         raise InvalidArgument("the header does not match its digest: torn or tampered with")
@@ -133,7 +140,7 @@ def decode(raw: bytes, content: str) -> Header:
     names = {"format", "format_version", "content", "digest", "payload_sha256", "manifest"}
     if set(metadata) != names or not isinstance(metadata["manifest"], str):
         raise InvalidArgument("the metadata has other keys than it should")
-    return Header(_entries(tree), metadata["manifest"], payload, len(raw))
+    return Header(_entries(tree), metadata["manifest"], payload, len(raw), int(version))
 
 
 def _entries(tree: Mapping[str, Any]) -> tuple[Entry, ...]:

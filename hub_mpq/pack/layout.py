@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..core import FLOAT_BITS, LayerSpec
+from ..core import FLOAT_BITS, LayerBits, LayerSpec
 from ..cost.size import packed_shape
 from ..errors import InvalidArgument
 from .manifest import Manifest
-from .tensor import PackedTensor
+from .tensor import GROUP_SCALES, PackedTensor
 
 WEIGHT_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 INPUT_PARTS = ("input_scale", "input_zero_point")
@@ -57,7 +57,7 @@ def assemble(flat: Mapping[str, Tensor], manifest: Manifest) -> dict[str, Packed
     _check_names(flat, manifest, packed)
     out: dict[str, PackedTensor | Tensor] = {}
     for name, layer in packed.items():
-        out[name] = _packed(flat, layer, manifest.policy.bits[name].weight)
+        out[name] = _packed(flat, layer, manifest.policy.bits[name])
     for layer in manifest.graph:
         if manifest.policy.bits[layer.name].activation != FLOAT_BITS:
             _check_input(flat, layer.name)
@@ -83,32 +83,40 @@ def _part(flat: Mapping[str, Tensor], layer: str, part: str) -> Tensor:
     return flat[key(layer, part)]
 
 
-def _check_scale(name: str, scale: Tensor) -> None:
-    if scale.dtype != torch.float32:
-        raise InvalidArgument(f"tensor {name!r}: a scale is float32, not {scale.dtype}")
+def _check_scale(name: str, scale: Tensor, *, of_groups: bool = False) -> None:
+    dtypes = GROUP_SCALES if of_groups else (torch.float32,)
+    if scale.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise InvalidArgument(f"tensor {name!r}: a scale is {names}, not {scale.dtype}")
     if not scale.is_meta and not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise InvalidArgument(f"tensor {name!r}: scales must be finite and above zero")
 
 
-def _packed(flat: Mapping[str, Tensor], layer: LayerSpec, bits: int) -> PackedTensor:
+def _packed(flat: Mapping[str, Tensor], layer: LayerSpec, bits: LayerBits) -> PackedTensor:
     shape = _part(flat, layer.name, "weight_shape")
     found = tuple(shape.tolist()) if shape.dtype == torch.int64 and shape.dim() == 1 else None
     if found != layer.weight_shape:
         raise InvalidArgument(f"tensor {key(layer.name, 'weight_shape')!r}: {found}, expected {layer.weight_shape}")
     words = _part(flat, layer.name, "weight_packed")
-    want = packed_shape(layer.kind, layer.weight_shape, bits)
+    want = packed_shape(layer.kind, layer.weight_shape, bits.weight)
     if words.dtype != torch.int32 or tuple(words.shape) != want:
         raise InvalidArgument(
             f"tensor {key(layer.name, 'weight_packed')!r}: {words.dtype} {tuple(words.shape)}, "
-            f"expected int32 {want} at the policy's {bits} bits"
+            f"expected int32 {want} at the policy's {bits.weight} bits"
         )
     scale = _part(flat, layer.name, "weight_scale")
-    _check_scale(key(layer.name, "weight_scale"), scale)
+    _check_scale(key(layer.name, "weight_scale"), scale, of_groups=bits.group_size is not None)
     zero = flat.get(key(layer.name, "weight_zero_point"))
+    if not bits.symmetric:
+        zero = _part(flat, layer.name, "weight_zero_point")
     try:
-        return PackedTensor(words, scale, layer.weight_shape, bits, layer.kind, zero)
+        packed = PackedTensor(words, scale, layer.weight_shape, bits.weight, layer.kind, zero, bits.group_size)
     except InvalidArgument as error:
         raise InvalidArgument(f"layer {layer.name!r}: {error}") from None
+    if packed.bits != bits.of_weight:
+        name = key(layer.name, "weight_zero_point")
+        raise InvalidArgument(f"tensor {name!r}: of {packed.bits}, the policy says {bits.of_weight}")
+    return packed
 
 
 def _check_input(flat: Mapping[str, Tensor], layer: str) -> None:

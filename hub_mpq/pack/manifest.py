@@ -34,12 +34,15 @@ class Manifest:
     graph: LayerGraph
     policy: Policy
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+
+    @property
+    def format_version(self) -> int:
+        """The oldest version of the format that can hold it: 2 where a layer has groups or zero points, else 1."""
+        levels = (*self.policy.bits.values(), *(x.fixed for x in self.graph if x.fixed is not None))
+        return 2 if any(level.grouped for level in levels) else 1
 
     def to_text(self) -> str:
         """Canonical JSON. PolicyMismatch when the policy is for other layers; InvalidArgument if it is no JSON."""
-        if self.format_version != FORMAT_VERSION:
-            raise InvalidArgument(f"format version {self.format_version} cannot be written, only {FORMAT_VERSION}")
         self.policy.check(self.graph)
         graph = self.graph
         columns = [*_LAYER, *(name for name in _OPTIONAL if any(getattr(layer, name) for layer in graph))]
@@ -67,8 +70,11 @@ class Manifest:
         )
 
     @classmethod
-    def from_text(cls, text: str) -> Manifest:
-        """The inverse of to_text, trusting nothing; InvalidArgument names what is wrong, or the unregistered kind."""
+    def from_text(cls, text: str, version: int = FORMAT_VERSION) -> Manifest:
+        """The inverse of to_text, trusting nothing; InvalidArgument names what is wrong, or the unregistered kind.
+
+        version: Of the file; one of version 1 has no groups and no zero points.
+        """
         tree = load_json(text, "the manifest")
         try:
             manifest = cls._parse(tree)
@@ -80,6 +86,9 @@ class Manifest:
                     f"layer {layer.name!r:.80} is of kind {layer.kind!r:.40}, which nobody registered; "
                     "hub_mpq.core.register_layer_kind makes a kind known"
                 )
+        manifest.policy.check(manifest.graph)
+        if manifest.format_version > version:
+            raise InvalidArgument(f"a file of format version {version} has no groups and no zero points")
         return manifest
 
     @classmethod

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..core import check_width, layer_kinds
-from ..cost.size import channel_count, packed_shape
+from ..core import FLOAT_BITS, LayerBits, check_width, layer_kinds
+from ..cost.size import channel_count, group_count, packed_shape
 from ..errors import InvalidArgument
-from .bits import pack_bits, unpack_bits
+from .bits import pack_bits, unpack_bits, word_count
 
 
 def _stream_shape(kind: str, weight_shape: Sequence[int]) -> tuple[int, ...]:
@@ -26,15 +26,26 @@ def _transposed(kind: str) -> bool:
     return layer_kinds.get(kind).row_axes == (1, 0)
 
 
+GROUP_SCALES = (torch.float16, torch.bfloat16)
+
+
 @dataclass(frozen=True, eq=False)
 class PackedTensor:
-    """A quantized weight, bit-dense.
+    """A quantized weight, bit-dense: (integer - zero point) * scale.
 
-    `weight_packed`: int32 words, [rows, ceil(cols·b/32)] (linear, embedding, conv1d) or [ceil(count·b/32)] (conv2d),
-    as the kind's `row_axes` say.
-    `weight_scale`: float32, one per output channel or a single one. `weight_zero_point`: int8 of the scale's shape,
-    None for zero. `weight_shape`: the module's own. Codes are value + 2^(b−1); at 1 bit they are 0 for −1 and 1
-    for +1. Raises InvalidArgument when the parts do not belong together.
+    Args:
+        weight_packed: int32 words, [rows, ceil(cols*b/32)] (linear, embedding, conv1d) or [ceil(count*b/32)] (conv2d),
+            as the kind's `row_axes` say. Codes are value + 2^(b-1); at 1 bit they are 0 for -1 and 1 for +1.
+        weight_scale: float32, one per output channel or a single one; of groups float16 or bfloat16, [rows, groups].
+        weight_shape: The module's own.
+        num_bits: 1 to 8.
+        kind: Name of the LayerKind.
+        weight_zero_point: Codes of `num_bits` bits, one for each scale, packed as one stream of int32 words
+            [ceil(count*b/32)]. Files of version 1 may have int8 values of the scale's shape. None for zero.
+        group_size: Weights of a row that share a scale, the last group may be short; None: all of the row.
+
+    Raises:
+        InvalidArgument: The parts do not belong together.
     """
 
     weight_packed: Tensor
@@ -43,19 +54,38 @@ class PackedTensor:
     num_bits: int
     kind: str
     weight_zero_point: Tensor | None = None
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
+        bits = self.bits
         want = packed_shape(self.kind, self.weight_shape, self.num_bits)
         found = self.weight_packed.dtype, tuple(self.weight_packed.shape)
         if found != (torch.int32, want):
             raise InvalidArgument(f"weight_packed must be torch.int32 {want}, not {found[0]} {found[1]}")
+        scale, zero = self.weight_scale, self.weight_zero_point
+        shape = tuple(scale.shape)
+        if bits.grouped:
+            rows, groups = group_count(self.kind, self.weight_shape, self.group_size)
+            dtypes = (torch.float32,) if self.group_size is None else GROUP_SCALES
+            expected = (rows,) if self.group_size is None else (rows, groups)
+            if scale.dtype not in dtypes or shape != expected:
+                names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+                raise InvalidArgument(f"weight_scale must be {names} {expected}, not {scale.dtype} {shape}")
+            words = (word_count(rows * groups, self.num_bits),)
+            if not bits.symmetric and zero is not None and tuple(zero.shape) != words:
+                raise InvalidArgument(f"weight_zero_point must be int32 {words}, not {tuple(zero.shape)}")
+            return
         allowed = ((1,), (channel_count(self.kind, self.weight_shape),))
-        if self.weight_scale.dtype != torch.float32 or tuple(self.weight_scale.shape) not in allowed:
-            shape = tuple(self.weight_scale.shape)
+        if scale.dtype != torch.float32 or shape not in allowed:
             raise InvalidArgument(f"weight_scale must be float32 {allowed[1]} or (1,), not {shape}")
-        zero = self.weight_zero_point
-        if zero is not None and (zero.dtype != torch.int8 or zero.shape != self.weight_scale.shape):
+        if zero is not None and (zero.dtype != torch.int8 or zero.shape != scale.shape):
             raise InvalidArgument("weight_zero_point must be int8 of the shape of weight_scale")
+
+    @property
+    def bits(self) -> LayerBits:
+        """Width, groups and zero points, as a policy has them."""
+        coded = self.weight_zero_point is not None and self.weight_zero_point.dtype == torch.int32
+        return LayerBits(self.num_bits, FLOAT_BITS, self.group_size, not coded)
 
     def parts(self) -> dict[str, Tensor]:
         """The tensors a file holds, by the last part of their name."""
@@ -64,43 +94,104 @@ class PackedTensor:
             parts["weight_zero_point"] = self.weight_zero_point
         return parts | {"weight_shape": torch.tensor(self.weight_shape, dtype=torch.int64)}
 
-    def _values(self) -> Tensor:
-        shape = _stream_shape(self.kind, self.weight_shape)
-        codes = unpack_bits(self.weight_packed, self.num_bits, shape[-1]).view(torch.int8)
-        if self.num_bits == 8:
-            return codes ^ -128
-        return codes.mul_(2).sub_(1) if self.num_bits == 1 else codes.sub_(1 << (self.num_bits - 1))
+    def zero_points(self) -> Tensor | None:
+        """Zero points in terms of the integers: int8 of the scale's shape; None for zero."""
+        zero = self.weight_zero_point
+        if zero is None or self.bits.symmetric:
+            return zero
+        codes = unpack_bits(zero, self.num_bits, self.weight_scale.numel()).view(torch.int8)
+        return _signed(codes, self.num_bits).view(self.weight_scale.shape)
+
+    def _values(self, rows: Tensor | None = None) -> Tensor:
+        words = self.weight_packed if rows is None else self.weight_packed[rows]
+        columns = _stream_shape(self.kind, self.weight_shape)[-1]
+        return _signed(unpack_bits(words, self.num_bits, columns).view(torch.int8), self.num_bits)
 
     def unpack(self) -> Tensor:
         """The integers, int8 of `weight_shape`."""
         values = self._values()
         return (values.t() if _transposed(self.kind) else values).contiguous().view(self.weight_shape)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(integer − zero point)·scale, of `weight_shape`, multiplied in float32, or float64 if that is asked for."""
+    def dequantize(self, dtype: torch.dtype = torch.float32, rows: Tensor | None = None) -> Tensor:
+        """(integer - zero point) * scale, multiplied in float32, or float64 if that is asked for.
+
+        Args:
+            dtype: Of the result.
+            rows: Indices [n] of the rows to unpack, of a kind whose rows are not transposed; None for all.
+
+        Returns:
+            The weight, of `weight_shape`, or [n, columns].
+        """
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        rows = channel_count(self.kind, self.weight_shape)
-        values = self._values()
-        out = values.reshape(rows, values.numel() // max(rows, 1)).to(wide)
-        if self.weight_zero_point is not None:
-            out.sub_(self.weight_zero_point.to(wide)[:, None])
-        out = out.mul_(self.weight_scale[:, None]).to(dtype)
+        values, scale, zero = self._values(rows), self.weight_scale, self.zero_points()
+        if rows is not None and scale.numel() > 1:
+            scale, zero = scale[rows], None if zero is None else zero[rows]
+        if rows is None:
+            count = channel_count(self.kind, self.weight_shape)
+            values = values.reshape(count, values.numel() // max(count, 1))
+        out = values.to(wide)
+        for part, s, z in _groups(out, scale, zero, self.group_size):
+            if z is not None:
+                part.sub_(z.to(wide)[..., None])
+            part.mul_(s.to(wide)[..., None])
+        out = out.to(dtype)
+        if rows is not None:
+            return out
         return out.t().contiguous() if _transposed(self.kind) else out.reshape(self.weight_shape)
 
 
-def pack_weight(
-    int_weight: Tensor, scale: Tensor, kind: str, num_bits: int, zero_point: Tensor | None = None
-) -> PackedTensor:
-    """Pack the integers of a weight (any integer dtype, the module's own shape) with their float32 scales.
+def _signed(codes: Tensor, num_bits: int) -> Tensor:
+    """Integers from codes, in place: both are int8."""
+    if num_bits == 8:
+        return codes ^ -128
+    return codes.mul_(2).sub_(1) if num_bits == 1 else codes.sub_(1 << (num_bits - 1))
 
-    Integers lie in −2^(b−1) … 2^(b−1)−1; at 1 bit they are −1 or +1. `scale`: [channels] or [1], finite and above
-    zero. InvalidArgument otherwise.
+
+def _groups(
+    out: Tensor, scale: Tensor, zero: Tensor | None, group_size: int | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """(view of some groups [..., weights of a group], their scales, their zero points), which cover all of `out`."""
+    if group_size is None:
+        yield out, scale, zero
+        return
+    cols = out.shape[1]
+    full = cols // group_size
+    if full:
+        whole = out[:, : full * group_size].view(out.shape[0], full, group_size)
+        yield whole, scale[:, :full], None if zero is None else zero[:, :full]
+    if full * group_size < cols:
+        yield out[:, None, full * group_size :], scale[:, full:], None if zero is None else zero[:, full:]
+
+
+def pack_weight(
+    int_weight: Tensor,
+    scale: Tensor,
+    kind: str,
+    num_bits: int,
+    zero_point: Tensor | None = None,
+    group_size: int | None = None,
+) -> PackedTensor:
+    """Pack the integers of a weight with their scales.
+
+    Args:
+        int_weight: Any integer dtype, the module's own shape, in -2^(b-1) … 2^(b-1)-1; at 1 bit -1 or +1.
+        scale: [channels] or [1], kept as float32; of groups [rows, groups], float16 or bfloat16. Finite and above zero.
+        kind: Name of the LayerKind.
+        num_bits: 1 to 8.
+        zero_point: int8 of the scale's shape: kept as it is. Another integer dtype, [rows, groups] or [rows]: within
+            -2^(b-1) … 2^(b-1)-1, packed.
+        group_size: As in `PackedTensor`.
+
+    Raises:
+        InvalidArgument: A value is outside its range, or the parts do not belong together.
     """
     bits = check_width(num_bits)
     packed_shape(kind, int_weight.shape, bits)  # names an unknown kind or a wrong number of axes
     if int_weight.is_floating_point():
         raise InvalidArgument(f"pack_weight takes integers, not {int_weight.dtype}")
-    scale = scale.detach().to(torch.float32)
+    scale = scale.detach()
+    if group_size is None or scale.dtype not in GROUP_SCALES:
+        scale = scale.to(torch.float32)
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise InvalidArgument("scales must be finite and above zero")
     values = int_weight.detach()
@@ -112,17 +203,35 @@ def pack_weight(
     else:
         offset = 1 << (bits - 1)
     words = pack_bits(values, bits, offset=offset)
-    return PackedTensor(words, scale, tuple(int_weight.shape), bits, kind, zero_point)
+    if zero_point is not None and not zero_point.is_floating_point() and zero_point.dtype != torch.int8:
+        zero_point = pack_bits(zero_point.detach().reshape(-1), bits, offset=offset)
+    return PackedTensor(words, scale, tuple(int_weight.shape), bits, kind, zero_point, group_size)
 
 
-def empty_packed(kind: str, weight_shape: Sequence[int], num_bits: int, *, per_channel: bool = True) -> PackedTensor:
-    """A PackedTensor on the meta device: no values, the right shapes, for sizes and for skeletons of models."""
-    shape = packed_shape(kind, weight_shape, num_bits)
-    scales = channel_count(kind, weight_shape) if per_channel else 1
-    return PackedTensor(
-        torch.empty(shape, dtype=torch.int32, device="meta"),
-        torch.empty(scales, dtype=torch.float32, device="meta"),
-        tuple(weight_shape),
-        num_bits,
-        kind,
-    )
+def empty_packed(
+    kind: str, weight_shape: Sequence[int], bits: LayerBits | int, *, per_channel: bool = True
+) -> PackedTensor:
+    """A PackedTensor on the meta device: no values, the right shapes, for sizes and for skeletons of models.
+
+    Args:
+        kind: Name of the LayerKind.
+        weight_shape: The module's own.
+        bits: What the weight is packed as.
+        per_channel: One scale per output channel, else one in all; of groups always one per group.
+    """
+    bits = LayerBits(bits, FLOAT_BITS) if isinstance(bits, int) else bits
+
+    def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    zero = None
+    if bits.grouped:
+        rows, groups = group_count(kind, weight_shape, bits.group_size)
+        flat = bits.group_size is None
+        scale = empty((rows,) if flat else (rows, groups), torch.float32 if flat else torch.bfloat16)
+        if not bits.symmetric:
+            zero = empty((word_count(rows * groups, bits.weight),), torch.int32)
+    else:
+        scale = empty((channel_count(kind, weight_shape) if per_channel else 1,), torch.float32)
+    words = empty(packed_shape(kind, weight_shape, bits.weight), torch.int32)
+    return PackedTensor(words, scale, tuple(weight_shape), bits.weight, kind, zero, bits.group_size)

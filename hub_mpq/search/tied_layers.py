@@ -97,7 +97,7 @@ def _label(bits: Mapping[str, LayerBits]) -> str:
     widths = list(bits.values())
     if len(widths) == 1:
         return str(widths[0])
-    return "".join(f"W{b.weight}" for b in widths) + f"A{min(b.activation for b in widths)}"
+    return "".join(str(b.of_weight).partition("A")[0] for b in widths) + f"A{min(b.activation for b in widths)}"
 
 
 def _product(names: list[str], rows: Mapping[str, Row], sense: str, ties: Mapping[str, str | None]) -> list[Combo]:
@@ -114,13 +114,13 @@ def _product(names: list[str], rows: Mapping[str, Row], sense: str, ties: Mappin
                 ({**bits, name: b}, score + s, {k: cost.get(k, 0) + c[k] for k in c})
                 for bits, score, cost in combos
                 for b, s, c in options
-                if all(bits[n].weight == b.weight for n in bits if ties[name] and ties[n] == ties[name])
+                if all(bits[n].of_weight == b.of_weight for n in bits if ties[name] and ties[n] == ties[name])
             ]
             # a width that a layer to come must share is no choice to drop yet
             later = {ties[n] for n in names[i + 1 :]} - {None}
-            alike: dict[tuple[int, ...], list[Combo]] = {}
+            alike: dict[tuple[LayerBits, ...], list[Combo]] = {}
             for combo in combos:
-                shares = tuple(b.weight for n, b in combo[0].items() if ties[n] in later)
+                shares = tuple(b.of_weight for n, b in combo[0].items() if ties[n] in later)
                 alike.setdefault(shares, []).append(combo)
             combos = [combo for group in alike.values() for combo in _undominated(group, sense)]
         out += combos

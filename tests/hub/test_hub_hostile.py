@@ -114,9 +114,9 @@ def test_a_small_file_that_claims_much_is_refused_at_once(hub, good, net, claim)
 
 
 def test_another_format_version_is_named(hub, good, net):
-    hub.store.make(NAME, files={**good, PACKED: good[PACKED].replace(b'"format_version":"1"', b'"format_version":"2"')})
+    hub.store.make(NAME, files={**good, PACKED: good[PACKED].replace(b'"format_version":"1"', b'"format_version":"3"')})
     for use in (remote_manifest, lambda name: HubMPQ.from_pretrained(name, module=net)):
-        with pytest.raises(PackedFormat, match="version 2"):
+        with pytest.raises(PackedFormat, match="version 3"):
             use(NAME)
 
 

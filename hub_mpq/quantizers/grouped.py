@@ -1,0 +1,142 @@
+"""LSQ with a scale for every group of weights of a row, and zero points."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..core import QuantSpec
+from .fake_quantize import quantize_traced, straight
+from .fake_quantize_kernels import to_int, wide
+from .lsq import LSQ
+
+MARGIN = 16.0
+"""Training may change a scale by this factor before float16 gets too narrow for it."""
+
+
+def group_dtype(scale: Tensor) -> torch.dtype:
+    """What the scales of groups are stored in: float16 where all are in its normal range, else bfloat16."""
+    info = torch.finfo(torch.float16)
+    least, most = (float(x) for x in torch.aminmax(scale.float()))
+    return torch.float16 if least >= info.tiny and most <= info.max else torch.bfloat16
+
+
+def spread(values: Tensor, group_size: int | None, columns: int) -> Tensor:
+    """[rows, groups] to [rows, columns]: the value of each weight's group."""
+    if group_size is None:
+        return values.expand(-1, columns) if values.dim() == 2 else values[:, None].expand(-1, columns)
+    return values.repeat_interleave(group_size, 1)[:, :columns]
+
+
+class GroupedLSQ(LSQ):
+    """Learned step sizes of groups of weights, with fixed zero points [our construction].
+
+    Scales of groups are rounded to the 16 bits that they are stored in before a weight is rounded with them, so that a
+    packed weight is the quantized one to the bit; the gradient passes through.
+
+    Args:
+        widths: As in `LSQ`.
+        shape: (rows, columns) of the weight; a row is what one output channel reads.
+        group_size: Weights of a row that share a scale; None: one scale per row.
+        symmetric: False: a zero point beside each scale.
+        transposed: The weight is [columns, rows].
+        log: As in `LSQ`.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        shape: tuple[int, int],
+        *,
+        group_size: int | None,
+        symmetric: bool,
+        transposed: bool = False,
+        log: bool = True,
+    ) -> None:
+        self.rows, self.columns = shape
+        self.groups = 1 if group_size is None else -(-self.columns // group_size)
+        super().__init__(widths, signed=True, channels=self.rows * self.groups, axis=int(transposed), log=log)
+        self.group_size, self.symmetric, self.transposed = group_size, symmetric, transposed
+        self.scale_dtype = torch.float32 if group_size is None else torch.float16
+        self.zero_points = torch.zeros(self.base.shape, dtype=torch.int32)
+        granularity = "channel" if group_size is None else "group"
+        self._specs = [QuantSpec(b, True, symmetric or b == 1, granularity, self.axis, group_size) for b in self.widths]
+
+    @torch.no_grad()
+    def init(self, bits: int, scale: Tensor, zero_point: Tensor | int | None = None) -> None:
+        """Set the start of one width.
+
+        Args:
+            bits: The width.
+            scale: [rows, groups] or [rows], above zero. In float16 or bfloat16 that dtype is kept, else one is chosen.
+            zero_point: Integers of the same shape; None or 0: none.
+        """
+        row = self.widths.index(bits)
+        if self.group_size is not None:
+            stored = (torch.float16, torch.bfloat16)
+            self.scale_dtype = scale.dtype if scale.dtype in stored else group_dtype(torch.cat([scale, scale / MARGIN]))
+        super().init(bits, scale.reshape(-1))
+        zero = torch.zeros(()) if zero_point is None else torch.as_tensor(zero_point)
+        self.zero_points[row] = zero.to(self.zero_points).reshape(-1).expand(self.base.shape[1])
+
+    @property
+    def zero_point(self) -> int:
+        """0: the zero points of groups are in `zero_points`."""
+        return 0
+
+    def group_zero_points(self) -> Tensor | None:
+        """Zero points in force, int32 [rows, groups], or None."""
+        if self.spec is None or self.spec.symmetric:
+            return None
+        return self.zero_points[self._index or 0].view(self.rows, self.groups)
+
+    def group_scale(self) -> Tensor:
+        """Scales in force, [rows, groups], in the dtype that they are stored in."""
+        return self.scale.detach().view(self.rows, self.groups).to(self.scale_dtype)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """The weight as [rows, columns]."""
+        return x.t() if self.transposed else x.reshape(self.rows, self.columns)
+
+    def _grid_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, bool, float]:
+        """(scale, lowest and highest integer, each for every weight of [rows, columns], 1 bit or not, LSQ's factor)."""
+        spec = full = self._specs[self._index or 0]
+        scale = self.scale.view(self.rows, self.groups)
+        zero = self.zero_points[self._index or 0].view(self.rows, self.groups)
+        if self._narrow is not None and 2 <= self._narrow < spec.num_bits:
+            spec = replace(full, num_bits=self._narrow)
+            scale, zero = scale * (full.qmax / spec.qmax), (zero * (spec.qmax / full.qmax)).round().to(zero.dtype)
+        if self.group_size is not None:
+            scale = straight(scale, scale.to(self.scale_dtype).to(scale.dtype))
+        low, high = (spread(end - zero, self.group_size, self.columns) for end in (spec.qmin, spec.qmax))
+        factor = (self.columns / self.groups * max(spec.qmax, 1)) ** -0.5
+        return spread(scale, self.group_size, self.columns), low, high, spec.binary, factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._index is None:
+            return x
+        scale, low, high, binary, factor = self._grid_of(x)
+        out = quantize_traced(self._rows(x), scale, low, high, binary=binary, factor=factor)
+        return out.t() if self.transposed else out.reshape(x.shape)
+
+    @torch.no_grad()
+    def to_int(self, x: Tensor) -> Tensor:
+        """Integers less their zero points, int16 of x's shape."""
+        scale, low, high, binary, _ = self._grid_of(x)
+        out = to_int(wide(self._rows(x)), scale, low, high, binary=binary).to(torch.int16)
+        return (out.t() if self.transposed else out).reshape(x.shape)
+
+    @torch.no_grad()
+    def stored(self, x: Tensor) -> Tensor:
+        """The integers that are stored, int16 of x's shape: `to_int` with the zero points added again."""
+        zero = self.group_zero_points()
+        if zero is None:
+            return self.to_int(x)
+        shift = spread(zero, self.group_size, self.columns).to(torch.int16)
+        return self.to_int(x) + (shift.t() if self.transposed else shift).reshape(x.shape)
+
+    def extra_repr(self) -> str:
+        return f"widths={self.widths}, group_size={self.group_size}, symmetric={self.symmetric}"
