@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from ..quantizers.gptq import Factor
 from ..quantizers.weight_grid import WeightGrid, weight_grid
 from ..tasks import TaskLike, task_of, to_device
 
-Rounding = Literal["gptq", "nearest"]
 ROUNDINGS = ("gptq", "nearest")
 BATCHES = 16
 """How many batches are read at most; of them up to 4,096 positions of each input."""
@@ -53,7 +52,7 @@ def round_weights(
     choices: Mapping[str, Sequence[LayerBits]],
     batches: Iterable[Any],
     *,
-    rounding: Rounding = "gptq",
+    rounding: str = "gptq",
     task: TaskLike = None,
     example: Any = None,
     folder: Path | None = None,
