@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
@@ -44,6 +45,20 @@ def keep_dtype(fn: Callable[[Tensor], Tensor], tensors: Iterable[Tensor | None])
         return tensor.to(out.device) if id(tensor) in kept and out.dtype != tensor.dtype else out
 
     return apply
+
+
+def channel_rows(weight: Tensor, axis: int) -> Tensor:
+    """A weight as [channels, values of one channel].
+
+    Args:
+        weight: Any shape.
+        axis: What a channel is an index of. A negative one counts from the end, and all axes before the last two count
+            channels too: of a stack of matrices.
+    """
+    front = max(weight.dim() - 2, 0) if axis < 0 else 0
+    moved = weight.movedim(axis, front)
+    count = math.prod(moved.shape[: front + 1])
+    return moved.reshape(count, weight.numel() // max(count, 1))
 
 
 class Quantizer(nn.Module, ABC):
