@@ -131,6 +131,14 @@ def _untie(model: Any, net: nn.Module) -> None:
     model.all_tied_weights_keys = {k: v for k, v in tied.items() if k not in gone and v not in gone}
 
 
+def fill_scales(net: nn.Module) -> None:
+    """Set the scales of packed embeddings, which no file holds: transformers fills these buffers by the type of a
+    module, and does not know the packed one."""
+    for _, layer in packed_layers(net):
+        if (scale := layer._buffers.get("embed_scale")) is not None:
+            scale.fill_(layer.scalar_embed_scale)  # type: ignore[arg-type]
+
+
 def _manifest_of(manifest: Manifest, names: Mapping[str, str], net: nn.Module) -> Manifest:
     """The manifest of what was taken over; the same one when that is everything under its own name."""
     if all(names.get(name) == name for name in manifest.graph.names):
