@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import tempfile
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -49,9 +50,10 @@ from .hub.publish import publish
 from .hub.pull import packed_folder
 from .hub.remote import check_repo_id
 from .nn.packing import base_nbytes
+from .nn.rounded_weights import RoundedWeights
 from .pack import Manifest
 from .report import measurements, report
-from .search.candidates import CandidatesLike, resolve_candidates
+from .search.candidates import CandidatesLike, GroupSizes, resolve_candidates
 from .search.policy_search import inferred_policy, pareto_front, search_policy, usage_of
 from .search.scores import Scores, candidates_of, equal_scores, expected_divergence, score_table
 from .search.strategy import infers_widths, strategy_named
@@ -66,7 +68,8 @@ from .train.evaluate import evaluate
 from .train.finetune import finetune
 from .train.loop import TrainLog
 from .train.norms import reestimate_batch_norm
-from .train.processes import on_main, seeded
+from .train.processes import on_main, seeded, world
+from .train.round_weights import BATCHES, Rounding, check_rounding, round_weights, weight_choices
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -385,7 +388,7 @@ class HubMPQ(nn.Module):
         graph.check_layers()
         table, used = self._score_table(graph, alpha, candidates)
         widths = candidates_of(table) if candidates is None else self._candidates(graph, candidates)
-        return ScoredLayers(graph, self._scores(), table, used, widths, self._base_bytes(graph))
+        return ScoredLayers(graph, self._scores(), table, used, widths, self._base_bytes(graph, table))
 
     def _note(self, *results: SearchResult) -> None:
         """Keep the seconds of searches, and warn where the scores predict measurements poorly."""
@@ -422,12 +425,8 @@ class HubMPQ(nn.Module):
         if learned:
             self._scored(graph, None, candidates).optimum(budget)
             return
-        search_policy(
-            graph,
-            equal_scores(graph, self._candidates(graph, candidates)),
-            budget,
-            base_bytes=self._base_bytes(graph),
-        )
+        table = equal_scores(graph, self._candidates(graph, candidates))
+        search_policy(graph, table, budget, base_bytes=self._base_bytes(graph, table))
 
     def pareto(
         self,
@@ -482,24 +481,39 @@ class HubMPQ(nn.Module):
         *,
         batches: int = 4,
         per_channel: bool = True,
+        group_size: int | None = None,
+        symmetric: bool = True,
+        rounding: Rounding | None = None,
         reestimate_norms: bool = True,
         task: TaskLike = None,
     ) -> HubMPQ:
-        """Quantize a copy of the float model at a policy, with scales of least squared error; returns self.
+        """Quantize a copy of the float model at a policy; returns self.
 
         Args:
-            policy: A Policy, what `search` returned, or a level ("W4A4") for all searched layers.
+            policy: A Policy, what `search` returned, or a level ("W4A4", "W4g128A8") for all searched layers.
             calibration: Batches; None for synthetic inputs.
-            batches: How many of them are looked at.
+            batches: How many of them scales of inputs are calibrated on.
             per_channel: One weight scale per output channel, else one per tensor.
+            group_size: Weights of a row that share a scale, in searched layers for which the policy names none: 32, 64,
+                128. None: no groups. Layers other than linear ones, embeddings and experts have none.
+            symmetric: False: zero points beside the scales of the same layers.
+            rounding: "gptq" or "nearest", see `hub_mpq.train.round_weights`, on up to 16 batches. None: "gptq" for a
+                policy that quantizes weights alone, with calibration data; else nearest.
             reestimate_norms: Re-estimate BatchNorm statistics too, on up to 16 batches of `calibration`.
             task: What the model is for, which says what of a batch is an input; None for `self.task`, or to find out.
         """
+        check_rounding(rounding)
         if isinstance(policy, SearchResult):
             policy = policy.policy
         if not isinstance(policy, Policy):
             policy = Policy.uniform(self.graph, policy)
-        return self._quantize_at(policy, self.graph, calibration, batches, per_channel, reestimate_norms, task)
+        policy.check(self.graph)
+        policy = policy.with_groups(self.graph, group_size, symmetric)
+        if rounding is None and calibration is not None and per_channel and policy.weights_alone:
+            rounding = "gptq"
+        return self._quantize_at(
+            policy, self.graph, calibration, batches, per_channel, reestimate_norms, task, rounding=rounding
+        )
 
     def _quantize_at(
         self,
@@ -510,6 +524,7 @@ class HubMPQ(nn.Module):
         per_channel: bool,
         reestimate_norms: bool,
         task: TaskLike = None,
+        **weights: Any,
     ) -> HubMPQ:
         policy.check(graph)
         graph = graph.at(policy.bits)
@@ -520,7 +535,7 @@ class HubMPQ(nn.Module):
             data = seeded(calibration)
             if isinstance(data, Iterator):  # read once for scales and norms alike
                 data = list(islice(data, 16))
-        apply_policy(model, graph, policy, data, limit=batches, per_channel=per_channel, **told)
+        apply_policy(model, graph, policy, data, limit=batches, per_channel=per_channel, **told, **weights)
         if calibration is not None and reestimate_norms:
             reestimate_batch_norm(model, data, limit=16, **told)
         self.model, self.policy, self._policy_graph = model.eval(), policy, graph
@@ -589,6 +604,9 @@ class HubMPQ(nn.Module):
         fixed: Pins | None = None,
         task: TaskLike = None,
         per_channel: bool = True,
+        group_size: GroupSizes = None,
+        symmetric: bool = True,
+        rounding: Rounding | None = None,
         seed: int = 0,
         checkpoint_dir: str | Path | None = None,
         resume: bool = False,
@@ -607,13 +625,21 @@ class HubMPQ(nn.Module):
                 warning.
             val: Labelled batches to measure on, before and after.
             epochs, steps: Length of fine-tuning (epochs=0: calibration only).
-            strategy, strategy_options: As in `train_scores`; by default the one that made `indicators`, else "limpq".
+            strategy, strategy_options: As in `train_scores`; by default the one that made `indicators`, else "limpq",
+                or "gradient" where weights are rounded by GPTQ.
             indicators: Scores learned before.
             indicator_options: As in `train_scores`.
             alpha, candidates: As in `search`.
             fixed: {name or pattern: "W8A8" or None} for this policy.
             task: What the model is for; None for `self.task`, or to find out.
             per_channel: One weight scale per output channel, else one per tensor.
+            group_size: Weights of a row that share a scale: 32, 64, 128; several, such as [None, 128, 32], for the
+                solver to choose from (then weights are rounded before they are scored). A level in the budget ("W4")
+                stands for the first of them. None: one scale per output channel.
+            symmetric: False: zero points beside the scales.
+            rounding: "gptq" or "nearest": round weights on `train` before they are scored, see
+                `hub_mpq.train.round_weights`. None: "gptq" where weights alone are quantized, on `train`, without
+                fine-tuning.
             seed: Of every stage whose options name no other.
             checkpoint_dir, resume: Go on after an interruption.
             finetune_options: As in `finetune`.
@@ -632,14 +658,27 @@ class HubMPQ(nn.Module):
         tuning = FinetuneOptions.of(finetune_options, shared)
         tuned = train is not None and (tuning.epochs > 0 if tuning.steps is None else tuning.steps > 0)
         engine = Engine.of(engine)
+        check_rounding(rounding)
         if tuned and engine.fsdp:
             raise InvalidArgument("fsdp trains indicators; fine-tuning runs without it, so give epochs=0")
         if indicators is not None and strategy and strategy_named(strategy).name != indicators.strategy:
             raise InvalidArgument(f"the indicators are of strategy {indicators.strategy!r}, not of {strategy!r}")
-        strategy = strategy or (indicators.strategy if indicators is not None else "limpq")
+        graph = self._pinned(fixed)
+        candidates = self._candidates(graph, candidates, group_size, symmetric)
+        if whole is not None:
+            whole = whole.with_groups(*_first_groups(candidates))
+        alone = all(c.float_inputs for c in candidates.values()) and not any(
+            x.fixed is not None and x.fixed.activation != FLOAT_BITS for x in graph
+        )
+        if rounding is None and alone and per_channel and train is not None and not tuned and world()[1] == 1:
+            rounding = "gptq"
+        if rounding is not None and (train is None or world()[1] > 1 or not per_channel):
+            raise InvalidArgument(
+                f"rounding={rounding!r} needs train=, one process, and a scale for each output channel or group"
+            )
+        strategy = strategy or (indicators.strategy if indicators is not None else "gradient" if rounding else "limpq")
         if whole is None and (indicators.inferred is None if indicators is not None else not infers_widths(strategy)):
             Budget()  # none where one is needed must not cost a training first
-        graph = self._pinned(fixed)
         if indicators is not None:
             self.scores = indicators
         learned = indicators is not None or self._serves(strategy, graph)
@@ -649,6 +688,9 @@ class HubMPQ(nn.Module):
             rereadable(val, "val")
             if "float" not in self.metrics and self._labelled(val, task):
                 self.metrics["float"] = evaluate(self.float_model, val, **self._told(task))
+        rounded = None
+        if rounding is not None:
+            rounded = self._rounded(graph, candidates, train, rounding, checkpoint_dir, resume, learning.seed, task)
         if not learned:
             if checkpoint_dir:
                 learning = learning.filled(checkpoint_dir=_states_of(checkpoint_dir, strategy, strategy_options, whole))
@@ -662,19 +704,22 @@ class HubMPQ(nn.Module):
                 budget=whole,
                 task=task,
                 engine=engine,
+                rounded=rounded,
             )
         # of several processes one searches and measures: a time limit could end them at other policies
         result = None
         if whole is not None:
             scored = self._scored(graph, alpha, candidates)
-            more = {"seconds": validate_seconds, "per_channel": per_channel, **self._told(task)}
+            more = {"seconds": validate_seconds, "per_channel": per_channel, "rounded": rounded, **self._told(task)}
             result = on_main(
                 partial(search_measured, scored, self.float_model, whole, validate, train=train, val=val, **more)
             )
             self._note(result)
         policy = result.policy if result else inferred_policy(graph, self._scores())
         # fine-tuning starts from the float BatchNorm (LIMPQ) and re-estimates at its end
-        self._quantize_at(policy, graph, train, 4, per_channel, not tuned, task)
+        if rounded is not None and result is None:  # inferred widths
+            rounded = None
+        self._quantize_at(policy, graph, train, 4, per_channel, not tuned, task, rounded=rounded)
         self.result = result
         self._tell_transformers()
         if train is not None and tuned:
@@ -685,6 +730,32 @@ class HubMPQ(nn.Module):
         if val is not None:
             self.evaluate(val, task=task)
         return self
+
+    def _rounded(
+        self,
+        graph: LayerGraph,
+        candidates: Mapping[str, Candidates],
+        train: Iterable[Any],
+        rounding: Rounding,
+        checkpoint_dir: str | Path | None,
+        resume: bool,
+        seed: int,
+        task: TaskLike,
+    ) -> RoundedWeights:
+        """The weights at all candidates, rounded on the batches that scores are read from."""
+        began = time.perf_counter()
+        found = round_weights(
+            self.float_model,
+            graph,
+            weight_choices(graph, candidates),
+            islice(seeded(train, seed=seed), BATCHES),
+            rounding=rounding,
+            folder=None if checkpoint_dir is None else Path(checkpoint_dir) / "rounded",
+            resume=resume,
+            **self._told(task),
+        )
+        self.seconds["rounding"] = time.perf_counter() - began
+        return found
 
     def _labelled(self, loader: Iterable[Any], task: TaskLike) -> bool:
         """Whether the first batch has labels."""
@@ -728,7 +799,8 @@ class HubMPQ(nn.Module):
             raise HubMPQError("there is no policy yet")
         if not isinstance(policy, Policy):
             policy = Policy.uniform(graph, policy)
-        return usage_of(graph, policy, None, self._base_bytes(graph, model))
+        table = {layer.name: {policy.bits[layer.name]: 0.0} for layer in graph.searched}
+        return usage_of(graph, policy, None, self._base_bytes(graph, table, model))
 
     def report(self) -> str:
         """Widths and costs per layer and in all, accuracy before and after, seconds of each stage, and policies that
@@ -752,9 +824,12 @@ class HubMPQ(nn.Module):
         """Bytes of the packed file beside the searched layers, the same at every policy."""
         return self._base_bytes(self.graph)
 
-    def _base_bytes(self, graph: LayerGraph, model: nn.Module | None = None) -> int:
+    def _base_bytes(self, graph: LayerGraph, table: Scores | None = None, model: nn.Module | None = None) -> int:
+        """`base_bytes` at policies of a table's choices: the header tells inputs, groups and zero points."""
         model = model or (self._float[0] if self._float else self.model)
-        return base_nbytes(model, self._manifest(Policy.uniform(graph, "W2A2"), graph))
+        bits = dict(Policy.uniform(graph, "W2A32" if self.weight_only else "W2A2").bits)
+        bits |= {name: max(row, key=lambda b: (b.grouped, b)) for name, row in (table or {}).items()}
+        return base_nbytes(model, self._manifest(Policy(bits, graph.digest), graph))
 
     # saving and publishing
 
@@ -873,12 +948,22 @@ class HubMPQ(nn.Module):
             graph = graph.with_fixed({glob.escape(n): LayerBits(bits.weight, FLOAT_BITS) for n, bits in pinned.items()})
         return graph
 
-    def _candidates(self, graph: LayerGraph, value: CandidatesLike) -> dict[str, Candidates]:
+    def _candidates(
+        self, graph: LayerGraph, value: CandidatesLike, group_size: GroupSizes = None, symmetric: bool = True
+    ) -> dict[str, Candidates]:
         """Candidates of every searched layer, of weights alone where only weights are searched."""
-        found = resolve_candidates(graph, value)
+        found = resolve_candidates(graph, value, group_size, symmetric)
         if not self.weight_only:
             return found
-        return {name: Candidates(c.weight, (FLOAT_BITS,)) for name, c in found.items()}
+        return {name: replace(c, activation=(FLOAT_BITS,)) for name, c in found.items()}
+
+
+def _first_groups(candidates: Mapping[str, Candidates]) -> tuple[int | None, bool]:
+    """The group size and symmetry that a level in a budget stands for."""
+    for c in candidates.values():
+        if c.group_size != (None,) or not c.symmetric:
+            return c.group_size[0], c.symmetric
+    return None, True
 
 
 def _check_seconds(seconds: float | None) -> None:

@@ -110,18 +110,35 @@ def _widths(values: Iterable[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Widths a search may choose from, ascending. Default of the LIMPQ authors: 2 to 6 bits.
+    """What a search may choose from for one layer.
 
-    activation (32,): inputs stay float, only weights are searched.
+    Args:
+        weight: Widths of the weight, ascending. Default of the LIMPQ authors: 2 to 6 bits.
+        activation: Widths of the input; (32,): it stays float, only weights are searched.
+        group_size: Group sizes of the weight, see `LayerBits`; the solver chooses where there are several.
+        symmetric: False: with zero points.
     """
 
     weight: tuple[int, ...] = (2, 3, 4, 5, 6)
     activation: tuple[int, ...] = (2, 3, 4, 5, 6)
+    group_size: tuple[int | None, ...] = (None,)
+    symmetric: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", _widths(self.weight))
+        sizes = tuple(dict.fromkeys(check_group_size(size) for size in self.group_size))
+        object.__setattr__(self, "group_size", sizes or (None,))
         inputs = tuple(self.activation)
         object.__setattr__(self, "activation", (FLOAT_BITS,) if inputs == (FLOAT_BITS,) else _widths(inputs))
+
+    @property
+    def weights(self) -> tuple[LayerBits, ...]:
+        """All that the weight may become, ascending; inputs do not count."""
+        return tuple(sorted({bits for width in self.weight for bits in self.grouped(LayerBits(width, FLOAT_BITS))}))
+
+    def grouped(self, bits: LayerBits) -> tuple[LayerBits, ...]:
+        """The same widths with each of the group sizes."""
+        return tuple(bits.with_groups(size, self.symmetric) for size in self.group_size)
 
     @property
     def float_inputs(self) -> bool:

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import InvalidArgument
+from .bits import LayerBits
 from .limit import Value, limits
 
 Costs = Mapping[str, tuple[float, Mapping[str, Mapping[str, float]]]]
@@ -100,6 +101,14 @@ class Budget:
     def replaced(self, name: str, value: str | float) -> Budget:
         """The same budget with one limit set to another value."""
         return type(self)(**{**self.given, name: value}, costs=self.costs)
+
+    def with_groups(self, group_size: int | None, symmetric: bool = True) -> Budget:
+        """The same budget, its levels with groups and zero points where they name neither."""
+        given = dict(self.given)
+        for name, value in self.limits.items():
+            if isinstance(value, LayerBits) and not value.grouped and (group_size is not None or not symmetric):
+                given[name] = str(value.with_groups(group_size, symmetric))
+        return type(self)(**given, costs=self.costs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _made, (dict(self.given), dict(self.costs))  # a read-only mapping cannot be copied or pickled

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ..errors import InvalidArgument, PolicyMismatch
-from .bits import LayerBits
+from .bits import FLOAT_BITS, LayerBits
 from .layer import LayerGraph
 
 
@@ -48,6 +48,11 @@ class Policy:
             if not bits[layer.name].grouped:
                 bits[layer.name] = layer.fitted(bits[layer.name].with_groups(group_size, symmetric))
         return type(self)(bits, self.graph_digest)
+
+    @property
+    def weights_alone(self) -> bool:
+        """Whether all inputs stay float."""
+        return all(bits.activation == FLOAT_BITS for bits in self.bits.values())
 
     def to_dict(self) -> dict[str, Any]:
         return {"graph_digest": self.graph_digest, "bits": {k: str(self.bits[k]) for k in self.bits}}

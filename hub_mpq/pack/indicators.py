@@ -32,24 +32,37 @@ def _checked(name: str, rows: Tensor) -> Tensor:
 
 
 def _pairs(name: str, scores: Mapping[LayerBits, float]) -> Tensor:
-    rows = [(float(bits.weight), float(bits.activation), float(scores[bits])) for bits in sorted(scores)]
-    return _checked_pairs(name, torch.tensor(rows, dtype=torch.float64).reshape(len(rows), 3))
+    """Rows of (weight bits, activation bits, score); where any weight has groups or zero points also of (group size,
+    0 for none; 1 with zero points, else 0)."""
+    grouped = any(bits.grouped for bits in scores)
+    rows = []
+    for bits in sorted(scores):
+        row = [bits.weight, bits.activation, scores[bits], bits.group_size or 0, not bits.symmetric]
+        rows.append([float(x) for x in (row if grouped else row[:3])])
+    table = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), 5 if grouped else 3)
+    _read_pairs(name, table)
+    return table
 
 
-def _checked_pairs(name: str, rows: Tensor) -> Tensor:
-    good = rows.dtype == torch.float64 and rows.dim() == 2 and rows.shape[1] == 3
+def _read_pairs(name: str, rows: Tensor) -> dict[LayerBits, float]:
+    good = rows.dtype == torch.float64 and rows.dim() == 2 and rows.shape[1] in (3, 5)
     if not good or not bool(torch.isfinite(rows).all()):
         raise InvalidArgument(f"tensor {name!r}: rows of (weight bits, activation bits, score), all finite")
-    widths = [(_whole(name, w), _whole(name, a)) for w, a, _ in rows.tolist()]
-    if sorted(set(widths)) != widths:
+    out: dict[LayerBits, float] = {}
+    for weight, activation, score, *groups in rows.tolist():
+        size, zero = (_whole(name, x) for x in groups or (0, 0))
+        if zero not in (0, 1):
+            raise InvalidArgument(f"tensor {name!r}: zero points are 0 or 1, not {zero}")
+        out[LayerBits(_whole(name, weight), _whole(name, activation), size or None, not zero)] = score
+    if list(out) != sorted(out) or len(out) != len(rows):
         raise InvalidArgument(f"tensor {name!r}: pairs of widths must ascend")
-    return rows
+    return out
 
 
-def _whole(name: str, width: float) -> int:
-    if width != int(width):
-        raise InvalidArgument(f"tensor {name!r}: a width is a whole number, not {width}")
-    return check_width(int(width), allow_float=True)
+def _whole(name: str, value: float) -> int:
+    if value != int(value):
+        raise InvalidArgument(f"tensor {name!r}: a width is a whole number, not {value}")
+    return int(value)
 
 
 def _signed(value: object) -> dict[str, bool]:
@@ -72,7 +85,8 @@ def write_indicators(path: str | os.PathLike[str], indicators: Indicators) -> in
     text = dump_json(
         {"activation_signed": _signed(indicators.activation_signed), "provenance": dict(indicators.provenance)}
     )
-    return container.write(path, INDICATORS, text, tensors, 0)
+    grouped = any(bits.grouped for scores in indicators.pairs.values() for bits in scores)
+    return container.write(path, INDICATORS, text, tensors, 0, 2 if grouped else 1)
 
 
 def read_indicators(path: str | os.PathLike[str]) -> Indicators:
@@ -90,8 +104,7 @@ def read_indicators(path: str | os.PathLike[str]) -> Indicators:
         for name, rows in tensors.items():
             side, slash, layer = name.partition("/")
             if side == "pair" and slash:
-                found = _checked_pairs(name, rows).tolist()
-                pairs[layer] = {LayerBits(int(w), int(a)): score for w, a, score in found}
+                pairs[layer] = _read_pairs(name, rows)
             elif side in sides and slash:
                 sides[side][layer] = {int(bits): scale for bits, scale in _checked(name, rows).tolist()}
             else:

@@ -1,11 +1,69 @@
-"""Scales and zero points of weights."""
+"""Grids of weights: a scale, and where wanted a zero point, for each output channel or each group of weights."""
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .grouped import group_dtype
+from ..core.bits import check_width
+from ..errors import InvalidArgument
+from .lsq import NO_START
+
+CLIP_RATIOS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.52, 0.44)
+"""How much of a range is kept, tried in this order [our construction]."""
+_PIECE = 1 << 18  # elements worked on at once: a few buffers of this size are all the memory a search takes
+
+
+class WeightGrid(NamedTuple):
+    """The grid of a 2-D weight [rows, columns]: weight ≈ (v − zero point)·scale, v from −2^(b−1) to 2^(b−1)−1; at
+    1 bit v is −1 or +1.
+
+    Args:
+        bits: 1 to 8.
+        scale: [rows, G], G = 1 without groups.
+        zero_point: Integers [rows, G] from −2^(b−1) to 2^(b−1)−1; None is 0 everywhere.
+        group_size: Consecutive columns that share a scale; the last group may be smaller. None: all columns.
+    """
+
+    bits: int
+    scale: Tensor
+    zero_point: Tensor | None = None
+    group_size: int | None = None
+
+    def steps(self) -> tuple[Tensor, Tensor]:
+        """(step, offset), float32 [rows, G]: codes clamp(round(w/step + offset)) of 0 to 2^b−1 are the nearest points,
+        weight = (code − offset)·step."""
+        scale, half = self.scale.float(), 2.0 ** (self.bits - 1)
+        if self.bits == 1:
+            return scale * 2, torch.full_like(scale, 0.5)
+        return scale, half + (torch.zeros_like(scale) if self.zero_point is None else self.zero_point.to(scale))
+
+    def of_columns(self, x: Tensor, columns: int) -> Tensor:
+        """[rows, G] as [rows, columns], or [rows, 1] without groups."""
+        return x if self.group_size is None else x.repeat_interleave(self.group_size, 1)[:, :columns]
+
+    @torch.no_grad()
+    def nearest(self, weight: Tensor) -> Tensor:
+        """The nearest integers v of a weight [rows, columns], int8."""
+        step, offset = (self.of_columns(x, weight.shape[1]) for x in self.steps())
+        codes = (weight.float() / step).add_(offset).round_().clamp_(0, 2**self.bits - 1)
+        return self.signed(codes)
+
+    def signed(self, codes: Tensor) -> Tensor:
+        """Integers v, int8, of codes 0 to 2^b−1 in float."""
+        codes = codes * 2 - 1 if self.bits == 1 else codes - 2 ** (self.bits - 1)
+        return codes.to(torch.int8)
+
+    @torch.no_grad()
+    def dequantize(self, values: Tensor) -> Tensor:
+        """The weight, float32, of integers v [rows, columns]."""
+        scale = self.of_columns(self.scale.float(), values.shape[1])
+        if self.zero_point is None:
+            return values.float() * scale
+        return (values.float() - self.of_columns(self.zero_point.float(), values.shape[1])) * scale
 
 
 @torch.no_grad()
@@ -17,20 +75,116 @@ def weight_grid(
     symmetric: bool = True,
     importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Stub until the real one is merged: absmax."""
-    w = weight.detach().float()
-    rows, cols = w.shape
-    size = cols if group_size is None else group_size
-    pad = -cols % size
-    g = torch.nn.functional.pad(w, (0, pad)).view(rows, -1, size)
-    if symmetric or bits == 1:
-        top = g.abs().mean(-1) if bits == 1 else g.abs().amax(-1) / (2 ** (bits - 1) - 1)
-        scale, zero = torch.where(top > 0, top, 1.0), None
+    """Scales and zero points of a weight.
+
+    Of the scales that keep a part of each range (`CLIP_RATIOS`) the one of least Σ_j h_j (w_j − q_j)² is taken: with
+    h_j the mean square of the input that meets column j, that is the layer's output error but for correlations between
+    inputs. Without h the whole range is kept. At 1 bit the scale is the mean of |w|, weighted by h.
+
+    Args:
+        weight: [rows, columns]; rows are output channels.
+        bits: 1 to 8.
+        group_size: Consecutive columns that share a scale; the last group may be smaller. None: all columns.
+        symmetric: False for a zero point beside each scale, so that the codes span min(w, 0) to max(w, 0). A 1-bit
+            weight has none.
+        importance: h, [columns], or [n, columns] for n equal parts of the rows (a grouped convolution). Any unit.
+
+    Returns:
+        (scale, zero point). Scales [rows, G], above zero: float32 without groups; with groups float16, or bfloat16
+        where a scale is outside float16's normal range. Zero points are int32 [rows, G] from −2^(b−1) to 2^(b−1)−1, or
+        None. Where all weights of a group are zero the scale is the least that can be stored, `NO_START` without
+        groups.
+
+    Raises:
+        InvalidArgument: The weight is not 2-D, or the importance has another number of columns or parts.
+    """
+    check_width(bits)
+    if weight.dim() != 2:
+        raise InvalidArgument(f"a weight grid is for a weight [rows, columns], not of shape {tuple(weight.shape)}")
+    rows, columns = weight.shape
+    size = min(group_size or columns, columns)
+    groups = -(-columns // size)
+    h = _importance(importance, weight)
+    if groups * size > columns:
+        h = torch.nn.functional.pad(h, (0, groups * size - columns))
+    h = h.view(len(h), groups, size)
+    h = torch.where(h.sum(2, keepdim=True) > 0, h, torch.ones_like(h))  # inputs that were never seen
+    ratios = (1.0,) if importance is None else CLIP_RATIOS
+    scale = torch.empty(rows, groups, device=weight.device)
+    zeros = None if symmetric or bits == 1 else torch.empty_like(scale)
+    part = rows // len(h)
+    step = max(min(_PIECE // max(columns, 1), part), 1)
+    for first in range(0, rows, part):
+        for start in range(first, first + part, step):
+            chosen = slice(start, min(start + step, first + part))
+            w = weight[chosen].float()
+            if groups * size > columns:
+                w = torch.nn.functional.pad(w, (0, groups * size - columns))
+            found = _search(w.view(-1, groups, size), h[first // part], bits, ratios, zeros is not None)
+            scale[chosen] = found[0].squeeze(2)
+            if zeros is not None:
+                zeros[chosen] = found[1].squeeze(2)
+    if zeros is not None:
+        zeros = zeros.sub_(2 ** (bits - 1)).to(torch.int32)
+    return _stored(scale, group_size is not None), zeros
+
+
+def _importance(importance: Tensor | None, weight: Tensor) -> Tensor:
+    """h as float32 [parts, columns], the greatest 1."""
+    rows, columns = weight.shape
+    if importance is None:
+        return torch.ones(1, columns, device=weight.device)
+    h = importance.detach().to(weight.device, torch.float32)
+    h = h[None] if h.dim() == 1 else h
+    if h.dim() != 2 or h.shape[1] != columns or rows % max(len(h), 1):
+        raise InvalidArgument(
+            f"importance is [{columns}], or [parts, {columns}] for equal parts of {rows} rows, "
+            f"not {list(importance.shape)}"
+        )
+    return h / h.max().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _search(w: Tensor, h: Tensor, bits: int, ratios: tuple[float, ...], asymmetric: bool) -> tuple[Tensor, Tensor]:
+    """(scale, zero point as a code), [rows, groups, 1], of w [rows, groups, size]; scale 0 where all of w is zero."""
+    largest = w.abs().amax(2, keepdim=True)
+    # a power of two, which rounds nothing: squares of tiny values are not lost
+    unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
+    w = w / unit
+    zero = torch.full_like(largest, 2.0 ** (bits - 1))
+    if bits == 1:
+        return torch.where(largest > 0, (w.abs() * h).sum(2, keepdim=True) / h.sum(1)[:, None] * unit, 0.0), zero
+    codes = 2**bits - 1
+    if asymmetric:
+        low, high = w.amin(2, keepdim=True).clamp_max(0), w.amax(2, keepdim=True).clamp_min(0)
+        top = (high - low) / codes
+        zero = torch.where(largest > 0, (-low / top).round_(), zero)
     else:
-        low, high = g.amin(-1).clamp(max=0), g.amax(-1).clamp(min=0)
-        scale = (high - low) / (2**bits - 1)
-        scale = torch.where(scale > 0, scale, 1.0)
-        zero = (-low / scale).round().clamp(0, 2**bits - 1).int() - 2 ** (bits - 1)
-    if group_size is not None:
-        scale = scale.to(group_dtype(scale))
-    return scale, zero
+        top = largest / unit / (2 ** (bits - 1) - 1)
+    if len(ratios) == 1:
+        return torch.where(largest > 0, top * unit, 0.0), zero
+    best, scale = torch.full_like(top, math.inf), top.clone()
+    q = torch.empty_like(w)
+    for ratio in ratios:
+        trial = top * ratio
+        torch.div(w, trial, out=q).round_()
+        q = (
+            q.clamp_(-(2.0 ** (bits - 1)), 2 ** (bits - 1) - 1)
+            if not asymmetric
+            else q.clamp_(min=-zero).clamp_(max=codes - zero)
+        )
+        q.mul_(trial).sub_(w)
+        error = q.mul_(q).mul_(h).sum(2, keepdim=True)
+        scale = torch.where(error < best, trial, scale)
+        best = torch.minimum(error, best)
+    return torch.where(largest > 0, scale * unit, 0.0), zero
+
+
+def _stored(scale: Tensor, grouped: bool) -> Tensor:
+    """Scales as they are stored; 0 becomes the least that stands for it."""
+    if not grouped:
+        return torch.where(scale > 0, scale.clamp_min(torch.finfo(torch.float32).tiny), NO_START)
+    half = torch.finfo(torch.float16)
+    above = scale > 0
+    fits = bool(((scale.half() >= half.tiny) & (scale.half() <= half.max) | ~above).all())
+    dtype = torch.float16 if fits else torch.bfloat16
+    return scale.to(dtype).clamp_min(torch.finfo(dtype).tiny)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from ..core import Candidates, LayerGraph, matching
 from ..errors import InvalidArgument
@@ -10,12 +11,37 @@ from ..errors import InvalidArgument
 CandidatesLike = Candidates | Iterable[int] | Mapping[str, "Candidates | Iterable[int]"] | None
 
 
-def resolve_candidates(graph: LayerGraph, value: CandidatesLike) -> dict[str, Candidates]:
+GroupSizes = int | None | Iterable["int | None"]
+"""One group size, or several for the solver to choose from; None: one scale per output channel."""
+
+
+def resolve_candidates(
+    graph: LayerGraph, value: CandidatesLike, group_size: GroupSizes = None, symmetric: bool = True
+) -> dict[str, Candidates]:
     """{searched layer: candidates}.
 
-    value: one list of widths for all, a Candidates, or {kind or name pattern: either} where later entries win and
-    layers that none names take the default. Raises InvalidArgument for a key that is no kind and matches no layer.
+    Args:
+        graph: The layers.
+        value: One list of widths for all, a Candidates, or {kind or name pattern: either} where later entries win and
+            layers that none names take the default.
+        group_size: Of candidates that name none, in layers whose weights can have groups.
+        symmetric: False: these layers have zero points.
+
+    Raises:
+        InvalidArgument: A key that is no kind and matches no layer.
     """
+    sizes = (group_size,) if group_size is None or isinstance(group_size, int) else tuple(group_size)
+    found, layers = _widths(graph, value), {layer.name: layer for layer in graph.searched}
+    plain = Candidates()
+    for name, one in found.items():
+        if not layers[name].takes_groups:
+            found[name] = replace(one, group_size=plain.group_size, symmetric=True)
+        elif one.group_size == plain.group_size and one.symmetric:
+            found[name] = replace(one, group_size=sizes, symmetric=symmetric)
+    return found
+
+
+def _widths(graph: LayerGraph, value: CandidatesLike) -> dict[str, Candidates]:
     if not isinstance(value, Mapping):
         one = Candidates.of(value)
         return {layer.name: one for layer in graph.searched}

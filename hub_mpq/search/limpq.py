@@ -119,6 +119,7 @@ class LIMPQ(SearchStrategy):
             },
             per_channel=self.per_channel,
             log=self.log,
+            groups={n: c.weights[-1] for n, c in candidates.items()},
         )
         self.layers: dict[str, Any] = {n: m for n, m in quantized_layers(model) if n in searched}
         self.widths = sorted({b for c in candidates.values() for b in (*c.weight, *c.activation)} - {FLOAT_BITS})

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.restore_state import copied
-from ..core import FLOAT_BITS, Candidates, LayerGraph, Policy
+from ..core import FLOAT_BITS, Candidates, LayerBits, LayerGraph, Policy
 from ..errors import InvalidArgument
 from ..nn.calibrate import calibrate_input, calibrate_weight, sample_inputs
 from ..nn.quantize import check_finite, quantize_with_lsq
+from ..nn.rounded_weights import RoundedWeights
 from ..tasks import TaskLike, task_of, to_device
 from ..tasks.batch import evaluating
 from ..tasks.outputs import tensors_in
@@ -41,6 +42,7 @@ class PolicyMeter:
         example: One input as the network takes it, which says how many inputs a batch has.
         per_channel: One weight scale per output channel, else one per tensor.
         scale_batches, norm_batches: As `HubMPQ.apply_policy` does.
+        rounded: Weights that were rounded before at all candidates; None: to the nearest points.
 
     Attributes:
         forwards: Forward passes of a batch so far, of the float and of the quantized model.
@@ -62,6 +64,7 @@ class PolicyMeter:
         per_channel: bool = True,
         scale_batches: int = 4,
         norm_batches: int = 16,
+        rounded: RoundedWeights | None = None,
     ) -> None:
         graph.check_layers(searched=False)
         check_finite(model, graph.names)
@@ -80,7 +83,11 @@ class PolicyMeter:
             )
             for layer in graph
         }
-        self.layers: dict[str, Any] = quantize_with_lsq(self.model, graph, widths, per_channel=per_channel)
+        self.rounded, self._taken = rounded, dict[str, LayerBits]()
+        groups = {x.name: candidates[x.name].weights[-1] if x.fixed is None else x.fixed for x in graph}
+        self.layers: dict[str, Any] = quantize_with_lsq(
+            self.model, graph, widths, per_channel=per_channel, groups=groups if rounded is None else None
+        )
         taken = [to_device(batch, self.device) for batch in self.calibration[:scale_batches]]
         with fixed_draws(self.device, 0):
             self.samples = sample_inputs(self.model, taken, self.task.forward)
@@ -170,6 +177,9 @@ class PolicyMeter:
                     raise InvalidArgument(
                         f"layer {name!r}: {width} bits is no candidate of its {side} ({_listed(quantizer.widths)})"
                     )
+                if self.rounded is not None and side == "weight":
+                    self._take(name, module, bits, self.rounded)
+                    continue
                 self._calibrate(name, module, quantizer, width, side)
                 quantizer.set_width(None if width == FLOAT_BITS else width)
             if module.input_quantizer is None and bits.activation != FLOAT_BITS:
@@ -201,11 +211,18 @@ class PolicyMeter:
         elif name in self.samples:
             calibrate_input(module, self.samples[name], bits, mse=True)
 
+    def _take(self, name: str, module: Any, bits: LayerBits, rounded: RoundedWeights) -> None:
+        """Give a layer its rounded weight, unless it has it."""
+        module.weight_quantizer.set_width(None)
+        if self.graph[name].weight_owner is None and self._taken.get(name) != bits.of_weight:
+            module.weight.copy_(rounded.packed(name, bits).dequantize())
+            self._taken[name] = bits.of_weight
+
     def _conflict(self, policy: Policy) -> tuple[str, str] | None:
         """Two layers that share a weight and have different widths for it."""
         for layer in self.graph:
             owner = layer.weight_owner or layer.name
-            if owner in policy.bits and policy.bits[layer.name].weight != policy.bits[owner].weight:
+            if owner in policy.bits and policy.bits[layer.name].of_weight != policy.bits[owner].of_weight:
                 return layer.name, owner
         return None
 

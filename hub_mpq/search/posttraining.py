@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from ..core import Candidates, LayerGraph
 from ..core.checks import whole
+from ..errors import InvalidArgument
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
 from ..nn.quantize import quantize_with_lsq
+from ..nn.rounded_weights import quantize_with_stored
 from ..quantizers import LSQ
 from ..train.norms import batch_statistics
 from ..train.random_draws import fixed_draws
@@ -51,10 +53,20 @@ class PostTraining(SearchStrategy):
     ) -> None:
         self.graph, self.normed = graph, set(norms.values())
         widths = {n: (c.weight, () if c.float_inputs else c.activation) for n, c in candidates.items()}
-        self.layers = quantize_with_lsq(model, graph, widths, per_channel=True)
+        if self.rounded is not None:
+            self.layers = quantize_with_stored(model, graph, self.rounded, candidates)
+            return
+        groups = {n: c.weights[-1] for n, c in candidates.items()}
+        if several := [n for n, c in candidates.items() if len(c.group_size) > 1]:
+            raise InvalidArgument(
+                f"layer {several[0]!r} has several group sizes to choose from: their weights have to be rounded before "
+                "they are scored, by quantize(…, train=batches, epochs=0) with rounding='gptq' or 'nearest'"
+            )
+        self.layers = quantize_with_lsq(model, graph, widths, per_channel=True, groups=groups)
 
     def calibrate(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
-        calibrate_weights(model, mse=True)
+        if self.rounded is None:
+            calibrate_weights(model, mse=True)
         calibrate_inputs(model, dict(inputs), mse=True)
         model.eval()
         with widths_off(model):

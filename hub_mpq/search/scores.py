@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 
 from ..core import FLOAT_BITS, Candidates, Indicators, LayerBits, LayerGraph, Policy
@@ -49,8 +50,8 @@ def equal_scores(graph: LayerGraph, candidates: Mapping[str, Candidates]) -> Sco
     """{searched layer: {widths: 0}} of all candidates: for a search that only asks whether a budget can be met."""
     return {
         x.name: {
-            LayerBits(weight, activation): 0.0
-            for weight in candidates[x.name].weight
+            replace(weight, activation=activation): 0.0
+            for weight in candidates[x.name].weights
             for activation in ((FLOAT_BITS,) if x.weight_only else candidates[x.name].activation)
         }
         for x in graph.searched
@@ -94,10 +95,11 @@ def score_table(
         row = dict(indicators.pairs.get(layer.name, {}))
         if candidates is not None:
             wanted = candidates[layer.name]
+            row = _in_groups(layer.name, row, wanted)
             row = {
                 bits: score
                 for bits, score in row.items()
-                if bits.weight in wanted.weight and bits.activation in (*wanted.activation, FLOAT_BITS)
+                if bits.of_weight in wanted.weights and bits.activation in (*wanted.activation, FLOAT_BITS)
             }
         if weight_only:
             row = {bits: score for bits, score in row.items() if bits.activation == FLOAT_BITS}
@@ -105,6 +107,21 @@ def score_table(
             raise InvalidArgument(f"layer {layer.name!r} has no score at these candidates; search with them")
         table[layer.name] = row
     return table, 0.0
+
+
+def _in_groups(name: str, row: Mapping[LayerBits, float], wanted: Candidates) -> dict[LayerBits, float]:
+    """Scores of widths alone serve for any one group size: the same row with that. Scores of groups stay as they are.
+
+    Raises InvalidArgument where scores of widths alone would have to tell group sizes apart.
+    """
+    if any(bits.grouped for bits in row):
+        return dict(row)
+    if len(wanted.group_size) > 1:
+        raise InvalidArgument(
+            f"layer {name!r} has scores of widths alone, which can't choose among group sizes; score them by a "
+            "post-training strategy with rounding='gptq' or 'nearest'"
+        )
+    return {wanted.grouped(bits)[0]: score for bits, score in row.items()}
 
 
 def expected_divergence(
@@ -149,6 +166,8 @@ def candidates_of(scores: Scores) -> dict[str, Candidates]:
         name: Candidates(
             tuple({bits.weight for bits in row}),
             tuple({bits.activation for bits in row} - {FLOAT_BITS}) or (FLOAT_BITS,),
+            tuple(dict.fromkeys(bits.group_size for bits in row)),
+            all(bits.symmetric for bits in row),
         )
         for name, row in scores.items()
     }
@@ -170,7 +189,8 @@ def limpq_scores(
             if layer.weight_only or wanted.float_inputs
             else _pick(indicators.activation, name, wanted.activation, "activation")
         )
-        out[name] = {LayerBits(w, a): activation[a] + alpha * weight[w] for w in weight for a in activation}
+        row = {LayerBits(w, a): activation[a] + alpha * weight[w] for w in weight for a in activation}
+        out[name] = _in_groups(name, row, wanted)
     return out
 
 

@@ -82,12 +82,17 @@ class SearchSpace:
         inputs = [candidates[x.name].activation for x in self.graph.searched if not x.weight_only]
         weights = set(candidates[names[0]].weight).intersection(*(candidates[name].weight for name in names))
         activations = set(inputs[0]).intersection(*inputs) if inputs else {FLOAT_BITS}
+        groups = {(size, c.symmetric) for c in candidates.values() for size in c.group_size}
+        plain = [LayerBits(w, a) for w in weights for a in activations]
         found = []
-        for level in (LayerBits(w, a) for w in weights for a in activations):
-            part = self.fill(Policy.uniform(self.graph, level))
+        for level in dict.fromkeys(bits.with_groups(*group) for bits in plain for group in groups):
+            policy = Policy.uniform(self.graph, level)
+            if any(policy.bits[name].of_weight not in candidates[name].weights for name in names):
+                continue  # of group sizes that not all layers can choose
+            part = self.fill(policy)
             if part is not None:
                 found.append((round(part, 9), level.weight * level.activation, level))
-        found.sort(key=lambda row: (row[0], row[1], -abs(row[2].weight - row[2].activation), row[2].activation))
+        found.sort(key=lambda row: (row[0], row[1], -abs(row[2].weight - row[2].activation), row[2]))
         return [level for _, _, level in reversed(found)]
 
     def greedy_fill(self) -> Policy | None:

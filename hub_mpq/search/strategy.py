@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ..core import FLOAT_BITS, Candidates, Indicators, LayerBits, LayerGraph, Limit
 from ..core.registry import Registry
 from ..errors import InvalidArgument
+from ..nn.rounded_weights import RoundedWeights
 from ..train.finetune import Finetune
 from ..train.hooks import Hooks
 from ..train.processes import mean_rows
@@ -29,6 +31,7 @@ class SearchStrategy(Hooks):
 
     trains: False for scorers that are done after `calibrate`. batches: how many batches `calibrate` gets.
     sense: "min" when a smaller score is better. optimizer, lr, scale_lr, weight_decay: of the training.
+    rounded: weights as they are going to be rounded, at all candidates, for scorers; None: to the nearest points.
     limits: {name: (limit, cap on what the searched layers take together)} of the budget searched for; may be empty.
     smoothing: of labels while it trains; None for the task's own.
     unit: what scores are counted in. weights_alone: whether it can search weights while inputs stay float; scorers can.
@@ -50,6 +53,7 @@ class SearchStrategy(Hooks):
     weight_decay: float = 0.0
     smoothing: float | None = None
     loss: Finetune
+    rounded: RoundedWeights | None = None
     limits: Mapping[str, tuple[Limit, float]] = {}
     seed: int = 0
     searched: Sequence[str] = ()
@@ -114,13 +118,16 @@ class SearchStrategy(Hooks):
 
 
 def additive(
-    graph: LayerGraph, weight: Mapping[str, Mapping[int, float]], activation: Mapping[str, Mapping[int, float]]
+    graph: LayerGraph,
+    weight: Mapping[str, Mapping[Any, float]],
+    activation: Mapping[str, Mapping[int, float]],
 ) -> dict[str, dict[LayerBits, float]]:
-    """Scores of every pair of widths from scores of weights and of activations alone."""
+    """Scores of every pair of widths from scores of weights, by width or by LayerBits, and of activations alone."""
     out = {}
     for layer in graph.searched:
         inputs = {FLOAT_BITS: 0.0} if layer.weight_only else activation.get(layer.name) or {FLOAT_BITS: 0.0}
-        out[layer.name] = {LayerBits(w, a): s + t for w, s in weight[layer.name].items() for a, t in inputs.items()}
+        choices = {LayerBits(w, FLOAT_BITS) if isinstance(w, int) else w: s for w, s in weight[layer.name].items()}
+        out[layer.name] = {replace(w, activation=a): s + t for w, s in choices.items() for a, t in inputs.items()}
     return out
 
 

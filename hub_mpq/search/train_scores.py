@@ -14,6 +14,7 @@ from ..core import Budget, Candidates, Engine, IndicatorOptions, Indicators, Lay
 from ..errors import InvalidArgument
 from ..nn.calibrate import sample_inputs
 from ..nn.quantize import check_finite
+from ..nn.rounded_weights import RoundedWeights
 from ..tasks import Pair, TaskLike, task_of
 from ..train.batches import first_batches, rereadable
 from ..train.engine import accelerator_of
@@ -39,6 +40,7 @@ def train_scores(
     task: TaskLike = None,
     example: Any = None,
     engine: Engine | None = None,
+    rounded: RoundedWeights | None = None,
 ) -> Indicators:
     """Scores of every searched layer, by a strategy of the registry; `model` itself stays as it is.
 
@@ -59,6 +61,7 @@ def train_scores(
         task: What the model is for; None to find out from it and the first batch.
         example: One input as the network takes it, which says how many inputs a batch has.
         engine: Precision, memory, trackers.
+        rounded: For a post-training strategy: weights as they are going to be rounded, at all candidates.
 
     Raises:
         InvalidArgument: Nothing is searched, an option the strategy does not have, data it cannot use, or a layer's
@@ -71,6 +74,7 @@ def train_scores(
     name = strategy_named(strategy).name
     hooks = build_strategy(strategy, {**options.of_strategy(name), **(strategy_options or {})})
     hooks.seed, hooks.searched = options.seed, [layer.name for layer in graph.searched]
+    hooks.rounded = rounded
     if hooks.trains and not hooks.weights_alone and any(c.float_inputs for c in candidates.values()):
         raise InvalidArgument(f"strategy {name!r} searches the widths of inputs too; weights alone: limpq or a scorer")
     hooks.limits = searched_limits(graph, budget, base_bytes) if budget is not None else {}

@@ -1,0 +1,103 @@
+"""The blocks of a deep model: modules of one type, one behind the other, that pass one hidden state on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Call(NamedTuple):
+    """The arguments of a block."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def hidden(self) -> Tensor | None:
+        """The hidden state, the first argument; None if that is no tensor of floating-point numbers."""
+        first = next(iter((*self.args, *self.kwargs.values())), None)
+        return first if isinstance(first, Tensor) and first.is_floating_point() else None
+
+    def at(self, hidden: Tensor | None) -> Call:
+        """The same call on another hidden state."""
+        if self.args:
+            return Call((hidden, *self.args[1:]), self.kwargs)
+        return Call((), {**self.kwargs, next(iter(self.kwargs)): hidden})
+
+    @property
+    def plain(self) -> bool:
+        """Whether all arguments are tensors and constants, nothing that a call changes, as a cache of keys."""
+        return _plain((self.args, self.kwargs))
+
+
+def _plain(x: Any) -> bool:
+    if type(x) in (tuple, list):
+        return all(map(_plain, x))
+    if type(x) is dict:
+        return all(map(_plain, x.values()))
+    return x is None or isinstance(x, (Tensor, int, float, str, torch.Size, torch.dtype, torch.device))
+
+
+def blocks_of(model: nn.Module, weights: Mapping[str, int]) -> dict[str, nn.Module]:
+    """{name: block} of a model in the order they stand; {} where it has none.
+
+    They are the modules of the outermost `nn.ModuleList` or `nn.Sequential` that are all of one type and hold at least
+    half of the weights.
+
+    Args:
+        model: The model.
+        weights: {layer: number of its weights} of the layers to be quantized.
+    """
+    whole = sum(weights.values())
+    for prefix, module in model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:
+            continue
+        if len({type(child) for child in module}) > 1 or len({id(child) for child in module}) < len(module):
+            continue
+        found = {f"{prefix}.{name}" if prefix else name: child for name, child in module.named_children()}
+        held = sum(count for layer, count in weights.items() if block_with(found, layer))
+        if 2 * held >= whole > 0:
+            return found
+    return {}
+
+
+def block_with(blocks: Collection[str], layer: str) -> str | None:
+    """Name of the block that a layer is in; None when it is in none."""
+    return next((name for name in blocks if layer.startswith(f"{name}.")), None)
+
+
+@contextmanager
+def replaced_forward(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let modules run functions instead of their forward, meanwhile.
+
+    Args:
+        replaced: {module: function of the forward's arguments}.
+    """
+    own = {module: vars(module).get("forward") for module in replaced}
+    try:
+        for module, forward in replaced.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, before in own.items():
+            del module.forward
+            if before is not None:
+                module.forward = before
+
+
+@contextmanager
+def cache_off(model: nn.Module) -> Iterator[None]:
+    """Let a model of transformers keep no keys and values of what it has read, meanwhile."""
+    found = (getattr(module, "config", None) for module in model.modules())
+    configs = {id(config): config for config in found if getattr(config, "use_cache", False) is True}
+    try:
+        for config in configs.values():
+            config.use_cache = False
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True

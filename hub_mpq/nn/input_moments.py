@@ -1,0 +1,243 @@
+"""Second moments of what layers read: what an error in a weight costs at the layer's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..core import LayerSpec
+from ..core.layer_kind import layer_kinds
+from ..errors import InvalidArgument
+from .block_walk import BlockWalk
+from .blocks import block_with, blocks_of, cache_off
+from .layers import first_operand
+
+POSITIONS = 4096
+LIMIT = 1 << 30
+_COLUMNS = 256  # products are symmetric: of each strip of this many columns, only what is not above it is computed
+
+
+class LayerMoments(NamedTuple):
+    """Some layers of a model, and what they read: {layer: moments}, without those that no batch reached. Layers that
+    read one tensor have one tensor of moments, the same object."""
+
+    layers: tuple[LayerSpec, ...]
+    moments: dict[str, Tensor]
+
+
+def input_moments(
+    model: nn.Module,
+    layers: Iterable[LayerSpec],
+    batches: Sequence[Any],
+    run: Callable[[nn.Module, Any], Any],
+    *,
+    diagonal: bool = False,
+    mask: Callable[[Any], Tensor | None] | None = None,
+    positions: int = POSITIONS,
+    limit: int = LIMIT,
+) -> Iterator[LayerMoments]:
+    """Second moments H = mean of x xᵀ of what layers read, a part of the layers at a time.
+
+    The blocks of a deep model (`blocks_of`) run one after the other on hidden states that are kept for all batches, so
+    that memory does not grow with depth [our construction]. What else a block is called with is taken from a forward
+    in which no block does anything. Where that is not what the model does (its output of the first batch, block by
+    block, is compared with a real forward's), and for layers in no block, the whole model runs.
+
+    Do not change weights before all has been read.
+
+    Args:
+        model: A float model, or one whose quantizers are off.
+        layers: Those to look at, in order of depth. One that reads indices has no moments.
+        batches: What the model runs on; all are read.
+        run: `run(model, batch)` runs it.
+        diagonal: Only the diagonals of H.
+        mask: `mask(batch)` says which positions count, [batch, tokens], or None for all.
+        positions: Rows x of one input to take in all, evenly spaced over the batches.
+        limit: Bytes of moments to hold at a time, for layers in no block.
+
+    Yields:
+        Layers and their moments, float32. Of linear layers: H, [in, in], or its diagonal, [in]. Of convolutions: the
+        diagonal for each group of the channels, [groups, in/groups·kh·kw]. Blocks come first, in order of depth.
+
+    Raises:
+        InvalidArgument: A layer reads NaN or infinite values.
+    """
+    rest = {layer.name: layer for layer in layers if not layer.weight_only}
+    blocks = blocks_of(model, {name: layer.weight_count for name, layer in rest.items()})
+    per_batch = max(-(-positions // max(len(batches), 1)), 1)
+
+    def inputs(of: Iterable[LayerSpec]) -> _Inputs:
+        return _Inputs(model, tuple(of), diagonal, per_batch, mask)
+
+    walk = None
+    if blocks and len(batches):
+        with _calm(model):
+            walk = BlockWalk.start(model, blocks, batches, run)
+    if walk is not None:
+        for name in walk.order:
+            held = inputs(layer for layer in rest.values() if block_with([name], layer.name))
+            with _calm(model), held:
+                same = walk.step(name, held.read)
+            if not same:
+                walk = None
+                break
+            yield held.found()
+            for layer in held.layers:
+                del rest[layer.name]
+            del held
+    for part in _parts(rest.values(), diagonal, limit):
+        held = inputs(part)
+        with _calm(model), held:
+            for i, batch in enumerate(batches):
+                held.read(batch)
+                if walk is None:
+                    run(model, batch)
+                else:
+                    walk.run_around(i)
+        yield held.found()
+
+
+@contextmanager
+def _calm(model: nn.Module) -> Iterator[None]:
+    """A model in eval mode, without gradients and caches; afterwards each module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), cache_off(model):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _parts(layers: Iterable[LayerSpec], diagonal: bool, limit: int) -> Iterator[list[LayerSpec]]:
+    """Layers in parts whose moments take at most `limit` bytes, one layer at least."""
+    part: list[LayerSpec] = []
+    sizes: dict[str, int] = {}
+    for layer in layers:
+        columns = layer.weight_count // layer.weight_shape[layer_kinds.get(layer.kind).channel_axis]
+        full = not diagonal and layer.kind != "conv2d"
+        size = 4 * columns * (columns if full else 1)
+        if part and sum(sizes.values()) + (0 if layer.buffer in sizes else size) > limit:
+            yield part
+            part, sizes = [], {}
+        part.append(layer)
+        sizes[layer.buffer if full else layer.name] = size
+    if part:
+        yield part
+
+
+class _Inputs:
+    """Hooks, while entered, that add up moments of what layers read, of each tensor once."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: tuple[LayerSpec, ...],
+        diagonal: bool,
+        positions: int,
+        mask: Callable[[Any], Tensor | None] | None,
+    ) -> None:
+        self.model, self.layers, self.diagonal, self.positions, self.mask = model, layers, diagonal, positions, mask
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.kept: Tensor | None = None
+        self.stack = ExitStack()
+
+    def __enter__(self) -> _Inputs:
+        readers: dict[str, str] = {}
+        for layer in self.layers:
+
+            def hook(module: nn.Module, args: Any, kwargs: Any, layer: LayerSpec = layer) -> None:
+                key = self.key(layer)
+                if readers.setdefault(key, layer.name) == layer.name:  # the first that runs
+                    self.add(key, layer, module, first_operand(args, kwargs))
+
+            module = self.model.get_submodule(layer.name)
+            self.stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stack.close()
+
+    @staticmethod
+    def key(layer: LayerSpec) -> str:
+        """The same for layers whose moments are the same: two convolutions of one tensor read other patches of it."""
+        return layer.name if layer.kind == "conv2d" else layer.buffer
+
+    def read(self, batch: Any) -> None:
+        """Say which batch runs next."""
+        self.kept = None if self.mask is None else self.mask(batch)
+
+    def add(self, key: str, layer: LayerSpec, module: nn.Module, x: Tensor) -> None:
+        if layer.kind == "conv2d":
+            found, count = _patch_squares(module, x)
+            self.sums[key] = found + self.sums.get(key, 0)
+        else:
+            if self.kept is not None and x.shape[:-1] == self.kept.shape:
+                x = x[self.kept.to(x.device)]
+            x = x.reshape(-1, x.shape[-1])
+            step = -(-len(x) // self.positions)
+            x = x[:: step if step < 2 else step | 1].float()  # an odd step does not lock onto positions
+            count, columns = len(x), x.shape[1]
+            if key not in self.sums:
+                self.sums[key] = x.new_zeros((columns,) if self.diagonal else (columns, columns))
+            total = self.sums[key]
+            if self.diagonal:
+                total += x.square().sum(0)
+            else:
+                for end in range(_COLUMNS, columns + _COLUMNS, _COLUMNS):
+                    strip = slice(end - _COLUMNS, end)
+                    total[strip, :end].addmm_(x[:, strip].t(), x[:, :end])
+        self.counts[key] = self.counts.get(key, 0) + count
+
+    def found(self) -> LayerMoments:
+        """The means over positions."""
+        means = {}
+        for layer in self.layers:
+            key = self.key(layer)
+            if key in means or not self.counts.get(key):
+                continue
+            mean = self.sums.pop(key).div_(self.counts[key])
+            if not (self.diagonal or layer.kind == "conv2d"):
+                for i in range(0, len(mean), _COLUMNS):
+                    strip = slice(i, i + _COLUMNS)
+                    mean[:i, strip] = mean[strip, :i].t()
+            if not bool(torch.isfinite(mean).all()):
+                raise InvalidArgument(f"layer {layer.name!r} reads NaN or infinite values")
+            means[key] = mean
+        moments = {layer.name: means[key] for layer in self.layers if (key := self.key(layer)) in means}
+        return LayerMoments(self.layers, moments)
+
+
+def _patch_squares(module: Any, x: Tensor) -> tuple[Tensor, int]:
+    """(sum of squares of what meets each weight of a convolution, [groups, in/groups·kh·kw]; number of positions)."""
+    x = x if x.dim() == 4 else x[None]
+    samples, channels = x.shape[:2]
+    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+    if type(module).__name__ == "Conv2dSame" or getattr(module, "same_padding", False):
+        pads: list[int] = []
+        for axis in (1, 0):  # F.pad wants the last axis first
+            size = x.shape[2 + axis]
+            span = (-(-size // stride[axis]) - 1) * stride[axis] + (kernel[axis] - 1) * dilation[axis] + 1
+            pad = max(span - size, 0)
+            pads += [pad // 2, pad - pad // 2]
+        mode = "constant"
+    else:
+        pads = module._reversed_padding_repeated_twice
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    squares = F.pad(x, pads, mode=mode).float().square().sum(0, dtype=torch.float64)
+    counts = [(squares.shape[1 + a] - dilation[a] * (kernel[a] - 1) - 1) // stride[a] + 1 for a in (0, 1)]
+
+    def places(offset: int, axis: int) -> slice:
+        first = offset * dilation[axis]
+        return slice(first, first + stride[axis] * (counts[axis] - 1) + 1, stride[axis])
+
+    rows = [squares[:, places(i, 0), places(j, 1)].sum((1, 2)) for i in range(kernel[0]) for j in range(kernel[1])]
+    found = torch.stack(rows, 1).reshape(module.groups, channels // module.groups * len(rows))
+    return found.float(), samples * counts[0] * counts[1]

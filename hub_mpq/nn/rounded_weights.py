@@ -1,0 +1,157 @@
+"""Weights of layers, rounded for everything that a search may choose, on disk: so that each of them is rounded once."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..core import Candidates, LayerBits, LayerGraph, LayerSpec, QuantSpec
+from ..errors import HubMPQError
+from ..pack import PackedTensor
+from ..pack.atomic import write_atomic
+from ..quantizers import LSQ, Quantizer
+from .quantize import quantize_layers
+
+_PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
+
+
+class RoundedWeights:
+    """Packed weights in a folder, one file a layer, read one at a time.
+
+    Args:
+        folder: Where they lie, and stay; None: in a temporary folder that goes with the object.
+        settings: What they were made with and of: files with other settings are not read.
+    """
+
+    def __init__(self, folder: Path | None = None, settings: str = "") -> None:
+        if folder is None:
+            holder = tempfile.TemporaryDirectory(prefix="hub-mpq-rounded-")
+            self._holder = weakref.finalize(self, holder.cleanup)
+            folder = Path(holder.name)
+        self.folder, self.settings = folder, settings
+        self.layers: dict[str, LayerSpec] = {}
+
+    def _file(self, layer: LayerSpec) -> Path:
+        return self.folder / f"{hashlib.sha256(layer.name.encode()).hexdigest()[:24]}.safetensors"
+
+    def add(self, layer: LayerSpec, choices: Mapping[LayerBits, PackedTensor], mark: str = "") -> None:
+        """Store the weights of a layer.
+
+        Args:
+            layer: The layer.
+            choices: {what its weight may become: the weight}.
+            mark: What the float weight was, for `has`.
+
+        Raises:
+            HubMPQError: The disk refuses.
+        """
+        tensors = {
+            f"{bits}/{part}": tensor.detach().cpu().contiguous()
+            for bits, packed in choices.items()
+            for part, tensor in packed.parts().items()
+            if part in _PARTS
+        }
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise HubMPQError(f"{self.folder} cannot be written: {error}") from error
+        write_atomic(self._file(layer), [save(tensors, metadata={"settings": self.settings, "mark": mark})])
+        self.layers[layer.name] = layer
+
+    def has(self, layer: LayerSpec, choices: Sequence[LayerBits], mark: str = "") -> bool:
+        """Whether a layer's weights are there, as an interrupted run of the same settings left them."""
+        with suppress(OSError, SafetensorError):
+            with safe_open(self._file(layer), "pt") as file:
+                there = {key.partition("/")[0] for key in file.keys()}  # noqa: SIM118
+                known = file.metadata() or {}
+            if known == {"settings": self.settings, "mark": mark} and {str(bits) for bits in choices} <= there:
+                self.layers[layer.name] = layer
+                return True
+        return False
+
+    def packed(self, name: str, bits: LayerBits) -> PackedTensor:
+        """A layer's weight at some bits; HubMPQError where it was not rounded for these."""
+        layer, key = self.layers[name], str(bits.of_weight)
+        try:
+            with safe_open(self._file(layer), "pt") as file:
+                parts = {
+                    part: file.get_tensor(f"{key}/{part}") if f"{key}/{part}" in file.keys() else None  # noqa: SIM118
+                    for part in _PARTS
+                }
+        except (OSError, SafetensorError) as error:
+            raise HubMPQError(f"the rounded weight of layer {name!r} cannot be read: {error}") from error
+        words, scale, zero = (parts[part] for part in _PARTS)
+        if words is None or scale is None:
+            raise HubMPQError(f"layer {name!r} was not rounded for {bits.of_weight}")
+        return PackedTensor(words, scale, layer.weight_shape, bits.weight, layer.kind, zero, bits.group_size)
+
+
+class StoredWeight(Quantizer):
+    """Stands for a quantizer where the quantized weights are known: whatever it is given, it returns them.
+
+    Args:
+        rounded: The weights.
+        name: The layer's.
+        widths: What its weight may become.
+    """
+
+    def __init__(self, rounded: RoundedWeights, name: str, widths: Sequence[LayerBits]) -> None:
+        super().__init__()
+        self.rounded, self.name, self.widths = rounded, name, tuple(widths)
+        self.bits: LayerBits | None = None
+
+    def set_width(self, bits: LayerBits | None) -> None:
+        """Select one; None passes the weight through."""
+        self.bits = bits
+
+    @property
+    def spec(self) -> QuantSpec | None:
+        return None if self.bits is None else QuantSpec(self.bits.weight)
+
+    @property
+    def scale(self) -> Tensor:
+        if self.bits is None:
+            return torch.ones(1)
+        return self.rounded.packed(self.name, self.bits).weight_scale.float()
+
+    @property
+    def zero_point(self) -> int:
+        return 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bits is None:
+            return x
+        return self.rounded.packed(self.name, self.bits).dequantize().to(x)
+
+    def to_int(self, x: Tensor) -> Tensor:
+        """The integers that are stored, zero points not taken off."""
+        if self.bits is None:
+            raise HubMPQError(f"layer {self.name!r} is at no width")
+        return self.rounded.packed(self.name, self.bits).unpack().to(torch.int16)
+
+
+def quantize_with_stored(
+    model: nn.Module, graph: LayerGraph, rounded: RoundedWeights, candidates: Mapping[str, Candidates]
+) -> dict[str, Any]:
+    """Replace layers of a model by layers whose weights are read from `rounded`, in place; all of them off.
+
+    Inputs get LSQ quantizers where their widths are to be chosen. Arguments and result as for `quantize_with_lsq`.
+    """
+
+    def make(layer: LayerSpec, module: nn.Module) -> tuple[nn.Module, nn.Module | None]:
+        c = candidates[layer.name]
+        owner = layer.weight_owner or layer.name
+        inputs = None if c.float_inputs else LSQ(c.activation, signed=False)
+        return StoredWeight(rounded, owner, c.weights), inputs
+
+    return quantize_layers(model, graph, list(candidates), make)

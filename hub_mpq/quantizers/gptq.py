@@ -1,0 +1,122 @@
+"""GPTQ: each column of a weight is rounded such that the columns after it make up for its error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidArgument
+from .weight_grid import WeightGrid
+
+DAMPING = 0.01
+"""Of the mean of H's diagonal, added to the diagonal."""
+_BLOCK = 64  # columns that are rounded before the columns after them are brought up to date
+_ROWS = 4096  # rows of all grids together that are worked on at once: the errors of a block stay in the core's cache
+
+
+class Factor:
+    """The factor of a layer's second moments by which weights are rounded for any number of grids.
+
+    With errors e = w − q of one row the layer's mean squared output error is e H eᵀ = |e L|², H = L Lᵀ with a lower
+    triangular L. Column j of e L holds e_j and the errors of the columns after it, so that rounding from the last
+    column to the first, each to the point nearest to w_j + Σ_{i>j} e_i L_ij / L_jj, is GPTQ (Frantar et al., ICLR 2023)
+    without an inverse. The order is of falling H_jj (the columns that matter most are rounded first, while all the
+    others can still make up for them), and grids are of the columns where they lie, so that no order has to be stored.
+
+    A column that was never seen (H_jj = 0) is tied to no other: it is rounded to the nearest point.
+
+    Args:
+        moments: H, the mean of x xᵀ over inputs x, [columns, columns], any unit. It is not changed.
+        damping: Added to the diagonal, relative to its mean. More where H has no factor.
+
+    Raises:
+        InvalidArgument: H is not square, or holds NaN or infinite values.
+    """
+
+    def __init__(self, moments: Tensor, damping: float = DAMPING) -> None:
+        if moments.dim() != 2 or moments.shape[0] != moments.shape[1]:
+            raise InvalidArgument(f"second moments are [columns, columns], not {list(moments.shape)}")
+        diagonal = moments.diagonal().float()
+        mean = float(diagonal.mean()) if len(diagonal) else 1.0
+        if not (mean >= 0 and bool(torch.isfinite(moments).all())):
+            raise InvalidArgument("the second moments of a layer's input hold NaN or infinite values")
+        self.order = torch.argsort(diagonal, stable=True)  # the last is rounded first
+        size = mean or 1.0
+        while True:
+            lower = _cholesky(moments, self.order, damping * size, size)
+            if lower is not None:
+                break
+            damping *= 10
+        self.damping = damping
+        """What was added in the end."""
+        # L_ij / L_jj, without the ones of the diagonal
+        self.ratios = lower.div_(lower.diagonal().clone()).tril_(-1)
+
+    @torch.no_grad()
+    def round(self, weight: Tensor, grids: Sequence[WeightGrid]) -> list[Tensor]:
+        """Integers of a weight on several grids.
+
+        Args:
+            weight: [rows, columns], any float dtype.
+            grids: The grids.
+
+        Returns:
+            int8 [rows, columns] for each grid.
+        """
+        out = [torch.empty(weight.shape, dtype=torch.int8, device=weight.device) for _ in grids]
+        rows = max(_ROWS // max(len(grids), 1), 1)
+        for start in range(0, len(weight), rows):
+            chosen = slice(start, start + rows)
+            parts = [
+                g._replace(scale=g.scale[chosen], zero_point=None if g.zero_point is None else g.zero_point[chosen])
+                for g in grids
+            ]
+            for values, found in zip(out, self._round(weight[chosen], parts), strict=True):
+                values[chosen] = found
+        return out
+
+    def _round(self, weight: Tensor, grids: Sequence[WeightGrid]) -> list[Tensor]:
+        """As `round`, in one go. All is held as [columns, rows of all grids], so that a column is contiguous."""
+        rows, columns = weight.shape
+        order, device = self.order, weight.device
+        w = weight.float().t()[order].repeat(1, len(grids))
+        errors = torch.zeros_like(w)
+        codes = torch.empty(w.shape, dtype=torch.uint8, device=device)
+        steps = [g.steps() for g in grids]
+        most = torch.cat([torch.full((rows,), 2.0**g.bits - 1, device=device) for g in grids])
+        index = [order // g.group_size if g.group_size else torch.zeros_like(order) for g in grids]
+        for last in range(columns, 0, -_BLOCK):
+            first = max(last - _BLOCK, 0)
+            block = slice(first, last)
+            target = torch.addmm(w[block], self.ratios[last:, block].t(), errors[last:])
+            step, offset = (
+                torch.cat([x[side].t()[i[block]] for x, i in zip(steps, index, strict=True)], 1) for side in (0, 1)
+            )
+            for j in range(last - first - 1, -1, -1):
+                column, after = target[j], slice(first + j + 1, last)
+                if first + j + 1 < last:
+                    column.addmv_(errors[after].t(), self.ratios[after, first + j])
+                code = torch.div(column, step[j]).add_(offset[j]).round_().clamp_(min=0)
+                code = torch.minimum(code, most)
+                codes[first + j] = code
+                torch.sub(w[first + j], code.sub_(offset[j]).mul_(step[j]), out=errors[first + j])
+        back = torch.argsort(order)
+        return [g.signed(c[back].t().float()) for g, c in zip(grids, codes.split(rows, 1), strict=True)]
+
+
+def _cholesky(moments: Tensor, order: Tensor, damping: float, size: float) -> Tensor | None:
+    """Lower factor, float32, of the moments in this order with `damping` on the diagonal; None where there is none.
+
+    No pivot of an exact factor is below the damping, so that one which is was lost to rounding: then in float64.
+    """
+    for dtype in (torch.float32, torch.float64):
+        # of size 1: no unit of the input takes it out of float32's range
+        h = moments[order][:, order].to(dtype).div_(size)
+        h.diagonal().add_(damping / size)
+        lower, failed = torch.linalg.cholesky_ex(h)
+        del h
+        if not int(failed) and float(lower.diagonal().min()) ** 2 > 0.9 * damping / size:
+            return lower.float()
+    return None

@@ -1,0 +1,170 @@
+"""Round the weights of a float model for everything that a search may choose, before a score is read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..core import FLOAT_BITS, Candidates, LayerBits, LayerGraph, LayerSpec
+from ..core.layer_kind import layer_kinds
+from ..errors import InvalidArgument
+from ..nn.input_moments import input_moments
+from ..nn.quantize import check_finite
+from ..nn.rounded_weights import RoundedWeights
+from ..pack import PackedTensor, pack_weight
+from ..quantizers.gptq import Factor
+from ..quantizers.weight_grid import WeightGrid, weight_grid
+from ..tasks import TaskLike, task_of, to_device
+
+Rounding = Literal["gptq", "nearest"]
+ROUNDINGS = ("gptq", "nearest")
+BATCHES = 16
+"""How many batches are read at most; of them up to 4,096 positions of each input."""
+
+
+def check_rounding(rounding: str | None) -> None:
+    """InvalidArgument unless it is one of `ROUNDINGS`, or None."""
+    if rounding is not None and rounding not in ROUNDINGS:
+        raise InvalidArgument(f"rounding is {' or '.join(map(repr, ROUNDINGS))}, not {rounding!r}")
+
+
+def weight_choices(graph: LayerGraph, candidates: Mapping[str, Candidates]) -> dict[str, tuple[LayerBits, ...]]:
+    """{layer that owns its weight: what the weight may become}; of a fixed one its own widths alone, of a float one
+    nothing."""
+    out: dict[str, set[LayerBits]] = {}
+    for layer in graph:
+        found = candidates[layer.name].weights if layer.fixed is None else (layer.fixed.of_weight,)
+        wanted = {bits for bits in found if bits.weight != FLOAT_BITS}
+        out.setdefault(layer.weight_owner or layer.name, set()).update(wanted)
+    return {name: tuple(sorted(choices)) for name, choices in out.items() if choices}
+
+
+@torch.no_grad()
+def round_weights(
+    model: nn.Module,
+    graph: LayerGraph,
+    choices: Mapping[str, Sequence[LayerBits]],
+    batches: Iterable[Any],
+    *,
+    rounding: Rounding = "gptq",
+    task: TaskLike = None,
+    example: Any = None,
+    folder: Path | None = None,
+    resume: bool = False,
+) -> RoundedWeights:
+    """Round the weights of a float model, which stays as it is.
+
+    Scales and zero points are those of least output error on the batches, see `weight_grid`. "gptq" rounds the columns
+    of linear layers one after another, so that later ones make up for the error of earlier ones (Frantar et al., ICLR
+    2023), all choices of a layer from one factorisation. "nearest", and layers that are no matrix products, take the
+    nearest points.
+
+    Args:
+        model: The float model.
+        graph: Its layers.
+        choices: {layer that owns its weight: what the weight may become}.
+        batches: Up to 16 are read; labels are not looked at.
+        rounding: "gptq" or "nearest".
+        task: What the model is for; None to find out.
+        example: One input as the network takes it.
+        folder: Where the rounded weights are kept; None: in a temporary folder.
+        resume: Take over what an interrupted run left in `folder`.
+
+    Returns:
+        The weights at all choices. Needs the memory of one block of layers beside the model and the batches' hidden
+        states, whatever the depth.
+
+    Raises:
+        InvalidArgument: There is no batch, a weight or an input that is not finite.
+        HubMPQError: The disk refuses.
+    """
+    from huggingface_hub.utils import tqdm
+
+    check_rounding(rounding)
+    check_finite(model, graph.names)
+    device = next(model.parameters()).device
+    taken = [to_device(batch, device) for batch in islice(batches, BATCHES)]
+    if not taken:
+        raise InvalidArgument("the calibration data are empty")
+    known = task_of(task, model, example=example)
+    rounded = RoundedWeights(folder, f"1 {rounding} {_mark(taken)}")
+    layers = [layer for layer in graph if layer.name in choices]
+    marks = {layer.name: _mark(model.get_submodule(layer.name).weight) for layer in layers}
+    left = [x for x in layers if not (resume and rounded.has(x, choices[x.name], marks[x.name]))]
+    with tqdm(total=len(layers), initial=len(layers) - len(left), desc="weights", unit="layer", leave=False) as bar:
+
+        def store(layer: LayerSpec, moments: Tensor | None, factor: Factor | None) -> None:
+            weight = model.get_submodule(layer.name).weight.detach()
+            found = round_weight(weight, layer, choices[layer.name], moments, factor)
+            rounded.add(layer, found, marks[layer.name])
+            bar.update()
+
+        there = {layer.name: layer for layer in left}
+        # of a task with a mask, which positions count
+        for part in input_moments(model, left, taken, known.forward, diagonal=rounding != "gptq", mask=known.mask):
+            factor: tuple[int, Factor] | None = None
+            for layer in part.layers:
+                moments = part.moments.get(layer.name)
+                if moments is None or rounding != "gptq" or not layer.takes_groups:
+                    store(layer, moments, None)
+                else:
+                    if factor is None or factor[0] != id(moments):  # layers that read one tensor stand together
+                        factor = (id(moments), Factor(moments))
+                    store(layer, moments.diagonal(), factor[1])
+                del there[layer.name]
+        for layer in there.values():  # tables
+            store(layer, None, None)
+    return rounded
+
+
+def round_weight(
+    weight: Tensor,
+    layer: LayerSpec,
+    choices: Sequence[LayerBits],
+    importance: Tensor | None = None,
+    factor: Factor | None = None,
+) -> dict[LayerBits, PackedTensor]:
+    """{choice: one layer's weight, packed}.
+
+    Args:
+        weight: Of the layer.
+        layer: The layer.
+        choices: What the weight may become.
+        importance: Mean square of what meets each column of a row, see `weight_grid`; None: all alike.
+        factor: Rounds by GPTQ; None: to the nearest points.
+    """
+    transposed = layer_kinds.get(layer.kind).row_axes == (1, 0)
+    rows = (
+        weight.t() if transposed else weight.reshape(-1, weight.shape[-1]) if layer.takes_groups else weight.flatten(1)
+    )
+    grids = []
+    for bits in choices:
+        scale, zero = weight_grid(
+            rows, bits.weight, group_size=bits.group_size, symmetric=bits.symmetric, importance=importance
+        )
+        grids.append(WeightGrid(bits.weight, scale, zero, bits.group_size))
+    found = [grid.nearest(rows) for grid in grids] if factor is None else factor.round(rows, grids)
+    out = {}
+    for bits, grid, values in zip(choices, grids, found, strict=True):
+        values = (values.t() if transposed else values).reshape(weight.shape)
+        flat = bits.group_size is None
+        scale, zero = (x if x is None else (x.flatten() if flat else x).cpu() for x in (grid.scale, grid.zero_point))
+        out[bits] = pack_weight(values.cpu(), scale, layer.kind, bits.weight, zero, bits.group_size)
+    return out
+
+
+def _mark(*trees: Any) -> str:
+    """Characters that stand for the values of all tensors."""
+    digest = hashlib.sha256()
+    for tensor in tree_leaves(trees):
+        if isinstance(tensor, Tensor):
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:24]
