@@ -52,9 +52,7 @@ class LayerKind:
 
     def __post_init__(self) -> None:
         if self.row_axes not in (None, (0, 1), (1, 0), (-2, -1), (-1, -2)):
-            raise InvalidArgument(
-                f"row_axes must be (0, 1), (1, 0), (-2, -1), (-1, -2) or None, not {self.row_axes!r}"
-            )
+            raise InvalidArgument(f"row_axes must be (0, 1), (1, 0), (-2, -1), (-1, -2) or None, not {self.row_axes!r}")
         if self.channel_axis != (self.row_axes or (0,))[0]:
             raise InvalidArgument(
                 f"channel_axis must be the row axis, or 0 for a flat stream; not {self.channel_axis!r} "

@@ -1,4 +1,4 @@
-"""Experts that transformers keeps stacked in one Parameter: each stack becomes a layer, which is called expert by expert.
+"""Experts that transformers keeps stacked in one Parameter: each stack becomes a layer, called expert by expert.
 
 transformers lets others register how experts are computed (`ALL_EXPERTS_FUNCTIONS`). The way registered here calls a
 stack as a module, on the tokens that reach an expert, so that stacks have hooks, quantizers and packed weights as other
@@ -24,7 +24,7 @@ IMPLEMENTATION = "hub_mpq"
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")
 
 
-class _Stack(nn.Module):
+class Stack(nn.Module):
     """What all forms of a stack share.
 
     `forward(x, expert, tokens, count)`: x [rows, in] are the inputs of one expert, tokens [rows] says which of `count`
@@ -40,7 +40,7 @@ class _Stack(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
 
-class ExpertStack(_Stack):
+class ExpertStack(Stack):
     """The matrices of all experts, weight [experts, out, in]. Its state dict has the name of the Parameter that it
     stands for, so that of the model is the same as before."""
 
@@ -62,7 +62,7 @@ class TransposedExpertStack(ExpertStack):
     transposed = True
 
 
-class QuantExperts(_Stack):
+class QuantExperts(Stack):
     """A stack with a quantizer, which puts one expert at a time on its grid. Inputs stay float."""
 
     weight_quantizer: Any
@@ -80,25 +80,21 @@ class QuantExperts(_Stack):
             operand = q.operand(self.weight, expert)
             if operand is not None:
                 return quantized(product, x, self.weight[expert], None, None, operand)
-        # quantizers of a search have one scale for all experts
-        weight = q(self.weight, expert) if isinstance(q, LSQ) else q(self.weight)[expert]
-        return product.run(x, weight.to(x.dtype), None)
+        return product.run(x, q.of_matrix(self.weight, expert).to(x.dtype), None)
 
 
-class PackedExperts(PackedLayer, _Stack):  # type: ignore[override]
+class PackedExperts(PackedLayer, Stack):  # type: ignore[override]
     """A stack with packed weights, of which one expert at a time is unpacked."""
 
-    transposed = QuantExperts.transposed
+    float_class: type[ExpertStack]
+    transposed = QuantExperts.transposed  # type: ignore[misc]
 
     def forward(self, x: Tensor, expert: int, tokens: Tensor | None = None, count: int = 0) -> Tensor:
         return packed_product(self, Product(self.transposed), x, partial(self.unpacked_expert, expert))
 
     def unpacked_expert(self, expert: int, dtype: torch.dtype) -> Tensor:
         """The dequantized matrix of one expert, as `unpacked` has it."""
-        packed = self.packed
-        each = len(packed.weight_packed) // self.shape[0]
-        rows = packed.dequantize(self.compute.dtype, slice(expert * each, (expert + 1) * each)).to(dtype)
-        return rows.mT.contiguous() if self.transposed else rows
+        return self.packed.matrix(expert, self.compute.dtype).to(dtype)
 
 
 def _to_layers(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
@@ -149,7 +145,7 @@ def expose_experts(model: nn.Module) -> bool:
                 continue
             delattr(module, name)
             setattr(module, name, (TransposedExpertStack if module.is_transposed else ExpertStack)(weight))
-        if any(isinstance(module._modules.get(name), _Stack) for name in _STACKS):
+        if any(isinstance(module._modules.get(name), Stack) for name in _STACKS):
             found = True
             module.config._experts_implementation = IMPLEMENTATION
             if "_concealed" not in vars(module):
@@ -166,7 +162,7 @@ def conceal_experts(model: nn.Module) -> None:
             if isinstance(stack := module._modules.get(name), ExpertStack):
                 delattr(module, name)
                 module.register_parameter(name, stack.weight)
-        if not any(isinstance(module._modules.get(name), _Stack) for name in _STACKS):
+        if not any(isinstance(module._modules.get(name), Stack) for name in _STACKS):
             implementation, hook = vars(module).pop("_concealed")
             module.config._experts_implementation = implementation
             hook.remove()
@@ -180,7 +176,7 @@ def names_of_parameters(model: nn.Module, state: Mapping[str, Tensor]) -> dict[s
         state: {name of a layer + ".weight", or any other name: tensor}.
     """
     named = model.named_modules(remove_duplicate=False)
-    stacks = {f"{name}.weight": name for name, module in named if isinstance(module, _Stack)}
+    stacks = {f"{name}.weight": name for name, module in named if isinstance(module, Stack)}
     return {stacks.get(key, key): tensor for key, tensor in state.items()}
 
 
@@ -214,7 +210,7 @@ def stacked_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tenso
     """
     out = torch.zeros_like(hidden_states)
 
-    def product(name: str, x: Tensor) -> Tensor:
+    def product(name: str, x: Tensor, expert: int, tokens: Tensor) -> Tensor:
         stack = getattr(self, name)
         if isinstance(stack, Tensor):  # of a model that was built from this one's config
             x = Product(self.is_transposed).run(x, stack[expert], None)
@@ -223,8 +219,8 @@ def stacked_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tenso
         return x + getattr(self, f"{name}_bias")[expert] if self.has_bias else x
 
     for expert, tokens, choices in _routed(top_k_index, self.num_experts):
-        x = product("gate_up_proj" if self.has_gate else "up_proj", hidden_states[tokens])
-        x = product("down_proj", self._apply_gate(x) if self.has_gate else self.act_fn(x))
+        x = product("gate_up_proj" if self.has_gate else "up_proj", hidden_states[tokens], expert, tokens)
+        x = product("down_proj", self._apply_gate(x) if self.has_gate else self.act_fn(x), expert, tokens)
         if getattr(self, "has_post_expert_norm", False):
             x = self.post_expert_norm(x)
         x = x * top_k_weights[tokens, choices, None]

@@ -149,6 +149,17 @@ class PackedTensor:
             return out
         return _from_rows(out, self.kind, self.weight_shape)
 
+    def matrix(self, index: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """One matrix of a stack, dequantized.
+
+        Args:
+            index: Which one.
+            dtype: As in `dequantize`.
+        """
+        each = len(self.weight_packed) // self.weight_shape[0]
+        rows = self.dequantize(dtype, slice(index * each, (index + 1) * each))
+        return rows.mT.contiguous() if layer_kinds.get(self.kind).transposed else rows
+
 
 def _signed(codes: Tensor, num_bits: int) -> Tensor:
     """Integers from codes, in place: both are int8."""

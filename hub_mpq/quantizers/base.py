@@ -83,6 +83,11 @@ class Quantizer(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """`x` on the grid, same shape and dtype."""
 
+    def of_matrix(self, stack: Tensor, index: int) -> Tensor:
+        """`stack[index]` on the grid that `forward` puts all of a stack of matrices on."""
+        out: Tensor = self(stack)[index]
+        return out
+
     @abstractmethod
     def to_int(self, x: Tensor) -> Tensor:
         """Integers q − zero_point, of x's shape, as int8 or int16: exactly what forward multiplies by the scale."""

@@ -119,11 +119,15 @@ class GroupedLSQ(LSQ):
         factor = (self.columns / self.groups * max(spec.qmax, 1)) ** -0.5
         return spread(scale, self.group_size, self.columns), low, high, spec.binary, factor
 
-    def forward(self, x: Tensor, matrix: int | None = None) -> Tensor:
-        part = slice(None)
-        if matrix is not None:
-            each = self.rows // len(x)
-            x, part = x[matrix], slice(matrix * each, (matrix + 1) * each)
+    def forward(self, x: Tensor) -> Tensor:
+        return self._quantized(x, slice(None))
+
+    def of_matrix(self, stack: Tensor, index: int) -> Tensor:
+        each = self.rows // len(stack)
+        return self._quantized(stack[index], slice(index * each, (index + 1) * each))
+
+    def _quantized(self, x: Tensor, part: slice) -> Tensor:
+        """`x`, which is these rows, on the grid."""
         if self._index is None:
             return x
         scale, low, high, binary, factor = self._grid_of(part)

@@ -187,13 +187,17 @@ class LSQ(Quantizer):
         factor = (self._served(x, scale) * torch.maximum(low.abs(), high)).rsqrt()
         return quantize_traced(x, self._spread(x, scale), low, high, binary=spec.binary, factor=factor)
 
-    def forward(self, x: Tensor, matrix: int | None = None) -> Tensor:
-        """`x` on the grid; of a stack of matrices with `matrix` the one matrix `x[matrix]`."""
+    def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and self._index is not None:
-            return self._traced(x) if matrix is None else self._traced(x)[matrix]
-        operand = self.operand(x, matrix)
-        part = x if matrix is None else x[matrix]
-        return part if operand is None else quantize(part, *operand)
+            return self._traced(x)
+        operand = self.operand(x)
+        return x if operand is None else quantize(x, *operand)
+
+    def of_matrix(self, stack: Tensor, index: int) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().of_matrix(stack, index)
+        operand = self.operand(stack, index)
+        return stack[index] if operand is None else quantize(stack[index], *operand)
 
     @torch.no_grad()
     def to_int(self, x: Tensor) -> Tensor:

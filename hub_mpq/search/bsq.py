@@ -130,7 +130,9 @@ class BSQ(SearchStrategy):
         for name in self.layers:
             c, axis = self.candidates[name], layer_kinds.get(self.graph[name].kind).channel_axis
             w = self._owner(name)(self.layers[name].weight).float()
-            rounded = LSQ(c.weight, signed=True, channels=channel_count(self.graph[name].kind, w.shape), axis=axis).to(w.device)
+            rounded = LSQ(c.weight, signed=True, channels=channel_count(self.graph[name].kind, w.shape), axis=axis).to(
+                w.device
+            )
             for bits in c.weight:
                 rounded.init(bits, weight_scale_mse(w, bits, axis=axis))
             power = float(w.double().square().sum()) or 1.0

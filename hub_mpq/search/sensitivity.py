@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidArgument
+from ..nn.experts import Stack
 from ..nn.layers import first_operand
 from ..quantizers import LSQ
 from ..tasks import Task
@@ -102,7 +103,7 @@ def sensitivity(
     A weight's errors at all places of an image add up, so g·ΔY is summed over each sample. Where the items are
     positions themselves (tokens, pixels: `Task.positional`) it is taken at each position, which leaves out how errors
     at two positions act together, but needs far fewer samples [our construction]. A layer that runs more than once has
-    one error of all its runs. What a BatchNorm behind a layer removes, a channel's shift and scale, is not counted
+    one error of all its runs, and so has a stack of experts at each token that reaches several of them. What a BatchNorm behind a layer removes, a channel's shift and scale, is not counted
     [our construction].
 
     Args:
@@ -140,14 +141,14 @@ def sensitivity(
             row[0], row[1] = row[0] + both[0], row[1] + both[1]
 
     @torch.no_grad()
-    def add(name: str, x: Tensor, grad: Tensor) -> None:
+    def add(name: str, x: Tensor, more: tuple[Any, ...], grad: Tensor) -> None:
         if unsure:  # the gradient of the first sample alone
             if name in unsure:
                 axes[name] = int(not grad[:, 1:].any() and bool(grad[1:].any()))
             return
         module = layers[name]
         # again, not kept from the forward: what follows a layer may have changed its output in place
-        y = type(module).forward(module, x).float()
+        y = type(module).forward(module, x, *more).float()
         found = {}
         for side, quantizers in sides.items():
             if name not in quantizers:
@@ -155,9 +156,12 @@ def sensitivity(
             for bits in quantizers[name].widths:
                 with at(quantizers[name], bits):
                     # the class's forward: calling the module would run this very hook again
-                    moved = type(module).forward(module, x).float()
+                    moved = type(module).forward(module, x, *more).float()
                 error = (like(moved, y) if name in normed else moved) - y
                 product = (grad.float() * error).movedim(axes.get(name, 0), 0)
+                if more:  # an expert's rows are some of the tokens
+                    _, tokens, count = more
+                    product = product.new_zeros(count, 1).index_add_(0, tokens, product.sum(1, keepdim=True))
                 found[side, bits] = _products(product, module, batch_size, task.positional)
         before = held.get(name)
         # the errors of a layer that runs more than once act together
@@ -178,10 +182,11 @@ def sensitivity(
         ) -> None:
             if output.requires_grad:
                 x = first_operand(args, kwargs).detach()
+                more = args[1:] if isinstance(_m, Stack) else ()
                 calls[name] = calls.get(name, 0) + 1
                 if not task.positional and name not in axes and _may_be_second(output, batch_size):
                     unsure.add(name)
-                output.register_hook(lambda grad: add(name, x, grad))
+                output.register_hook(lambda grad: add(name, x, more, grad))
 
         handles.append(module.register_forward_hook(keep, with_kwargs=True))
     items, samples, unit = 0.0, 0.0, ""
