@@ -62,17 +62,18 @@ class TransposedExpertStack(ExpertStack):
     transposed = True
 
 
+def _as_float(layer: Any) -> bool:
+    """Whether the weight of a layer is [experts, in, out], as its float form says."""
+    return bool(layer.float_class.transposed)
+
+
 class QuantExperts(Stack):
     """A stack with a quantizer, which puts one expert at a time on its grid. Inputs stay float."""
 
     weight_quantizer: Any
     input_quantizer: None
     float_class: type[ExpertStack]
-
-    @property
-    def transposed(self) -> bool:  # type: ignore[override]
-        """Whether the weight is [experts, in, out]."""
-        return self.float_class.transposed
+    transposed = property(_as_float)  # type: ignore[assignment]
 
     def forward(self, x: Tensor, expert: int, tokens: Tensor | None = None, count: int = 0) -> Tensor:
         q, product = self.weight_quantizer, Product(self.transposed)
@@ -87,7 +88,7 @@ class PackedExperts(PackedLayer, Stack):  # type: ignore[override]
     """A stack with packed weights, of which one expert at a time is unpacked."""
 
     float_class: type[ExpertStack]
-    transposed = QuantExperts.transposed  # type: ignore[misc]
+    transposed = property(_as_float)  # type: ignore[assignment]
 
     def forward(self, x: Tensor, expert: int, tokens: Tensor | None = None, count: int = 0) -> Tensor:
         return packed_product(self, Product(self.transposed), x, partial(self.unpacked_expert, expert))
