@@ -103,8 +103,8 @@ def sensitivity(
     A weight's errors at all places of an image add up, so g·ΔY is summed over each sample. Where the items are
     positions themselves (tokens, pixels: `Task.positional`) it is taken at each position, which leaves out how errors
     at two positions act together, but needs far fewer samples [our construction]. A layer that runs more than once has
-    one error of all its runs, and so has a stack of experts at each token that reaches several of them. What a BatchNorm
-    behind a layer removes, a channel's shift and scale, is not counted [our construction].
+    one error of all its runs, and so has a stack of experts at each token that reaches several of them. What a
+    BatchNorm behind a layer removes, a channel's shift and scale, is not counted [our construction].
 
     Args:
         layers: {name: quantized layer}; all quantizers off.
