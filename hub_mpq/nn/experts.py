@@ -209,7 +209,8 @@ def stacked_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tenso
     Returns:
         [tokens, out].
     """
-    out = torch.zeros_like(hidden_states)
+    # sums of experts are rounded once, as in transformers' grouped products
+    out = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
 
     def product(name: str, x: Tensor, expert: int, tokens: Tensor) -> Tensor:
         stack = getattr(self, name)
@@ -226,7 +227,7 @@ def stacked_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tenso
             x = self.post_expert_norm(x)
         x = x * top_k_weights[tokens, choices, None]
         out.index_add_(0, tokens, x.to(out.dtype))
-    return out
+    return out.to(hidden_states.dtype)
 
 
 def register() -> None:
