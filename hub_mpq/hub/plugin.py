@@ -24,7 +24,7 @@ from ..train.round_weights import check_rounding
 from ..versions import warn_if_untested
 from .folder import save_folder
 from .plugin_checkpoint import is_checkpoint, is_training_state, restore_from_checkpoints, training_state
-from .plugin_load import become_packed, network_of, to_float
+from .plugin_load import become_packed, fill_scales, network_of, to_float
 
 if TYPE_CHECKING:
     from ..pack import Manifest
@@ -150,6 +150,7 @@ class MPQHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         _forget_packed_file(model)
+        fill_scales(network_of(model))
         if not self.pre_quantized:
             from .plugin_quantize import quantize_in_place
 

@@ -16,6 +16,7 @@ from ..adapters.base import noise, placed
 from ..adapters.transformers import example_for, head_of
 from ..core import IndicatorOptions, LayerBits, LayerGraph, Policy
 from ..errors import InvalidArgument
+from ..nn.experts import expose_experts
 from ..nn.packing import base_nbytes
 from ..pack import Manifest
 from ..search.candidates import resolve_candidates
@@ -46,6 +47,7 @@ def quantize_in_place(model: Any, config: Any, revision: str | None = None) -> M
         raise InvalidArgument("a model that is offloaded can't be quantized; load it whole, without device_map='auto'")
     model.eval()
     net = network_of(model)
+    expose_experts(net)
     example, graph = _graph(model, net, config.exclude, revision)
     batch = synthetic_batch(net, example)
     manifest = Manifest(graph.model_id, graph.revision, graph.library, graph, Policy.uniform(graph, "W2A2"))
