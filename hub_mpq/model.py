@@ -40,6 +40,7 @@ from .core import (
 )
 from .core.library import libraries
 from .core.task import tasks
+from .data import text_tokens
 from .errors import HubMPQError, InvalidArgument
 from .export import COMPRESSED_TENSORS, export, exportable
 from .hub.folder import read_folder_indicators, save_folder
@@ -68,6 +69,7 @@ from .train.evaluate import evaluate
 from .train.finetune import finetune
 from .train.loop import TrainLog
 from .train.norms import reestimate_batch_norm
+from .train.perplexity import perplexity
 from .train.processes import on_main, seeded, world
 from .train.round_weights import BATCHES, check_rounding, round_weights, weight_choices
 
@@ -584,6 +586,27 @@ class HubMPQ(nn.Module):
         """
         reference = self._float[0] if self._float else None
         figures = evaluate(self.model, loader, reference=reference, **self._told(task))
+        self.metrics["quantized" if self.policy is not None else "float"] = figures
+        return figures
+
+    def perplexity(
+        self, text: str | Path | Any, *, context: int | None = None, stride: int | None = None, task: TaskLike = None
+    ) -> dict[str, Any]:
+        """Perplexity by token of a causal language model, see `hub_mpq.train.perplexity`.
+
+        Args:
+            text: A text file, a data set ("hfds/NAME[:CONFIG][:SPLIT]"), see `hub_mpq.data.text.read_text`, which the
+                model's own tokenizer cuts into tokens; or token ids.
+            context: Tokens of a window; None: 1,024, or what the model takes if that is less.
+            stride: Tokens from one window to the next; None: `context`.
+            task: What the model is for; None for `self.task`, or to find out.
+
+        Returns:
+            {metric: value} with "perplexity", the number of "tokens", "context" and "stride".
+        """
+        told = self._told(task)
+        ids = text_tokens(text, self.source, self.model, told["task"]) if isinstance(text, (str, Path)) else text
+        figures = perplexity(self.model, ids, context=context, stride=stride, **told)
         self.metrics["quantized" if self.policy is not None else "float"] = figures
         return figures
 

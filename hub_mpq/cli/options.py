@@ -61,10 +61,21 @@ Strategy = Annotated[
 StrategyOption = Annotated[list[str] | None, typer.Option("--strategy-option", help="KEY=VALUE for the strategy.")]
 Indicators = Annotated[File, typer.Option(help="Indicators trained before.")]
 
-_SOURCES = "folder of class folders or of images without labels, .tar file, hfds/NAME[:SPLIT], wds/FOLDER[:SPLIT]"
-Data = Annotated[str, typer.Option(help=f"Images: {_SOURCES}.")]
-OptionalData = Annotated[Text, typer.Option("--data", help=f"Images: {_SOURCES}; none: data-free, with a warning.")]
-Val = Annotated[Text, typer.Option(help="Labelled images to measure on, before and after.")]
+_SOURCES = (
+    "Images: folder of class folders or of images without labels, .tar file, hfds/NAME[:SPLIT], wds/FOLDER[:SPLIT]. "
+    "For causal language models text: a text file, .parquet or .jsonl file, hfds/NAME[:CONFIG][:SPLIT]."
+)
+Data = Annotated[str, typer.Option(help=_SOURCES)]
+OptionalData = Annotated[Text, typer.Option("--data", help=f"{_SOURCES} None: data-free, with a warning.")]
+CalibrationText = Annotated[
+    Text,
+    typer.Option(
+        "--text",
+        help="Text, as for --data, that a causal language model is calibrated on: no fine-tuning unless --epochs or "
+        "--steps is given, and inputs stay float unless the budget limits them.",
+    ),
+]
+Val = Annotated[Text, typer.Option(help="Labelled images, or text, to measure on, before and after.")]
 ValidateSeconds = Annotated[
     Number,
     typer.Option(help="What measuring policies may take; a quarter of what the scores took, at least 30, by default."),
@@ -101,12 +112,15 @@ class ModelOptions(Options):
 
 @dataclass(frozen=True)
 class DataOptions(Options):
-    """How images are read."""
+    """How images and text are read."""
 
     title = "Data"
 
     class_map: Path | None = option(None, "Text file: one class folder a line, in the order of the labels.")
-    batch_size: int = option(64, "Images in a batch.", low=1)
+    batch_size: int | None = option(None, "Images in a batch, 64 by default, or chunks of text, 1 by default.", low=1)
+    chunk_length: int | None = option(
+        None, "Tokens of a chunk of text, 512 by default, or what the model takes if that is less.", low=2
+    )
     workers: int = option(2, "Processes that read images.", low=0, free=True)
     max_corrupt: float = option(
         0.01, "Part of the images that may be unreadable; they are skipped and counted.", low=0, high=1

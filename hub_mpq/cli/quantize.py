@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..core import Budget, Engine, FinetuneOptions, IndicatorOptions
+from ..core import FLOAT_BITS, Budget, Engine, FinetuneOptions, IndicatorOptions, LayerBits, limits
 from ..errors import InvalidArgument
 from . import models, show
 from . import options as o
@@ -27,7 +28,9 @@ def quantize(
     reading: o.DataOptions,
     engine: NoShards,
     settings: o.Settings,
+    invocation: Annotated[typer.Context, o.FREE],
     data: o.OptionalData = None,
+    text: o.CalibrationText = None,
     val: o.Val = None,
     candidates: o.CandidateBits = None,
     group_size: o.GroupSize = None,
@@ -65,8 +68,18 @@ def quantize(
     o.check_plot(plot)
     widths = o.candidates_of(candidates)
     engine = o.engine_for(engine, output)
+    if text is not None:
+        if data is not None:
+            raise InvalidArgument("--data and --text are both what is trained on; give one of them")
+        if tuning.steps is None and invocation.get_parameter_source("epochs").name == "DEFAULT":  # type: ignore[union-attr]
+            tuning = replace(tuning, epochs=0)
+        if budget is not None and not _limits_inputs(budget):
+            loading = replace(loading, weight_only=True)
     mpq = models.load(model, loading)
-    train = models.loader(mpq, data, reading, train=True, seed=seed) if data else None
+    if text is not None and not models.reads_text(mpq):
+        raise InvalidArgument(f"{model} reads no text; give --data instead of --text")
+    source = data or text
+    train = models.loader(mpq, source, reading, train=True, seed=seed) if source else None
     measured = models.loader(mpq, val, reading, train=False) if val else None
     from ..train.processes import on_main
 
@@ -101,6 +114,13 @@ def quantize(
 
             plot_indicators(mpq.scores, picture)
     _finish(mpq, output, saved, plot, as_json)
+
+
+def _limits_inputs(budget: Budget) -> bool:
+    """Whether a budget says how inputs are to be quantized: by a level that names their width, or by what it limits."""
+    levels = [value for value in budget.limits.values() if isinstance(value, LayerBits)]
+    named = any(level.activation != FLOAT_BITS for level in levels)
+    return named or any("activation" in limits.get(name).level_parts for name in budget.limits)
 
 
 def finetune(
