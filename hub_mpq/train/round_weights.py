@@ -95,7 +95,7 @@ def round_weights(
     if not taken:
         raise InvalidArgument("the calibration data are empty")
     known = task_of(task, model, example=example)
-    rounded = RoundedWeights(folder, f"1 {rounding} {_mark(taken)}")
+    rounded = RoundedWeights(folder, f"1 {rounding} {_mark(taken)}", nearest=rounding == "nearest")
     layers = [layer for layer in graph if layer.name in choices]
     marks = {layer.name: _mark(model.get_submodule(layer.name).weight) for layer in layers}
     left = [x for x in layers if not (resume and rounded.has(x, choices[x.name], marks[x.name]))]
