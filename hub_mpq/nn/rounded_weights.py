@@ -31,17 +31,18 @@ class RoundedWeights:
     Args:
         folder: Where they lie, and stay; None: in a temporary folder that goes with the object.
         settings: What they were made with and of: files with other settings are not read.
+        nearest: Whether they are the nearest points of their grids to the float weights.
 
     Attributes:
         unreached: {stack of experts: how many of them no token reached}, where there are such.
     """
 
-    def __init__(self, folder: Path | None = None, settings: str = "") -> None:
+    def __init__(self, folder: Path | None = None, settings: str = "", *, nearest: bool = False) -> None:
         if folder is None:
             holder = tempfile.TemporaryDirectory(prefix="hub-mpq-rounded-")
             self._holder = weakref.finalize(self, holder.cleanup)
             folder = Path(holder.name)
-        self.folder, self.settings = folder, settings
+        self.folder, self.settings, self.nearest = folder, settings, nearest
         self.layers: dict[str, LayerSpec] = {}
         self.unreached: dict[str, int] = {}
 

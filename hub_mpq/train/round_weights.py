@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from ..quantizers.weight_grid import WeightGrid, weight_grid
 from ..tasks import TaskLike, task_of, to_device
 
 logger = logging.getLogger(__name__)
-Rounding = Literal["gptq", "nearest"]
 ROUNDINGS = ("gptq", "nearest")
 BATCHES = 16
 """How many batches are read at most; of them up to 4,096 positions of each input."""
@@ -55,7 +54,7 @@ def round_weights(
     choices: Mapping[str, Sequence[LayerBits]],
     batches: Iterable[Any],
     *,
-    rounding: Rounding = "gptq",
+    rounding: str = "gptq",
     task: TaskLike = None,
     example: Any = None,
     folder: Path | None = None,
@@ -96,7 +95,7 @@ def round_weights(
     if not taken:
         raise InvalidArgument("the calibration data are empty")
     known = task_of(task, model, example=example)
-    rounded = RoundedWeights(folder, f"1 {rounding} {_mark(taken)}")
+    rounded = RoundedWeights(folder, f"1 {rounding} {_mark(taken)}", nearest=rounding == "nearest")
     layers = [layer for layer in graph if layer.name in choices]
     marks = {layer.name: _mark(model.get_submodule(layer.name).weight) for layer in layers}
     left = [x for x in layers if not (resume and rounded.has(x, choices[x.name], marks[x.name]))]
