@@ -15,6 +15,7 @@ from hub_mpq.adapters import build_graph, load
 from hub_mpq.cli import app
 from hub_mpq.core import LayerBits
 from hub_mpq.errors import HubMPQError, InvalidArgument
+from hub_mpq.nn.experts import conceal_experts
 
 EMBEDDING, EDGE = LayerBits(8, 32), LayerBits(8, 8)
 
@@ -213,6 +214,19 @@ def test_stacks_of_experts_are_layers_and_count(folder, architecture, dtype):
         assert sum(layer.weight_count for layer in experts) == layers * count * 3 * 64 * width
         assert not [op for op in graph.floats if "xperts" in op.kind]
         assert macs(graph) == macs(skeleton.graph)
+
+
+def test_stacks_that_are_no_layers_count_too(folder):
+    """As a user's own code may run them, by transformers' grouped products."""
+    config, layers, count, top, width = EXPERTS["MixtralForCausalLM"]
+    source = load(folder(config, "MixtralForCausalLM"), meta=True)
+    conceal_experts(source.model)
+    graph = build_graph(source.model, source.example, model_id="")
+    experts = [op for op in graph.floats if op.kind == "MixtralExperts"]
+    assert sum(op.macs for op in experts) == layers * 128 * top * 3 * 64 * width
+    assert sum(op.weight_count for op in experts) == layers * count * 3 * 64 * width
+    assert all("3-D" in op.reason for op in experts)
+    assert macs(graph)[0] + macs(graph)[1] == sum(macs(source.graph))
 
 
 def test_experts_from_a_config_on_the_command_line(folder):

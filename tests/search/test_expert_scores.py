@@ -116,7 +116,7 @@ def test_every_scorer_scores_stacks(strategy):
     assert {bits.activation for name, bits in result.policy.bits.items() if ".experts." in name} == {32}
 
 
-@pytest.mark.parametrize("strategy", ["dq", "ebs", "seam", "bsq"])
+@pytest.mark.parametrize("strategy", ["dq", "ebs", "bsq"])
 def test_strategies_that_train_search_stacks_beside_other_layers(strategy):
     """Inputs of the other layers are searched too; those of experts stay float."""
     mpq, batch = moe(samples=8)
