@@ -380,7 +380,7 @@ def test_exact_types_compute_what_their_kind_says(modules):
 
 
 def test_experts_are_computed_by_a_registry_of_transformers():
-    """A class that asks the registry has what our way to compute experts reads, and its config.json does not name it."""
+    """A class that asks the registry has what our way to compute experts reads. No config.json names it."""
     import transformers
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -393,7 +393,8 @@ def test_experts_are_computed_by_a_registry_of_transformers():
     experts = model.model.layers[0].mlp.experts
     wanted = ("has_gate", "has_bias", "is_transposed", "_is_expert_parallel", "config", "num_experts", "_apply_gate")
     assert all(hasattr(experts, name) for name in wanted)
-    assert experts.is_transposed and experts.has_bias
+    assert experts.is_transposed
+    assert experts.has_bias
     model.config._experts_implementation = IMPLEMENTATION
     assert IMPLEMENTATION not in str(model.config.to_dict())
 

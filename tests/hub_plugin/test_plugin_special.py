@@ -59,7 +59,8 @@ def test_an_embedding_unpacks_only_its_rows(bert, monkeypatch):
 def test_stacks_of_experts_are_packed_and_their_inputs_stay_float(tmp_path):
     case = pack(tmp_path, "mixtral")
     stacks = {name: str(bits) for name, bits in case.mpq.policy.bits.items() if "expert" in name}
-    assert len(stacks) == 4 and set(stacks.values()) == {"W3A32"}
+    assert len(stacks) == 4
+    assert set(stacks.values()) == {"W3A32"}
     model = case.cls.from_pretrained(case.folder)
     assert not [n for n, p in model.named_parameters() if "experts" in n]
     assert torch.equal(case.logits(model), case.logits())

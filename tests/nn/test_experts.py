@@ -52,11 +52,14 @@ def model(request: Any) -> Any:
 def test_the_parameters_are_the_same_and_so_is_the_state_dict(model):
     before, wanted = model.state_dict(keep_vars=True), logits(model)
     kind = model.config._experts_implementation
-    assert expose_experts(model) and expose_experts(model)
+    assert expose_experts(model)
+    assert expose_experts(model)
     after = model.state_dict(keep_vars=True)
-    assert before.keys() == after.keys() and all(before[key] is after[key] for key in before)
+    assert before.keys() == after.keys()
+    assert all(before[key] is after[key] for key in before)
     stack = model.get_submodule("model.layers.0.mlp.experts.gate_up_proj")
-    assert isinstance(stack, ExpertStack) and stack.weight is before["model.layers.0.mlp.experts.gate_up_proj"]
+    assert isinstance(stack, ExpertStack)
+    assert stack.weight is before["model.layers.0.mlp.experts.gate_up_proj"]
     torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-6)
     model.load_state_dict({key: value.clone() for key, value in before.items()})
     conceal_experts(model)
@@ -81,7 +84,7 @@ def test_copies_and_pickles_run(model):
     expose_experts(model)
     wanted = logits(model)
     assert torch.equal(logits(copy.deepcopy(model)), wanted)
-    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), wanted)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), wanted)  # noqa: S301
 
 
 def test_a_new_model_of_its_config_runs(model):
@@ -107,7 +110,8 @@ def test_gradients_are_those_of_transformers(model):
 def test_a_users_own_network_stays_as_it_is(model):
     modules, state = list(model.modules()), model.state_dict(keep_vars=True)
     mpq = HubMPQ.from_module(model, IDS)
-    assert list(model.modules()) == modules and mpq.model is not model
+    assert list(model.modules()) == modules
+    assert mpq.model is not model
     shared = mpq.model.state_dict(keep_vars=True)
     assert all(shared[key] is value for key, value in state.items())
     mpq.apply_policy("W4")
@@ -152,7 +156,8 @@ def test_a_stack_packs_row_by_row(kind, bits):
         assert torch.equal(linear.weight_packed, packed.weight_packed[5 * i : 5 * (i + 1)])
         one = linear.dequantize()
         one = one.mT if kind == "experts_transposed" else one
-        assert torch.equal(packed.matrix(i), one) and torch.equal(whole[i], one)
+        assert torch.equal(packed.matrix(i), one)
+        assert torch.equal(whole[i], one)
 
 
 @pytest.mark.parametrize("axis", [-2, -1])

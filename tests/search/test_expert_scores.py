@@ -110,7 +110,8 @@ def test_every_scorer_scores_stacks(strategy):
     scores = mpq.train_scores([{**batch, "labels": batch["input_ids"]}], strategy=strategy, steps=0, candidates=(2, 4))
     for layer in mpq.graph.searched:
         row = mpq._score_table(mpq.graph, None, None)[0][layer.name]
-        assert len(row) == 2 and all(torch.isfinite(torch.tensor(score)) for score in row.values())
+        assert len(row) == 2
+        assert all(torch.isfinite(torch.tensor(score)) for score in row.values())
     assert scores.strategy == strategy
     result = mpq.search(size="W3")
     assert {bits.activation for name, bits in result.policy.bits.items() if ".experts." in name} == {32}
@@ -129,7 +130,8 @@ def test_strategies_that_train_search_stacks_beside_other_layers(strategy):
         budget={"size": "W3"},
     )
     if strategy in ("dq", "bsq"):
-        assert mpq.scores is not None and mpq.scores.inferred is not None
+        assert mpq.scores is not None
+        assert mpq.scores.inferred is not None
         bits = mpq.scores.inferred
     else:
         bits = mpq.search(size="W3").policy.bits
