@@ -16,7 +16,7 @@ from .launch import is_main
 def evaluate(
     model: o.Model,
     data: o.Data,
-    loading: Annotated[o.ModelOptions, o.Group(without=("pin", "weight_only", "tie_fused"))],
+    loading: Annotated[o.ModelOptions, o.Group(without=("pin", "weight_only", "tie_fused", "target"))],
     reading: o.DataOptions,
     as_json: o.Json = False,
 ) -> None:
