@@ -4,12 +4,11 @@
     python examples/benchmarks/decoders.py --whole "gptq 128 W4" --whole "float"
     python examples/benchmarks/decoders.py --report
 
-SmolLM2-135M, weights alone, its embedding (which is its head) in float. Calibrated on 40 chunks of 256 tokens of WikiText-2's
-validation split, measured on 16 chunks of 256 tokens of its test split; --whole: on the whole test file in windows of
-1,024 tokens. Methods: data-free (no calibration: the nearest points of grids that keep the whole range); nearest (grids of
-least output error); gptq; mixed (the policy that measured best within a mean of integer bits, on GPTQ's weights). Each row
-runs in a process of its own, which tells CPU seconds (user and system, all threads) and peak memory. Rows are kept in the
-cache folder ($HUB_MPQ_CACHE).
+SmolLM2-135M, weights alone, its embedding (which is its head) in float. Calibrated on 40 chunks of 256 tokens of
+WikiText-2's validation split, measured on 16 chunks of 256 tokens of its test split; --whole: on the whole test file in
+windows of 1,024 tokens. Methods: data-free (no calibration); nearest (grids of least output error); gptq; mixed (the
+policy that measured best within a mean of integer bits, of GPTQ's weights). Each row runs in a process of its own, which
+tells CPU seconds (user and system, all threads) and peak memory. Rows are kept in the cache folder ($HUB_MPQ_CACHE).
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ import texts
 from images import cache_root
 
 from hub_mpq import HubMPQ
+from hub_mpq.cost.size import layer_nbytes
 
 GROUPS = {"channel": None, "128": 128, "64": 64}
 ROWS = [
@@ -71,12 +71,13 @@ def figures(mpq: HubMPQ, began: float) -> dict[str, Any]:
         saved = mpq.save_pretrained(out)
     spent, peak = cpu_seconds() - began, peak_bytes()
     graph = mpq.graph
+    assert mpq.policy is not None
     count = sum(x.weight_count for x in graph.searched)
     usage = mpq.usage()
     return {
         "file": saved,
         "mean_bits": usage["weight_bits"],
-        "effective_bits": 8 * (saved - mpq.base_bytes()) / count,
+        "effective_bits": 8 * sum(layer_nbytes(x, mpq.policy.bits[x.name]) for x in graph.searched) / count,
         "cpu_seconds": spent,
         "peak_bytes": peak,
         "losses": texts.token_losses(mpq, texts.chunks("test", 16)),
@@ -137,7 +138,7 @@ def report() -> None:
     for row in rows:
         if "losses" not in row or row["row"] == "float":
             continue
-        method, group, level = row["row"].split()
+        method, group, _ = row["row"].split()
         scales = "per channel" if group == "channel" else f"groups of {group}"
         print(
             f"| {method} | {scales} | {row['mean_bits']:.2f} | {row['effective_bits']:.2f} | {row['file'] / 1e6:.1f} "
