@@ -80,7 +80,7 @@ from .train.loop import TrainLog
 from .train.norms import reestimate_batch_norm
 from .train.perplexity import perplexity
 from .train.processes import on_main, seeded, world
-from .train.round_weights import BATCHES, check_rounding, round_weights, weight_choices
+from .train.round_weights import BATCHES, check_rounding, digest_of, round_weights, weight_choices
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -740,7 +740,10 @@ class HubMPQ(nn.Module):
             rounded = self._rounded(graph, candidates, train, rounding, checkpoint_dir, resume, learning.seed, task)
         kept = None
         if checkpoint_dir and not learned:
-            of = [strategy, strategy_options, str(candidates), rounding]
+            free = ("checkpoint_dir", "checkpoint_every", "resume")
+            options = {key: value for key, value in vars(learning).items() if key not in free}
+            weights = digest_of(self.float_model.state_dict())
+            of = [strategy, strategy_options, str(options), str(candidates), rounding, str(graph.digest), weights]
             of += [] if strategy_named(strategy).learned_once or whole is None else [str(whole)]
             kept = Path(checkpoint_dir) / f"scores-{_mark(of)}.safetensors"
             if resume and kept.is_file():
