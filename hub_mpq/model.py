@@ -42,6 +42,7 @@ from .core import (
 from .core.library import libraries
 from .core.target import Target, targets
 from .core.task import tasks
+from .data import text_tokens
 from .errors import HubMPQError, InvalidArgument
 from .export import COMPRESSED_TENSORS, export, exportable
 from .hub.folder import read_folder_indicators, save_folder
@@ -53,7 +54,7 @@ from .hub.pull import packed_folder
 from .hub.remote import check_repo_id
 from .nn.packing import base_nbytes
 from .nn.rounded_weights import RoundedWeights
-from .pack import Manifest
+from .pack import Manifest, read_indicators, write_indicators
 from .report import measurements, report
 from .search.candidates import CandidatesLike, GroupSizes, resolve_candidates
 from .search.policy_search import inferred_policy, pareto_front, search_policy, usage_of
@@ -77,8 +78,9 @@ from .train.evaluate import evaluate
 from .train.finetune import finetune
 from .train.loop import TrainLog
 from .train.norms import reestimate_batch_norm
+from .train.perplexity import perplexity
 from .train.processes import on_main, seeded, world
-from .train.round_weights import BATCHES, Rounding, check_rounding, round_weights, weight_choices
+from .train.round_weights import BATCHES, check_rounding, round_weights, weight_choices
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -504,7 +506,7 @@ class HubMPQ(nn.Module):
         per_channel: bool = True,
         group_size: int | None = None,
         symmetric: bool = True,
-        rounding: Rounding | None = None,
+        rounding: str | None = None,
         reestimate_norms: bool = True,
         task: TaskLike = None,
     ) -> HubMPQ:
@@ -610,6 +612,27 @@ class HubMPQ(nn.Module):
         self.metrics["quantized" if self.policy is not None else "float"] = figures
         return figures
 
+    def perplexity(
+        self, text: str | Path | Any, *, context: int | None = None, stride: int | None = None, task: TaskLike = None
+    ) -> dict[str, Any]:
+        """Perplexity by token of a causal language model, see `hub_mpq.train.perplexity`.
+
+        Args:
+            text: A text file, a data set ("hfds/NAME[:CONFIG][:SPLIT]"), see `hub_mpq.data.text.read_text`, which the
+                model's own tokenizer cuts into tokens; or token ids.
+            context: Tokens of a window; None: 1,024, or what the model takes if that is less.
+            stride: Tokens from one window to the next; None: `context`.
+            task: What the model is for; None for `self.task`, or to find out.
+
+        Returns:
+            {metric: value} with "perplexity", the number of "tokens", "context" and "stride".
+        """
+        told = self._told(task)
+        ids = text_tokens(text, self.source, self.model, told["task"]) if isinstance(text, (str, Path)) else text
+        figures = perplexity(self.model, ids, context=context, stride=stride, **told)
+        self.metrics["quantized" if self.policy is not None else "float"] = figures
+        return figures
+
     def quantize(
         self,
         budget: Budget | OptionsLike | None = None,
@@ -629,7 +652,7 @@ class HubMPQ(nn.Module):
         per_channel: bool = True,
         group_size: GroupSizes = None,
         symmetric: bool = True,
-        rounding: Rounding | None = None,
+        rounding: str | None = None,
         seed: int = 0,
         checkpoint_dir: str | Path | None = None,
         resume: bool = False,
@@ -715,6 +738,13 @@ class HubMPQ(nn.Module):
         rounded = None
         if rounding is not None:
             rounded = self._rounded(graph, candidates, train, rounding, checkpoint_dir, resume, learning.seed, task)
+        kept = None
+        if checkpoint_dir and not learned:
+            of = [strategy, strategy_options, str(candidates), rounding]
+            of += [] if strategy_named(strategy).learned_once or whole is None else [str(whole)]
+            kept = Path(checkpoint_dir) / f"scores-{_mark(of)}.safetensors"
+            if resume and kept.is_file():
+                self.scores, learned = read_indicators(kept), True
         if not learned:
             if checkpoint_dir:
                 learning = learning.filled(checkpoint_dir=_states_of(checkpoint_dir, strategy, strategy_options, whole))
@@ -730,6 +760,8 @@ class HubMPQ(nn.Module):
                 engine=engine,
                 rounded=rounded,
             )
+            if kept is not None:
+                on_main(partial(write_indicators, kept, self._scores()))
         # of several processes one searches and measures: a time limit could end them at other policies
         result = None
         if whole is not None:
@@ -760,7 +792,7 @@ class HubMPQ(nn.Module):
         graph: LayerGraph,
         candidates: Mapping[str, Candidates],
         train: Iterable[Any],
-        rounding: Rounding,
+        rounding: str,
         checkpoint_dir: str | Path | None,
         resume: bool,
         seed: int,
@@ -935,6 +967,8 @@ class HubMPQ(nn.Module):
             for of, found in self.metrics.items()
         }
         provenance: dict[str, Any] = {"hub_mpq": __version__, "metrics": metrics, **self.history}
+        if self.target is not None:
+            provenance["target"] = self.target.name
         if self.task is not None:
             named = tasks.get(self.task) if isinstance(self.task, str) else self.task
             provenance["task"] = named.settings()
