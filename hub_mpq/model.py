@@ -970,6 +970,8 @@ class HubMPQ(nn.Module):
             for of, found in self.metrics.items()
         }
         provenance: dict[str, Any] = {"hub_mpq": __version__, "metrics": metrics, **self.history}
+        if self.target is not None:
+            provenance["target"] = self.target.name
         if self.task is not None:
             named = tasks.get(self.task) if isinstance(self.task, str) else self.task
             provenance["task"] = named.settings()
