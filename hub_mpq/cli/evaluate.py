@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import InvalidArgument
 from ..report import figures_line
 from . import models, show
 from . import options as o
@@ -16,15 +17,31 @@ from .launch import is_main
 def evaluate(
     model: o.Model,
     data: o.Data,
-    loading: Annotated[o.ModelOptions, o.Group(without=("pin", "weight_only", "tie_fused"))],
-    reading: o.DataOptions,
+    loading: Annotated[o.ModelOptions, o.Group(without=("pin", "weight_only", "tie_fused", "target"))],
+    reading: Annotated[o.DataOptions, o.Group(without=("chunk_length",))],
+    context: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens of a window of text, 1024 by default, or what the model takes if it is less."),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens from one window to the next; fewer than --context score each token with more before it."
+        ),
+    ] = None,
     as_json: o.Json = False,
 ) -> None:
-    """The metrics of the model's task on labelled images, of a float model or a packed folder."""
+    """The metrics of the model's task on labelled images, or a causal language model's perplexity by token on text, of
+    a float model or a packed folder."""
     mpq = models.load(model, loading)
-    loader = models.loader(mpq, data, reading, train=False)
-    figures = mpq.evaluate(loader)
-    models.tell_corrupt(loader)
+    if models.reads_text(mpq):
+        figures = mpq.perplexity(data, context=context, stride=stride)
+    else:
+        if context is not None or stride is not None:
+            raise InvalidArgument(f"--context and --stride are of text, and {model} reads none")
+        loader = models.loader(mpq, data, reading, train=False)
+        figures = mpq.evaluate(loader)
+        models.tell_corrupt(loader)
     if not is_main():
         return
     show.emit(as_json, {"model": model, "quantized": mpq.policy is not None, **figures}, figures_line(figures))

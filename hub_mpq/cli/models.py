@@ -30,6 +30,7 @@ def load(model: str, options: ModelOptions, *, meta: bool = False) -> HubMPQ:
         "fixed": pins_of(options.pin),
         "weight_only": options.weight_only,
         "tie_fused": options.tie_fused,
+        "target": options.target,
         "task": options.task,
     }
     if options.library is not None:
@@ -68,11 +69,17 @@ def is_packed(folder: str | Path) -> bool:
 
 
 def loader(mpq: HubMPQ, data: str, options: DataOptions, *, train: bool, seed: int = 0) -> DataLoader[Any]:
-    """Batches of images, prepared as the model wants them."""
+    """Batches of images, prepared as the model wants them, or of chunks of text for a model that reads tokens."""
     from ..core.library import libraries
-    from ..data import data_config, image_loader
+    from ..data import data_config, image_loader, text_loader, text_tokens
+    from ..data.text import CHUNK
+    from ..tasks.tokens import most_tokens
 
     source = mpq.source
+    if reads_text(mpq):
+        length = options.chunk_length or min(CHUNK, most_tokens(mpq.model) or CHUNK)
+        ids = text_tokens(data, source, mpq.model, mpq.task)
+        return text_loader(ids, length=length, train=train, batch_size=options.batch_size or 1, seed=seed)
     classes = None
     if mpq.task in (None, "classification"):
         classes = getattr(mpq.model, "num_classes", None)
@@ -84,11 +91,16 @@ def loader(mpq: HubMPQ, data: str, options: DataOptions, *, train: bool, seed: i
         train=train,
         classes=classes or None,
         class_map=options.class_map,
-        batch_size=options.batch_size,
+        batch_size=options.batch_size or 64,
         workers=options.workers,
         seed=seed,
         max_corrupt=options.max_corrupt,
     )
+
+
+def reads_text(mpq: HubMPQ) -> bool:
+    """Whether the model's inputs are token ids."""
+    return "tokenizer" in mpq.source.preprocess
 
 
 def tell_corrupt(*loaders: Any) -> None:

@@ -32,6 +32,21 @@ Model = Annotated[
     str, typer.Argument(help="A timm name, a Hugging Face id, hf-hub:…, or a folder.", show_default=False)
 ]
 CandidateBits = Annotated[Text, typer.Option("--candidates", help="Widths to choose from, such as 2,3,4,5,6.")]
+GroupSize = Annotated[
+    Text,
+    typer.Option(
+        help="Weights of a row that share a scale: 128, or several such as none,128,32 for the solver to choose from."
+    ),
+]
+Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="Zero points beside the scales of the weights.")]
+Rounding = Annotated[
+    Text,
+    typer.Option(
+        help="gptq or nearest: round the weights on --data before they are scored; gptq by default where weights alone "
+        "are quantized without fine-tuning.",
+        show_default=False,
+    ),
+]
 Alpha = Annotated[
     Number,
     typer.Option(help="Weight of the weight indicators; when left out, 1 for scores in one unit, balanced for others."),
@@ -39,16 +54,28 @@ Alpha = Annotated[
 Strategy = Annotated[
     Text,
     typer.Option(
-        help="limpq (default), dq, ebs, seam, bsq, gradient, hessian, mse, kl, or FILE.py:NAME.", show_default=False
+        help="limpq (default; gradient with GPTQ), dq, ebs, seam, bsq, gradient, hessian, mse, kl, or FILE.py:NAME.",
+        show_default=False,
     ),
 ]
 StrategyOption = Annotated[list[str] | None, typer.Option("--strategy-option", help="KEY=VALUE for the strategy.")]
 Indicators = Annotated[File, typer.Option(help="Indicators trained before.")]
 
-_SOURCES = "folder of class folders or of images without labels, .tar file, hfds/NAME[:SPLIT], wds/FOLDER[:SPLIT]"
-Data = Annotated[str, typer.Option(help=f"Images: {_SOURCES}.")]
-OptionalData = Annotated[Text, typer.Option("--data", help=f"Images: {_SOURCES}; none: data-free, with a warning.")]
-Val = Annotated[Text, typer.Option(help="Labelled images to measure on, before and after.")]
+_SOURCES = (
+    "Images: folder of class folders or of images without labels, .tar file, hfds/NAME[:SPLIT], wds/FOLDER[:SPLIT]. "
+    "For causal language models text: a text file, .parquet or .jsonl file, hfds/NAME[:CONFIG][:SPLIT]."
+)
+Data = Annotated[str, typer.Option(help=_SOURCES)]
+OptionalData = Annotated[Text, typer.Option("--data", help=f"{_SOURCES} None: data-free, with a warning.")]
+CalibrationText = Annotated[
+    Text,
+    typer.Option(
+        "--text",
+        help="Text, as for --data, that a causal language model is calibrated on: no fine-tuning unless --epochs or "
+        "--steps is given, and inputs stay float unless the budget limits them.",
+    ),
+]
+Val = Annotated[Text, typer.Option(help="Labelled images, or text, to measure on, before and after.")]
 ValidateSeconds = Annotated[
     Number,
     typer.Option(help="What measuring policies may take; a quarter of what the scores took, at least 30, by default."),
@@ -81,16 +108,20 @@ class ModelOptions(Options):
     pin: list[str] | None = option(None, "PATTERN=W8A8 keeps layers at widths, PATTERN=none searches them. Repeatable.")
     weight_only: bool = option(False, "All inputs stay float.")
     tie_fused: bool = option(False, "Layers of one input (q, k, v) share a width, as in vLLM.")
+    target: str | None = option(None, "What the policy is made for: vllm or gguf.")
 
 
 @dataclass(frozen=True)
 class DataOptions(Options):
-    """How images are read."""
+    """How images and text are read."""
 
     title = "Data"
 
     class_map: Path | None = option(None, "Text file: one class folder a line, in the order of the labels.")
-    batch_size: int = option(64, "Images in a batch.", low=1)
+    batch_size: int | None = option(None, "Images in a batch, 64 by default, or chunks of text, 1 by default.", low=1)
+    chunk_length: int | None = option(
+        None, "Tokens of a chunk of text, 512 by default, or what the model takes if that is less.", low=2
+    )
     workers: int = option(2, "Processes that read images.", low=0, free=True)
     max_corrupt: float = option(
         0.01, "Part of the images that may be unreadable; they are skipped and counted.", low=0, high=1
@@ -257,6 +288,16 @@ def candidates_of(text: str | None) -> Candidates | None:
         if isinstance(error, HubMPQError):
             raise
         raise InvalidArgument(f"--candidates: {text!r} is no list of widths; write for example 2,3,4,5,6") from None
+
+
+def group_sizes_of(text: str | None) -> list[int | None]:
+    """ "none,128,32" → [None, 128, 32]."""
+    try:
+        return [None if part.strip().lower() == "none" else int(part) for part in (text or "none").split(",")]
+    except ValueError:
+        raise InvalidArgument(
+            f"--group-size: {text!r} is no group size; write for example 128 or none,128,32"
+        ) from None
 
 
 def pins_of(items: list[str] | None) -> dict[str, LayerBits | None]:

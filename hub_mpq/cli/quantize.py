@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..core import Budget, Engine, FinetuneOptions, IndicatorOptions
+from ..core import FLOAT_BITS, Budget, Engine, FinetuneOptions, IndicatorOptions, LayerBits, limits
 from ..errors import InvalidArgument
 from . import models, show
 from . import options as o
@@ -27,9 +28,14 @@ def quantize(
     reading: o.DataOptions,
     engine: NoShards,
     settings: o.Settings,
+    invocation: Annotated[typer.Context, o.FREE],
     data: o.OptionalData = None,
+    text: o.CalibrationText = None,
     val: o.Val = None,
     candidates: o.CandidateBits = None,
+    group_size: o.GroupSize = None,
+    asymmetric: o.Asymmetric = False,
+    rounding: o.Rounding = None,
     alpha: o.Alpha = None,
     strategy: o.Strategy = None,
     strategy_option: o.StrategyOption = None,
@@ -46,10 +52,14 @@ def quantize(
 ) -> None:
     """Indicators, search, quantizers, fine-tuning and a packed folder, in one command."""
     from ..search.strategy import build_strategy, infers_widths
+    from ..train.round_weights import check_rounding
 
     stored = models.read_indicators_of(indicators) if indicators is not None else None
+    given = strategy
     strategy = strategy or (stored.strategy if stored is not None else "limpq")
     strategy_options = o.model_args_of(strategy_option, "--strategy-option")
+    sizes = o.group_sizes_of(group_size)
+    check_rounding(rounding)
     if stored is None:
         build_strategy(strategy, strategy_options)  # an unknown name or option must not cost a model's loading first
     if budget is None and (stored.inferred is None if stored is not None else not infers_widths(strategy)):
@@ -58,35 +68,36 @@ def quantize(
     o.check_plot(plot)
     widths = o.candidates_of(candidates)
     engine = o.engine_for(engine, output)
+    if text is not None:
+        if data is not None:
+            raise InvalidArgument("--data and --text are both what is trained on; give one of them")
+        if tuning.steps is None and invocation.get_parameter_source("epochs").name == "DEFAULT":  # type: ignore[union-attr]
+            tuning = replace(tuning, epochs=0)
+        if budget is not None and not _limits_inputs(budget):
+            loading = replace(loading, weight_only=True)
     mpq = models.load(model, loading)
-    train = models.loader(mpq, data, reading, train=True, seed=seed) if data else None
+    if text is not None and not models.reads_text(mpq):
+        raise InvalidArgument(f"{model} reads no text; give --data instead of --text")
+    source = data or text
+    train = models.loader(mpq, source, reading, train=True, seed=seed) if source else None
     measured = models.loader(mpq, val, reading, train=False) if val else None
-    if budget is not None and stored is None:
-        mpq.check_reachable(budget, candidates=widths, strategy=strategy)
-    from ..pack import read_indicators, write_indicators
     from ..train.processes import on_main
 
     with Run(output, settings, resume=resume) as run:
-        kept = run.folder / "scores.safetensors"
-        if stored is None and run.resume and kept.is_file():
-            stored = read_indicators(kept)
-        if stored is None and train is not None and mpq.scores is None:
-            states = {"checkpoint_dir": run.folder / "scores", "resume": run.resume}
-            learning = IndicatorOptions.of(training, {"checkpoint_every": tuning.checkpoint_every}, seed=seed, **states)
-            more: dict[str, Any] = {"strategy_options": strategy_options, "budget": budget, "engine": engine}
-            found = mpq.train_scores(train, learning, strategy=strategy, candidates=widths, **more)
-            on_main(lambda: write_indicators(kept, found))
-            stored = found
+        learning = IndicatorOptions.of(training, {"checkpoint_every": tuning.checkpoint_every})
         mpq.quantize(
             budget,
             train=train,
             val=measured,
-            strategy=strategy,
+            strategy=given,
             strategy_options=strategy_options,
             indicators=stored,
-            indicator_options=training,
+            indicator_options=learning,
             alpha=alpha,
             candidates=widths,
+            group_size=sizes,
+            symmetric=not asymmetric,
+            rounding=rounding,
             seed=seed,
             checkpoint_dir=run.folder,
             resume=run.resume,
@@ -103,6 +114,13 @@ def quantize(
 
             plot_indicators(mpq.scores, picture)
     _finish(mpq, output, saved, plot, as_json)
+
+
+def _limits_inputs(budget: Budget) -> bool:
+    """Whether a budget says how inputs are to be quantized: by a level that names their width, or by what it limits."""
+    levels = [value for value in budget.limits.values() if isinstance(value, LayerBits)]
+    named = any(level.activation != FLOAT_BITS for level in levels)
+    return named or any("activation" in limits.get(name).level_parts for name in budget.limits)
 
 
 def finetune(

@@ -170,7 +170,7 @@ gradient_checkpointing gradient_quantizer group_size help indicator_epochs indic
 input_size json kwargs library limit limits local_files_only log_every log_with lr max_corrupt model model_arg
 named optimizer others output overwrite per_channel pin plot points policy pretrained processes quant_method
 reestimate_norms repo resume revision rounding scale_lr searched_bitops seed self smoothing steps strategy
-strategy_option strategy_options symmetric sync_batch_norm task tie_fused time_limit train val validate
+strategy_option strategy_options symmetric sync_batch_norm target task tie_fused time_limit train val validate
 validate_seconds version weight_decay weight_only workers
 """
 RESERVED = frozenset(_TAKEN.split())

@@ -90,15 +90,17 @@ def packed_weight(module: Any, kind: str) -> PackedTensor:
 
 
 @torch.no_grad()
-def take_weight(model: nn.Module, module: Any, packed: PackedTensor) -> None:
+def take_weight(model: nn.Module, module: Any, packed: PackedTensor, *, values: bool = True) -> None:
     """Give a quantized layer a packed weight: its values, scales and zero points.
 
     Args:
         model: The model that the layer is of: layers that share the weight's quantizer follow.
         module: The layer, with a quantizer of the packed weight's width, groups and zero points.
         packed: The weight.
+        values: False: the layer keeps its float weight.
     """
-    module.weight.copy_(packed.dequantize())
+    if values:
+        module.weight.copy_(packed.dequantize())
     q = module.weight_quantizer
     if isinstance(q, GroupedLSQ):
         q.init(packed.num_bits, packed.weight_scale, packed.zero_points())
@@ -129,7 +131,7 @@ def predicted_nbytes(model: nn.Module, manifest: Manifest) -> int:
     for layer in graph:
         level = bits[layer.name]
         if level.weight != FLOAT_BITS:
-            skip.add(f"{layer.name}.weight")
+            skip |= {f"{layer.name}.weight", layer.name}  # a stack of experts has the name of its Parameter
             if layer.weight_owner is None:
                 out[layer.name] = empty_packed(layer.kind, layer.weight_shape, level)
         if level.activation != FLOAT_BITS:
@@ -163,7 +165,7 @@ def _take_dtypes(model: nn.Module, tensors: Mapping[str, PackedTensor | Tensor])
         for key, tensor in tensors.items()
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not key.endswith("input_scale")
     }
-    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for key, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point() and key in dtypes:
             tensor.data = tensor.data.to(dtypes[key])
     common = [dtype for dtype, _ in Counter(dtypes.values()).most_common(1)]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidArgument
 from ..nn.blocks import blocks_of, cache_off, checkpointed, frozen
+from ..nn.experts import Stack
 from ..nn.layers import QuantConv1D, QuantLinear, first_operand
 from ..quantizers import LSQ
 from ..tasks import Task
@@ -69,10 +70,14 @@ def like(moved: Tensor, y: Tensor) -> Tensor:
     return (moved - moved.mean(dims, keepdim=True)) * deviation + y.mean(dims, keepdim=True)
 
 
-def monotone(row: Mapping[int, float]) -> dict[int, float]:
-    """{bits: value} in which no width has less than a wider one, and at least what can be stored."""
+def monotone(row: Mapping[Any, float]) -> dict[Any, float]:
+    """{width, or LayerBits: value} in which no width has less than a wider one of the same groups, and at
+    least what can be stored."""
     out = {bits: max(value, LEAST) for bits, value in sorted(row.items())}
-    for wider, bits in pairwise(sorted(out, reverse=True)):
+    groups: dict[Any, list[Any]] = {}
+    for bits in sorted(out, reverse=True):
+        groups.setdefault(None if isinstance(bits, int) else (bits.group_size, bits.symmetric), []).append(bits)
+    for wider, bits in (pair for widths in groups.values() for pair in pairwise(widths)):
         out[bits] = max(out[bits], out[wider])
     return out
 
@@ -103,8 +108,8 @@ def sensitivity(
     A weight's errors at all places of an image add up, so g·ΔY is summed over each sample. Where the items are
     positions themselves (tokens, pixels: `Task.positional`) it is taken at each position, which leaves out how errors
     at two positions act together, but needs far fewer samples [our construction]. A layer that runs more than once has
-    one error of all its runs. What a BatchNorm behind a layer removes, a channel's shift and scale, is not counted
-    [our construction].
+    one error of all its runs, and so has a stack of experts at each token that reaches several of them. What a
+    BatchNorm behind a layer removes, a channel's shift and scale, is not counted [our construction].
 
     Args:
         layers: {name: quantized layer}; all quantizers off.
@@ -141,7 +146,7 @@ def sensitivity(
             row[0], row[1] = row[0] + both[0], row[1] + both[1]
 
     @torch.no_grad()
-    def add(name: str, x: Tensor, grad: Tensor) -> None:
+    def add(name: str, x: Tensor, more: tuple[Any, ...], grad: Tensor) -> None:
         if unsure:  # the gradient of the first sample alone
             if name in unsure:
                 axes[name] = int(not grad[:, 1:].any() and bool(grad[1:].any()))
@@ -152,9 +157,12 @@ def sensitivity(
                 continue
             direct = side == "weight" and name not in normed and isinstance(module, (QuantLinear, QuantConv1D))
             for bits, error in (
-                _matrix_errors(module, x) if direct else _errors(module, quantizers[name], x, name in normed)
+                _matrix_errors(module, x) if direct else _errors(module, quantizers[name], (x, *more), name in normed)
             ):
                 product = (grad.float() * error).movedim(axes.get(name, 0), 0)
+                if more:  # an expert's rows are some of the tokens
+                    _, tokens, count = more
+                    product = product.new_zeros(count, 1).index_add_(0, tokens, product.sum(1, keepdim=True))
                 found[side, bits] = _products(product, module, batch_size, task.positional)
         before = held.get(name)
         # the errors of a layer that runs more than once act together
@@ -180,9 +188,10 @@ def sensitivity(
             if not torch.is_grad_enabled():  # a block's first run
                 return None
             x = first_operand(args, kwargs).detach()
+            more = args[1:] if isinstance(_m, Stack) else ()
             # nothing that learns stands before it; a copy, for what follows may change it in place
             own = output if output.requires_grad else output.detach().requires_grad_().clone()
-            own.register_hook(lambda grad: add(name, x, grad))
+            own.register_hook(lambda grad: add(name, x, more, grad))
             return own
 
         handles.append(module.register_forward_hook(keep, with_kwargs=True))
@@ -227,13 +236,13 @@ def sensitivity(
     return Sensitivity(weight, activation, errors["weight"], errors["activation"], unit)
 
 
-def _errors(module: Any, quantizer: Any, x: Tensor, normed: bool) -> Iterator[tuple[Any, Tensor]]:
+def _errors(module: Any, quantizer: Any, args: tuple[Any, ...], normed: bool) -> Iterator[tuple[Any, Tensor]]:
     """(width, what it changes in a layer's output, float32) for all widths of one of its quantizers."""
     # the class's forward: calling the module would run the hooks again
-    y = type(module).forward(module, x).float()
+    y = type(module).forward(module, *args).float()
     for bits in quantizer.widths:
         with at(quantizer, bits):
-            moved = type(module).forward(module, x).float()
+            moved = type(module).forward(module, *args).float()
         yield bits, (like(moved, y) if normed else moved) - y
 
 

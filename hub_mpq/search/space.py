@@ -82,7 +82,7 @@ class SearchSpace:
         inputs = [candidates[x.name].activation for x in self.graph.searched if not x.weight_only]
         weights = set(candidates[names[0]].weight).intersection(*(candidates[name].weight for name in names))
         activations = set(inputs[0]).intersection(*inputs) if inputs else {FLOAT_BITS}
-        groups = {(size, c.symmetric) for c in candidates.values() for size in c.group_size}
+        groups = {grid for c in candidates.values() for grid in c.grids}
         plain = [LayerBits(w, a) for w in weights for a in activations]
         found = []
         for level in dict.fromkeys(bits.with_groups(*group) for bits in plain for group in groups):
@@ -92,7 +92,7 @@ class SearchSpace:
             part = self.fill(policy)
             if part is not None:
                 found.append((round(part, 9), level.weight * level.activation, level))
-        found.sort(key=lambda row: (row[0], row[1], -abs(row[2].weight - row[2].activation), row[2]))
+        found.sort(key=lambda row: (row[0], row[1], -abs(row[2].weight - row[2].activation), row[2].activation, row[2]))
         return [level for _, _, level in reversed(found)]
 
     def greedy_fill(self) -> Policy | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.task import register_task
 from .classes import Classes
@@ -73,6 +73,15 @@ class Seq2SeqLM(MaskedLM):
         if isinstance(found, Tensor):
             return found.bool()
         return labels != self.ignore_index if isinstance(labels, Tensor) else None
+
+
+def most_tokens(model: nn.Module) -> int | None:
+    """Tokens that a model of transformers takes at once; None where its config names no end."""
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return None
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 for _task in (TokenClassification(), MaskedLM(), CausalLM(), Seq2SeqLM()):
