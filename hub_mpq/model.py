@@ -80,7 +80,7 @@ from .train.loop import TrainLog
 from .train.norms import reestimate_batch_norm
 from .train.perplexity import perplexity
 from .train.processes import on_main, seeded, world
-from .train.round_weights import BATCHES, check_rounding, round_weights, weight_choices
+from .train.round_weights import BATCHES, check_rounding, digest_of, round_weights, weight_choices
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -740,7 +740,8 @@ class HubMPQ(nn.Module):
             rounded = self._rounded(graph, candidates, train, rounding, checkpoint_dir, resume, learning.seed, task)
         kept = None
         if checkpoint_dir and not learned:
-            of = [strategy, strategy_options, str(candidates), rounding]
+            of = [strategy, strategy_options, str(learning.changed()), str(candidates), rounding, graph.digest]
+            of.append(digest_of(self.float_model.state_dict()))
             of += [] if strategy_named(strategy).learned_once or whole is None else [str(whole)]
             kept = Path(checkpoint_dir) / f"scores-{_mark(of)}.safetensors"
             if resume and kept.is_file():
@@ -967,6 +968,8 @@ class HubMPQ(nn.Module):
             for of, found in self.metrics.items()
         }
         provenance: dict[str, Any] = {"hub_mpq": __version__, "metrics": metrics, **self.history}
+        if self.target is not None:
+            provenance["target"] = self.target.name
         if self.task is not None:
             named = tasks.get(self.task) if isinstance(self.task, str) else self.task
             provenance["task"] = named.settings()
