@@ -52,7 +52,7 @@ from .hub.pull import packed_folder
 from .hub.remote import check_repo_id
 from .nn.packing import base_nbytes
 from .nn.rounded_weights import RoundedWeights
-from .pack import Manifest
+from .pack import Manifest, read_indicators, write_indicators
 from .report import measurements, report
 from .search.candidates import CandidatesLike, GroupSizes, resolve_candidates
 from .search.policy_search import inferred_policy, pareto_front, search_policy, usage_of
@@ -71,7 +71,7 @@ from .train.loop import TrainLog
 from .train.norms import reestimate_batch_norm
 from .train.perplexity import perplexity
 from .train.processes import on_main, seeded, world
-from .train.round_weights import BATCHES, Rounding, check_rounding, round_weights, weight_choices
+from .train.round_weights import BATCHES, check_rounding, round_weights, weight_choices
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -485,7 +485,7 @@ class HubMPQ(nn.Module):
         per_channel: bool = True,
         group_size: int | None = None,
         symmetric: bool = True,
-        rounding: Rounding | None = None,
+        rounding: str | None = None,
         reestimate_norms: bool = True,
         task: TaskLike = None,
     ) -> HubMPQ:
@@ -629,7 +629,7 @@ class HubMPQ(nn.Module):
         per_channel: bool = True,
         group_size: GroupSizes = None,
         symmetric: bool = True,
-        rounding: Rounding | None = None,
+        rounding: str | None = None,
         seed: int = 0,
         checkpoint_dir: str | Path | None = None,
         resume: bool = False,
@@ -714,6 +714,13 @@ class HubMPQ(nn.Module):
         rounded = None
         if rounding is not None:
             rounded = self._rounded(graph, candidates, train, rounding, checkpoint_dir, resume, learning.seed, task)
+        kept = None
+        if checkpoint_dir and not learned:
+            of = [strategy, strategy_options, str(candidates), rounding]
+            of += [] if strategy_named(strategy).learned_once or whole is None else [str(whole)]
+            kept = Path(checkpoint_dir) / f"scores-{_mark(of)}.safetensors"
+            if resume and kept.is_file():
+                self.scores, learned = read_indicators(kept), True
         if not learned:
             if checkpoint_dir:
                 learning = learning.filled(checkpoint_dir=_states_of(checkpoint_dir, strategy, strategy_options, whole))
@@ -729,6 +736,8 @@ class HubMPQ(nn.Module):
                 engine=engine,
                 rounded=rounded,
             )
+            if kept is not None:
+                on_main(partial(write_indicators, kept, self._scores()))
         # of several processes one searches and measures: a time limit could end them at other policies
         result = None
         if whole is not None:
@@ -759,7 +768,7 @@ class HubMPQ(nn.Module):
         graph: LayerGraph,
         candidates: Mapping[str, Candidates],
         train: Iterable[Any],
-        rounding: Rounding,
+        rounding: str,
         checkpoint_dir: str | Path | None,
         resume: bool,
         seed: int,

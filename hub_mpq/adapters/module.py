@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from ..core.library import Library
 from ..errors import InvalidArgument
+from ..nn.experts import expose_experts, has_stacked_experts
 from .base import Source
 from .forward import Example, tensors_of
+from .restore_state import copied_structure
 from .trace import build_graph
 
 
@@ -49,5 +51,8 @@ def from_module(
         raise InvalidArgument("example_input holds no tensor: give one batch as the network takes it")
     name = model_id or type(net).__name__
     example = (example_input,) if isinstance(example_input, Tensor) else example_input
+    if has_stacked_experts(net):  # they become layers of a copy that shares the Parameters
+        net = copied_structure(net)
+        expose_experts(net)
     graph = build_graph(net, example, model_id=name, exclude=exclude)
     return Source(net, name, None, ModuleLibrary.name, example, graph, dict(preprocess or {}))

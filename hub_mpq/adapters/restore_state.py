@@ -44,14 +44,25 @@ def copied(model: nn.Module) -> nn.Module:
     Args:
         model: The model.
     """
-    held = [
-        value
-        for module in model.modules()
-        for value in (*vars(module).values(), *module._buffers.values())
-        if isinstance(value, Tensor) and not value.is_leaf
-    ]
-    memo = {id(value): value.detach().clone() for value in held}
+    memo = {id(value): value.detach().clone() for value in _tensors(model) if not value.is_leaf}
     return copy.deepcopy(model, memo)
+
+
+def copied_structure(model: nn.Module) -> nn.Module:
+    """A copy of a model's modules around the same Parameters and buffers: layers of the copy can be replaced.
+
+    Args:
+        model: The model.
+    """
+    return copy.deepcopy(model, {id(value): value for value in _tensors(model)})
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that a module holds: Parameters, buffers, attributes."""
+    for module in model.modules():
+        for held in (*vars(module).values(), *module._parameters.values(), *module._buffers.values()):
+            if isinstance(held, Tensor):
+                yield held
 
 
 def _contents(module: nn.Module) -> dict[str, tuple[Any, dict[Any, Any] | None]]:

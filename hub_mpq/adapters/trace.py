@@ -62,7 +62,7 @@ def trace(
     kinds = {name: kind for name in names if (kind := layer_kind(modules[name])) is not None}
     ties = _input_ties(run, {name for name, kind in kinds.items() if kind.shares_input})
     fixed = _fixed(kinds, order, head)
-    readers = _first_readers(run, {name for name, kind in kinds.items() if not kind.reads_indices})
+    readers = _first_readers(run, {n for n, kind in kinds.items() if not (kind.reads_indices or kind.weight_only)})
     layers = tuple(
         LayerSpec(
             name=name,
@@ -224,4 +224,5 @@ def _fixed(kinds: dict[str, LayerKind], order: list[str], head: Sequence[str] | 
     fixed = {name: EDGE_EMBEDDING for name, kind in kinds.items() if kind.reads_indices}
     multiply = [name for name in kinds if name not in fixed]
     last = multiply[-1:] if head is None else [n for n in multiply for h in head if f"{n}.".startswith(f"{h}.")]
-    return {**dict.fromkeys([name for name in order[:1] if name in multiply] + last, EDGE), **fixed}
+    edges = [name for name in order[:1] if name in multiply] + last
+    return {**{name: EDGE.of_weight if kinds[name].weight_only else EDGE for name in edges}, **fixed}

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..core.library import Library
 from ..errors import HubMPQError, InvalidArgument
+from ..nn.experts import expose_experts
 from ..nn.types import layer_kind
 from ..versions import warn_if_untested
 from .base import Source, cannot_build, commit_of, noise, placed
@@ -119,6 +120,7 @@ class TransformersLibrary(Library):
             raise
         except Exception as error:
             raise cannot_build(model_id, error, pretrained=pretrained) from error
+        expose_experts(model)
         example = example_for(model, sequence_length)
         on_device = placed(example, model)
         revision = _commit(model_id, kwargs.get("revision"))

@@ -32,6 +32,21 @@ Model = Annotated[
     str, typer.Argument(help="A timm name, a Hugging Face id, hf-hub:…, or a folder.", show_default=False)
 ]
 CandidateBits = Annotated[Text, typer.Option("--candidates", help="Widths to choose from, such as 2,3,4,5,6.")]
+GroupSize = Annotated[
+    Text,
+    typer.Option(
+        help="Weights of a row that share a scale: 128, or several such as none,128,32 for the solver to choose from."
+    ),
+]
+Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="Zero points beside the scales of the weights.")]
+Rounding = Annotated[
+    Text,
+    typer.Option(
+        help="gptq or nearest: round the weights on --data before they are scored; gptq by default where weights alone "
+        "are quantized without fine-tuning.",
+        show_default=False,
+    ),
+]
 Alpha = Annotated[
     Number,
     typer.Option(help="Weight of the weight indicators; when left out, 1 for scores in one unit, balanced for others."),
@@ -39,7 +54,8 @@ Alpha = Annotated[
 Strategy = Annotated[
     Text,
     typer.Option(
-        help="limpq (default), dq, ebs, seam, bsq, gradient, hessian, mse, kl, or FILE.py:NAME.", show_default=False
+        help="limpq (default; gradient with GPTQ), dq, ebs, seam, bsq, gradient, hessian, mse, kl, or FILE.py:NAME.",
+        show_default=False,
     ),
 ]
 StrategyOption = Annotated[list[str] | None, typer.Option("--strategy-option", help="KEY=VALUE for the strategy.")]
@@ -271,6 +287,16 @@ def candidates_of(text: str | None) -> Candidates | None:
         if isinstance(error, HubMPQError):
             raise
         raise InvalidArgument(f"--candidates: {text!r} is no list of widths; write for example 2,3,4,5,6") from None
+
+
+def group_sizes_of(text: str | None) -> list[int | None]:
+    """ "none,128,32" → [None, 128, 32]."""
+    try:
+        return [None if part.strip().lower() == "none" else int(part) for part in (text or "none").split(",")]
+    except ValueError:
+        raise InvalidArgument(
+            f"--group-size: {text!r} is no group size; write for example 128 or none,128,32"
+        ) from None
 
 
 def pins_of(items: list[str] | None) -> dict[str, LayerBits | None]:

@@ -33,6 +33,9 @@ def quantize(
     text: o.CalibrationText = None,
     val: o.Val = None,
     candidates: o.CandidateBits = None,
+    group_size: o.GroupSize = None,
+    asymmetric: o.Asymmetric = False,
+    rounding: o.Rounding = None,
     alpha: o.Alpha = None,
     strategy: o.Strategy = None,
     strategy_option: o.StrategyOption = None,
@@ -49,10 +52,14 @@ def quantize(
 ) -> None:
     """Indicators, search, quantizers, fine-tuning and a packed folder, in one command."""
     from ..search.strategy import build_strategy, infers_widths
+    from ..train.round_weights import check_rounding
 
     stored = models.read_indicators_of(indicators) if indicators is not None else None
+    given = strategy
     strategy = strategy or (stored.strategy if stored is not None else "limpq")
     strategy_options = o.model_args_of(strategy_option, "--strategy-option")
+    sizes = o.group_sizes_of(group_size)
+    check_rounding(rounding)
     if stored is None:
         build_strategy(strategy, strategy_options)  # an unknown name or option must not cost a model's loading first
     if budget is None and (stored.inferred is None if stored is not None else not infers_widths(strategy)):
@@ -74,32 +81,23 @@ def quantize(
     source = data or text
     train = models.loader(mpq, source, reading, train=True, seed=seed) if source else None
     measured = models.loader(mpq, val, reading, train=False) if val else None
-    if budget is not None and stored is None:
-        mpq.check_reachable(budget, candidates=widths, strategy=strategy)
-    from ..pack import read_indicators, write_indicators
     from ..train.processes import on_main
 
     with Run(output, settings, resume=resume) as run:
-        kept = run.folder / "scores.safetensors"
-        if stored is None and run.resume and kept.is_file():
-            stored = read_indicators(kept)
-        if stored is None and train is not None and mpq.scores is None:
-            states = {"checkpoint_dir": run.folder / "scores", "resume": run.resume}
-            learning = IndicatorOptions.of(training, {"checkpoint_every": tuning.checkpoint_every}, seed=seed, **states)
-            more: dict[str, Any] = {"strategy_options": strategy_options, "budget": budget, "engine": engine}
-            found = mpq.train_scores(train, learning, strategy=strategy, candidates=widths, **more)
-            on_main(lambda: write_indicators(kept, found))
-            stored = found
+        learning = IndicatorOptions.of(training, {"checkpoint_every": tuning.checkpoint_every})
         mpq.quantize(
             budget,
             train=train,
             val=measured,
-            strategy=strategy,
+            strategy=given,
             strategy_options=strategy_options,
             indicators=stored,
-            indicator_options=training,
+            indicator_options=learning,
             alpha=alpha,
             candidates=widths,
+            group_size=sizes,
+            symmetric=not asymmetric,
+            rounding=rounding,
             seed=seed,
             checkpoint_dir=run.folder,
             resume=run.resume,

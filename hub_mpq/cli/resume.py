@@ -98,7 +98,7 @@ class Run:
     def _holds_state(self) -> bool:
         """Whether there is something to go on from; False too while the main process removes the folder."""
         with contextlib.suppress(FileNotFoundError):
-            return any(self.folder.glob("*/step-*")) or any(self.folder.glob("*.safetensors"))
+            return any(self.folder.glob("*/step-*")) or any(self.folder.rglob("*.safetensors"))
         return False
 
     def __exit__(

@@ -18,7 +18,7 @@ from .layer_kind import layer_kinds
 class LayerSpec:
     """One quantizable layer.
 
-    `kind`: name of its LayerKind, such as conv2d, linear, conv1d (GPT-2's transposed linear), embedding.
+    `kind`: name of its LayerKind, such as conv2d, linear, conv1d (GPT-2's transposed linear), embedding, experts.
     `weight_shape`: the module's own. `macs`: multiply-accumulates per sample, output area floored.
     `activation_count`: input features per sample. `activation_signed`: None until data have said so.
     `tie`: layers of one tie take the same widths. `activation_tie`: the same activation width only
@@ -47,8 +47,9 @@ class LayerSpec:
 
     @property
     def weight_only(self) -> bool:
-        """An embedding reads indices: it has no activation to quantize."""
-        return layer_kinds.get(self.kind).reads_indices
+        """Whether it has no activation to quantize: an embedding reads indices, experts' inputs stay float."""
+        kind = layer_kinds.get(self.kind)
+        return kind.reads_indices or kind.weight_only
 
     @property
     def takes_groups(self) -> bool:
@@ -56,7 +57,7 @@ class LayerSpec:
         return layer_kinds.get(self.kind).row_axes is not None
 
     def fitted(self, bits: LayerBits) -> LayerBits:
-        """A level as this layer can take it: with a float input where it reads indices, without groups and zero points
+        """A level as this layer can take it: with a float input where it is weight-only, without groups and zero points
         where its weight is not packed row by row."""
         bits = bits if self.takes_groups else bits.with_groups(None)
         return bits.of_weight if self.weight_only else bits

@@ -18,9 +18,10 @@ class LayerKind:
     Args:
         name: The word that `LayerSpec.kind` and packed files use.
         channel_axis: Axis of the weight with one scale per index: output channels, or the rows of an embedding.
-        row_axes: (row axis, column axis) of a two-dimensional weight that is packed row by row, each row starting at a
-            new 32-bit word; rows are what `channel_axis` counts. None packs the whole weight as one stream in memory
-            order, which needs `channel_axis=0`.
+        row_axes: (row axis, column axis) of a weight that is packed row by row, each row starting at a new 32-bit word;
+            rows are what `channel_axis` counts. (0, 1) or (1, 0) for a matrix; (-2, -1) or (-1, -2) for a stack of
+            matrices, whose rows follow one another, matrix by matrix. None packs the whole weight as one stream in
+            memory order, which needs `channel_axis=0`.
         types: Qualified names of the float module types, such as "torch.nn.modules.linear.Linear". A module is of this
             kind if its exact type is one of them; subclasses are not.
         quantized: Class of the layer with quantizers, see `hub_mpq.nn.layers`. Either the class or "module:Class",
@@ -28,6 +29,7 @@ class LayerKind:
         packed: Class of the layer that keeps its weight packed, see `hub_mpq.nn.packed`; given like `quantized`.
         reads_indices: True for layers that look up rows of the weight: their input has no bit-width, and they multiply
             nothing.
+        weight_only: True for layers that multiply a float input: it has no bit-width either.
         shares_input: True if layers of one parent that read the same tensor (q, k, v) have to agree on its bit-width.
         macs: `macs(module, input, output)` returns the multiply-accumulates of one call, for the whole batch. The
             tensors may be on the meta device. Needed only by kinds that multiply element by element; None counts
@@ -44,17 +46,23 @@ class LayerKind:
     quantized: type[Any] | str
     packed: type[Any] | str
     reads_indices: bool = False
+    weight_only: bool = False
     shares_input: bool = False
     macs: Callable[[Any, Any, Any], int] | None = None
 
     def __post_init__(self) -> None:
-        if self.row_axes not in (None, (0, 1), (1, 0)):
-            raise InvalidArgument(f"row_axes must be (0, 1), (1, 0) or None, not {self.row_axes!r}")
+        if self.row_axes not in (None, (0, 1), (1, 0), (-2, -1), (-1, -2)):
+            raise InvalidArgument(f"row_axes must be (0, 1), (1, 0), (-2, -1), (-1, -2) or None, not {self.row_axes!r}")
         if self.channel_axis != (self.row_axes or (0,))[0]:
             raise InvalidArgument(
                 f"channel_axis must be the row axis, or 0 for a flat stream; not {self.channel_axis!r} "
                 f"with row_axes={self.row_axes}"
             )
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the rows that are packed are the columns of the weight."""
+        return self.row_axes is not None and self.row_axes[0] > self.row_axes[1]
 
     @property
     def quantized_class(self) -> type[Any]:

@@ -21,10 +21,10 @@ def packed_shape(kind: str, weight_shape: Sequence[int], num_bits: int) -> tuple
         if not weight_shape:
             raise InvalidArgument(f"a {kind} weight has at least one axis")
         return (-(-math.prod(weight_shape) * bits // 32),)
-    if len(weight_shape) != 2:
-        raise InvalidArgument(f"a {kind} weight has two axes, not the shape {tuple(weight_shape)}")
-    rows, cols = (weight_shape[axis] for axis in row_axes)
-    return (rows, -(-cols * bits // 32))
+    if len(weight_shape) != (axes := 3 if row_axes[0] < 0 else 2):
+        many = "two" if axes == 2 else "three"
+        raise InvalidArgument(f"a {kind} weight has {many} axes, not the shape {tuple(weight_shape)}")
+    return (channel_count(kind, weight_shape), -(-weight_shape[row_axes[1]] * bits // 32))
 
 
 def group_count(kind: str, weight_shape: Sequence[int], group_size: int | None) -> tuple[int, int]:
@@ -35,7 +35,7 @@ def group_count(kind: str, weight_shape: Sequence[int], group_size: int | None) 
     row_axes = layer_kinds.get(kind).row_axes
     if row_axes is None:
         raise InvalidArgument(f"a {kind} weight has no groups and no zero points")
-    rows, cols = (weight_shape[axis] for axis in row_axes)
+    rows, cols = channel_count(kind, weight_shape), weight_shape[row_axes[1]]
     return rows, 1 if group_size is None else -(-cols // group_size)
 
 
@@ -55,8 +55,10 @@ def packed_nbytes(kind: str, weight_shape: Sequence[int], num_bits: int) -> int:
 
 
 def channel_count(kind: str, weight_shape: Sequence[int]) -> int:
-    """Output channels of a weight (rows of an embedding): the number of its per-channel scales."""
-    return weight_shape[layer_kinds.get(kind).channel_axis]
+    """Output channels of a weight (rows of an embedding; of a stack those of all its matrices): the number of its
+    per-channel scales."""
+    axis = layer_kinds.get(kind).channel_axis
+    return weight_shape[axis] * (math.prod(weight_shape[:-2]) if axis < 0 else 1)
 
 
 def layer_nbytes(layer: LayerSpec, bits: LayerBits, *, per_channel: bool = True, input_zero_point: bool = False) -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.library import Library
+from ..nn.experts import names_of_parameters
 from ..nn.packed import packed_layers
 from ..nn.packing import float_state, layer_names
 from ..nn.quantize import quantized_layers
@@ -36,5 +37,5 @@ def float_copy_state(model: nn.Module, library: Library) -> dict[str, Tensor]:
             state[key(name, "weight")] = weights[first]
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     state = {k: v for k, v in state.items() if tied.get(k) not in state}
-    state = library.names_on_disk(model, state)
+    state = library.names_on_disk(model, names_of_parameters(model, state))
     return {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}

@@ -17,6 +17,7 @@ from ..adapters.restore_state import copied
 from ..core.files import CONFIG, PACKED
 from ..core.library import Library, libraries
 from ..errors import HubMPQError, InvalidArgument, PackedFormat, PolicyMismatch
+from ..nn.experts import expose_experts
 from ..nn.packing import load_quantized
 from ..nn.quantize import quantize_to_policy
 from ..pack import Manifest, read_manifest, read_packed
@@ -93,6 +94,7 @@ def load_packed(path: str | os.PathLike[str], skeleton: nn.Module, *, cast: bool
     PolicyMismatch when the file is for another model.
     """
     tensors, manifest = read_packed(path)
+    expose_experts(skeleton)
     modules = dict(skeleton.named_modules())
     shapes = {n: tuple(m.weight.shape) for n, m in modules.items() if isinstance(getattr(m, "weight", None), Tensor)}
     wrong = [layer.name for layer in manifest.graph if shapes.get(layer.name) != layer.weight_shape]

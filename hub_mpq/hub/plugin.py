@@ -15,14 +15,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..adapters.base import commit_of
 from ..core import Budget, LayerBits, Policy
+from ..core.bits import check_group_size
 from ..core.files import FLOAT_COPY, PACKED
 from ..errors import HubMPQError, InvalidArgument, PackedFormat
 from ..nn.packed import packed_layers
 from ..pack.header import FORMAT_VERSION
+from ..train.round_weights import check_rounding
 from ..versions import warn_if_untested
 from .folder import save_folder
 from .plugin_checkpoint import is_checkpoint, is_training_state, restore_from_checkpoints, training_state
-from .plugin_load import become_packed, network_of, to_float
+from .plugin_load import become_packed, fill_scales, network_of, to_float
 
 if TYPE_CHECKING:
     from ..pack import Manifest
@@ -45,6 +47,8 @@ class MPQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         policy: A Policy, its dict, or a level ("W4A8") for all searched layers.
         calibration: Batches for the scales of activations; None for synthetic ones.
         per_channel: One weight scale per output channel, else one per tensor.
+        group_size, symmetric, rounding: As in `HubMPQ.apply_policy`; with a budget the searched layers take this group
+            size.
         exclude: Patterns of layers to leave float.
         quant_method, format_version: As config.json has them.
         budget: In place of a policy: a Budget, or a mapping of limits. The best policy within it is searched, with the
@@ -61,6 +65,9 @@ class MPQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         *,
         calibration: Iterable[Any] | None = None,
         per_channel: bool = True,
+        group_size: int | None = None,
+        symmetric: bool = True,
+        rounding: str | None = None,
         exclude: Iterable[str] = (),
         quant_method: str = METHOD,
         format_version: int = FORMAT_VERSION,
@@ -77,12 +84,17 @@ class MPQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.policy = _policy(policy)
         self.calibration = calibration
         self.per_channel = per_channel
+        check_rounding(rounding)
+        self.group_size, self.symmetric, self.rounding = check_group_size(group_size), symmetric, rounding
         self.exclude = tuple(exclude)
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds: method, format version and policy."""
         policy = self.policy.to_dict() if isinstance(self.policy, Policy) else self.policy and str(self.policy)
-        return {"quant_method": self.quant_method, "format_version": self.format_version, "policy": policy}
+        version = self.format_version
+        if isinstance(self.policy, Policy):
+            version = 2 if any(bits.grouped for bits in self.policy.bits.values()) else 1
+        return {"quant_method": self.quant_method, "format_version": version, "policy": policy}
 
     def __iter__(self) -> Any:
         yield from self.to_dict().items()
@@ -138,6 +150,7 @@ class MPQHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         _forget_packed_file(model)
+        fill_scales(network_of(model))
         if not self.pre_quantized:
             from .plugin_quantize import quantize_in_place
 

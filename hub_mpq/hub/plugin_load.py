@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..core import FLOAT_BITS, LayerBits, LayerGraph, Policy
 from ..errors import PackedFormat, PolicyMismatch
+from ..nn.experts import conceal_experts, expose_experts
 from ..nn.layers import pad_only, replace_layer
 from ..nn.packed import PackedLayer, float_layer, packed_layer, packed_layers
 from ..pack import Manifest, read_packed
@@ -38,6 +39,7 @@ def become_packed(model: Any, file: str, policy: Policy | LayerBits | None, dtyp
     if policy != manifest.policy:
         raise PackedFormat(file, "its policy is not the one that config.json states")
     net = network_of(model)
+    expose_experts(net)
     names = _names(manifest.graph.names, net, model)
     guards = {key(name, "weight") for name in packed_names(manifest)}
     flat = {name: tensor for name, tensor in flatten(tensors).items() if name not in guards}
@@ -47,6 +49,7 @@ def become_packed(model: Any, file: str, policy: Policy | LayerBits | None, dtyp
     for name in sorted(names, key=lambda n: manifest.graph[n].weight_owner is not None):
         _replace_layer(net, names, name, manifest, flat, dtype, file)
     pad_only(net, PackedLayer)
+    conceal_experts(net)  # stacks that stay float: transformers loads them as the Parameters that they are
     _check_covered(model, net, flat, manifest, names, file)
     _untie(model, net)
     return _manifest_of(manifest, names, net)
@@ -128,6 +131,14 @@ def _untie(model: Any, net: nn.Module) -> None:
     model.all_tied_weights_keys = {k: v for k, v in tied.items() if k not in gone and v not in gone}
 
 
+def fill_scales(net: nn.Module) -> None:
+    """Set the scales of packed embeddings, which no file holds: transformers fills these buffers by the type of a
+    module, and does not know the packed one."""
+    for _, layer in packed_layers(net):
+        if (scale := layer._buffers.get("embed_scale")) is not None:
+            scale.fill_(layer.scalar_embed_scale)  # type: ignore[arg-type]
+
+
 def _manifest_of(manifest: Manifest, names: Mapping[str, str], net: nn.Module) -> Manifest:
     """The manifest of what was taken over; the same one when that is everything under its own name."""
     if all(names.get(name) == name for name in manifest.graph.names):
@@ -161,3 +172,4 @@ def to_float(model: nn.Module, dtype: torch.dtype) -> None:
     for name, module in sorted(packed_layers(model), key=lambda item: bool(item[1].owner)):
         shared: Any = module.owner[0].weight if module.owner else None  # the owner is float by now
         replace_layer(model, name, float_layer(module, dtype, shared))
+    conceal_experts(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from ..adapters.base import noise, placed
 from ..adapters.transformers import example_for, head_of
 from ..core import IndicatorOptions, LayerBits, LayerGraph, Policy
 from ..errors import InvalidArgument
+from ..nn.experts import expose_experts
 from ..nn.packing import base_nbytes
 from ..pack import Manifest
 from ..search.candidates import resolve_candidates
 from ..search.policy_search import search_policy
-from ..search.scores import score_table
+from ..search.scores import candidates_of, score_table
 from ..search.synthetic_data import synthetic_batch
 from ..search.train_scores import train_scores
 from ..train.apply_policy import apply_policy
@@ -30,7 +32,8 @@ from .plugin_load import network_of
 def quantize_in_place(model: Any, config: Any, revision: str | None = None) -> Manifest:
     """Put quantizers into a loaded float model as an MPQConfig asks; returns the manifest of the result.
 
-    Scales of least squared error from up to 4 calibration batches, or from synthetic inputs with one warning.
+    Scales of inputs from up to 4 calibration batches, or from synthetic inputs with one warning. A policy of weights
+    alone is rounded by GPTQ on up to 16 of them, unless the config says otherwise.
 
     Args:
         model: The float model.
@@ -44,6 +47,7 @@ def quantize_in_place(model: Any, config: Any, revision: str | None = None) -> M
         raise InvalidArgument("a model that is offloaded can't be quantized; load it whole, without device_map='auto'")
     model.eval()
     net = network_of(model)
+    expose_experts(net)
     example, graph = _graph(model, net, config.exclude, revision)
     batch = synthetic_batch(net, example)
     manifest = Manifest(graph.model_id, graph.revision, graph.library, graph, Policy.uniform(graph, "W2A2"))
@@ -62,12 +66,19 @@ def quantize_in_place(model: Any, config: Any, revision: str | None = None) -> M
             scores = train_scores(
                 net, graph, norms, [batch], resolve_candidates(graph, None), untrained, example=example
             )
-        table, _ = score_table(scores, graph)
-        base = base_nbytes(net, manifest)
-        policy = search_policy(graph, table, config.budget, base_bytes=base, sense=scores.sense).policy
+        wanted = resolve_candidates(
+            graph, candidates_of(score_table(scores, graph)[0]), config.group_size, config.symmetric
+        )
+        table, _ = score_table(scores, graph, wanted)
+        form = {name: next(iter(row)) for name, row in table.items()}
+        like = Policy({**manifest.policy.bits, **form}, graph.digest)
+        base = base_nbytes(net, replace(manifest, policy=like))
+        budget = config.budget.with_groups(config.group_size, config.symmetric)
+        policy = search_policy(graph, table, budget, base_bytes=base, sense=scores.sense).policy
     elif isinstance(policy, LayerBits):
         policy = Policy.uniform(graph, policy)
     policy.check(graph)
+    policy = policy.with_groups(graph, config.group_size, config.symmetric)
     if config.calibration is None and any(bits.activation <= 8 for bits in policy.bits.values()):
         warnings.warn(
             "no calibration batches: scales of activations come from synthetic inputs; pass "
@@ -75,7 +86,10 @@ def quantize_in_place(model: Any, config: Any, revision: str | None = None) -> M
             stacklevel=2,
         )
     data = [batch] if config.calibration is None else config.calibration
-    apply_policy(net, graph, policy, data, per_channel=config.per_channel, example=example)
+    rounding = config.rounding
+    if rounding is None and config.calibration is not None and config.per_channel and policy.weights_alone:
+        rounding = "gptq"
+    apply_policy(net, graph, policy, data, per_channel=config.per_channel, example=example, rounding=rounding)
     config.budget = config.calibration = None  # served; a copy of the config must not drag data along
     return Manifest(graph.model_id, graph.revision, graph.library, graph, policy, {"hub_mpq": __version__})
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
 
 
 class Call(NamedTuple):
@@ -101,3 +103,57 @@ def cache_off(model: nn.Module) -> Iterator[None]:
     finally:
         for config in configs.values():
             config.use_cache = True
+
+
+@contextmanager
+def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Let blocks keep nothing but what they read for the way back, which runs each of them again; meanwhile.
+
+    The memory of a backward pass is then one block's, whatever the depth. What a block reads gets a gradient even where
+    nothing before it has one. A block that is called on more than tensors and constants (`Call.plain`) runs as it is.
+
+    Args:
+        blocks: The blocks, in eval mode.
+    """
+
+    def again(own: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = Call(args, kwargs)
+            if not torch.is_grad_enabled() or call.hidden is None or not call.plain:
+                return own(*args, **kwargs)
+            hidden = call.hidden
+            leaves, form = tree_flatten(call.at(hidden if hidden.requires_grad else hidden.detach().requires_grad_()))
+            # gradients of all tensors go through the checkpoint, of which only positional arguments have one
+            tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+            returned: list[Any] = []
+
+            def run(*given: Tensor) -> tuple[Any, ...]:
+                now = list(leaves)
+                for i, tensor in zip(tensors, given, strict=True):
+                    now[i] = tensor
+                inner: Call = tree_unflatten(now, form)
+                inner = inner.at(given[0].clone())  # which the block may change in place
+                found, structure = tree_flatten(own(*inner.args, **inner.kwargs))
+                returned[:] = [structure]
+                return tuple(found)
+
+            found = checkpoint(run, *(leaves[i] for i in tensors), use_reentrant=True)
+            return tree_unflatten(list(found), returned[0])
+
+        return forward
+
+    with replaced_forward({block: again(block.forward) for block in blocks}):
+        yield
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter of a model have a gradient, meanwhile."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)

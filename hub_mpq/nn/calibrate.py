@@ -101,7 +101,7 @@ def calibrate_weight(module: Any, bits: int, *, mse: bool) -> None:
     """The scales of one quantized layer's weight at one width, as `calibrate_weights` sets them."""
     q = module.weight_quantizer
     if isinstance(q, GroupedLSQ):
-        rows = module.weight.t() if q.transposed else module.weight.reshape(q.rows, q.columns)
+        rows = (module.weight.mT if q.transposed else module.weight).reshape(q.rows, q.columns)
         q.init(bits, *weight_grid(rows, bits, group_size=q.group_size, symmetric=q.symmetric))
     elif not mse and bits > 1:
         q.init(bits, weight_scale_sigma(module.weight, bits))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -12,9 +13,11 @@ from torch.nn import functional as F
 
 from ..core import LayerSpec
 from ..core.layer_kind import layer_kinds
+from ..cost.size import channel_count
 from ..errors import InvalidArgument
 from .block_walk import BlockWalk
 from .blocks import block_with, blocks_of, cache_off
+from .experts import Stack
 from .layers import first_operand
 
 POSITIONS = 4096
@@ -24,10 +27,12 @@ _COLUMNS = 256  # products are symmetric: of each strip of this many columns, on
 
 class LayerMoments(NamedTuple):
     """Some layers of a model, and what they read: {layer: moments}, without those that no batch reached. Layers that
-    read one tensor have one tensor of moments, the same object."""
+    read one tensor have one tensor of moments, the same object. `unreached`: {stack of experts: how many of them no
+    token reached}, where there are such; they have the moments of the whole stack."""
 
     layers: tuple[LayerSpec, ...]
     moments: dict[str, Tensor]
+    unreached: dict[str, int]
 
 
 def input_moments(
@@ -61,13 +66,14 @@ def input_moments(
         limit: Bytes of moments to hold at a time, for layers in no block.
 
     Yields:
-        Layers and their moments, float32. Of linear layers: H, [in, in], or its diagonal, [in]. Of convolutions: the
-        diagonal for each group of the channels, [groups, in/groups·kh·kw]. Blocks come first, in order of depth.
+        Layers and their moments, float32. Of linear layers: H, [in, in], or its diagonal, [in]. Of stacks of experts:
+        [experts, in, in] or [experts, in], each of the tokens that reach the expert. Of convolutions: the diagonal for
+        each group of the channels, [groups, in/groups·kh·kw]. Blocks come first, in order of depth.
 
     Raises:
         InvalidArgument: A layer reads NaN or infinite values.
     """
-    rest = {layer.name: layer for layer in layers if not layer.weight_only}
+    rest = {layer.name: layer for layer in layers if not layer_kinds.get(layer.kind).reads_indices}
     blocks = blocks_of(model, {name: layer.weight_count for name, layer in rest.items()})
     per_batch = max(-(-positions // max(len(batches), 1)), 1)
 
@@ -120,9 +126,9 @@ def _parts(layers: Iterable[LayerSpec], diagonal: bool, limit: int) -> Iterator[
     part: list[LayerSpec] = []
     sizes: dict[str, int] = {}
     for layer in layers:
-        columns = layer.weight_count // layer.weight_shape[layer_kinds.get(layer.kind).channel_axis]
+        columns = layer.weight_count // channel_count(layer.kind, layer.weight_shape)
         full = not diagonal and layer.kind != "conv2d"
-        size = 4 * columns * (columns if full else 1)
+        size = 4 * columns * (columns if full else 1) * _experts(layer)
         if part and sum(sizes.values()) + (0 if layer.buffer in sizes else size) > limit:
             yield part
             part, sizes = [], {}
@@ -130,6 +136,11 @@ def _parts(layers: Iterable[LayerSpec], diagonal: bool, limit: int) -> Iterator[
         sizes[layer.buffer if full else layer.name] = size
     if part:
         yield part
+
+
+def _experts(layer: LayerSpec) -> int:
+    """How many matrices a layer is a stack of; 1 for any other."""
+    return math.prod(layer.weight_shape[:-2]) if layer_kinds.get(layer.kind).channel_axis < 0 else 1
 
 
 class _Inputs:
@@ -144,8 +155,8 @@ class _Inputs:
         mask: Callable[[Any], Tensor | None] | None,
     ) -> None:
         self.model, self.layers, self.diagonal, self.positions, self.mask = model, layers, diagonal, positions, mask
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.sums: dict[str | tuple[str, int], Tensor] = {}
+        self.counts: dict[str | tuple[str, int], int] = {}
         self.kept: Tensor | None = None
         self.stack = ExitStack()
 
@@ -154,9 +165,11 @@ class _Inputs:
         for layer in self.layers:
 
             def hook(module: nn.Module, args: Any, kwargs: Any, layer: LayerSpec = layer) -> None:
-                key = self.key(layer)
-                if readers.setdefault(key, layer.name) == layer.name:  # the first that runs
-                    self.add(key, layer, module, first_operand(args, kwargs))
+                key, x = self.key(layer), first_operand(args, kwargs)
+                if isinstance(module, Stack):
+                    self.add_expert(layer, x, *args[1:])
+                elif readers.setdefault(key, layer.name) == layer.name:  # the first that runs
+                    self.add(key, layer, module, x)
 
             module = self.model.get_submodule(layer.name)
             self.stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -178,41 +191,69 @@ class _Inputs:
         if layer.kind == "conv2d":
             found, count = _patch_squares(module, x)
             self.sums[key] = found + self.sums.get(key, 0)
+            self.counts[key] = self.counts.get(key, 0) + count
         else:
             if self.kept is not None and x.shape[:-1] == self.kept.shape:
                 x = x[self.kept.to(x.device)]
-            x = x.reshape(-1, x.shape[-1])
-            step = -(-len(x) // self.positions)
-            x = x[:: step if step < 2 else step | 1].float()  # an odd step does not lock onto positions
-            count, columns = len(x), x.shape[1]
-            if key not in self.sums:
-                self.sums[key] = x.new_zeros((columns,) if self.diagonal else (columns, columns))
-            total = self.sums[key]
-            if self.diagonal:
-                total += x.square().sum(0)
-            else:
-                for end in range(_COLUMNS, columns + _COLUMNS, _COLUMNS):
-                    strip = slice(end - _COLUMNS, end)
-                    total[strip, :end].addmm_(x[:, strip].t(), x[:, :end])
+            self.add_rows(key, x.reshape(-1, x.shape[-1]))
+
+    def add_expert(self, layer: LayerSpec, x: Tensor, expert: int, tokens: Tensor, count: int) -> None:
+        if self.kept is not None and self.kept.numel() == count:
+            x = x[self.kept.to(x.device).reshape(-1)[tokens]]
+        self.add_rows((layer.name, expert), x)
+
+    def add_rows(self, key: str | tuple[str, int], x: Tensor) -> None:
+        step = -(-len(x) // self.positions)
+        x = x[:: step if step < 2 else step | 1].float()  # an odd step does not lock onto positions
+        count, columns = x.shape
+        if key not in self.sums:
+            self.sums[key] = x.new_zeros((columns,) if self.diagonal else (columns, columns))
+        total = self.sums[key]
+        if self.diagonal:
+            total += x.square().sum(0)
+        else:
+            for end in range(_COLUMNS, columns + _COLUMNS, _COLUMNS):
+                strip = slice(end - _COLUMNS, end)
+                total[strip, :end].addmm_(x[:, strip].t(), x[:, :end])
         self.counts[key] = self.counts.get(key, 0) + count
 
     def found(self) -> LayerMoments:
         """The means over positions."""
-        means = {}
+        means: dict[str, Tensor] = {}
+        unreached = {}
         for layer in self.layers:
             key = self.key(layer)
-            if key in means or not self.counts.get(key):
-                continue
-            mean = self.sums.pop(key).div_(self.counts[key])
-            if not (self.diagonal or layer.kind == "conv2d"):
-                for i in range(0, len(mean), _COLUMNS):
-                    strip = slice(i, i + _COLUMNS)
-                    mean[:i, strip] = mean[strip, :i].t()
-            if not bool(torch.isfinite(mean).all()):
-                raise InvalidArgument(f"layer {layer.name!r} reads NaN or infinite values")
-            means[key] = mean
+            if layer_kinds.get(layer.kind).channel_axis < 0:
+                parts = [(layer.name, expert) for expert in range(_experts(layer))]
+                if missing := sum(not self.counts.get(part) for part in parts):
+                    unreached[layer.name] = missing
+                if missing < len(parts):
+                    means[key] = self.stacked(layer, parts)
+            elif key not in means and self.counts.get(key):
+                means[key] = self.mean(layer, self.sums.pop(key), self.counts[key])
         moments = {layer.name: means[key] for layer in self.layers if (key := self.key(layer)) in means}
-        return LayerMoments(self.layers, moments)
+        return LayerMoments(self.layers, moments, unreached)
+
+    def mean(self, layer: LayerSpec, total: Tensor, count: int) -> Tensor:
+        mean = total.div_(count)
+        if not (self.diagonal or layer.kind == "conv2d"):
+            for i in range(0, len(mean), _COLUMNS):
+                strip = slice(i, i + _COLUMNS)
+                mean[:i, strip] = mean[strip, :i].t()
+        if not bool(torch.isfinite(mean).all()):
+            raise InvalidArgument(f"layer {layer.name!r} reads NaN or infinite values")
+        return mean
+
+    def stacked(self, layer: LayerSpec, parts: list[tuple[str, int]]) -> Tensor:
+        """The moments of all experts; of those that no token reached the mean of all tokens."""
+        reached = [part for part in parts if self.counts.get(part)]
+        out = self.sums[reached[0]].new_empty((len(parts), *self.sums[reached[0]].shape))
+        if len(reached) < len(parts):
+            every = sum(self.counts[part] for part in reached)
+            whole = self.mean(layer, torch.stack([self.sums[part] for part in reached]).sum(0), every)
+        for i, part in enumerate(parts):
+            out[i] = self.mean(layer, self.sums.pop(part), self.counts[part]) if part in reached else whole
+        return out
 
 
 def _patch_squares(module: Any, x: Tensor) -> tuple[Tensor, int]:

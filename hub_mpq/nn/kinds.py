@@ -7,6 +7,34 @@ from __future__ import annotations
 
 from ..core.layer_kind import LayerKind, register_layer_kind
 
+_SCALED = {
+    "bart": "Bart",
+    "bigbird_pegasus": "BigBirdPegasus",
+    "biogpt": "BioGpt",
+    "blenderbot": "Blenderbot",
+    "diffusion_gemma": "DiffusionGemmaText",
+    "embedding_gemma2": "EmbeddingGemma2Text",
+    "gemma": "GemmaText",
+    "gemma2": "Gemma2Text",
+    "gemma3": "Gemma3Text",
+    "gemma3n": "Gemma3nText",
+    "gemma4": "Gemma4Text",
+    "gemma4_unified": "Gemma4UnifiedText",
+    "m2m_100": "M2M100",
+    "mbart": "MBart",
+    "minicpm3": "MiniCPM3",
+    "nllb_moe": "NllbMoe",
+    "pegasus_x": "PegasusX",
+    "plbart": "PLBart",
+    "pp_formulanet": "PPFormulaNet",
+    "seamless_m4t": "SeamlessM4T",
+    "seamless_m4t_v2": "SeamlessM4Tv2",
+    "trocr": "TrOCR",
+    "vaultgemma": "VaultGemmaText",
+    "xglm": "XGLM",
+}
+"""{model of transformers: start of the name of its embedding, whose rows are multiplied with `embed_scale`}."""
+
 register_layer_kind(
     LayerKind(
         name="conv2d",
@@ -57,9 +85,27 @@ register_layer_kind(
         name="embedding",
         channel_axis=0,
         row_axes=(0, 1),
-        types=("torch.nn.modules.sparse.Embedding",),
+        types=(
+            "torch.nn.modules.sparse.Embedding",
+            *(f"transformers.models.{m}.modeling_{m}.{cls}ScaledWordEmbedding" for m, cls in _SCALED.items()),
+        ),
         quantized="hub_mpq.nn.layers:QuantEmbedding",
         packed="hub_mpq.nn.packed:PackedEmbedding",
         reads_indices=True,
     )
 )
+for _name, _axes, _type in (
+    ("experts", (-2, -1), "ExpertStack"),
+    ("experts_transposed", (-1, -2), "TransposedExpertStack"),  # gpt-oss: [experts, in, out]
+):
+    register_layer_kind(
+        LayerKind(
+            name=_name,
+            channel_axis=_axes[0],
+            row_axes=_axes,
+            types=(f"hub_mpq.nn.experts.{_type}",),
+            quantized="hub_mpq.nn.experts:QuantExperts",
+            packed="hub_mpq.nn.experts:PackedExperts",
+            weight_only=True,
+        )
+    )

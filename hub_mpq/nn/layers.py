@@ -175,14 +175,24 @@ class QuantConv1D(nn.Module):
         return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], self.nf)
 
 
+def scaled(layer: Any, rows: Tensor) -> Tensor:
+    """Rows of an embedding times the scale of its float form, a number or a buffer; an nn.Embedding has none."""
+    if layer.float_class is nn.Embedding:
+        return rows
+    scale = layer.embed_scale
+    return rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
+
+
 class QuantEmbedding(nn.Embedding):
     """Rows of a quantized table: weight-only, indices have no width."""
 
     weight_quantizer: Any
     input_quantizer: Any
+    float_class: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         ids, table = first_operand(args, kwargs), self.weight_quantizer(self.weight)
-        return F.embedding(
+        rows = F.embedding(
             ids, table, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
         )
+        return scaled(self, rows)

@@ -24,7 +24,7 @@ from ..quantizers.base import keep_dtype
 from ..quantizers.fake_quantize import fake_quantize, quantize_traced
 from ..versions import warn_if_untested
 from .fused import Operation, Product, no_view
-from .layers import QuantConv2d, call_only, convolution_of, first_operand, take_over
+from .layers import QuantConv2d, call_only, convolution_of, first_operand, scaled, take_over
 from .types import layer_kind
 
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "input_scale", "input_zero_point")
@@ -149,9 +149,11 @@ class _Product(torch.autograd.Function):
     float model."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: PackedLayer, operation: Operation) -> Tensor:
-        out = no_view(operation.run(x, layer.unpacked(x.dtype), bias))
-        ctx.layer, ctx.operation, ctx.shape, ctx.dtype = layer, operation, x.shape, out.dtype
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, unpacked: Callable[[torch.dtype], Tensor], operation: Operation
+    ) -> Tensor:
+        out = no_view(operation.run(x, unpacked(x.dtype), bias))
+        ctx.unpacked, ctx.operation, ctx.shape, ctx.dtype = unpacked, operation, x.shape, out.dtype
         return out
 
     @staticmethod
@@ -159,25 +161,29 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         of_x, of_bias = ctx.needs_input_grad[:2]
         x = grads[0].new_zeros(()).expand(ctx.shape)  # only its shape counts
-        dx, _, db = ctx.operation.back(grads[0], x, ctx.layer.unpacked(ctx.dtype), (of_x, False, of_bias))
+        dx, _, db = ctx.operation.back(grads[0], x, ctx.unpacked(ctx.dtype), (of_x, False, of_bias))
         return dx, db, None, None
 
 
-def packed_product(layer: Any, operation: Operation, x: Tensor) -> Tensor:
+def packed_product(
+    layer: Any, operation: Operation, x: Tensor, unpacked: Callable[[torch.dtype], Tensor] | None = None
+) -> Tensor:
     """The output of a packed layer.
 
     Args:
         layer: The layer.
         operation: What it does with its input and its weight.
         x: The input. What biases and other layers compute in may be another dtype than the weight's.
+        unpacked: What makes the weight in a dtype; None: all of the layer's.
     """
+    unpacked = unpacked or layer.unpacked
     if layer.input_quantizer is not None:
         x = layer.input_quantizer(x)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     if torch.is_grad_enabled() and not _traced() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        out: Tensor = _Product.apply(x, bias, layer, operation)
+        out: Tensor = _Product.apply(x, bias, unpacked, operation)
         return out
-    return operation.run(x, layer.unpacked(x.dtype), bias)
+    return operation.run(x, unpacked(x.dtype), bias)
 
 
 class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[override]
@@ -204,7 +210,8 @@ class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         ids = first_operand(args, kwargs)
-        return self.packed.dequantize(self.compute.dtype, ids.reshape(-1)).view(*ids.shape, self.shape[1])
+        rows = self.packed.dequantize(self.compute.dtype, ids.reshape(-1)).view(*ids.shape, self.shape[1])
+        return scaled(self, rows)
 
 
 def packed_layer(

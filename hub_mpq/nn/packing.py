@@ -129,7 +129,7 @@ def predicted_nbytes(model: nn.Module, manifest: Manifest) -> int:
     for layer in graph:
         level = bits[layer.name]
         if level.weight != FLOAT_BITS:
-            skip.add(f"{layer.name}.weight")
+            skip |= {f"{layer.name}.weight", layer.name}  # a stack of experts has the name of its Parameter
             if layer.weight_owner is None:
                 out[layer.name] = empty_packed(layer.kind, layer.weight_shape, level)
         if level.activation != FLOAT_BITS:
@@ -163,7 +163,7 @@ def _take_dtypes(model: nn.Module, tensors: Mapping[str, PackedTensor | Tensor])
         for key, tensor in tensors.items()
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not key.endswith("input_scale")
     }
-    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for key, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point() and key in dtypes:
             tensor.data = tensor.data.to(dtypes[key])
     common = [dtype for dtype, _ in Counter(dtypes.values()).most_common(1)]

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..core import FLOAT_BITS, LayerBits, LayerGraph, LayerSpec, Policy
 from ..core.layer_kind import layer_kinds
-from ..cost.size import group_count
+from ..cost.size import channel_count, group_count
 from ..errors import InvalidArgument, PolicyMismatch, UnsupportedLayer
 from ..quantizers import LSQ, GroupedLSQ
 from ..versions import warn_if_untested
@@ -151,7 +151,7 @@ def weight_quantizer(
     """
     kind = layer_kinds.get(layer.kind)
     if bits is None or not bits.grouped:
-        channels = layer.weight_shape[kind.channel_axis] if per_channel else 1
+        channels = channel_count(layer.kind, layer.weight_shape) if per_channel else 1
         return LSQ(widths, signed=True, channels=channels, axis=kind.channel_axis, log=log)
     rows, _ = group_count(layer.kind, layer.weight_shape, None)
     return GroupedLSQ(
@@ -159,7 +159,7 @@ def weight_quantizer(
         (rows, layer.weight_count // rows),
         group_size=bits.group_size,
         symmetric=bits.symmetric,
-        transposed=kind.row_axes == (1, 0),
+        transposed=kind.transposed,
         log=log,
     )
 

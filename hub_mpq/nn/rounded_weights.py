@@ -31,6 +31,9 @@ class RoundedWeights:
     Args:
         folder: Where they lie, and stay; None: in a temporary folder that goes with the object.
         settings: What they were made with and of: files with other settings are not read.
+
+    Attributes:
+        unreached: {stack of experts: how many of them no token reached}, where there are such.
     """
 
     def __init__(self, folder: Path | None = None, settings: str = "") -> None:
@@ -40,6 +43,7 @@ class RoundedWeights:
             folder = Path(holder.name)
         self.folder, self.settings = folder, settings
         self.layers: dict[str, LayerSpec] = {}
+        self.unreached: dict[str, int] = {}
 
     def _file(self, layer: LayerSpec) -> Path:
         return self.folder / f"{hashlib.sha256(layer.name.encode()).hexdigest()[:24]}.safetensors"
@@ -132,6 +136,12 @@ class StoredWeight(Quantizer):
         if self.bits is None:
             return x
         return self.rounded.packed(self.name, self.bits).dequantize().to(x)
+
+    def of_matrix(self, stack: Tensor, index: int) -> Tensor:
+        if self.bits is None:
+            return stack[index]
+        packed = self.rounded.packed(self.name, self.bits)
+        return packed.matrix(index).to(stack)
 
     def to_int(self, x: Tensor) -> Tensor:
         """The integers that are stored, zero points not taken off."""

@@ -18,12 +18,23 @@ from .bits import pack_bits, unpack_bits, word_count
 def _stream_shape(kind: str, weight_shape: Sequence[int]) -> tuple[int, ...]:
     """Shape of the values in the order they are packed: [rows, cols], or [count] for a flat stream."""
     row_axes = layer_kinds.get(kind).row_axes
-    return (math.prod(weight_shape),) if row_axes is None else tuple(weight_shape[axis] for axis in row_axes)
+    if row_axes is None:
+        return (math.prod(weight_shape),)
+    return channel_count(kind, weight_shape), weight_shape[row_axes[1]]
 
 
-def _transposed(kind: str) -> bool:
-    """Whether the rows that are packed are the columns of the weight; the same transposition leads back."""
-    return layer_kinds.get(kind).row_axes == (1, 0)
+def _to_rows(weight: Tensor, kind: str) -> Tensor:
+    """The values of a weight in the order they are packed."""
+    rows = weight.transpose(-2, -1) if layer_kinds.get(kind).transposed else weight
+    return rows.reshape(_stream_shape(kind, weight.shape))
+
+
+def _from_rows(rows: Tensor, kind: str, weight_shape: Sequence[int]) -> Tensor:
+    """The inverse of `_to_rows`, contiguous."""
+    if not layer_kinds.get(kind).transposed:
+        return rows.reshape(weight_shape)
+    *front, columns, count = weight_shape
+    return rows.reshape(*front, count, columns).transpose(-2, -1).contiguous()
 
 
 GROUP_SCALES = (torch.float16, torch.bfloat16)
@@ -34,8 +45,8 @@ class PackedTensor:
     """A quantized weight, bit-dense: (integer - zero point) * scale.
 
     Args:
-        weight_packed: int32 words, [rows, ceil(cols*b/32)] (linear, embedding, conv1d) or [ceil(count*b/32)] (conv2d),
-            as the kind's `row_axes` say. Codes are value + 2^(b-1); at 1 bit they are 0 for -1 and 1 for +1.
+        weight_packed: int32 words, [rows, ceil(cols*b/32)] (linear, embedding, conv1d, experts) or [ceil(count*b/32)]
+            (conv2d), as the kind's `row_axes` say. Codes are value + 2^(b-1); at 1 bit they are 0 for -1 and 1 for +1.
         weight_scale: float32, one per output channel or a single one; of groups float16 or bfloat16, [rows, groups].
         weight_shape: The module's own.
         num_bits: 1 to 8.
@@ -102,22 +113,21 @@ class PackedTensor:
         codes = unpack_bits(zero, self.num_bits, self.weight_scale.numel()).view(torch.int8)
         return _signed(codes, self.num_bits).view(self.weight_scale.shape)
 
-    def _values(self, rows: Tensor | None = None) -> Tensor:
+    def _values(self, rows: Tensor | slice | None = None) -> Tensor:
         words = self.weight_packed if rows is None else self.weight_packed[rows]
         columns = _stream_shape(self.kind, self.weight_shape)[-1]
         return _signed(unpack_bits(words, self.num_bits, columns).view(torch.int8), self.num_bits)
 
     def unpack(self) -> Tensor:
         """The integers, int8 of `weight_shape`."""
-        values = self._values()
-        return (values.t() if _transposed(self.kind) else values).contiguous().view(self.weight_shape)
+        return _from_rows(self._values(), self.kind, self.weight_shape).contiguous()
 
-    def dequantize(self, dtype: torch.dtype = torch.float32, rows: Tensor | None = None) -> Tensor:
+    def dequantize(self, dtype: torch.dtype = torch.float32, rows: Tensor | slice | None = None) -> Tensor:
         """(integer - zero point) * scale, multiplied in float32, or float64 if that is asked for.
 
         Args:
             dtype: Of the result.
-            rows: Indices [n] of the rows to unpack, of a kind whose rows are not transposed; None for all.
+            rows: Indices [n], or a slice, of the rows to unpack; None for all.
 
         Returns:
             The weight, of `weight_shape`, or [n, columns].
@@ -137,7 +147,18 @@ class PackedTensor:
         out = out.to(dtype)
         if rows is not None:
             return out
-        return out.t().contiguous() if _transposed(self.kind) else out.reshape(self.weight_shape)
+        return _from_rows(out, self.kind, self.weight_shape)
+
+    def matrix(self, index: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """One matrix of a stack, dequantized.
+
+        Args:
+            index: Which one.
+            dtype: As in `dequantize`.
+        """
+        each = len(self.weight_packed) // self.weight_shape[0]
+        rows = self.dequantize(dtype, slice(index * each, (index + 1) * each))
+        return rows.mT.contiguous() if layer_kinds.get(self.kind).transposed else rows
 
 
 def _signed(codes: Tensor, num_bits: int) -> Tensor:
@@ -194,8 +215,7 @@ def pack_weight(
         scale = scale.to(torch.float32)
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise InvalidArgument("scales must be finite and above zero")
-    values = int_weight.detach()
-    values = (values.t() if _transposed(kind) else values).reshape(_stream_shape(kind, int_weight.shape))
+    values = _to_rows(int_weight.detach(), kind)
     if bits == 1:
         if not bool((values.abs() == 1).all()):
             raise InvalidArgument("a 1-bit weight holds only −1 and +1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
@@ -46,6 +47,20 @@ def keep_dtype(fn: Callable[[Tensor], Tensor], tensors: Iterable[Tensor | None])
     return apply
 
 
+def channel_rows(weight: Tensor, axis: int) -> Tensor:
+    """A weight as [channels, values of one channel].
+
+    Args:
+        weight: Any shape.
+        axis: What a channel is an index of. A negative one counts from the end, and all axes before the last two count
+            channels too: of a stack of matrices.
+    """
+    front = max(weight.dim() - 2, 0) if axis < 0 else 0
+    moved = weight.movedim(axis, front)
+    count = math.prod(moved.shape[: front + 1])
+    return moved.reshape(count, weight.numel() // max(count, 1))
+
+
 class Quantizer(nn.Module, ABC):
     """Maps a float tensor to the nearest points of an integer grid: x ≈ scale · (q − zero_point)."""
 
@@ -67,6 +82,11 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """`x` on the grid, same shape and dtype."""
+
+    def of_matrix(self, stack: Tensor, index: int) -> Tensor:
+        """`stack[index]` on the grid that `forward` puts all of a stack of matrices on."""
+        out: Tensor = self(stack)[index]
+        return out
 
     @abstractmethod
     def to_int(self, x: Tensor) -> Tensor:

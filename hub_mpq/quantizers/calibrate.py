@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core import QuantSpec
+from .base import channel_rows
 from .fake_quantize_kernels import to_int
 from .lsq import NO_START
 
@@ -34,12 +35,13 @@ def weight_scale_sigma(weight: Tensor, bits: int) -> Tensor:
 
 @torch.no_grad()
 def weight_scale_mse(weight: Tensor, bits: int, *, axis: int | None = 0) -> Tensor:
-    """Scale of least squared error per index of `axis`, shape [channels]; axis None: per tensor, [1].
+    """Scale of least squared error per channel of `axis` (see `channel_rows`), shape [channels]; axis None: per tensor,
+    [1].
 
     NO_START where all weights are zero.
     """
     rows = weight.detach().float()
-    rows = rows.reshape(1, -1) if axis is None else rows.movedim(axis, 0).reshape(weight.shape[axis], -1)
+    rows = rows.reshape(1, -1) if axis is None else channel_rows(rows, axis)
     spec = QuantSpec(bits)
     largest = rows.abs().amax(1, keepdim=True)
     unit = _unit(largest)

@@ -39,10 +39,10 @@ class GroupedLSQ(LSQ):
 
     Args:
         widths: As in `LSQ`.
-        shape: (rows, columns) of the weight; a row is what one output channel reads.
+        shape: (rows, columns) of the weight; a row is what one output channel reads. Of a stack of matrices all rows.
         group_size: Weights of a row that share a scale; None: one scale per row.
         symmetric: False: a zero point beside each scale.
-        transposed: The weight is [columns, rows].
+        transposed: The weight is [columns, rows], or a stack of such matrices.
         log: As in `LSQ`.
     """
 
@@ -99,13 +99,17 @@ class GroupedLSQ(LSQ):
 
     def _rows(self, x: Tensor) -> Tensor:
         """The weight as [rows, columns]."""
-        return x.t() if self.transposed else x.reshape(self.rows, self.columns)
+        return (x.transpose(-2, -1) if self.transposed else x).reshape(-1, self.columns)
 
-    def _grid_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, bool, float]:
-        """(scale, lowest and highest integer, each for every weight of [rows, columns], 1 bit or not, LSQ's factor)."""
+    def _like(self, x: Tensor, rows: Tensor) -> Tensor:
+        """The inverse of `_rows`, in the shape of `x`; contiguous, as a packed weight is when it is unpacked."""
+        return rows.reshape(x.mT.shape).mT.contiguous() if self.transposed else rows.reshape(x.shape)
+
+    def _grid_of(self, part: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor, bool, float]:
+        """(scale, lowest and highest integer, each for every weight of some rows, 1 bit or not, LSQ's factor)."""
         spec = full = self._specs[self._index or 0]
-        scale = self.scale.view(self.rows, self.groups)
-        zero = self.zero_points[self._index or 0].view(self.rows, self.groups)
+        scale = self.scale.view(self.rows, self.groups)[part]
+        zero = self.zero_points[self._index or 0].view(self.rows, self.groups)[part]
         if self._narrow is not None and 2 <= self._narrow < spec.num_bits:
             spec = replace(full, num_bits=self._narrow)
             scale, zero = scale * (full.qmax / spec.qmax), (zero * (spec.qmax / full.qmax)).round().to(zero.dtype)
@@ -116,18 +120,24 @@ class GroupedLSQ(LSQ):
         return spread(scale, self.group_size, self.columns), low, high, spec.binary, factor
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._quantized(x, slice(None))
+
+    def of_matrix(self, stack: Tensor, index: int) -> Tensor:
+        each = self.rows // len(stack)
+        return self._quantized(stack[index], slice(index * each, (index + 1) * each))
+
+    def _quantized(self, x: Tensor, part: slice) -> Tensor:
+        """`x`, which is these rows, on the grid."""
         if self._index is None:
             return x
-        scale, low, high, binary, factor = self._grid_of(x)
-        out = quantize_traced(self._rows(x), scale, low, high, binary=binary, factor=factor)
-        return out.t() if self.transposed else out.reshape(x.shape)
+        scale, low, high, binary, factor = self._grid_of(part)
+        return self._like(x, quantize_traced(self._rows(x), scale, low, high, binary=binary, factor=factor))
 
     @torch.no_grad()
     def to_int(self, x: Tensor) -> Tensor:
         """Integers less their zero points, int16 of x's shape."""
-        scale, low, high, binary, _ = self._grid_of(x)
-        out = to_int(wide(self._rows(x)), scale, low, high, binary=binary).to(torch.int16)
-        return (out.t() if self.transposed else out).reshape(x.shape)
+        scale, low, high, binary, _ = self._grid_of()
+        return self._like(x, to_int(wide(self._rows(x)), scale, low, high, binary=binary).to(torch.int16))
 
     @torch.no_grad()
     def stored(self, x: Tensor) -> Tensor:
@@ -136,7 +146,7 @@ class GroupedLSQ(LSQ):
         if zero is None:
             return self.to_int(x)
         shift = spread(zero, self.group_size, self.columns).to(torch.int16)
-        return self.to_int(x) + (shift.t() if self.transposed else shift).reshape(x.shape)
+        return self.to_int(x) + self._like(x, shift)
 
     def extra_repr(self) -> str:
         return f"widths={self.widths}, group_size={self.group_size}, symmetric={self.symmetric}"

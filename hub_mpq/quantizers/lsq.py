@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core import QuantSpec
 from ..errors import InvalidArgument
-from .base import LastRead, Quantizer, keep_dtype
+from .base import LastRead, Quantizer, channel_rows, keep_dtype
 from .compiled import compiler_works
 from .fake_quantize import quantize, quantize_traced, straight
 from .fake_quantize_kernels import Grid, to_int, wide
@@ -41,7 +41,8 @@ class LSQ(Quantizer):
     widths: the candidate widths, ascending; `set_width` selects one, None lets the input through.
     signed: weights: symmetric codes −2^(b−1) … 2^(b−1)−1 (1 bit: {−1, +1}). Unsigned: activations, codes
         0 … 2^b−1 with an integer zero point: 0 behind a ReLU, else chosen from data and then kept.
-    channels, axis: one scale per index of `axis` (weights); channels = 1 is per tensor.
+    channels, axis: one scale per index of `axis` (weights), of a negative one as `channel_rows` counts them (stacks of
+        matrices); channels = 1 is per tensor.
     log: scale = base · exp(shift), the learned `shift` starting at zero [our construction: scale-free, so that one
         learning rate fits every layer]; False: base + shift, the paper's own parameter.
 
@@ -118,27 +119,30 @@ class LSQ(Quantizer):
         self.shift[row] = 0
         self.zero_points[row] = zero_point
 
-    def operand(self, x: Tensor) -> tuple[Tensor, Grid] | None:
-        """(scale shaped to broadcast against `x`, the grid in force); None when `x` passes through."""
-        return None if self._index is None else self._grid(x)
+    def operand(self, x: Tensor, matrix: int | None = None) -> tuple[Tensor, Grid] | None:
+        """(scale shaped to broadcast against `x`, the grid in force); None when `x` passes through.
+
+        Args:
+            x: The tensor.
+            matrix: Of a stack of matrices: the one that is asked about, so that the scale is that of `x[matrix]`.
+        """
+        return None if self._index is None else self._grid(x, matrix)
 
     @torch.no_grad()
     def _follow(self, weight: Tensor, channels: Tensor) -> None:
         """Set the scales in force of the channels without a start."""
-        if self.base.shape[1] > 1:
-            weight = weight.index_select(self.axis % weight.dim(), channels)
+        rows = channel_rows(weight, self.axis)[channels] if self.base.shape[1] > 1 else weight.reshape(1, -1)
         row = self._index or 0
-        self.shift[row, channels] = self._shift_to(weight, self.base[row, channels])
+        self.shift[row, channels] = self._shift_to(rows, self.base[row, channels])
 
-    def _shift_to(self, weight: Tensor, base: Tensor) -> Tensor:
-        """What `shift` is where the scale follows the weight; `weight` has the channels of `base`."""
-        top = wide(weight).abs()
-        top = top.movedim(self.axis, 0).flatten(1).amax(1) if self.base.shape[1] > 1 else top.amax().reshape(1)
+    def _shift_to(self, rows: Tensor, base: Tensor) -> Tensor:
+        """What `shift` is where the scale follows the weight; `rows`: [channels of `base`, values]."""
+        top = wide(rows).abs().amax(1)
         qmax = self._specs[self._index or 0].qmax
         scale = torch.where(top > 0, top.to(base) * (HEADROOM / max(qmax, 1)), base)
         return scale.log() - base.log() if self.log else scale - base
 
-    def _grid(self, x: Tensor) -> tuple[Tensor, Grid]:
+    def _grid(self, x: Tensor, matrix: int | None = None) -> tuple[Tensor, Grid]:
         spec = self._specs[self._index or 0]
         if self.signed:
             channels = self._without_start(self.base)
@@ -150,13 +154,17 @@ class LSQ(Quantizer):
             scale, z = scale * (full.qmax / spec.qmax), round(z * spec.qmax / full.qmax)
         low, high = spec.qmin - z, spec.qmax - z
         factor = 1 / math.sqrt(self._served(x, scale) * max(abs(low), high))
+        if matrix is not None:
+            each = scale.numel() // len(x)
+            x, scale = x[matrix], scale if self.base.shape[1] == 1 else scale[matrix * each : (matrix + 1) * each]
         return self._spread(x, scale), Grid(low, high, spec.binary, factor, self.compiled)
 
     def _spread(self, x: Tensor, scale: Tensor) -> Tensor:
         """A scale shaped to broadcast against `x`."""
         if self.base.shape[1] == 1:
             return scale
-        return scale.view([-1 if d == self.axis % x.dim() else 1 for d in range(x.dim())])
+        axis, front = self.axis % x.dim(), x.dim() - 2 if self.axis < 0 else 0
+        return scale.view([size if d == axis or d < front else 1 for d, size in enumerate(x.shape)])
 
     def _served(self, x: Tensor, scale: Tensor) -> int:
         """How many elements one scale serves: per sample for an activation, so that the gradient does not depend on how
@@ -169,7 +177,8 @@ class LSQ(Quantizer):
         full = spec = self._specs[row]
         base, shift = self.base[row], self.shift[row]
         if self.signed:
-            shift = torch.where(base == NO_START, straight(shift, self._shift_to(x.detach(), base)), shift)
+            rows = channel_rows(x.detach(), self.axis) if len(base) > 1 else x.detach().reshape(1, -1)
+            shift = torch.where(base == NO_START, straight(shift, self._shift_to(rows, base)), shift)
         scale, z = self._scale_of(base, shift), self.zero_points[row]
         if self._narrow is not None and 2 <= self._narrow < full.num_bits:
             spec = replace(full, num_bits=self._narrow)
@@ -183,6 +192,12 @@ class LSQ(Quantizer):
             return self._traced(x)
         operand = self.operand(x)
         return x if operand is None else quantize(x, *operand)
+
+    def of_matrix(self, stack: Tensor, index: int) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().of_matrix(stack, index)
+        operand = self.operand(stack, index)
+        return stack[index] if operand is None else quantize(stack[index], *operand)
 
     @torch.no_grad()
     def to_int(self, x: Tensor) -> Tensor:

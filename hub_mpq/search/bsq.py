@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..core import Candidates, LayerBits, LayerGraph
 from ..core.checks import number, whole
 from ..core.layer_kind import layer_kinds
+from ..cost.size import channel_count
 from ..nn.quantize import quantize_layers
 from ..quantizers import LSQ, activation_scale, weight_scale_mse
 from ..quantizers.bit_planes import BitPlanes
@@ -127,9 +128,10 @@ class BSQ(SearchStrategy):
         weight: dict[str, dict[int, float]] = {}
         activation: dict[str, dict[int, float]] = {}
         for name in self.layers:
-            c, axis = self.candidates[name], layer_kinds.get(self.graph[name].kind).channel_axis
+            c, kind = self.candidates[name], layer_kinds.get(self.graph[name].kind)
             w = self._owner(name)(self.layers[name].weight).float()
-            rounded = LSQ(c.weight, signed=True, channels=w.shape[axis], axis=axis).to(w.device)
+            channels, axis = channel_count(kind.name, w.shape), kind.channel_axis
+            rounded = LSQ(c.weight, signed=True, channels=channels, axis=axis).to(w.device)
             for bits in c.weight:
                 rounded.init(bits, weight_scale_mse(w, bits, axis=axis))
             power = float(w.double().square().sum()) or 1.0

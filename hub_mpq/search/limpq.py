@@ -179,7 +179,7 @@ class LIMPQ(SearchStrategy):
         """What the trained scales mean: relative powers, or divergences; nothing to do for "raw scale"."""
         if self.indicator == "raw scale":
             return
-        model.eval().requires_grad_(True)  # frozen weights too: every layer's output must have a gradient
+        model.eval()
         self.set_widths(model, dict.fromkeys(self.layers, self.widths[-1]))  # the banks nearest to float
         if self.indicator == "scale":
             inputs = share_samples(sample_inputs(model, batches, self.loss.task.forward))

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidArgument
-from ..nn.layers import first_operand
+from ..nn.blocks import blocks_of, cache_off, checkpointed, frozen
+from ..nn.experts import Stack
+from ..nn.layers import QuantConv1D, QuantLinear, first_operand
 from ..quantizers import LSQ
 from ..tasks import Task
 from ..train.processes import mean_rows, total, world
@@ -68,10 +70,14 @@ def like(moved: Tensor, y: Tensor) -> Tensor:
     return (moved - moved.mean(dims, keepdim=True)) * deviation + y.mean(dims, keepdim=True)
 
 
-def monotone(row: Mapping[int, float]) -> dict[int, float]:
-    """{bits: value} in which no width has less than a wider one, and at least what can be stored."""
+def monotone(row: Mapping[Any, float]) -> dict[Any, float]:
+    """{width, or LayerBits: value} in which no width has less than a wider one of the same groups, and at
+    least what can be stored."""
     out = {bits: max(value, LEAST) for bits, value in sorted(row.items())}
-    for wider, bits in pairwise(sorted(out, reverse=True)):
+    groups: dict[Any, list[Any]] = {}
+    for bits in sorted(out, reverse=True):
+        groups.setdefault(None if isinstance(bits, int) else (bits.group_size, bits.symmetric), []).append(bits)
+    for wider, bits in (pair for widths in groups.values() for pair in pairwise(widths)):
         out[bits] = max(out[bits], out[wider])
     return out
 
@@ -102,8 +108,8 @@ def sensitivity(
     A weight's errors at all places of an image add up, so g·ΔY is summed over each sample. Where the items are
     positions themselves (tokens, pixels: `Task.positional`) it is taken at each position, which leaves out how errors
     at two positions act together, but needs far fewer samples [our construction]. A layer that runs more than once has
-    one error of all its runs. What a BatchNorm behind a layer removes, a channel's shift and scale, is not counted
-    [our construction].
+    one error of all its runs, and so has a stack of experts at each token that reaches several of them. What a
+    BatchNorm behind a layer removes, a channel's shift and scale, is not counted [our construction].
 
     Args:
         layers: {name: quantized layer}; all quantizers off.
@@ -130,7 +136,7 @@ def sensitivity(
     calls: dict[str, int] = {}
     axes: dict[str, int] = {}
     unsure: set[str] = set()
-    batch_size = 1
+    batch_size, forward = 1, True
 
     def settle(name: str) -> None:
         for (side, bits), products in held.pop(name, {}).items():
@@ -140,24 +146,23 @@ def sensitivity(
             row[0], row[1] = row[0] + both[0], row[1] + both[1]
 
     @torch.no_grad()
-    def add(name: str, x: Tensor, grad: Tensor) -> None:
+    def add(name: str, x: Tensor, more: tuple[Any, ...], grad: Tensor) -> None:
         if unsure:  # the gradient of the first sample alone
             if name in unsure:
                 axes[name] = int(not grad[:, 1:].any() and bool(grad[1:].any()))
             return
-        module = layers[name]
-        # again, not kept from the forward: what follows a layer may have changed its output in place
-        y = type(module).forward(module, x).float()
-        found = {}
+        module, found = layers[name], {}
         for side, quantizers in sides.items():
             if name not in quantizers:
                 continue
-            for bits in quantizers[name].widths:
-                with at(quantizers[name], bits):
-                    # the class's forward: calling the module would run this very hook again
-                    moved = type(module).forward(module, x).float()
-                error = (like(moved, y) if name in normed else moved) - y
+            direct = side == "weight" and name not in normed and isinstance(module, (QuantLinear, QuantConv1D))
+            for bits, error in (
+                _matrix_errors(module, x) if direct else _errors(module, quantizers[name], (x, *more), name in normed)
+            ):
                 product = (grad.float() * error).movedim(axes.get(name, 0), 0)
+                if more:  # an expert's rows are some of the tokens
+                    _, tokens, count = more
+                    product = product.new_zeros(count, 1).index_add_(0, tokens, product.sum(1, keepdim=True))
                 found[side, bits] = _products(product, module, batch_size, task.positional)
         before = held.get(name)
         # the errors of a layer that runs more than once act together
@@ -175,39 +180,47 @@ def sensitivity(
 
         def keep(
             _m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, name: str = name
-        ) -> None:
-            if output.requires_grad:
-                x = first_operand(args, kwargs).detach()
+        ) -> Tensor | None:
+            if forward:  # not a block's second run, on the way back
                 calls[name] = calls.get(name, 0) + 1
                 if not task.positional and name not in axes and _may_be_second(output, batch_size):
                     unsure.add(name)
-                output.register_hook(lambda grad: add(name, x, grad))
+            if not torch.is_grad_enabled():  # a block's first run
+                return None
+            x = first_operand(args, kwargs).detach()
+            more = args[1:] if isinstance(_m, Stack) else ()
+            # nothing that learns stands before it; a copy, for what follows may change it in place
+            own = output if output.requires_grad else output.detach().requires_grad_().clone()
+            own.register_hook(lambda grad: add(name, x, more, grad))
+            return own
 
         handles.append(module.register_forward_hook(keep, with_kwargs=True))
     items, samples, unit = 0.0, 0.0, ""
     rank, processes = world()
+    blocks = blocks_of(model, {name: module.weight.numel() for name, module in layers.items()})
     try:
-        for i, batch in enumerate(batches):
-            batch_size = int(task.samples(batch))
-            if items and (samples + batch_size > SAMPLES or (task.positional and items >= POSITIONS)):
-                break
-            calls.clear()
-            model.zero_grad(set_to_none=True)
-            with fixed_draws(next(model.parameters()).device, seed + i):
-                output = task.forward(model, batch)
-            generator = torch.Generator().manual_seed(seed + i * processes + rank)
-            unit = unit or task.unit(output)
-            values, kept = task.probe(output, generator, task.mask(batch))
-            values = torch.where(kept, values, torch.zeros_like(values))
-            if unsure:
-                values[0].sum().backward(retain_graph=True)
-                unsure.clear()
-            values.sum().backward()
-            for name in list(held):  # a call whose output went nowhere
-                settle(name)
-            items, samples = items + float(kept.sum()), samples + batch_size
+        with torch.enable_grad(), frozen(model), cache_off(model), checkpointed(blocks.values()):
+            for i, batch in enumerate(batches):
+                batch_size = int(task.samples(batch))
+                if items and (samples + batch_size > SAMPLES or (task.positional and items >= POSITIONS)):
+                    break
+                calls.clear()
+                forward = True
+                with fixed_draws(next(model.parameters()).device, seed + i):
+                    output = task.forward(model, batch)
+                forward = False
+                generator = torch.Generator().manual_seed(seed + i * processes + rank)
+                unit = unit or task.unit(output)
+                values, kept = task.probe(output, generator, task.mask(batch))
+                values = torch.where(kept, values, torch.zeros_like(values))
+                if unsure:
+                    values[0].sum().backward(retain_graph=True)
+                    unsure.clear()
+                values.sum().backward()
+                for name in list(held):  # a call whose output went nowhere
+                    settle(name)
+                items, samples = items + float(kept.sum()), samples + batch_size
     finally:
-        model.zero_grad(set_to_none=True)
         for handle in handles:
             handle.remove()
     whole = counted(total(items)[0]) / processes
@@ -221,6 +234,25 @@ def sensitivity(
         errors[side] = {n: {b: math.sqrt(v / processes) / whole for b, v in row.items()} for n, row in squares.items()}
     weight, activation = ({n: monotone(row) for n, row in means[side].items()} for side in sides)
     return Sensitivity(weight, activation, errors["weight"], errors["activation"], unit)
+
+
+def _errors(module: Any, quantizer: Any, args: tuple[Any, ...], normed: bool) -> Iterator[tuple[Any, Tensor]]:
+    """(width, what it changes in a layer's output, float32) for all widths of one of its quantizers."""
+    # the class's forward: calling the module would run the hooks again
+    y = type(module).forward(module, *args).float()
+    for bits in quantizer.widths:
+        with at(quantizer, bits):
+            moved = type(module).forward(module, *args).float()
+        yield bits, (like(moved, y) if normed else moved) - y
+
+
+def _matrix_errors(module: Any, x: Tensor) -> Iterator[tuple[Any, Tensor]]:
+    """As `_errors` for the weight of a matrix product, in one product a width: x·ΔW."""
+    weight, x = module.weight.float(), x.float()
+    for bits in module.weight_quantizer.widths:
+        with at(module.weight_quantizer, bits):
+            moved = module.weight_quantizer(module.weight).float() - weight
+        yield bits, x @ (moved.t() if isinstance(module, QuantLinear) else moved)
 
 
 def _variance(first: float, second: float, samples: float) -> float:

@@ -92,7 +92,7 @@ class SearchSpace:
             part = self.fill(policy)
             if part is not None:
                 found.append((round(part, 9), level.weight * level.activation, level))
-        found.sort(key=lambda row: (row[0], row[1], -abs(row[2].weight - row[2].activation), row[2]))
+        found.sort(key=lambda row: (row[0], row[1], -abs(row[2].weight - row[2].activation), row[2].activation, row[2]))
         return [level for _, _, level in reversed(found)]
 
     def greedy_fill(self) -> Policy | None:

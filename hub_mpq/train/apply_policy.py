@@ -15,7 +15,7 @@ from ..nn.packing import take_weight
 from ..nn.quantize import check_finite, quantize_to_policy, quantized_layers
 from ..nn.rounded_weights import RoundedWeights
 from ..tasks import TaskLike, task_of, to_device
-from .round_weights import BATCHES, Rounding, round_weights
+from .round_weights import BATCHES, round_weights
 
 
 def apply_policy(
@@ -28,7 +28,7 @@ def apply_policy(
     per_channel: bool = True,
     task: TaskLike = None,
     example: Any = None,
-    rounding: Rounding | None = None,
+    rounding: str | None = None,
     rounded: RoundedWeights | None = None,
 ) -> None:
     """Give a float model the quantizers of a policy, in place, calibrated on a few batches.

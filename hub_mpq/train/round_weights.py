@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from ..quantizers.gptq import Factor
 from ..quantizers.weight_grid import WeightGrid, weight_grid
 from ..tasks import TaskLike, task_of, to_device
 
-Rounding = Literal["gptq", "nearest"]
+logger = logging.getLogger(__name__)
 ROUNDINGS = ("gptq", "nearest")
 BATCHES = 16
 """How many batches are read at most; of them up to 4,096 positions of each input."""
@@ -53,7 +54,7 @@ def round_weights(
     choices: Mapping[str, Sequence[LayerBits]],
     batches: Iterable[Any],
     *,
-    rounding: Rounding = "gptq",
+    rounding: str = "gptq",
     task: TaskLike = None,
     example: Any = None,
     folder: Path | None = None,
@@ -100,9 +101,9 @@ def round_weights(
     left = [x for x in layers if not (resume and rounded.has(x, choices[x.name], marks[x.name]))]
     with tqdm(total=len(layers), initial=len(layers) - len(left), desc="weights", unit="layer", leave=False) as bar:
 
-        def store(layer: LayerSpec, moments: Tensor | None, factor: Factor | None) -> None:
+        def store(layer: LayerSpec, moments: Tensor | None, factors: Iterable[Factor] | None) -> None:
             weight = model.get_submodule(layer.name).weight.detach()
-            found = round_weight(weight, layer, choices[layer.name], moments, factor)
+            found = round_weight(weight, layer, choices[layer.name], moments, factors)
             rounded.add(layer, found, marks[layer.name])
             bar.update()
 
@@ -110,17 +111,27 @@ def round_weights(
         # of a task with a mask, which positions count
         for part in input_moments(model, left, taken, known.forward, diagonal=rounding != "gptq", mask=known.mask):
             factor: tuple[int, Factor] | None = None
+            rounded.unreached |= part.unreached
             for layer in part.layers:
                 moments = part.moments.get(layer.name)
                 if moments is None or rounding != "gptq" or not layer.takes_groups:
                     store(layer, moments, None)
+                elif moments.dim() == 3:  # of experts: one after the other
+                    store(layer, moments.diagonal(dim1=1, dim2=2), map(Factor, moments))
                 else:
                     if factor is None or factor[0] != id(moments):  # layers that read one tensor stand together
                         factor = (id(moments), Factor(moments))
-                    store(layer, moments.diagonal(), factor[1])
+                    store(layer, moments.diagonal(), (factor[1],))
                 del there[layer.name]
         for layer in there.values():  # tables
             store(layer, None, None)
+    if rounded.unreached:
+        logger.warning(
+            "%d experts of %d stacks were reached by no token of the batches: they are rounded by what the other "
+            "experts of their stack read",
+            sum(rounded.unreached.values()),
+            len(rounded.unreached),
+        )
     return rounded
 
 
@@ -129,7 +140,7 @@ def round_weight(
     layer: LayerSpec,
     choices: Sequence[LayerBits],
     importance: Tensor | None = None,
-    factor: Factor | None = None,
+    factors: Iterable[Factor] | None = None,
 ) -> dict[LayerBits, PackedTensor]:
     """{choice: one layer's weight, packed}.
 
@@ -138,26 +149,40 @@ def round_weight(
         layer: The layer.
         choices: What the weight may become.
         importance: Mean square of what meets each column of a row, see `weight_grid`; None: all alike.
-        factor: Rounds by GPTQ; None: to the nearest points.
+        factors: Round by GPTQ: one for all rows, or, of a stack, one for each matrix; None: to the nearest points.
     """
-    transposed = layer_kinds.get(layer.kind).row_axes == (1, 0)
-    rows = (
-        weight.t() if transposed else weight.reshape(-1, weight.shape[-1]) if layer.takes_groups else weight.flatten(1)
-    )
+    transposed = layer_kinds.get(layer.kind).transposed
+    rows = weight.mT if transposed else weight
+    rows = rows.reshape(-1, rows.shape[-1]) if layer.takes_groups else weight.flatten(1)
+    parts = len(weight) if weight.dim() == 3 else 1
     grids = []
     for bits in choices:
         scale, zero = weight_grid(
             rows, bits.weight, group_size=bits.group_size, symmetric=bits.symmetric, importance=importance
         )
         grids.append(WeightGrid(bits.weight, scale, zero, bits.group_size))
-    found = [grid.nearest(rows) for grid in grids] if factor is None else factor.round(rows, grids)
+    found = [grid.nearest(rows) for grid in grids] if factors is None else _compensated(rows, grids, factors, parts)
     out = {}
     for bits, grid, values in zip(choices, grids, found, strict=True):
-        values = (values.t() if transposed else values).reshape(weight.shape)
+        values = values.reshape(weight.mT.shape).mT if transposed else values.reshape(weight.shape)
         flat = bits.group_size is None
         scale, zero = (x if x is None else (x.flatten() if flat else x).cpu() for x in (grid.scale, grid.zero_point))
         out[bits] = pack_weight(values.cpu(), scale, layer.kind, bits.weight, zero, bits.group_size)
     return out
+
+
+def _compensated(rows: Tensor, grids: Sequence[WeightGrid], factors: Iterable[Factor], parts: int) -> list[Tensor]:
+    """Integers on each grid, `parts` equal parts of the rows by one factor each."""
+    each = len(rows) // parts
+    rounded = []
+    for i, factor in enumerate(factors):
+        part = slice(i * each, (i + 1) * each)
+        cut = [
+            g._replace(scale=g.scale[part], zero_point=None if g.zero_point is None else g.zero_point[part])
+            for g in grids
+        ]
+        rounded.append(factor.round(rows[part], cut))
+    return [torch.cat(found) for found in zip(*rounded, strict=True)]
 
 
 def _mark(*trees: Any) -> str:

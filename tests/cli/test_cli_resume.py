@@ -176,7 +176,7 @@ def test_a_run_that_stopped_while_it_fine_tuned_searches_no_more(run, folder, tm
         patch.setattr("hub_mpq.model.finetune", stop)
         stopped = run(*args)
     assert (stopped.exit_code, "--resume" in stopped.stderr) == (130, True)
-    kept = read_indicators(tmp_path / "out.checkpoints" / "scores.safetensors")
+    kept = read_indicators(next((tmp_path / "out.checkpoints").glob("scores-*.safetensors")))
     assert kept.strategy == strategy
     with monkeypatch.context() as patch:
         patch.setattr("hub_mpq.model.train_scores", None)

@@ -1,0 +1,237 @@
+"""Experts that transformers keeps stacked in one Parameter: each stack becomes a layer, called expert by expert.
+
+transformers lets others register how experts are computed (`ALL_EXPERTS_FUNCTIONS`). The way registered here calls a
+stack as a module, on the tokens that reach an expert, so that stacks have hooks, quantizers and packed weights as other
+layers have. transformers' own ways index the Parameter, or hand all of it to one grouped product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..quantizers import LSQ
+from ..versions import warn_if_untested
+from .fused import Product, quantized
+from .packed import PackedLayer, packed_product
+
+IMPLEMENTATION = "hub_mpq"
+"""The name of the way to compute experts, in transformers' registry."""
+_STACKS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+class Stack(nn.Module):
+    """What all forms of a stack share.
+
+    `forward(x, expert, tokens, count)`: x [rows, in] are the inputs of one expert, tokens [rows] says which of `count`
+    tokens each row is; the output is [rows, out].
+    """
+
+    weight: Tensor
+    transposed = False
+    bias = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        register()  # a model that was unpickled runs too
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+
+class ExpertStack(Stack):
+    """The matrices of all experts, weight [experts, out, in]. Its state dict has the name of the Parameter that it
+    stands for, so that of the model is the same as before."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+        register()
+
+    def forward(self, x: Tensor, expert: int, tokens: Tensor | None = None, count: int = 0) -> Tensor:
+        return Product(self.transposed).run(x, self.weight[expert], None)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[prefix.removesuffix(".")] = self.weight if keep_vars else self.weight.detach()
+
+
+class TransposedExpertStack(ExpertStack):
+    """The same with weight [experts, in, out]."""
+
+    transposed = True
+
+
+def _as_float(layer: Any) -> bool:
+    """Whether the weight of a layer is [experts, in, out], as its float form says."""
+    return bool(layer.float_class.transposed)
+
+
+class QuantExperts(Stack):
+    """A stack with a quantizer, which puts one expert at a time on its grid. Inputs stay float."""
+
+    weight_quantizer: Any
+    input_quantizer: None
+    float_class: type[ExpertStack]
+    transposed = property(_as_float)  # type: ignore[assignment]
+
+    def forward(self, x: Tensor, expert: int, tokens: Tensor | None = None, count: int = 0) -> Tensor:
+        q, product = self.weight_quantizer, Product(self.transposed)
+        if type(q) is LSQ and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            operand = q.operand(self.weight, expert)
+            if operand is not None:
+                return quantized(product, x, self.weight[expert], None, None, operand)
+        return product.run(x, q.of_matrix(self.weight, expert).to(x.dtype), None)
+
+
+class PackedExperts(PackedLayer, Stack):  # type: ignore[override]
+    """A stack with packed weights, of which one expert at a time is unpacked."""
+
+    float_class: type[ExpertStack]
+    transposed = property(_as_float)  # type: ignore[assignment]
+
+    def forward(self, x: Tensor, expert: int, tokens: Tensor | None = None, count: int = 0) -> Tensor:
+        return packed_product(self, Product(self.transposed), x, partial(self.unpacked_expert, expert))
+
+    def unpacked_expert(self, expert: int, dtype: torch.dtype) -> Tensor:
+        """The dequantized matrix of one expert, as `unpacked` has it."""
+        return self.packed.matrix(expert, self.compute.dtype).to(dtype)
+
+
+def _to_layers(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    """Give the Parameters of stacks the names of layers while a state dict is loaded."""
+    for name in _STACKS:
+        if isinstance(module._modules.get(name), ExpertStack) and prefix + name in state_dict:
+            state_dict[f"{prefix}{name}.weight"] = state_dict.pop(prefix + name)
+
+
+def _is_stack_parent(module: nn.Module) -> bool:
+    """Whether transformers computes a module by its registry of ways to compute experts."""
+    return hasattr(module, "_is_expert_parallel") and hasattr(module, "is_transposed") and hasattr(module, "config")
+
+
+def has_stacked_experts(model: nn.Module) -> bool:
+    """Whether `expose_experts` would find stacks that are no layers yet.
+
+    Args:
+        model: The model.
+    """
+    return any(
+        isinstance(weight := module._parameters.get(name), Tensor) and weight.dim() == 3
+        for module in model.modules()
+        if _is_stack_parent(module)
+        for name in _STACKS
+    )
+
+
+def expose_experts(model: nn.Module) -> bool:
+    """Make each stacked Parameter of experts a layer under its own name, in place; `conceal_experts` undoes it.
+
+    The Parameters stay the same objects, and the state dict has the same names. Does nothing to other modules, nor to
+    stacks that are layers already.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Whether it has such layers now.
+    """
+    found = False
+    parents = [module for module in model.modules() if _is_stack_parent(module)]
+    former = [module.config._experts_implementation for module in parents]
+    for module, implementation in zip(parents, former, strict=True):
+        for name in _STACKS:
+            weight = module._parameters.get(name)
+            if weight is None or weight.dim() != 3:
+                continue
+            delattr(module, name)
+            setattr(module, name, (TransposedExpertStack if module.is_transposed else ExpertStack)(weight))
+        if any(isinstance(module._modules.get(name), Stack) for name in _STACKS):
+            found = True
+            module.config._experts_implementation = IMPLEMENTATION
+            if "_concealed" not in vars(module):
+                module._concealed = implementation, module.register_load_state_dict_pre_hook(_to_layers)
+    if found:
+        warn_if_untested("transformers")
+    return found
+
+
+def conceal_experts(model: nn.Module) -> None:
+    """Make the stacks of experts that are float layers Parameters again, and let transformers compute them its way."""
+    for module in [module for module in model.modules() if "_concealed" in vars(module)]:
+        for name in _STACKS:
+            if isinstance(stack := module._modules.get(name), ExpertStack):
+                delattr(module, name)
+                module.register_parameter(name, stack.weight)
+        if not any(isinstance(module._modules.get(name), Stack) for name in _STACKS):
+            implementation, hook = vars(module).pop("_concealed")
+            module.config._experts_implementation = implementation
+            hook.remove()
+
+
+def names_of_parameters(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of float weights in which each stack of experts has the name of its Parameter.
+
+    Args:
+        model: The model, with quantized or packed layers.
+        state: {name of a layer + ".weight", or any other name: tensor}.
+    """
+    named = model.named_modules(remove_duplicate=False)
+    stacks = {f"{name}.weight": name for name, module in named if isinstance(module, Stack)}
+    return {stacks.get(key, key): tensor for key, tensor in state.items()}
+
+
+def _routed(chosen: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(expert, tokens that reach it, at which of their choices), of `chosen` [tokens, choices].
+
+    Nobody knows which ones on the meta device: there one expert stands for all.
+    """
+    if chosen.is_meta:
+        count, top = chosen.shape
+        token = torch.arange(count, device="meta").repeat(top)
+        yield 0, token, token
+        return
+    for expert in chosen.unique().tolist():
+        if expert < experts:  # an index beyond is a place without a token (expert parallelism)
+            choice, token = torch.where((chosen == expert).t())
+            yield expert, token, choice
+
+
+def stacked_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What transformers' own ways to compute experts compute, by calls of the stacks.
+
+    Args:
+        self: The module of the experts.
+        hidden_states: [tokens, in].
+        top_k_index: The experts of each token, [tokens, choices].
+        top_k_weights: What their outputs are multiplied with, [tokens, choices].
+
+    Returns:
+        [tokens, out].
+    """
+    # sums of experts are rounded once, as in transformers' grouped products
+    out = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
+
+    def product(name: str, x: Tensor, expert: int, tokens: Tensor) -> Tensor:
+        stack = getattr(self, name)
+        if isinstance(stack, Tensor):  # of a model that was built from this one's config
+            x = Product(self.is_transposed).run(x, stack[expert], None)
+        else:
+            x = stack(x, expert, tokens, len(hidden_states))
+        return x + getattr(self, f"{name}_bias")[expert] if self.has_bias else x
+
+    for expert, tokens, choices in _routed(top_k_index, self.num_experts):
+        x = product("gate_up_proj" if self.has_gate else "up_proj", hidden_states[tokens], expert, tokens)
+        x = product("down_proj", self._apply_gate(x) if self.has_gate else self.act_fn(x), expert, tokens)
+        if getattr(self, "has_post_expert_norm", False):
+            x = self.post_expert_norm(x)
+        x = x * top_k_weights[tokens, choices, None]
+        out.index_add_(0, tokens, x.to(out.dtype))
+    return out.to(hidden_states.dtype)
+
+
+def register() -> None:
+    """Tell transformers of the way to compute experts."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, stacked_experts_forward)
