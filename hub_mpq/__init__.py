@@ -21,6 +21,7 @@ _LAZY = {
     "Task": "tasks",
     "register_task": "core",
     **dict.fromkeys(["Runtime", "register_runtime"], "core"),
+    **dict.fromkeys(["Target", "register_target"], "core"),
     **dict.fromkeys(["SearchStrategy", "register_strategy"], "search.strategy"),
     "solve_table": "solve",
     "HubMPQError": "errors",
@@ -45,10 +46,12 @@ if TYPE_CHECKING:
     from .core import Policy as Policy
     from .core import Runtime as Runtime
     from .core import SearchResult as SearchResult
+    from .core import Target as Target
     from .core import register_layer_kind as register_layer_kind
     from .core import register_library as register_library
     from .core import register_limit as register_limit
     from .core import register_runtime as register_runtime
+    from .core import register_target as register_target
     from .core import register_task as register_task
     from .errors import HubMPQError as HubMPQError
     from .hub.plugin import MPQConfig as MPQConfig

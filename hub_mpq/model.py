@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import math
+import sys
 import tempfile
 import time
 import warnings
@@ -39,6 +40,7 @@ from .core import (
     Usage,
 )
 from .core.library import libraries
+from .core.target import Target, targets
 from .core.task import tasks
 from .data import text_tokens
 from .errors import HubMPQError, InvalidArgument
@@ -57,7 +59,14 @@ from .pack import Manifest, read_indicators, write_indicators
 from .report import measurements, report
 from .search.candidates import CandidatesLike, GroupSizes, resolve_candidates
 from .search.policy_search import inferred_policy, pareto_front, search_policy, usage_of
-from .search.scores import Scores, candidates_of, equal_scores, expected_divergence, score_table
+from .search.scores import (
+    Scores,
+    candidates_of,
+    equal_scores,
+    expected_divergence,
+    score_table,
+    scored_candidates,
+)
 from .search.strategy import infers_widths, strategy_named
 from .search.synthetic_data import synthetic_batch
 from .search.train_scores import train_scores
@@ -72,7 +81,7 @@ from .train.loop import TrainLog
 from .train.norms import reestimate_batch_norm
 from .train.perplexity import perplexity
 from .train.processes import on_main, seeded, world
-from .train.round_weights import BATCHES, check_rounding, round_weights, weight_choices
+from .train.round_weights import BATCHES, check_rounding, digest_of, round_weights, weight_choices
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -94,6 +103,7 @@ class HubMPQ(nn.Module):
         history: How the quantized model came to be: {"search" | "finetune": facts}.
         seconds: {stage: wall time}.
         task: What the model is for, a `Task` or its name; None: found out from the model and the batches.
+        target: The `Target` that policies are made for, or None.
     """
 
     def __init__(
@@ -104,16 +114,18 @@ class HubMPQ(nn.Module):
         fixed: Pins | None = None,
         weight_only: bool = False,
         tie_fused: bool = False,
+        target: Target | str | None = None,
     ) -> None:
         super().__init__()
+        self.target = targets.get(target) if isinstance(target, str) else target
         self.model = source.model
         self.source = source
         task_of(task, source.model)  # an unknown name is a mistake of this call
         self.task = task
-        self.weight_only = weight_only
+        self.weight_only = weight_only or self.target is not None
         self.graph: LayerGraph = source.graph
         self.graph = self._pinned(fixed)
-        if tie_fused:
+        if tie_fused or (self.target is not None and self.target.tied):
             self.graph = self.graph.with_tied_inputs()
         self.policy: Policy | None = None
         self.scores: Indicators | None = None
@@ -137,6 +149,7 @@ class HubMPQ(nn.Module):
         exclude: Iterable[str] = (),
         weight_only: bool = False,
         tie_fused: bool = False,
+        target: Target | str | None = None,
         pretrained: bool = True,
         resident: str | None = None,
         revision: str | None = None,
@@ -161,6 +174,9 @@ class HubMPQ(nn.Module):
             weight_only: All inputs stay float, fixed layers' too.
             tie_fused: Layers of one module that read one input (q, k, v; gate, up) share the weight width, as runtimes
                 that fuse them (vLLM) need.
+            target: What policies are made for: "vllm" (compressed-tensors), "gguf" (llama.cpp), or a `Target`. Weights
+                alone are quantized, layers take what its menu has of what is asked for, its ties hold, and `size` is
+                in bytes of its file where these are others than the packed file's. None: hub_mpq's own file.
             pretrained: Fetch the published weights.
             resident: Of a packed model of transformers: "packed" or "float", the form in which weights are kept in
                 memory by layers that only run, see `hub_mpq.set_resident`. None: float weights behind quantizers, which
@@ -178,7 +194,7 @@ class HubMPQ(nn.Module):
             raise InvalidArgument(f"resident= is for packed models, and {str(model_id)!r} is none")
         kwargs |= {key: value for key, value in where.items() if value}
         source = adapters.load(str(model_id), pretrained=pretrained, exclude=exclude, **kwargs)
-        out = cls(source, task=task, fixed=fixed, weight_only=weight_only, tie_fused=tie_fused)
+        out = cls(source, task=task, fixed=fixed, weight_only=weight_only, tie_fused=tie_fused, target=target)
         if Path(model_id).is_dir():
             out.home = Path(model_id)
             out.scores = read_folder_indicators(model_id)
@@ -196,6 +212,7 @@ class HubMPQ(nn.Module):
         exclude: Iterable[str] = (),
         weight_only: bool = False,
         tie_fused: bool = False,
+        target: Target | str | None = None,
     ) -> HubMPQ:
         """Take any network; it stays float itself.
 
@@ -203,10 +220,10 @@ class HubMPQ(nn.Module):
             net: The network.
             example_input: One batch as it takes it.
             model_id: A name for it; the class's by default.
-            task, fixed, exclude, weight_only, tie_fused: As in `from_pretrained`.
+            task, fixed, exclude, weight_only, tie_fused, target: As in `from_pretrained`.
         """
         source = adapters.from_module(net, example_input, model_id=model_id, exclude=exclude)
-        return cls(source, task=task, fixed=fixed, weight_only=weight_only, tie_fused=tie_fused)
+        return cls(source, task=task, fixed=fixed, weight_only=weight_only, tie_fused=tie_fused, target=target)
 
     @classmethod
     def _of_folder(
@@ -347,8 +364,12 @@ class HubMPQ(nn.Module):
         return self._score_table(self.graph, alpha, candidates)
 
     def _score_table(self, graph: LayerGraph, alpha: float | None, candidates: CandidatesLike) -> tuple[Scores, float]:
+        scores = self._scores()
         chosen = None if candidates is None else self._candidates(graph, candidates)
-        return score_table(self._scores(), graph, chosen, alpha, weight_only=self.weight_only)
+        if chosen is None and self.target is not None:
+            scored = None if scores.pairs else scored_candidates(scores, graph, weight_only=True)
+            chosen = self._candidates(graph, scored)
+        return score_table(scores, graph, chosen, alpha, weight_only=self.weight_only)
 
     def _scores(self) -> Indicators:
         """The scores; HubMPQError where there are none."""
@@ -387,8 +408,8 @@ class HubMPQ(nn.Module):
         Raises:
             InfeasibleBudget: No policy meets the budget; it reports the minimum of each limit.
         """
-        whole = Budget.of(budget, limits) or Budget()
         graph = self._pinned(fixed)
+        whole = self._for_target(Budget.of(budget, limits) or Budget(), graph)
         _check_seconds(validate_seconds)
         scored = self._scored(graph, alpha, candidates)
         result = scored.optimum(whole, time_limit)
@@ -431,8 +452,8 @@ class HubMPQ(nn.Module):
             budget: As in `search`, and so are candidates, fixed and limits.
             strategy: The one that is going to search; None: with the scores that are there, if any.
         """
-        whole = Budget.of(budget, limits) or Budget()
         graph = self._pinned(fixed)
+        whole = self._for_target(Budget.of(budget, limits) or Budget(), graph)
         learned = self.scores is not None and (strategy is None or self._serves(strategy, graph))
         self._check_reachable(graph, whole, candidates, learned=learned)
 
@@ -521,9 +542,11 @@ class HubMPQ(nn.Module):
         if isinstance(policy, SearchResult):
             policy = policy.policy
         if not isinstance(policy, Policy):
-            policy = Policy.uniform(self.graph, policy)
+            policy = self._uniform(policy, group_size, symmetric)
         policy.check(self.graph)
         policy = policy.with_groups(self.graph, group_size, symmetric)
+        if self.target is not None:
+            self.target.check(self.graph, policy)
         if rounding is None and calibration is not None and per_channel and policy.weights_alone:
             rounding = "gptq"
         return self._quantize_at(
@@ -704,6 +727,7 @@ class HubMPQ(nn.Module):
         graph = self._pinned(fixed)
         candidates = self._candidates(graph, candidates, group_size, symmetric)
         if whole is not None:
+            whole = self._for_target(whole, graph)
             whole = whole.with_groups(*_first_groups(candidates))
         alone = all(c.float_inputs for c in candidates.values()) and not any(
             x.fixed is not None and x.fixed.activation != FLOAT_BITS for x in graph
@@ -731,7 +755,10 @@ class HubMPQ(nn.Module):
             rounded = self._rounded(graph, candidates, train, rounding, checkpoint_dir, resume, learning.seed, task)
         kept = None
         if checkpoint_dir and not learned:
-            of = [strategy, strategy_options, str(candidates), rounding]
+            free = ("checkpoint_dir", "checkpoint_every", "resume")
+            options = {key: value for key, value in vars(learning).items() if key not in free}
+            weights = digest_of(self.float_model.state_dict())
+            of = [strategy, strategy_options, str(options), str(candidates), rounding, str(graph.digest), weights]
             of += [] if strategy_named(strategy).learned_once or whole is None else [str(whole)]
             kept = Path(checkpoint_dir) / f"scores-{_mark(of)}.safetensors"
             if resume and kept.is_file():
@@ -845,9 +872,10 @@ class HubMPQ(nn.Module):
         if policy is None:
             raise HubMPQError("there is no policy yet")
         if not isinstance(policy, Policy):
-            policy = Policy.uniform(graph, policy)
+            policy = self._uniform(policy)
         table = {layer.name: {policy.bits[layer.name]: 0.0} for layer in graph.searched}
-        return usage_of(graph, policy, None, self._base_bytes(graph, table, model))
+        counted = None if self.target is None else self._for_target(Budget(size=sys.maxsize), graph)
+        return usage_of(graph, policy, counted, self._base_bytes(graph, table, model))
 
     def report(self) -> str:
         """Widths and costs per layer and in all, accuracy before and after, seconds of each stage, and policies that
@@ -957,6 +985,8 @@ class HubMPQ(nn.Module):
             for of, found in self.metrics.items()
         }
         provenance: dict[str, Any] = {"hub_mpq": __version__, "metrics": metrics, **self.history}
+        if self.target is not None:
+            provenance["target"] = self.target.name
         if self.task is not None:
             named = tasks.get(self.task) if isinstance(self.task, str) else self.task
             provenance["task"] = named.settings()
@@ -991,15 +1021,41 @@ class HubMPQ(nn.Module):
         """The graph with layers pinned or freed for one call."""
         graph = self.graph.with_fixed(fixed) if fixed else self.graph
         if self.weight_only:
-            pinned = {x.name: x.fixed for x in graph if x.fixed is not None}
-            graph = graph.with_fixed({glob.escape(n): LayerBits(bits.weight, FLOAT_BITS) for n, bits in pinned.items()})
+            pinned = {x.name: x.fixed.of_weight for x in graph if x.fixed is not None}
+            if self.target is not None:
+                pinned = {name: self.target.level(graph[name], bits) for name, bits in pinned.items()}
+            graph = graph.with_fixed({glob.escape(name): bits for name, bits in pinned.items()})
         return graph
+
+    def _uniform(self, level: LayerBits | str, group_size: int | None = None, symmetric: bool = True) -> Policy:
+        """A level in all searched layers; with a target what its menu has for it."""
+        policy = Policy.uniform(self.graph, level).with_groups(self.graph, group_size, symmetric)
+        if self.target is None:
+            return policy
+        bits = {x.name: x.fixed or self.target.level(x, policy.bits[x.name]) for x in self.graph}
+        return Policy(bits, self.graph.digest)
+
+    def _for_target(self, budget: Budget, graph: LayerGraph) -> Budget:
+        """A budget whose `size` speaks of the target's file, as a cost of the target's name."""
+        size, target = budget.limits.get("size"), self.target
+        if size is None or target is None or not target.own_size:
+            return budget
+        table = {x.name: {str(bits): float(target.nbytes(x, bits)) for bits in target.menu(x)} for x in graph}
+        beside = target.beside_nbytes(self._float[0] if self._float else self.model, graph)
+        if isinstance(size, LayerBits):
+            level = {x.name: x.fixed or target.level(x, size) for x in graph}
+            size = beside + sum(table[name][str(bits)] for name, bits in level.items())
+        given = {name: value for name, value in budget.given.items() if name != "size"}
+        return Budget(**given, costs={**budget.costs, target.own_size: (size, table, beside)})
 
     def _candidates(
         self, graph: LayerGraph, value: CandidatesLike, group_size: GroupSizes = None, symmetric: bool = True
     ) -> dict[str, Candidates]:
         """Candidates of every searched layer, of weights alone where only weights are searched."""
         found = resolve_candidates(graph, value, group_size, symmetric)
+        if self.target is not None:
+            own = value is None
+            return {name: self.target.candidates(graph[name], c, all_widths=own) for name, c in found.items()}
         if not self.weight_only:
             return found
         return {name: replace(c, activation=(FLOAT_BITS,)) for name, c in found.items()}

@@ -30,6 +30,7 @@ def load(model: str, options: ModelOptions, *, meta: bool = False) -> HubMPQ:
         "fixed": pins_of(options.pin),
         "weight_only": options.weight_only,
         "tie_fused": options.tie_fused,
+        "target": options.target,
         "task": options.task,
     }
     if options.library is not None:

@@ -10,6 +10,7 @@ from .limit import Limit, Reduction, Value, limits, register_limit
 from .options import Engine, FinetuneOptions, IndicatorOptions
 from .result import Measurement, Policy, PredictionCheck, SearchResult, Usage, Validation
 from .runtime import Runtime, register_runtime, runtimes
+from .target import Target, register_target, targets
 from .task import register_task, tasks
 from .tensor import QuantSpec
 from .units import human, parse_bytes, parse_count, parse_ratio
@@ -36,6 +37,7 @@ __all__ = [
     "Reduction",
     "Runtime",
     "SearchResult",
+    "Target",
     "Usage",
     "Validation",
     "Value",
@@ -52,7 +54,9 @@ __all__ = [
     "register_library",
     "register_limit",
     "register_runtime",
+    "register_target",
     "register_task",
     "runtimes",
+    "targets",
     "tasks",
 ]

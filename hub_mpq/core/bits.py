@@ -117,14 +117,23 @@ class Candidates:
         activation: Widths of the input; (32,): it stays float, only weights are searched.
         group_size: Group sizes of the weight, see `LayerBits`; the solver chooses where there are several.
         symmetric: False: with zero points.
+        menu: Of a `Target`: all that the weight may become, in place of `weight`, `group_size` and `symmetric`, which
+            then say what it holds. None: every width with every group size.
     """
 
     weight: tuple[int, ...] = (2, 3, 4, 5, 6)
     activation: tuple[int, ...] = (2, 3, 4, 5, 6)
     group_size: tuple[int | None, ...] = (None,)
     symmetric: bool = True
+    menu: tuple[LayerBits, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.menu is not None:
+            menu = tuple(sorted({bits.of_weight for bits in self.menu}))
+            object.__setattr__(self, "menu", menu)
+            object.__setattr__(self, "weight", tuple(bits.weight for bits in menu))
+            object.__setattr__(self, "group_size", tuple(bits.group_size for bits in menu))
+            object.__setattr__(self, "symmetric", all(bits.symmetric for bits in menu))
         object.__setattr__(self, "weight", _widths(self.weight))
         sizes = tuple(dict.fromkeys(check_group_size(size) for size in self.group_size))
         object.__setattr__(self, "group_size", sizes or (None,))
@@ -134,11 +143,21 @@ class Candidates:
     @property
     def weights(self) -> tuple[LayerBits, ...]:
         """All that the weight may become, ascending; inputs do not count."""
+        if self.menu is not None:
+            return self.menu
         return tuple(sorted({bits for width in self.weight for bits in self.grouped(LayerBits(width, FLOAT_BITS))}))
 
     def grouped(self, bits: LayerBits) -> tuple[LayerBits, ...]:
-        """The same widths with each of the group sizes."""
+        """The same widths with each of the group sizes, and of a menu with its zero points."""
+        if self.menu is not None:
+            return tuple(replace(b, activation=bits.activation) for b in self.menu if b.weight == bits.weight)
         return tuple(bits.with_groups(size, self.symmetric) for size in self.group_size)
+
+    @property
+    def grids(self) -> tuple[tuple[int | None, bool], ...]:
+        """(group size, symmetric) of all weights, ascending; one where nothing but the width is to be chosen."""
+        found = {(b.group_size, b.symmetric) for b in self.weights if b.weight > 1 or self.symmetric}
+        return tuple(sorted(found or {(self.group_size[0], True)}, key=lambda grid: (grid[0] or 0, grid[1])))
 
     @property
     def float_inputs(self) -> bool:

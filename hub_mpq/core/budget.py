@@ -13,7 +13,8 @@ from ..errors import InvalidArgument
 from .bits import LayerBits
 from .limit import Value, limits
 
-Costs = Mapping[str, tuple[float, Mapping[str, Mapping[str, float]]]]
+Cost = tuple[float, Mapping[str, Mapping[str, float]]] | tuple[float, Mapping[str, Mapping[str, float]], float]
+Costs = Mapping[str, Cost]
 
 
 @dataclass(frozen=True, init=False)
@@ -30,7 +31,8 @@ class Budget:
         weight_bits: Mean bits of the searched layers' weights, each weight counted once.
         activation_memory: Bytes of all quantized inputs of one sample together ("200KB"), or a level ("A4").
         activation_peak: Bytes of the largest quantized input of one sample, or a level ("A4").
-        costs: {name: (maximum, {layer: {"W4A4": cost}})}: costs of your own, such as measured milliseconds.
+        costs: {name: (maximum, {layer: {"W4A4": cost}})}: costs of your own, such as measured milliseconds. A third
+            member, (maximum, table, constant), is what everything but the layers costs, which counts too.
         others: Limits that were added by `register_limit`, by name.
 
     Raises:
@@ -122,9 +124,9 @@ def _made(given: Mapping[str, Any], costs: Costs) -> Budget:
 
 
 def _is_cost(value: object) -> bool:
-    """Whether a value is a maximum and a table of costs."""
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
+    """Whether a value is a maximum and a table of costs, and perhaps a constant."""
+    if not isinstance(value, (tuple, list)) or len(value) not in (2, 3):
         return False
-    cap, table = value
-    number = isinstance(cap, Real) and not isinstance(cap, bool) and math.isfinite(cap)
-    return number and isinstance(table, Mapping) and all(isinstance(row, Mapping) for row in table.values())
+    cap, table, *constant = value
+    numbers = all(isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x) for x in (cap, *constant))
+    return numbers and isinstance(table, Mapping) and all(isinstance(row, Mapping) for row in table.values())

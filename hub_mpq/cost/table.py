@@ -14,11 +14,12 @@ class CostTable(Limit):
     Args:
         name: What is limited.
         table: {layer: {"W4A4": cost}}.
+        constant: What everything but the layers costs.
     """
 
-    def __init__(self, name: str, table: Mapping[str, Mapping[str, float]]) -> None:
+    def __init__(self, name: str, table: Mapping[str, Mapping[str, float]], constant: float = 0) -> None:
         self.name = self.label = name
-        self.table = table
+        self.table, self.constant = table, constant
 
     def amount(self, value: str | float) -> float:
         return float(value)
@@ -32,6 +33,9 @@ class CostTable(Limit):
             raise InvalidArgument(f"cost {self.name!r} of {which} has no entry for {bits}")
         return row[str(bits)]
 
+    def beside(self, graph: LayerGraph, base_bytes: int) -> float:
+        return super().beside(graph, base_bytes) + self.constant
+
     def check(self, graph: LayerGraph) -> None:
         """InvalidArgument unless the table speaks of layers of the model only, and of fixed ones at their widths."""
         if unknown := sorted(set(self.table) - set(graph.names)):
@@ -42,4 +46,4 @@ class CostTable(Limit):
 def limits_of(budget: Budget) -> list[tuple[Limit, Value]]:
     """The limits of a budget with their values, the registered ones first, then the tables."""
     named = [(limits.get(name), value) for name, value in budget.limits.items()]
-    return [*named, *((CostTable(name, table), float(cap)) for name, (cap, table) in budget.costs.items())]
+    return [*named, *((CostTable(name, *rest), float(cap)) for name, (cap, *rest) in budget.costs.items())]

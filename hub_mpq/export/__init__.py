@@ -10,7 +10,9 @@ from torch import nn
 
 from ..errors import InvalidArgument
 from ..pack import Manifest
+from . import targets as targets  # registers them
 from .compressed_tensors import COMPRESSED_TENSORS, check_exportable, export_compressed, exportable, unequal_inputs
+from .gguf import export_gguf
 from .onnx import export_onnx
 
 __all__ = ["COMPRESSED_TENSORS", "FORMATS", "check_exportable", "export", "exportable", "unequal_inputs"]
@@ -29,7 +31,7 @@ class Exporter(Protocol):
     ) -> int: ...
 
 
-FORMATS: dict[str, Exporter] = {COMPRESSED_TENSORS: export_compressed, "onnx": export_onnx}
+FORMATS: dict[str, Exporter] = {COMPRESSED_TENSORS: export_compressed, "gguf": export_gguf, "onnx": export_onnx}
 """{name of a format: what writes it}. A new format is a file in this folder and an entry here."""
 
 
@@ -47,6 +49,8 @@ def export(
         folder: Folder to write.
         format: "compressed-tensors": model.safetensors and config.json for plain transformers and vLLM, of weight-only
             policies of transformers models over Linear and Embedding layers; read with the extra of that name.
+            "gguf": model.gguf for llama.cpp, and tensor-types.txt for its llama-quantize, of policies made for
+            target="gguf"; needs the extra "gguf".
             "onnx": model.onnx with QuantizeLinear and DequantizeLinear nodes; needs the extra "onnx".
         model: The network with its quantizers or packed weights.
         manifest: What its packed file says.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..quantizers import LSQ
+from ..quantizers import LSQ, Quantizer
 from ..versions import warn_if_untested
 from .fused import Product, quantized
 from .packed import PackedLayer, packed_product
@@ -81,7 +81,9 @@ class QuantExperts(Stack):
             operand = q.operand(self.weight, expert)
             if operand is not None:
                 return quantized(product, x, self.weight[expert], None, None, operand)
-        return product.run(x, q.of_matrix(self.weight, expert).to(x.dtype), None)
+        # what trains widths in a search takes a weight as a whole
+        weight = q.of_matrix(self.weight, expert) if isinstance(q, Quantizer) else q(self.weight)[expert]
+        return product.run(x, weight.to(x.dtype), None)
 
 
 class PackedExperts(PackedLayer, Stack):  # type: ignore[override]

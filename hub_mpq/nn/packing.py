@@ -90,15 +90,17 @@ def packed_weight(module: Any, kind: str) -> PackedTensor:
 
 
 @torch.no_grad()
-def take_weight(model: nn.Module, module: Any, packed: PackedTensor) -> None:
+def take_weight(model: nn.Module, module: Any, packed: PackedTensor, *, values: bool = True) -> None:
     """Give a quantized layer a packed weight: its values, scales and zero points.
 
     Args:
         model: The model that the layer is of: layers that share the weight's quantizer follow.
         module: The layer, with a quantizer of the packed weight's width, groups and zero points.
         packed: The weight.
+        values: False: the layer keeps its float weight.
     """
-    module.weight.copy_(packed.dequantize())
+    if values:
+        module.weight.copy_(packed.dequantize())
     q = module.weight_quantizer
     if isinstance(q, GroupedLSQ):
         q.init(packed.num_bits, packed.weight_scale, packed.zero_points())

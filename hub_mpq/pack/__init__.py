@@ -1,4 +1,4 @@
-"""Bit-dense storage of quantized models: packed tensors, and the file they live in (README.md)."""
+"""Bit-dense storage of quantized models: packed tensors, and the file they live in (FORMAT.md)."""
 
 from .bits import pack_bits, unpack_bits
 from .file import file_nbytes, header_nbytes, parse_manifest, read_manifest, read_packed, write_packed

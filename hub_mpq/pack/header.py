@@ -1,6 +1,6 @@
 """The header of our safetensors files: written in one spelling, read without trust.
 
-README.md says it to the byte. The first keys of the metadata stand at fixed places, so that the version and the
+FORMAT.md says it to the byte. The first keys of the metadata stand at fixed places, so that the version and the
 digest are checked before anything is parsed.
 """
 

@@ -116,7 +116,7 @@ class GroupedLSQ(LSQ):
         if self.group_size is not None:
             scale = straight(scale, scale.to(self.scale_dtype).to(scale.dtype))
         low, high = (spread(end - zero, self.group_size, self.columns) for end in (spec.qmin, spec.qmax))
-        factor = (self.columns / self.groups * max(spec.qmax, 1)) ** -0.5
+        factor = (self.columns / self.groups * max(-spec.qmin, spec.qmax)) ** -0.5
         return spread(scale, self.group_size, self.columns), low, high, spec.binary, factor
 
     def forward(self, x: Tensor) -> Tensor:

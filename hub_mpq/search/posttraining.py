@@ -57,7 +57,7 @@ class PostTraining(SearchStrategy):
             self.layers = quantize_with_stored(model, graph, self.rounded, candidates)
             return
         groups = {n: c.weights[-1] for n, c in candidates.items()}
-        if several := [n for n, c in candidates.items() if len(c.group_size) > 1]:
+        if several := [n for n, c in candidates.items() if len(c.grids) > 1]:
             raise InvalidArgument(
                 f"layer {several[0]!r} has several group sizes to choose from: their weights have to be rounded before "
                 "they are scored, by quantize(…, train=batches, epochs=0) with rounding='gptq' or 'nearest'"

@@ -116,12 +116,12 @@ def _in_groups(name: str, row: Mapping[LayerBits, float], wanted: Candidates) ->
     """
     if any(bits.grouped for bits in row):
         return dict(row)
-    if len(wanted.group_size) > 1:
+    if any(len(wanted.grouped(bits)) > 1 for bits in row):
         raise InvalidArgument(
             f"layer {name!r} has scores of widths alone, which can't choose among group sizes; score them by a "
             "post-training strategy with rounding='gptq' or 'nearest'"
         )
-    return {wanted.grouped(bits)[0]: score for bits, score in row.items()}
+    return {grouped[0]: score for bits, score in row.items() if (grouped := wanted.grouped(bits))}
 
 
 def expected_divergence(
@@ -162,7 +162,7 @@ def score_parts(
 
 def candidates_of(scores: Scores) -> dict[str, Candidates]:
     """{layer: all widths that a table of scores has}."""
-    return {
+    found = {
         name: Candidates(
             tuple({bits.weight for bits in row}),
             tuple({bits.activation for bits in row} - {FLOAT_BITS}) or (FLOAT_BITS,),
@@ -170,6 +170,11 @@ def candidates_of(scores: Scores) -> dict[str, Candidates]:
             all(bits.symmetric for bits in row),
         )
         for name, row in scores.items()
+    }
+    weights = {name: {bits.of_weight for bits in row} for name, row in scores.items()}
+    return {
+        name: c if set(c.weights) == weights[name] else replace(c, menu=tuple(weights[name]))
+        for name, c in found.items()
     }
 
 

@@ -82,7 +82,7 @@ class SearchSpace:
         inputs = [candidates[x.name].activation for x in self.graph.searched if not x.weight_only]
         weights = set(candidates[names[0]].weight).intersection(*(candidates[name].weight for name in names))
         activations = set(inputs[0]).intersection(*inputs) if inputs else {FLOAT_BITS}
-        groups = {(size, c.symmetric) for c in candidates.values() for size in c.group_size}
+        groups = {grid for c in candidates.values() for grid in c.grids}
         plain = [LayerBits(w, a) for w in weights for a in activations]
         found = []
         for level in dict.fromkeys(bits.with_groups(*group) for bits in plain for group in groups):

@@ -75,4 +75,4 @@ def apply_policy(
         return
     for name, module in quantized_layers(model):
         if graph[name].weight_owner is None:
-            take_weight(model, module, rounded.packed(name, policy.bits[name]))
+            take_weight(model, module, rounded.packed(name, policy.bits[name]), values=not rounded.nearest)

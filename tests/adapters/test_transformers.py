@@ -15,6 +15,7 @@ from hub_mpq.adapters import build_graph, load
 from hub_mpq.cli import app
 from hub_mpq.core import LayerBits
 from hub_mpq.errors import HubMPQError, InvalidArgument
+from hub_mpq.nn.experts import conceal_experts
 
 EMBEDDING, EDGE = LayerBits(8, 32), LayerBits(8, 8)
 
@@ -136,12 +137,19 @@ def test_a_parameter_that_only_lends_itself_is_replaced_too(folder):
     assert graph.other_bytes < graph["shared"].weight_count  # no float copy of the vocabulary
 
 
+class OwnEmbedding(torch.nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids)
+
+
 def test_a_parameter_that_a_float_layer_keeps_is_counted(folder):
     config = T.Gemma2Config(
         hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
         head_dim=32, vocab_size=1000,
     )  # fmt: skip
-    graph = load(folder(config, "Gemma2ForCausalLM"), meta=True).graph
+    source = load(folder(config, "Gemma2ForCausalLM"), meta=True)
+    source.model.model.embed_tokens.__class__ = OwnEmbedding
+    graph = build_graph(source.model, source.example, model_id="")
     kept = {op.name: (op.weight_count, op.reason) for op in graph.floats if op.kind != "attention"}
     # the embedding is of a type without a quantized form and reads the float weight: so the head does too
     assert kept["lm_head"] == (64_000, "its weight is used outside its own forward")
@@ -189,7 +197,7 @@ class ReadsValues(torch.nn.Module):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", EXPERTS)
-def test_experts_stay_float_and_count(folder, architecture, dtype):
+def test_stacks_of_experts_are_layers_and_count(folder, architecture, dtype):
     """From a config alone, on zeros that take no memory, and on the model's own values."""
     config, layers, count, top, width = EXPERTS[architecture]
     config.dtype = dtype
@@ -200,12 +208,25 @@ def test_experts_stay_float_and_count(folder, architecture, dtype):
     graphs = [skeleton.graph, source.graph]
     graphs += [build_graph(ReadsValues(s.model), ids, model_id="", head=()) for s in (skeleton, source)]
     for graph in graphs:
-        experts = [op for op in graph.floats if op.kind.endswith("Experts")]
-        assert len(experts) == layers
-        assert sum(op.macs for op in experts) == layers * 128 * top * 3 * 64 * width
-        assert sum(op.weight_count for op in experts) == layers * count * 3 * 64 * width
-        assert all("3-D" in op.reason for op in experts)
+        experts = [layer for layer in graph if layer.kind.startswith("experts")]
+        assert len(experts) == 2 * layers
+        assert sum(layer.macs for layer in experts) == layers * 128 * top * 3 * 64 * width
+        assert sum(layer.weight_count for layer in experts) == layers * count * 3 * 64 * width
+        assert not [op for op in graph.floats if "xperts" in op.kind]
         assert macs(graph) == macs(skeleton.graph)
+
+
+def test_stacks_that_are_no_layers_count_too(folder):
+    """As a user's own code may run them, by transformers' grouped products."""
+    config, layers, count, top, width = EXPERTS["MixtralForCausalLM"]
+    source = load(folder(config, "MixtralForCausalLM"), meta=True)
+    conceal_experts(source.model)
+    graph = build_graph(source.model, source.example, model_id="")
+    experts = [op for op in graph.floats if op.kind == "MixtralExperts"]
+    assert sum(op.macs for op in experts) == layers * 128 * top * 3 * 64 * width
+    assert sum(op.weight_count for op in experts) == layers * count * 3 * 64 * width
+    assert all("3-D" in op.reason for op in experts)
+    assert macs(graph)[0] + macs(graph)[1] == sum(macs(source.graph))
 
 
 def test_experts_from_a_config_on_the_command_line(folder):
@@ -213,8 +234,8 @@ def test_experts_from_a_config_on_the_command_line(folder):
     config.dtype = "float32"
     result = CliRunner().invoke(app, ["inspect", folder(config, "MixtralForCausalLM"), "--json"])
     assert result.exit_code == 0, result.stderr
-    rows = {op["name"]: op for op in json.loads(result.stdout)["floats"]}
-    assert rows["model.layers.1.mlp.experts"]["macs"] == 128 * 2 * 3 * 64 * 96
+    rows = {layer["name"]: layer for layer in json.loads(result.stdout)["layers"]}
+    assert rows["model.layers.1.mlp.experts.down_proj"]["macs"] == 128 * 2 * 64 * 96
 
 
 def test_weights_arguments_and_config(folder, tmp_path):

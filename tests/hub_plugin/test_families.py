@@ -33,7 +33,8 @@ def test_all_ways_of_loading_give_the_same_logits(family):
     wanted = family.logits()
     assert torch.equal(family.logits(HubMPQ.from_pretrained(family.folder)), wanted)
     model, info = family.cls.from_pretrained(family.folder, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     assert torch.equal(family.logits(model), wanted)
     assert 0 < (wanted - family.logits(family.mpq.float_model)).abs().mean() < 0.5 * wanted.abs().mean()
 
@@ -80,7 +81,9 @@ def test_a_float_copy_is_one_of_plain_transformers(family, tmp_path):
         assert sum(t.numel() for t in state.values()) == sum(t.numel() for t in own.values())
         save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
         plain, info = family.cls.from_pretrained(tmp_path, output_loading_info=True)
-        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        assert not info["mismatched_keys"]
         torch.testing.assert_close(family.logits(plain), wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -140,7 +143,8 @@ def test_stacks_that_are_left_out_stay_float(kind, tmp_path):
     with safe_open(tmp_path / "packed" / PACKED, "pt") as file:
         assert out in file.keys()  # noqa: SIM118
     model, info = family.cls.from_pretrained(family.folder, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     assert torch.equal(family.logits(model), family.logits())
     assert torch.equal(family.logits(HubMPQ.from_pretrained(family.folder)), family.logits())
 
@@ -149,7 +153,8 @@ def test_a_float_model_saves_itself_as_it_was_loaded(tmp_path):
     build("mixtral").save_pretrained(tmp_path / "float")
     HubMPQ.from_pretrained(tmp_path / "float").float_model.save_pretrained(tmp_path / "again")
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("float", "again"))
-    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_bfloat16(tmp_path):

@@ -56,15 +56,14 @@ def test_an_embedding_unpacks_only_its_rows(bert, monkeypatch):
     assert table(torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0, 32)
 
 
-def test_stacked_experts_stay_float_and_are_listed_with_the_reason(tmp_path):
+def test_stacks_of_experts_are_packed_and_their_inputs_stay_float(tmp_path):
     case = pack(tmp_path, "mixtral")
-    listed = [op for op in case.mpq.graph.floats if "expert" in op.name]
-    assert len(listed) == 2
-    assert all("3-D" in op.reason for op in listed)
+    stacks = {name: str(bits) for name, bits in case.mpq.policy.bits.items() if "expert" in name}
+    assert len(stacks) == 4
+    assert set(stacks.values()) == {"W3A32"}
     model = case.cls.from_pretrained(case.folder)
-    experts = [p for n, p in model.named_parameters() if "experts" in n and p.ndim == 3]
-    assert len(experts) == 4
-    assert all(p.dtype == torch.float32 for p in experts)
+    assert not [n for n, p in model.named_parameters() if "experts" in n]
+    assert torch.equal(case.logits(model), case.logits())
 
 
 def test_minilm_weight_only_four_bits(tmp_path):

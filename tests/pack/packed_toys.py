@@ -6,6 +6,7 @@ import random
 import torch
 
 from hub_mpq.core import FloatOp, LayerBits, LayerGraph, LayerSpec, Policy
+from hub_mpq.cost.size import channel_count, group_count
 from hub_mpq.pack import Manifest, PackedTensor, pack_weight
 
 GRAPH = LayerGraph(
@@ -25,6 +26,29 @@ GRAPH = LayerGraph(
     54,
 )
 WIDTHS = {"stem": "W8A8", "depthwise": "W3A4", "mlp.fc": "W5A2", "attn.c": "W1A8", "emb": "W7A32", "head": "W7A8"}
+
+GRAPH_V2 = LayerGraph(
+    "toy",
+    None,
+    "timm",
+    (3, 8, 8),
+    (
+        *GRAPH.layers[:2],
+        LayerSpec("mlp.fc", "linear", (5, 37), 185, 185, 37, fixed=LayerBits(6, 32, 16)),
+        LayerSpec("mlp.up", "linear", (3, 16), 48, 48, 16),
+        LayerSpec("attn.c", "conv1d", (21, 11), 231, 231, 21),
+        LayerSpec("emb", "embedding", (9, 20), 0, 180, 0),
+        LayerSpec("head", "linear", (9, 20), 180, 180, 20, weight_owner="emb"),
+        LayerSpec("moe.up", "experts", (3, 4, 18), 72, 216, 18),
+        LayerSpec("moe.down", "experts_transposed", (3, 18, 4), 72, 216, 18),
+    ),
+    (),
+    54,
+)
+WIDTHS_V2 = {
+    **{"stem": "W8A8", "depthwise": "W3A4", "mlp.fc": "W6g16A32", "mlp.up": "W1g8A32", "attn.c": "W5g8zA32"},
+    **{"emb": "W3g8zA32", "head": "W3g8zA32", "moe.up": "W2g8zA32", "moe.down": "W4zA32"},
+}
 
 
 def integers(shape, bits, rng):
@@ -50,10 +74,23 @@ def toy(widths=WIDTHS, seed=0, graph=GRAPH):
     for layer in graph:
         bits = policy.bits[layer.name]
         if layer.weight_owner is None and bits.weight != 32:
-            scales = layer.weight_shape[1 if layer.kind == "conv1d" else 0]
+            scales = channel_count(layer.kind, layer.weight_shape)
             scale = floats(1 if layer.name == "depthwise" else scales, rng)
+            zero = None
+            if bits.grouped:
+                rows, groups = group_count(layer.kind, layer.weight_shape, bits.group_size)
+                scale = floats(rows * groups, rng)
+                if bits.group_size is not None:
+                    scale = scale.view(rows, groups).to(torch.bfloat16 if bits.weight == 2 else torch.float16)
+                if not bits.symmetric:
+                    zero = integers(scale.shape, bits.weight, rng)
             tensors[layer.name] = pack_weight(
-                integers(layer.weight_shape, bits.weight, rng), scale, layer.kind, bits.weight
+                integers(layer.weight_shape, bits.weight, rng),
+                scale,
+                layer.kind,
+                bits.weight,
+                zero,
+                bits.group_size,
             )
         if bits.activation != 32:
             tensors[f"{layer.name}.input_scale"] = floats(1, rng)

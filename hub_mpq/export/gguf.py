@@ -1,0 +1,331 @@
+"""A weight-only policy as a GGUF file for llama.cpp, and as a tensor-type file for its llama-quantize."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..core import FLOAT_BITS, LayerGraph
+from ..core.library import libraries
+from ..core.target import targets
+from ..errors import HubMPQError
+from ..nn.packing import packed_tensors
+from ..pack import Manifest, PackedTensor
+from ..pack.layout import key
+from .float_copy import float_copy_state
+from .gguf_tokenizer import add_tokenizer
+from .gguf_types import GROUP, padded, types_of
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+FILE = "model.gguf"
+TENSOR_TYPES = "tensor-types.txt"
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+"""{model_type of transformers: architecture in GGUF} of models that are written whole."""
+NAMES = {
+    "falcon": "falcon",
+    "gpt_neox": "gptneox",
+    "phi": "phi2",
+    "cohere": "command-r",
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "gemma3_text": "gemma3",
+    "granitemoe": "granitemoe",
+    "deepseek_v3": "deepseek2",
+    "gpt_oss": "gpt-oss",
+}
+"""Architectures that GGUF spells in another way than transformers, of which tensor-type files alone are written."""
+_FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12}
+_FILE_TYPES |= {"Q4_K": 15, "Q5_K": 17, "Q6_K": 18}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file.
+
+    Args:
+        name: In the file.
+        source: In transformers' own files.
+        shape: Rows first.
+        type: Of what is written.
+        wanted: Of what the policy says: another where llama-quantize is to make it.
+        layer: Name of the quantized layer, or None.
+    """
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    type: str
+    wanted: str
+    layer: str | None = None
+
+    def nbytes(self, type: str) -> int:
+        """Bytes of its data at a type."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType[type]]
+        return math.prod(self.shape) // block * size
+
+
+def export_gguf(
+    folder: str | os.PathLike[str], model: nn.Module, manifest: Manifest, config: Mapping[str, Any], example: Any = None
+) -> int:
+    """Write model.gguf and tensor-types.txt; returns the bytes of the former.
+
+    Weights on the grids of Q4_0, Q5_0 and Q8_0 are written as they are, and read back equal to the bit. Q4_1 and Q5_1
+    hold a minimum in place of a zero point: minus zero point times scale, rounded to float16. Everything else that is a
+    matrix is F16, vectors F32. Layers whose type is a K-quant are F16 too, on their quantized grid, until
+    llama-quantize has read tensor-types.txt; a warning gives the command and the bytes of its file. Of architectures
+    that are not in `ARCHITECTURES` the tensor-type file alone is written, and its bytes are returned.
+
+    Raises:
+        HubMPQError: The package gguf is not installed, the policy has another grid than `target="gguf"` offers, or GGUF
+            has no names for the architecture.
+    """
+    _gguf()
+    bits = {name: level for name, level in manifest.policy.bits.items() if level.weight != FLOAT_BITS}
+    _check(manifest)
+    folder = Path(folder)
+    wanted = {x.name: types_of(x)[bits[x.name].of_weight].name for x in manifest.graph if x.name in bits}
+    state = float_copy_state(model, libraries.get(manifest.library))
+    if model.config.model_type not in ARCHITECTURES:
+        entries = list(_entries(model, manifest.graph, wanted, state))
+        folder.mkdir(parents=True, exist_ok=True)
+        text = _tensor_types(entries)
+        (folder / TENSOR_TYPES).write_text(text)
+        warnings.warn(
+            f"a {model.config.model_type} is not written as GGUF here: make its F16 file with llama.cpp's "
+            f"convert_hf_to_gguf.py, then llama-quantize --tensor-type-file {TENSOR_TYPES} F16.gguf OUT.gguf Q8_0",
+            stacklevel=2,
+        )
+        return len(text)
+    packed = packed_tensors(model, manifest)
+    entries = list(_entries(model, manifest.graph, wanted, state))
+    later = [entry for entry in entries if entry.type != entry.wanted]
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as hidden:
+        file = Path(hidden) / FILE
+        writer = _begin(file, model, entries)
+        for entry in entries:
+            writer.write_tensor_data(_data(entry, state[entry.source], packed.get(entry.layer or ""), model))
+        writer.close()
+        size = file.stat().st_size
+        os.replace(file, folder / FILE)
+    (folder / TENSOR_TYPES).write_text(_tensor_types(entries))
+    if later:
+        final = size + sum(padded(e.nbytes(e.wanted)) - padded(e.nbytes(e.type)) for e in later)
+        warnings.warn(
+            f"{len(later)} layers are K-quants and stand in {FILE} as F16: llama-quantize --tensor-type-file "
+            f"{TENSOR_TYPES} {FILE} OUT.gguf Q8_0 makes the file of {final:,} bytes",
+            stacklevel=2,
+        )
+    return size
+
+
+def beside_nbytes(model: nn.Module, graph: LayerGraph) -> int:
+    """Bytes of a file beside the data of the quantized layers: the header with names and tokenizer, and float tensors.
+
+    Args:
+        model: The float network.
+        graph: Its layers.
+
+    Raises:
+        HubMPQError: As `export_gguf`, or the architecture is not in `ARCHITECTURES`.
+    """
+    _gguf()
+    if model.config.model_type not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise HubMPQError(
+            f"the bytes of a GGUF file are known for models of type {known}, not {model.config.model_type}; limit "
+            "weight_bits instead"
+        )
+    state = float_copy_state(model, libraries.get(graph.library))
+    wanted = {layer.name: "Q8_0" for layer in graph if types_of(layer)}
+    entries = list(_entries(model, graph, wanted, state))
+    with tempfile.TemporaryDirectory() as hidden:
+        file = Path(hidden) / FILE
+        _begin(file, model, entries).close()
+        head = padded(file.stat().st_size)
+    return head + sum(padded(e.nbytes(e.type)) for e in entries if e.layer is None)
+
+
+def _gguf() -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise HubMPQError('GGUF needs another package: pip install "hub-mpq[gguf]"') from error
+
+
+def _check(manifest: Manifest) -> None:
+    if not libraries.get(manifest.library).pretrained_models:
+        raise HubMPQError(f"gguf is a format of transformers' models; this one is of {manifest.library}")
+    target, bits = targets.get("gguf"), manifest.policy.bits
+    if inputs := [name for name, level in bits.items() if level.activation != FLOAT_BITS]:
+        raise HubMPQError(
+            f"gguf holds weights alone; the policy quantizes the input of {inputs[0]!r}: load the float model with "
+            'target="gguf"'
+        )
+    for layer in manifest.graph:
+        level, menu = bits[layer.name], target.menu(layer)
+        if level.weight != FLOAT_BITS and level not in menu:
+            raise HubMPQError(
+                f"no GGUF type holds layer {layer.name!r} at {level}; it could be one of: "
+                f"{', '.join(str(b).partition('A')[0] for b in menu) or 'none'}; load the float model with "
+                'target="gguf"'
+            )
+
+
+def _entries(
+    model: nn.Module, graph: LayerGraph, wanted: Mapping[str, str], state: Mapping[str, Tensor]
+) -> Iterator[Entry]:
+    """All tensors of a file, in the order of the state; HubMPQError for one that GGUF has no name for."""
+    import gguf
+
+    kind = model.config.model_type
+    name = ARCHITECTURES.get(kind) or NAMES.get(kind, kind)
+    arch = next((arch for arch, text in gguf.MODEL_ARCH_NAMES.items() if text == name), None)
+    if arch is None:
+        raise HubMPQError(f"GGUF knows no architecture for a model of type {kind}")
+    names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
+    library, exact = libraries.get(graph.library), {one.name for one in _exact_types()}
+    layers = {}
+    for layer in graph:
+        if layer.weight_owner is None and layer.name in wanted:
+            (disk,) = library.names_on_disk(model, {key(layer.name, "weight"): torch.empty(0)})
+            layers[disk] = layer.name
+    for source, tensor in state.items():
+        found = names.get_name(source, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise HubMPQError(f"GGUF has no name for tensor {source!r} of a {kind}")
+        own = layers.get(source)
+        want = wanted[own] if own is not None else "F16" if tensor.dim() > 1 else "F32"
+        written = want if want in exact or want.startswith("F") else "F16"
+        yield Entry(found, source, tuple(tensor.shape), written, want, own)
+
+
+def _exact_types() -> list[Any]:
+    from .gguf_types import TYPES
+
+    return [one for one in TYPES if one.exact]
+
+
+def _begin(file: Path, model: nn.Module, entries: list[Entry]) -> GGUFWriter:
+    """A writer that has written everything but the data."""
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    config = model.config
+    writer = GGUFWriter(file, ARCHITECTURES[config.model_type])
+    _add_metadata(writer, model, entries)
+    add_tokenizer(writer, model)
+    for entry in entries:
+        # the writer takes shapes in items for these
+        kind = GGMLQuantizationType[entry.type]
+        dtype = np.dtype(np.float32 if entry.type == "F32" else np.float16)
+        writer.add_tensor_info(entry.name, entry.shape, dtype, entry.nbytes(entry.type), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return writer
+
+
+def _add_metadata(writer: GGUFWriter, model: nn.Module, entries: list[Entry]) -> None:
+    """What llama.cpp needs to know of the architecture."""
+    c = model.config
+    rope = dict(getattr(c, "rope_parameters", None) or {})
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "linear"):
+        raise HubMPQError(f"rotary embeddings of type {kind!r} are not written as GGUF here; export tensor types alone")
+    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    writer.add_name(Path(str(model.name_or_path or c.model_type)).name)
+    most = max((e.wanted for e in entries if e.layer), key=lambda t: sum(e.wanted == t for e in entries), default="F16")
+    writer.add_file_type(_FILE_TYPES[most])
+    writer.add_quantization_version(2)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
+    writer.add_rope_dimension_count(head)
+    if kind == "linear":
+        from gguf import RopeScalingType
+
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+    writer.add_vocab_size(c.vocab_size)
+
+
+def _data(entry: Entry, tensor: Tensor, packed: Any, model: nn.Module) -> np.ndarray[Any, Any]:
+    """Bytes of a tensor as they are written."""
+    order = _order(entry, model)
+    if entry.type in ("F16", "F32"):
+        tensor = tensor if order is None else tensor[order]
+        return tensor.to(torch.float16 if entry.type == "F16" else torch.float32).contiguous().numpy()
+    if not isinstance(packed, PackedTensor):
+        raise HubMPQError(f"layer {entry.layer!r} has no packed weight")
+    return blocks(packed, order)
+
+
+def _order(entry: Entry, model: nn.Module) -> Tensor | None:
+    """The order of rows in the file: llama.cpp turns neighbouring rows of q and k of a llama as pairs, transformers
+    the two halves of a head."""
+    if ARCHITECTURES.get(model.config.model_type) != "llama":
+        return None
+    part = entry.name.split(".")[-2]
+    heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}.get(part)
+    if heads is None:
+        return None
+    return torch.arange(entry.shape[0]).view(heads, 2, -1).transpose(1, 2).reshape(-1)
+
+
+def blocks(packed: PackedTensor, order: Tensor | None = None) -> np.ndarray[Any, Any]:
+    """The blocks of 32 weights of Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0, uint8 [rows, bytes of a row].
+
+    Args:
+        packed: A weight in groups of 32 of 4, 5 or 8 bits, without zero points at 8.
+        order: Order of the rows; None: as they are.
+    """
+    bits, rows = packed.num_bits, packed.weight_shape[0]
+    values, scale, zero = packed.unpack(), packed.weight_scale.to(torch.float16), packed.zero_points()
+    if order is not None:
+        values, scale, zero = values[order], scale[order], None if zero is None else zero[order]
+    parts = [_bytes(scale)]
+    if zero is not None:
+        low = (-(zero.float() + 2 ** (bits - 1)) * scale.float()).to(torch.float16)
+        parts.append(_bytes(low))
+    if bits == 8:
+        codes = values.numpy().view(np.uint8).reshape(-1, GROUP)
+    else:
+        whole = (values.to(torch.int16) + 2 ** (bits - 1)).numpy().astype(np.uint8).reshape(-1, GROUP)
+        if bits == 5:
+            parts.append(np.packbits(whole >> 4, axis=1, bitorder="little"))
+        low_bits = whole & 15
+        codes = low_bits[:, : GROUP // 2] | (low_bits[:, GROUP // 2 :] << 4)
+    return np.concatenate([*parts, codes], axis=1).reshape(rows, -1)
+
+
+def _bytes(half: Tensor) -> np.ndarray[Any, Any]:
+    """uint8 [numbers, 2] of float16 numbers."""
+    return half.contiguous().numpy().reshape(-1, 1).view(np.uint8)
+
+
+def _tensor_types(entries: list[Entry]) -> str:
+    """The lines of a tensor-type file: a regular expression for the name, and the type."""
+    matrices = [entry for entry in entries if len(entry.shape) > 1]
+    return "".join("^" + e.name.replace(".", r"\.") + f"$={e.wanted.lower()}\n" for e in matrices)

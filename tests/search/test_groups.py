@@ -1,0 +1,222 @@
+"""Groups and zero points as choices of a search, and the whole route for weights alone."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from text_toys import decoder
+from torch import nn
+
+from hub_mpq import Budget, Candidates, HubMPQ
+from hub_mpq.core import Indicators, LayerBits, Policy
+from hub_mpq.cost.size import layer_nbytes
+from hub_mpq.errors import InvalidArgument
+from hub_mpq.search.candidates import resolve_candidates
+from hub_mpq.search.measure import PolicyMeter
+from hub_mpq.search.scores import candidates_of, equal_scores, score_table
+from hub_mpq.search.sensitivity import LEAST, monotone
+from hub_mpq.train import round_weights as rounding_module
+
+IDS = torch.randint(0, 48, (96, 32), generator=torch.Generator().manual_seed(2))
+BATCHES = [{"input_ids": IDS[i : i + 4]} for i in range(0, 96, 4)]
+
+
+def loaded(**more):
+    return HubMPQ.from_module(decoder(), BATCHES[0], weight_only=True, **more)
+
+
+@pytest.mark.parametrize(
+    ("budget", "more"),
+    [
+        ({"weight_bits": 4.0}, {}),
+        ({"size": "W3"}, {"group_size": 16}),
+        ({"size": "W4"}, {"group_size": [None, 32, 16], "symmetric": False}),
+        ({"weight_bits": 3.5}, {"group_size": [16, None], "rounding": "nearest"}),
+        ({"size": "W4g16"}, {"candidates": [2, 3, 4, 5], "strategy": "kl", "group_size": [16]}),
+        ({"size": "W4"}, {"strategy": "mse", "group_size": [None, 16]}),
+    ],
+)
+def test_bytes_are_counted_to_the_byte(budget, more, tmp_path):
+    """What the solver counts is what the file has, scales and zero points included."""
+    mpq = loaded()
+    mpq.quantize(train=BATCHES, epochs=0, validate=False, **budget, **more)
+    saved = mpq.save_pretrained(tmp_path)
+    assert saved == mpq.usage()["size"] == mpq.result.usage["size"]
+    sizes = more.get("group_size")
+    allowed = set(sizes if isinstance(sizes, list) else [sizes])
+    found = {mpq.policy.bits[x.name].group_size for x in mpq.graph.searched}
+    assert found <= allowed
+    assert {mpq.policy.bits[x.name].symmetric for x in mpq.graph.searched} == {more.get("symmetric", True)}
+    if "size" in budget:
+        level = LayerBits.parse(budget["size"])
+        if not level.grouped:
+            first = sizes[0] if isinstance(sizes, list) else sizes
+            level = level.with_groups(first, more.get("symmetric", True))
+        bits = mpq.policy.bits
+        used = sum(layer_nbytes(x, bits[x.name]) for x in mpq.graph.searched)
+        # a level without a width of inputs leaves room for their scales
+        assert used <= sum(layer_nbytes(x, x.fitted(replace(level, activation=8))) for x in mpq.graph.searched)
+
+
+def test_where_groups_may_be_chosen_the_best_is_no_worse():
+    """At equal bytes more choices only help the sum of scores, and some layers take groups, some do not."""
+    mpq = loaded()
+    results = {}
+    for sizes in ([16], [None, 16]):
+        mpq = loaded()
+        mpq.quantize(size=28000, train=BATCHES, epochs=0, validate=False, group_size=sizes)
+        results[str(sizes)] = mpq.result.objective
+    assert results["[None, 16]"] < results["[16]"]
+    assert len({bits.group_size for bits in mpq.result.policy.bits.values()}) == 2
+
+
+def test_measured_policies_are_those_that_are_applied():
+    """The meter's copy computes what apply_policy makes, to the bit, with rounded weights as without."""
+    mpq = loaded()
+    mpq.quantize(weight_bits=3.0, train=BATCHES[:20], val=BATCHES[20:], epochs=0, group_size=16)
+    graph, policy = mpq.graph, mpq.policy
+    choices = {n: (b.of_weight,) for n, b in policy.bits.items()}
+    rounded = rounding_module.round_weights(mpq.float_model, graph, choices, BATCHES)
+    candidates = {x.name: Candidates((policy.bits[x.name].weight,), (32,), (16,)) for x in graph.searched}
+    meter = PolicyMeter(mpq.float_model, graph, candidates, BATCHES, rounded=rounded)
+    measured = meter.measure(policy, BATCHES[-2:])
+    mpq.apply_policy(policy, BATCHES)
+    task = meter.task
+    values = []
+    with torch.no_grad():
+        for batch in BATCHES[-2:]:
+            one, two = mpq.model(**batch), mpq.float_model(**batch)
+            found, mask = task.divergence(one, two, None)
+            values.append(found[mask])
+    torch.testing.assert_close(measured, torch.cat(values).double())
+
+
+def test_validated_searches_measure_rounded_weights():
+    mpq = loaded()
+    mpq.quantize(weight_bits=3.0, train=BATCHES, epochs=0, group_size=16, validate_seconds=60)
+    assert mpq.result.strategy == "gradient"
+    rows = {row.name: row for row in mpq.result.measurements}
+    assert rows["optimum"].divergence > 0
+    assert any(name.startswith("uniform") for name in rows)
+    assert {b.group_size for n, b in rows["optimum"].policy.bits.items() if mpq.graph[n].fixed is None} == {16}
+
+
+def test_a_run_that_stopped_rounds_and_scores_no_more(tmp_path, monkeypatch):
+    args = {"weight_bits": 3.0, "train": BATCHES, "epochs": 0, "group_size": 16, "checkpoint_dir": tmp_path}
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hub_mpq.model.search_measured", stop)
+        with pytest.raises(KeyboardInterrupt):
+            loaded().quantize(**args)
+    whole = loaded()
+    whole.quantize(**{**args, "checkpoint_dir": None})
+    with monkeypatch.context() as patch:
+        patch.setattr("hub_mpq.model.train_scores", None)
+        patch.setattr(rounding_module, "round_weight", None)
+        again = loaded()
+        again.quantize(**args, resume=True)
+    assert again.policy == whole.policy
+    assert again.scores.pairs == whole.scores.pairs
+    a, b = again.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(a[key], b[key]) for key in b)
+
+
+def test_fine_tuning_trains_scales_of_groups(tmp_path):
+    mpq = loaded()
+    mpq.quantize(weight_bits=3.0, train=BATCHES, steps=4, group_size=16, symmetric=False, validate=False)
+    assert mpq.result.strategy == "limpq"
+    layer = mpq.model.model.layers[0].mlp.up_proj
+    assert type(layer.weight_quantizer).__name__ == "GroupedLSQ"
+    assert float(layer.weight_quantizer.shift.abs().max()) > 0
+    mpq.save_pretrained(tmp_path)
+    back = HubMPQ.from_pretrained(tmp_path, module=decoder())
+    with torch.no_grad():
+        assert torch.equal(mpq(**BATCHES[0]).logits, back(**BATCHES[0]).logits)
+
+
+def test_layers_without_rows_keep_one_scale_a_channel(make_net):
+    images = [torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    mpq = HubMPQ.from_module(make_net(), images[0], fixed={"*": None})
+    mpq.apply_policy("W4A4", images, group_size=8)
+    found = {x.kind: mpq.policy.bits[x.name].group_size for x in mpq.graph}
+    assert found == {"conv2d": None, "linear": 8}
+    candidates = resolve_candidates(mpq.graph, None, [None, 8], False)
+    assert {x.kind: (candidates[x.name].group_size, candidates[x.name].symmetric) for x in mpq.graph} == {
+        "conv2d": ((None,), True),
+        "linear": ((None, 8), False),
+    }
+
+
+def test_scores_of_widths_serve_one_group_size_and_cannot_tell_two():
+    mpq = loaded()
+    names = [x.name for x in mpq.graph.searched]
+    scores = Indicators({n: {2: 2.0, 3: 1.0} for n in names}, {}, {}, {"strategy": "limpq"})
+    one = resolve_candidates(mpq.graph, Candidates((2, 3), (32,)), 16, False)
+    table, _ = score_table(scores, mpq.graph, one)
+    assert table[names[0]] == {LayerBits(2, 32, 16, False): 2.0, LayerBits(3, 32, 16, False): 1.0}
+    assert candidates_of(table) == one
+    assert equal_scores(mpq.graph, one)[names[0]].keys() == table[names[0]].keys()
+    two = resolve_candidates(mpq.graph, Candidates((2, 3), (32,)), [16, 32])
+    with pytest.raises(InvalidArgument, match="can't choose among group sizes"):
+        score_table(scores, mpq.graph, two)
+    with pytest.raises(InvalidArgument, match="several group sizes"):
+        mpq.train_scores(BATCHES, strategy="gradient", candidates=Candidates((2, 3), (32,), (16, 32)))
+
+
+def test_a_wider_weight_never_scores_worse_within_its_groups():
+    row = {LayerBits(2, 32): 1.0, LayerBits(3, 32): 3.0, LayerBits(2, 32, 16): 0.5, LayerBits(3, 32, 16): -1.0}
+    assert monotone(row) == {
+        **{LayerBits(2, 32): 3.0, LayerBits(3, 32): 3.0},
+        **{LayerBits(2, 32, 16): 0.5, LayerBits(3, 32, 16): LEAST},
+    }
+
+
+def test_levels_in_words():
+    assert [str(LayerBits.parse(x)) for x in ("w4G128Za8", "W4zA32", "W3g32", "A8")] == [
+        *("W4g128zA8", "W4zA32", "W3g32A32"),
+        "W32A8",
+    ]
+    for text in ("W4g4", "W1z", "W32g128A8", "W4gA8", "W4g128g64", "W4z z", "g128", "W4g9999999"):
+        with pytest.raises(InvalidArgument):
+            LayerBits.parse(text)
+    assert str(Budget(size="W4", bitops="W4g32A8").with_groups(128, False)) == "bitops W4g32A8, size W4g128zA32"
+    with pytest.raises(InvalidArgument, match="a group size is"):
+        Candidates((4,), (32,), (True,))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"rounding": "gptq"}, "needs train="),
+        ({"rounding": "awq", "train": BATCHES}, "'gptq' or 'nearest'"),
+        ({"group_size": 7, "train": BATCHES}, "a group size is"),
+        ({"group_size": "128", "train": BATCHES}, "a group size is"),
+        ({"rounding": "gptq", "per_channel": False, "train": BATCHES}, "a scale for each output channel"),
+    ],
+)
+def test_what_cannot_be_costs_no_work(more, words, monkeypatch):
+    monkeypatch.setattr("hub_mpq.model.round_weights", None)
+    monkeypatch.setattr("hub_mpq.model.train_scores", None)
+    with pytest.raises(InvalidArgument, match=words):
+        loaded().quantize(weight_bits=4.0, epochs=0, **more)
+
+
+def test_the_policy_is_told_with_its_groups():
+    mpq = loaded()
+    mpq.apply_policy("W4g16z", BATCHES)
+    assert "W4g16z" in mpq.report()
+    tree = json.loads(json.dumps(mpq.policy.to_dict()))
+    assert Policy.from_dict(tree) == mpq.policy
+
+
+def test_a_sequential_of_linears_takes_the_route(tmp_path):
+    """No language model: rows of numbers, a regression."""
+    net = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
+    data = [(torch.randn(8, 24, generator=torch.Generator().manual_seed(i)), torch.randn(8, 3)) for i in range(24)]
+    mpq = HubMPQ.from_module(net, data[0][0], weight_only=True, task="regression")
+    mpq.quantize(weight_bits=3.0, train=data, epochs=0, group_size=8)
+    assert mpq.save_pretrained(tmp_path) == mpq.usage()["size"]
