@@ -7,7 +7,7 @@
 SmolLM2-135M, weights alone, its embedding (which is its head) in float. Calibrated on 40 chunks of 256 tokens of
 WikiText-2's validation split, measured on 16 chunks of 256 tokens of its test split; --whole: on the whole test file in
 windows of 1,024 tokens. Methods: data-free (no calibration); nearest (grids of least output error); gptq; mixed (the
-policy that measured best within a mean of integer bits, of GPTQ's weights). Each row runs in a process of its own, which
+policy that measured best within a mean of integer bits). Each row runs in a process of its own, which
 tells CPU seconds (user and system, all threads) and peak memory. Rows are kept in the cache folder ($HUB_MPQ_CACHE).
 """
 

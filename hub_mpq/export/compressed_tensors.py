@@ -7,19 +7,21 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..core import FLOAT_BITS
+from ..core import FLOAT_BITS, LayerBits
 from ..core.files import CONFIG
 from ..core.library import libraries
 from ..errors import HubMPQError
 from ..nn.packing import config_of, packed_tensors
 from ..pack import Manifest, PackedTensor, pack_weight
 from ..pack.atomic import write_atomic
+from ..pack.bits import pack_bits
 from ..pack.layout import key
 from .float_copy import float_copy_state
 
@@ -37,7 +39,7 @@ def exportable(manifest: Manifest) -> bool:
 
 
 def unequal_inputs(manifest: Manifest) -> list[list[str]]:
-    """Groups of layers that read one input (q, k, v; gate, up) and whose weights have different widths.
+    """Groups of layers that read one input (q, k, v; gate, up) and whose weights are stored in different forms.
 
     transformers computes them apart; vLLM as one matrix, and so reads a policy only where there is no such group.
     """
@@ -46,7 +48,12 @@ def unequal_inputs(manifest: Manifest) -> list[list[str]]:
         if layer.activation_tie is not None:
             groups.setdefault(layer.activation_tie, []).append(layer.name)
     bits = manifest.policy.bits
-    return [names for names in groups.values() if len({max(bits[name].weight, 2) for name in names}) > 1]
+    return [names for names in groups.values() if len({_stored(bits[name]) for name in names}) > 1]
+
+
+def _stored(bits: LayerBits) -> LayerBits:
+    """What a weight is stored as: at least 2 bits."""
+    return replace(bits.of_weight, weight=max(bits.weight, 2))
 
 
 def check_exportable(manifest: Manifest) -> None:
@@ -61,6 +68,13 @@ def check_exportable(manifest: Manifest) -> None:
         raise HubMPQError(
             f"{COMPRESSED_TENSORS} packs Linear and Embedding layers; {len(other)} layers are {kinds} "
             f"({_some(other)}); leave them float with exclude=[{other[0]!r}, …], or publish the packed file"
+        )
+    short = [x.name for x in graph if x.kind == "linear" and x.weight_shape[1] % (bits[x.name].group_size or 1)]
+    if short:
+        raise HubMPQError(
+            f"{COMPRESSED_TENSORS} has no short last group; groups of {bits[short[0]].group_size} do not fill "
+            f"the {graph[short[0]].weight_shape[1]} columns of {len(short)} layers ({_some(short)}): take a group_size "
+            "that divides them"
         )
     inputs = [name for name, level in bits.items() if level.activation != FLOAT_BITS]
     if inputs:
@@ -79,24 +93,34 @@ def export_compressed(
 ) -> int:
     """Write config.json and model.safetensors; returns the bytes of the latter.
 
-    One config group per width. The words of the packed file serve as they are; 1-bit weights are stored at 2 bits,
-    since 1 bit here would mean {−1, 0}. Embeddings, and heads tied to them, are written dequantized: transformers
-    5.23 fails on a packed one (it initialises `embedding.weight`, which is not there). Its `dequantize=True` would
-    load one, but takes the first group's width for all layers and gives wrong weights without a word. Warns where
-    vLLM could not load the policy. Raises HubMPQError as check_exportable, and for a model whose class can't load it.
+    One config group per width, group size and symmetry. The words of the packed file serve as they are; 1-bit weights
+    are stored at 2 bits, with a warning, since 1 bit here would mean {−1, 0}. Scales are float32, so that a float32
+    model computes the same to the bit; transformers rounds them to the dtype of another model. Embeddings, and heads
+    tied to them, are written dequantized: transformers 5.23 fails on a packed one (it initialises `embedding.weight`,
+    which is not there). Its `dequantize=True` would load one, but takes the first group's width for all layers and
+    gives wrong weights without a word.
+
+    Zero points of b bits are packed along the rows: [ceil(rows·b/32), groups] words, as compressed-tensors writes and
+    vLLM reads them. compressed-tensors 0.20 itself makes room for [rows, groups] when transformers loads a model and
+    refuses these (0.19 reads them); both read them where zeros fill that shape. So they are written, unless the policy
+    was made for target="vllm".
+
+    Warns where vLLM could not load the policy. Raises HubMPQError as check_exportable, and for a model whose class
+    can't load it.
     """
     from safetensors.torch import save
 
     check_exportable(manifest)
+    for_vllm = manifest.provenance.get("target") == "vllm"
     if unequal := unequal_inputs(manifest):
         warnings.warn(
-            f"layers that read one input have weights of different widths ({_some(unequal[0])}); transformers loads "
-            "that, vLLM does not: load the float model with tie_fused=True for it",
+            f"layers that read one input have weights of different widths or groups ({_some(unequal[0])}); "
+            'transformers loads that, vLLM does not: load the float model with target="vllm" for it',
             stacklevel=2,
         )
     library = libraries.get(manifest.library)
     state = float_copy_state(model, library)
-    groups: dict[int, list[str]] = {}
+    groups: dict[LayerBits, list[str]] = {}
     tensors = packed_tensors(model, manifest)
     shared = {layer.weight_owner for layer in manifest.graph}
     for layer in manifest.graph:
@@ -107,11 +131,21 @@ def export_compressed(
         (name,) = library.names_on_disk(model, {key(layer.name, "weight"): torch.empty(0)})
         module = name.removesuffix(".weight")
         del state[name]
-        scale = words.weight_scale.repeat_interleave(layer.weight_shape[0] // words.weight_scale.numel())
+        scale = words.weight_scale.float().view(-1, words.weight_scale.shape[-1] if words.group_size else 1)
         state[key(module, "weight_packed")] = words.weight_packed
-        state[key(module, "weight_scale")] = scale[:, None]
+        state[key(module, "weight_scale")] = scale.repeat_interleave(layer.weight_shape[0] // len(scale), 0)
         state[key(module, "weight_shape")] = torch.tensor(layer.weight_shape)
-        groups.setdefault(words.num_bits, []).append(layer.name)
+        if not words.bits.symmetric:
+            zeros = _packed_columns(words.zero_points().view(scale.shape), words.num_bits)
+            if not for_vllm:
+                zeros = torch.nn.functional.pad(zeros, (0, 0, 0, len(scale) - len(zeros)))
+            state[key(module, "weight_zero_point")] = zeros
+        groups.setdefault(words.bits, []).append(layer.name)
+    if not all(bits.symmetric for bits in groups):
+        told = ("vLLM", f"transformers with {COMPRESSED_TENSORS} 0.20") if for_vllm else ("transformers", "vLLM")
+        warnings.warn(f"zero points are stored as {told[0]} reads them; {told[1]} does not", stacklevel=2)
+    if widened := [x.name for x in manifest.graph if manifest.policy.bits[x.name].weight == 1]:
+        warnings.warn(f"1-bit weights take 2 bits in {COMPRESSED_TENSORS} ({_some(widened)})", stacklevel=2)
     check_loadable(model, [name for names in groups.values() for name in names])
     public = {k: v for k, v in config_of(model, config).items() if k not in ("_name_or_path", "quantization_config")}
     public["quantization_config"] = _quantization(groups)
@@ -147,24 +181,33 @@ def check_loadable(model: Any, names: Iterable[str]) -> None:
 
 
 def _two_bits(packed: PackedTensor) -> PackedTensor:
-    return pack_weight(packed.unpack(), packed.weight_scale, packed.kind, 2)
+    return pack_weight(packed.unpack(), packed.weight_scale, packed.kind, 2, group_size=packed.group_size)
 
 
-def _quantization(groups: Mapping[int, list[str]]) -> dict[str, Any]:
-    weights = {"type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+def _packed_columns(zeros: Tensor, num_bits: int) -> Tensor:
+    """Zero points [rows, groups] as words [ceil(rows*b/32), groups]."""
+    return pack_bits(zeros.t(), num_bits, offset=1 << (num_bits - 1)).t().contiguous()
+
+
+def _quantization(groups: Mapping[LayerBits, list[str]]) -> dict[str, Any]:
     return {
         "quant_method": COMPRESSED_TENSORS,
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "ignore": [],
         "config_groups": {
-            f"group_{width}": {
+            f"group_{str(bits).removesuffix(f'A{FLOAT_BITS}')}": {
                 "targets": sorted(names),
-                "weights": {**weights, "num_bits": width},
+                "weights": _weights(bits),
                 "input_activations": None,
                 "output_activations": None,
                 "format": "pack-quantized",
             }
-            for width, names in sorted(groups.items())
+            for bits, names in sorted(groups.items())
         },
     }
+
+
+def _weights(bits: LayerBits) -> dict[str, Any]:
+    group = {"strategy": "channel"} if bits.group_size is None else {"strategy": "group", "group_size": bits.group_size}
+    return {"type": "int", "num_bits": bits.weight, "symmetric": bits.symmetric, "dynamic": False, **group}

@@ -45,6 +45,7 @@ class RoundedWeights:
         self.folder, self.settings, self.nearest = folder, settings, nearest
         self.layers: dict[str, LayerSpec] = {}
         self.unreached: dict[str, int] = {}
+        self._held: dict[str, dict[LayerBits, PackedTensor]] = {}
 
     def _file(self, layer: LayerSpec) -> Path:
         return self.folder / f"{hashlib.sha256(layer.name.encode()).hexdigest()[:24]}.safetensors"
@@ -72,6 +73,7 @@ class RoundedWeights:
             raise HubMPQError(f"{self.folder} cannot be written: {error}") from error
         write_atomic(self._file(layer), [save(tensors, metadata={"settings": self.settings, "mark": mark})])
         self.layers[layer.name] = layer
+        self._held.pop(layer.name, None)
 
     def has(self, layer: LayerSpec, choices: Sequence[LayerBits], mark: str = "") -> bool:
         """Whether a layer's weights are there, as an interrupted run of the same settings left them."""
@@ -99,6 +101,18 @@ class RoundedWeights:
         if words is None or scale is None:
             raise HubMPQError(f"layer {name!r} was not rounded for {bits.of_weight}")
         return PackedTensor(words, scale, layer.weight_shape, bits.weight, layer.kind, zero, bits.group_size)
+
+    def held(self, name: str, bits: LayerBits) -> PackedTensor:
+        """As `packed`, for a stack, which is asked for once for each expert that runs: what was read of the last two
+        layers is kept in memory."""
+        if name not in self._held:
+            for oldest in list(self._held)[:-1]:
+                del self._held[oldest]
+            self._held[name] = {}
+        found = self._held[name]
+        if bits.of_weight not in found:
+            found[bits.of_weight] = self.packed(name, bits)
+        return found[bits.of_weight]
 
 
 class StoredWeight(Quantizer):
@@ -141,8 +155,7 @@ class StoredWeight(Quantizer):
     def of_matrix(self, stack: Tensor, index: int) -> Tensor:
         if self.bits is None:
             return stack[index]
-        packed = self.rounded.packed(self.name, self.bits)
-        return packed.matrix(index).to(stack)
+        return self.rounded.held(self.name, self.bits).matrix(index).to(stack)
 
     def to_int(self, x: Tensor) -> Tensor:
         """The integers that are stored, zero points not taken off."""

@@ -95,9 +95,9 @@ def round_weights(
     if not taken:
         raise InvalidArgument("the calibration data are empty")
     known = task_of(task, model, example=example)
-    rounded = RoundedWeights(folder, f"1 {rounding} {_mark(taken)}", nearest=rounding == "nearest")
+    rounded = RoundedWeights(folder, f"1 {rounding} {digest_of(taken)}", nearest=rounding == "nearest")
     layers = [layer for layer in graph if layer.name in choices]
-    marks = {layer.name: _mark(model.get_submodule(layer.name).weight) for layer in layers}
+    marks = {layer.name: digest_of(model.get_submodule(layer.name).weight) for layer in layers}
     left = [x for x in layers if not (resume and rounded.has(x, choices[x.name], marks[x.name]))]
     with tqdm(total=len(layers), initial=len(layers) - len(left), desc="weights", unit="layer", leave=False) as bar:
 
@@ -185,8 +185,8 @@ def _compensated(rows: Tensor, grids: Sequence[WeightGrid], factors: Iterable[Fa
     return [torch.cat(found) for found in zip(*rounded, strict=True)]
 
 
-def _mark(*trees: Any) -> str:
-    """Characters that stand for the values of all tensors."""
+def digest_of(*trees: Any) -> str:
+    """24 characters that stand for the values of all tensors, by SHA-256."""
     digest = hashlib.sha256()
     for tensor in tree_leaves(trees):
         if isinstance(tensor, Tensor):

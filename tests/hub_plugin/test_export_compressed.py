@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_logits_of_all_widths_are_equal_in_plain_transformers(tmp_path):
         mpq = HubMPQ.from_pretrained(tmp_path / kind / "float")
         mpq.apply_policy(mixed(mpq.graph))
         folder = tmp_path / kind / "exported"
-        with pytest.warns(UserWarning, match="vLLM"):
+        with pytest.warns(UserWarning, match="vLLM"), pytest.warns(UserWarning, match="1-bit weights take 2 bits"):
             size = mpq.export(folder, "compressed-tensors")
         assert size == (folder / "model.safetensors").stat().st_size
         save_file(inputs, tmp_path / kind / "inputs")
@@ -56,6 +57,79 @@ def test_logits_of_all_widths_are_equal_in_plain_transformers(tmp_path):
     python(PLAIN, json.dumps(rows))
     for file, logits in want:
         assert torch.equal(torch.load(file), logits)
+
+
+FORMS = ["W2g32z", "W3g64", "W4g32", "W4z", "W5g64z", "W6g32z", "W7", "W8g32z"]
+
+
+def in_groups(folder, target=None):
+    """(model, inputs, its HubMPQ with widths, groups and zero points by layer, or by tie where the target has them)."""
+    model, inputs = build("llama", hidden_size=64, intermediate_size=192)
+    model.save_pretrained(folder)
+    mpq = HubMPQ.from_pretrained(folder, target=target, weight_only=True)
+    first = {}
+    bits = {layer.name: layer.fixed for layer in mpq.graph if layer.fixed}
+    for k, layer in enumerate(mpq.graph.searched):
+        level = LayerBits.parse(FORMS[k % len(FORMS)])
+        bits[layer.name] = level if target is None else first.setdefault(layer.activation_tie or layer.name, level)
+    return model, inputs, mpq.apply_policy(Policy(bits, mpq.graph.digest), [inputs])
+
+
+def test_logits_of_groups_and_zero_points_are_equal_in_plain_transformers(tmp_path):
+    model, inputs, mpq = in_groups(tmp_path / "float")
+    with (
+        pytest.warns(UserWarning, match="transformers reads"),
+        pytest.warns(UserWarning, match="different widths or g"),
+    ):
+        mpq.export(tmp_path / "out", "compressed-tensors")
+    groups = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
+    found = [group["weights"] for group in groups.values()]
+    wanted = {(b.weight, b.group_size, b.symmetric) for b in map(LayerBits.parse, FORMS)}
+    assert {(w["num_bits"], w.get("group_size"), w["symmetric"]) for w in found} == wanted
+    save_file(inputs, tmp_path / "inputs")
+    row = {"cls": type(model).__name__, "folder": str(tmp_path / "out"), "inputs": str(tmp_path / "inputs")}
+    python(PLAIN, json.dumps([row]))
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "out" / "logits"), mpq(**inputs)[0])
+
+
+def test_what_is_made_for_vllm_has_the_words_of_compressed_tensors_itself(tmp_path):
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    _, _, mpq = in_groups(tmp_path / "float", "vllm")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        mpq.export(tmp_path / "out", "compressed-tensors")
+    assert [str(w.message) for w in told if "hub_mpq" in w.filename] == [
+        "zero points are stored as vLLM reads them; transformers with compressed-tensors 0.20 does not"
+    ]
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    groups = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    names = []
+    for group in groups.values():
+        for name in group["targets"]:
+            parts = {k.rpartition(".")[2]: v for k, v in state.items() if k.startswith(f"{name}.")}
+            scheme = QuantizationScheme(**{k: v for k, v in group.items() if k != "targets"}, targets=[name])
+            weight = compressor.decompress(dict(parts), scheme)["weight"]
+            layer = mpq.model.get_submodule(name)
+            assert torch.equal(weight, layer.weight_quantizer(layer.weight))
+            packed = compressor.compress(compressor.decompress(dict(parts), scheme), scheme)
+            assert all(torch.equal(packed[part], parts[part]) for part in parts)
+            names.append(name)
+    assert len(names) == 14
+
+
+def test_one_bit_in_groups_is_widened(tmp_path):
+    model, inputs = build("llama")
+    model.save_pretrained(tmp_path / "float")
+    mpq = HubMPQ.from_pretrained(tmp_path / "float", weight_only=True).apply_policy("W1g16", [inputs])
+    with pytest.warns(UserWarning, match="1-bit weights take 2 bits"):
+        mpq.export(tmp_path / "out", "compressed-tensors")
+    with torch.no_grad():
+        read = type(model).from_pretrained(tmp_path / "out")
+        assert torch.equal(read(**inputs)[0], mpq(**inputs)[0])
 
 
 def test_words_are_those_of_the_packed_file(tmp_path):
@@ -79,14 +153,18 @@ def test_what_it_cannot_say_is_refused_in_words(tmp_path, net):
     gpt2 = pack(tmp_path / "gpt2", "gpt2", "W4")
     with pytest.raises(HubMPQError, match="conv1d"):
         gpt2.mpq.export(tmp_path / "x", "compressed-tensors")
+    llama = HubMPQ.from_pretrained(pack(tmp_path / "llama", "llama", "W4").float_folder, weight_only=True)
+    llama.apply_policy("W4g24")
+    with pytest.raises(HubMPQError, match=r"groups of 24 do not fill the 32 columns of \d+ layers.*divides them"):
+        llama.export(tmp_path / "x", "compressed-tensors")
     own = HubMPQ.from_module(net, torch.zeros(1, 1, 8, 8))
     with pytest.raises(HubMPQError, match="no policy"):
         own.export(tmp_path / "x", "onnx")
     own.apply_policy("W4")
     with pytest.raises(HubMPQError, match="transformers"):
         own.export(tmp_path / "x", "compressed-tensors")
-    with pytest.raises(InvalidArgument, match="gguf"):
-        own.export(tmp_path / "x", "gguf")
+    with pytest.raises(InvalidArgument, match="tflite"):
+        own.export(tmp_path / "x", "tflite")
     assert not (tmp_path / "x").exists()
 
 
@@ -116,8 +194,8 @@ def test_a_format_in_the_table_is_one_that_export_writes(net, monkeypatch, tmp_p
     ((folder, model, manifest, config, example),) = given
     assert (folder, model, dict(config), example) == (tmp_path, mpq.model, {}, mpq.source.example)
     assert manifest.policy == mpq.policy
-    with pytest.raises(InvalidArgument, match="known: compressed-tensors, onnx, toy"):
-        mpq.export(tmp_path, "gguf")
+    with pytest.raises(InvalidArgument, match="known: compressed-tensors, gguf, onnx, toy"):
+        mpq.export(tmp_path, "tflite")
 
 
 def test_weights_that_are_used_outside_their_layers_are_one_network(tmp_path):
