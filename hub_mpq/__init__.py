@@ -26,6 +26,7 @@ _LAZY = {
     "solve_table": "solve",
     "HubMPQError": "errors",
     "MPQConfig": "hub.plugin",
+    "set_resident": "nn.packed",
 }
 
 __all__ = ["__version__", *sorted(_LAZY)]  # noqa: PLE0604
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from .errors import HubMPQError as HubMPQError
     from .hub.plugin import MPQConfig as MPQConfig
     from .model import HubMPQ as HubMPQ
+    from .nn.packed import set_resident as set_resident
     from .search.strategy import SearchStrategy as SearchStrategy
     from .search.strategy import register_strategy as register_strategy
     from .solve import solve_table as solve_table

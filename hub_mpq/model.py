@@ -46,12 +46,13 @@ from .data import text_tokens
 from .errors import HubMPQError, InvalidArgument
 from .export import COMPRESSED_TENSORS, export, exportable
 from .hub.folder import read_folder_indicators, save_folder
-from .hub.load import load_folder
+from .hub.load import load_folder, load_resident
 from .hub.origin import local_card
 from .hub.preprocess import local_preprocess
 from .hub.publish import publish
 from .hub.pull import packed_folder
 from .hub.remote import check_repo_id
+from .nn.packed import packed_layers
 from .nn.packing import base_nbytes
 from .nn.rounded_weights import RoundedWeights
 from .pack import Manifest, read_indicators, write_indicators
@@ -150,6 +151,7 @@ class HubMPQ(nn.Module):
         tie_fused: bool = False,
         target: Target | str | None = None,
         pretrained: bool = True,
+        resident: str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
@@ -176,6 +178,9 @@ class HubMPQ(nn.Module):
                 alone are quantized, layers take what its menu has of what is asked for, its ties hold, and `size` is
                 in bytes of its file where these are others than the packed file's. None: hub_mpq's own file.
             pretrained: Fetch the published weights.
+            resident: Of a packed model of transformers: "packed" or "float", the form in which weights are kept in
+                memory by layers that only run, see `hub_mpq.set_resident`. None: float weights behind quantizers, which
+                can be trained.
             revision: Branch, tag or commit.
             token: As for huggingface_hub.
             local_files_only: Ask nothing of the network.
@@ -184,7 +189,9 @@ class HubMPQ(nn.Module):
         where: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
         folder = packed_folder(model_id, **where) if pretrained else None
         if folder is not None:
-            return cls._of_folder(folder, module, task, kwargs)
+            return cls._of_folder(folder, module, task, resident, kwargs)
+        if resident is not None:
+            raise InvalidArgument(f"resident= is for packed models, and {str(model_id)!r} is none")
         kwargs |= {key: value for key, value in where.items() if value}
         source = adapters.load(str(model_id), pretrained=pretrained, exclude=exclude, **kwargs)
         out = cls(source, task=task, fixed=fixed, weight_only=weight_only, tie_fused=tie_fused, target=target)
@@ -219,14 +226,20 @@ class HubMPQ(nn.Module):
         return cls(source, task=task, fixed=fixed, weight_only=weight_only, tie_fused=tie_fused, target=target)
 
     @classmethod
-    def _of_folder(cls, folder: Path, module: nn.Module | None, task: TaskLike, kwargs: OptionsLike) -> HubMPQ:
-        source, manifest = load_folder(folder, module, kwargs)
+    def _of_folder(
+        cls, folder: Path, module: nn.Module | None, task: TaskLike, resident: str | None, kwargs: OptionsLike
+    ) -> HubMPQ:
+        if resident is None:
+            source, manifest = load_folder(folder, module, kwargs)
+        else:
+            source, manifest = load_resident(folder, resident, kwargs)
         out = cls(source, task=restored(manifest.provenance.get("task")) if task is None else task)
         out.policy, out._float, out.home = manifest.policy, (), folder
         out.scores = read_folder_indicators(folder)
         out.metrics = {k: dict(v) for k, v in manifest.provenance.get("metrics", {}).items()}
         out.history = {k: dict(v) for k, v in manifest.provenance.items() if k in ("search", "finetune")}
-        out._tell_transformers()
+        if resident is None:  # transformers itself loaded the other
+            out._tell_transformers()
         return out
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -590,6 +603,8 @@ class HubMPQ(nn.Module):
         chosen = FinetuneOptions.of(options, **changes)
         if self.policy is None:
             raise HubMPQError("there is no policy yet; call quantize or apply_policy first")
+        if any(packed_layers(self.model)):
+            raise HubMPQError("packed layers are not trained; load the folder without resident=")
         teacher = self._float[0] if self._float else None
         self.metrics.pop("quantized", None)  # they were the model's before
         log = finetune(self.model, train, chosen, teacher=teacher, engine=engine, **self._told(task))

@@ -101,7 +101,7 @@ class TransformersLibrary(Library):
             config, unused = transformers.AutoConfig.from_pretrained(model_id, return_unused_kwargs=True, **kwargs)
         except Exception as error:
             raise cannot_build(model_id, error, pretrained=False) from error
-        cls = _model_class(config, auto_class)
+        cls = model_class(config, auto_class)
         quantized = getattr(config, "quantization_config", None)
         if pretrained and quantized is not None:
             method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
@@ -134,9 +134,7 @@ class TransformersLibrary(Library):
             exclude=exclude,
         )
         config.architectures = [type(model).__name__]
-        preprocess = {"tokenizer" if "input_ids" in example else "processor": model_id}
-        if "input_ids" in example:
-            preprocess["sequence_length"] = example["input_ids"].shape[1]
+        preprocess = preprocess_of(model_id, example)
         return Source(model, model_id, revision, self.name, on_device, graph, preprocess, config.to_dict())
 
     def example_arguments(self, input_shape: tuple[int, ...]) -> Mapping[str, Any]:
@@ -216,7 +214,8 @@ def _commit(model_id: str, revision: str | None) -> str | None:
     return commit_of(try_to_load_from_cache(model_id, "config.json", revision=revision))
 
 
-def _model_class(config: Any, auto_class: str | None) -> Any:
+def model_class(config: Any, auto_class: str | None = None) -> Any:
+    """The class of transformers that is named, else the first that a config's `architectures` name."""
     import transformers
 
     if auto_class is not None:
@@ -269,6 +268,13 @@ def head_of(model: nn.Module) -> tuple[str, ...]:
     outside = [name for name in outside if not name.startswith(f"{base}.")]
     outputs = {name: model.get_parameter(f"{name}.weight").shape[0] for name in outside}
     return tuple(name for name in outside if outputs[name] == outputs[outside[-1]])
+
+
+def preprocess_of(model_id: str, example: Mapping[str, Any]) -> dict[str, Any]:
+    """Where what makes a model's input is to be found: {"tokenizer" or "processor": its id or folder, …}."""
+    if "input_ids" not in example:
+        return {"processor": model_id}
+    return {"tokenizer": model_id, "sequence_length": example["input_ids"].shape[1]}
 
 
 def example_for(model: nn.Module, sequence_length: int = 128) -> dict[str, Any]:

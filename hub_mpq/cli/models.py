@@ -77,7 +77,10 @@ def loader(mpq: HubMPQ, data: str, options: DataOptions, *, train: bool, seed: i
 
     source = mpq.source
     if reads_text(mpq):
-        length = options.chunk_length or min(CHUNK, most_tokens(mpq.model) or CHUNK)
+        most = most_tokens(mpq.model)
+        length = options.chunk_length or min(CHUNK, most or CHUNK)
+        if most is not None and length > most:
+            raise InvalidArgument(f"--chunk-length is at most {most} tokens for this model, not {length}")
         ids = text_tokens(data, source, mpq.model, mpq.task)
         return text_loader(ids, length=length, train=train, batch_size=options.batch_size or 1, seed=seed)
     classes = None

@@ -81,8 +81,8 @@ def text_tokens(data: str | Path, source: Source, model: nn.Module, task: TaskLi
     """
     if not isinstance(task_of(task, model), CausalLM):
         raise InvalidArgument(
-            f"{type(model).__name__} is no causal language model, and takes no images, but text is read for causal "
-            "language models only; use hub_mpq from Python with a loader of your own"
+            f"{type(model).__name__} is no causal language model; text is read for those alone, and images for models "
+            "that take images: use hub_mpq from Python with a loader of your own"
         )
     tokenizer, name = _tokenizer(source)
     text = read_text(data)

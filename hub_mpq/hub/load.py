@@ -11,13 +11,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import adapters
-from ..adapters.base import Source
+from ..adapters.base import Source, placed
 from ..adapters.module import ModuleLibrary
 from ..adapters.restore_state import copied
+from ..adapters.transformers import example_for, model_class, preprocess_of
 from ..core.files import CONFIG, PACKED
 from ..core.library import Library, libraries
 from ..errors import HubMPQError, InvalidArgument, PackedFormat, PolicyMismatch
 from ..nn.experts import expose_experts
+from ..nn.packed import RESIDENT, set_resident
 from ..nn.packing import load_quantized
 from ..nn.quantize import quantize_to_policy
 from ..pack import Manifest, read_manifest, read_packed
@@ -60,6 +62,52 @@ def load_folder(folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any
         graph = graph.counted_on(source.graph)
         manifest = replace(manifest, graph=graph)
     return replace(source, graph=graph, model_id=manifest.base_model, revision=manifest.revision), manifest
+
+
+def load_resident(folder: Path, resident: str, kwargs: Mapping[str, Any]) -> tuple[Source, Manifest]:
+    """Load a packed folder of a model of transformers into packed layers, which run but are not trained.
+
+    The float model is never built: memory holds the packed weights.
+
+    Args:
+        folder: What save_pretrained wrote.
+        resident: As in `hub_mpq.nn.packed.set_resident`.
+        kwargs: Arguments of transformers' from_pretrained, such as dtype.
+
+    Returns:
+        The model with where it comes from, and what its file says.
+
+    Raises:
+        InvalidArgument: The folder is of another library.
+        PackedFormat: The file is bad.
+    """
+    manifest = read_manifest(folder / PACKED)
+    library = library_of(manifest, folder / PACKED)
+    if not library.pretrained_models:
+        raise InvalidArgument(f"resident= is for models of transformers, and {folder} holds one of {library.name}")
+    if resident not in RESIDENT:
+        raise InvalidArgument(f"resident is 'packed' or 'float', not {resident!r}")
+    import transformers
+
+    safe: Mapping[str, Any] = library.folder_defaults
+    config = transformers.AutoConfig.from_pretrained(folder, **safe)
+    given = {"dtype": "auto", **safe, **{name: value for name, value in kwargs.items() if name != "library"}}
+    model = model_class(config).from_pretrained(folder, **given).eval()
+    if resident == "float":
+        set_resident(model, resident)
+    example = example_for(model, **library.example_arguments(manifest.graph.input_shape))
+    published = {name: value for name, value in config.to_dict().items() if name != "quantization_config"}
+    source = Source(
+        model,
+        manifest.base_model,
+        manifest.revision,
+        library.name,
+        placed(example, model),
+        manifest.graph,
+        preprocess_of(str(folder), example),
+        published,
+    )
+    return source, manifest
 
 
 def library_of(manifest: Manifest, file: str | os.PathLike[str]) -> Library:

@@ -97,7 +97,8 @@ class PackedExperts(PackedLayer, Stack):  # type: ignore[override]
 
     def unpacked_expert(self, expert: int, dtype: torch.dtype) -> Tensor:
         """The dequantized matrix of one expert, as `unpacked` has it."""
-        return self.packed.matrix(expert, self.compute.dtype).to(dtype)
+        kept = self.source.kept
+        return (self.packed.matrix(expert, self.compute.dtype) if kept is None else kept[expert]).to(dtype)
 
 
 def _to_layers(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:

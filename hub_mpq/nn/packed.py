@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..core import FLOAT_BITS, LayerBits, LayerSpec
-from ..errors import HubMPQError, UnsupportedLayer
+from ..errors import HubMPQError, InvalidArgument, UnsupportedLayer
 from ..pack import PackedTensor
 from ..quantizers.base import keep_dtype
 from ..quantizers.fake_quantize import fake_quantize, quantize_traced
@@ -68,7 +68,10 @@ def _memory(x: Tensor) -> int:
 
 
 class PackedLayer(nn.Module):
-    """What the packed forms share. `bits`: their widths; `owner`: (the layer whose weight this one reads,) or ()."""
+    """What the packed forms share. `bits`: their widths; `owner`: (the layer whose weight this one reads,) or ().
+
+    `kept`: the dequantized weight while it is resident, see `set_resident`; None: it is made anew at each call.
+    """
 
     bits: LayerBits
     kind: str
@@ -76,11 +79,17 @@ class PackedLayer(nn.Module):
     owner: tuple[PackedLayer, ...]
     compute: Tensor
     float_class: type[nn.Module]
+    kept: Tensor | None = None
+
+    @property
+    def source(self) -> PackedLayer:
+        """The layer whose weight this one reads: itself, or its owner."""
+        return self.owner[0] if self.owner else self
 
     @property
     def packed(self) -> PackedTensor:
         """The packed weight; InvalidArgument when the buffers do not fit together."""
-        source = self.owner[0] if self.owner else self
+        source = self.source
         zero = source._buffers.get("weight_zero_point")
         return PackedTensor(
             source._buffers["weight_packed"],
@@ -94,8 +103,7 @@ class PackedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight in the dtype that the model computes in, made anew at each call; HubMPQError for who
-        writes into it."""
+        """The dequantized weight in the dtype that the model computes in; HubMPQError for who writes into it."""
         weight = self.unpacked(self.compute.dtype)
         return weight if _traced() else weight.as_subclass(_ReadOnly)
 
@@ -112,7 +120,8 @@ class PackedLayer(nn.Module):
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight as a plain tensor, in the precision that the model computes in and as `dtype`."""
-        return self.packed.dequantize(self.compute.dtype).to(dtype)
+        kept = self.source.kept
+        return (self.packed.dequantize(self.compute.dtype) if kept is None else kept).to(dtype)
 
     def weight_quantizer(self, weight: Tensor) -> Tensor:
         """The weight is on its grid already."""
@@ -133,7 +142,10 @@ class PackedLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
         """Casts to another float type (`.to(torch.bfloat16)`) leave the scales as they are, or the grid would move."""
         scales = (self._buffers.get(name) for name in ("weight_scale", "input_scale"))
+        resident, self.kept = self.kept is not None, None
         super()._apply(keep_dtype(fn, scales), recurse)
+        if resident:
+            self.kept = self.unpacked(self.compute.dtype)
         return self
 
     def extra_repr(self) -> str:
@@ -210,6 +222,8 @@ class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         ids = first_operand(args, kwargs)
+        if self.source.kept is not None:
+            return scaled(self, self.source.kept[ids])
         rows = self.packed.dequantize(self.compute.dtype, ids.reshape(-1)).view(*ids.shape, self.shape[1])
         return scaled(self, rows)
 
@@ -252,7 +266,7 @@ def float_layer(module: PackedLayer, dtype: torch.dtype, weight: nn.Parameter | 
     call_only(out, False)
     for name in (*_PARTS, "compute"):
         out._buffers.pop(name, None)
-    for name in ("kind", "shape", "bits", "float_class", "owner"):
+    for name in ("kind", "shape", "bits", "float_class", "owner", "kept"):
         out.__dict__.pop(name, None)
     shared = nn.Parameter(module.packed.dequantize(dtype)) if weight is None else weight
     out._parameters = {"weight": shared, **out._parameters}
@@ -264,3 +278,33 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
     for name, module in model.named_modules():
         if isinstance(module, PackedLayer):
             yield name, module
+
+
+RESIDENT = ("packed", "float")
+"""In which form packed layers may keep their weights in memory."""
+
+
+@torch.no_grad()
+def set_resident(model: nn.Module, resident: str) -> None:
+    """Choose how the packed layers of a model keep their weights in memory. What they compute is the same to the bit.
+
+    Args:
+        model: A model with packed layers: what `AutoModel*.from_pretrained` makes of a packed folder, or `HubMPQ` with
+            `resident=`.
+        resident: "packed": every call unpacks the weight of its layer, so that the model takes little more memory than
+            its packed bytes, and is slow where few tokens share a call, as in generation. "float": weights are unpacked
+            once and kept beside their packed form, for the speed and the memory of the float model.
+
+    Raises:
+        InvalidArgument: Another word, or the model has no packed layers.
+    """
+    if resident not in RESIDENT:
+        raise InvalidArgument(f"resident is 'packed' or 'float', not {resident!r}")
+    layers = [layer for _, layer in packed_layers(model) if not layer.owner]
+    if not layers:
+        raise InvalidArgument(
+            f"{type(model).__name__} has no packed layers; load a packed folder by AutoModel, or by "
+            "HubMPQ.from_pretrained(folder, resident=…)"
+        )
+    for layer in layers:
+        layer.kept = layer.unpacked(layer.compute.dtype) if resident == "float" else None

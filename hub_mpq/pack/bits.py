@@ -1,11 +1,14 @@
 """Dense streams of 1- to 8-bit values in int32 words, the bit order of compressed-tensors' pack-quantized.
 
 Value k of a stream lies in bits k·b … k·b+b−1, counted from the least significant bit of word 0: 32 values take
-exactly b words, and the last word is filled with zero bits. Eight values take exactly b bytes, so that a group of
-eight is one 64-bit integer whose fields are spread from b to 8 bits (and back) in three steps.
+exactly b words, and the last word is filled with zero bits. Eight values take exactly b bytes (four take three bytes at
+6 bits; 2, 4 or 8 take one byte at 4, 2 or 1 bits), so that such a group is one integer of as many bytes as it has
+values, whose fields are spread from b to 8 bits, and back, in one to three steps.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
@@ -14,8 +17,11 @@ from torch import Tensor
 from ..core import check_width
 from ..errors import InvalidArgument
 
-_GROUPS = 1 << 15
-"""Groups of eight values handled at a time: their 64-bit integers and one temporary stay in a core's cache."""
+_BYTES = 1 << 18
+"""Bytes of values handled at a time: they and one temporary stay in a core's cache."""
+
+_CELLS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""{values of a group: the integer that has a byte for each}"""
 
 
 def _steps(num_bits: int) -> list[tuple[int, int, int]]:
@@ -28,12 +34,27 @@ def _steps(num_bits: int) -> list[tuple[int, int, int]]:
     return steps
 
 
+def _group(num_bits: int) -> int:
+    """The fewest values, 2, 4 or 8, that take whole bytes together; below 8 bits."""
+    return 8 // math.gcd(8, num_bits)
+
+
 def _spread(x: Tensor, num_bits: int) -> None:
-    """Move eight b-bit fields of every int64 to its eight bytes, in place."""
-    for low, high, shift in _steps(num_bits):
-        upper = x & high
-        x &= low
-        x |= upper.bitwise_left_shift_(shift)
+    """Move the b-bit fields of every integer to its bytes, in place."""
+    size = x.element_size()
+    whole = (1 << 8 * size) - 1
+    narrow = num_bits <= 4  # whole integers can be shifted: what does not belong falls between the fields
+    if narrow and 8 % num_bits:
+        x &= (1 << size * num_bits) - 1  # of the next group
+    for low, high, shift in _steps(num_bits)[-size.bit_length() + 1 :]:
+        low, high = low & whole, high & whole
+        if narrow:
+            x |= x << shift
+            x &= low | (high << shift)
+        else:
+            upper = x & high
+            x &= low
+            x |= upper.bitwise_left_shift_(shift)
 
 
 def _gather(x: Tensor, num_bits: int) -> None:
@@ -68,7 +89,7 @@ def pack_bits(values: Tensor, num_bits: int, *, offset: int = 0) -> Tensor:
     codes[..., :count] = values.to(torch.int16) + offset if offset else values
     if bits < 8:
         cells = codes.view(torch.int64)
-        for part in torch.split(cells.reshape(-1), _GROUPS):
+        for part in torch.split(cells.reshape(-1), _BYTES // 8):
             _gather(part, bits)
         codes = cells.view(torch.uint8).reshape(*lead, groups, 8)[..., :bits].flatten(-2)
     out = torch.zeros(*lead, words, dtype=torch.int32, device=values.device)
@@ -78,15 +99,20 @@ def pack_bits(values: Tensor, num_bits: int, *, offset: int = 0) -> Tensor:
 
 
 def _cells(stream: Tensor, rows: int, groups: int, num_bits: int) -> Tensor:
-    """int64 [rows, groups] whose lower 8·b bits are the groups of eight values of each row of bytes."""
-    cells = torch.empty(rows, groups, dtype=torch.int64, device=stream.device)
+    """Integers [rows, groups] whose lower bits are the groups of values of each row of bytes."""
+    size = _group(num_bits)
+    step = size * num_bits // 8
+    if step == 1:
+        return stream.reshape(rows, -1)[:, :groups].to(_CELLS[size])
+    cells = torch.empty(rows, groups, dtype=_CELLS[size], device=stream.device)
     wide = torch.nn.functional.pad(stream.reshape(-1), (0, 8))  # the last group may read past the end
     stride = stream.numel() // rows
-    if stream.device.type == "cpu":  # NumPy reads 8 bytes at every b-th one; torch has no unaligned strides
-        source = np.ndarray((rows, groups), "<i8", wide.numpy().data, 0, (stride, num_bits))
+    if stream.device.type == "cpu":  # NumPy reads whole integers at every b-th byte; torch has no unaligned strides
+        source = np.ndarray((rows, groups), f"<i{size}", wide.numpy().data, 0, (stride, step))
         np.copyto(cells.numpy(), source)
     else:
-        cells.view(torch.uint8).view(rows, groups, 8).copy_(wide.as_strided((rows, groups, 8), (stride, num_bits, 1)))
+        bytes_of = wide.as_strided((rows, groups, size), (stride, step, 1))
+        cells.view(torch.uint8).view(rows, groups, size).copy_(bytes_of)
     return cells
 
 
@@ -114,10 +140,11 @@ def unpack_bits(words: Tensor, num_bits: int, count: int) -> Tensor:
         return torch.empty(*lead, count, dtype=torch.uint8, device=words.device)
     if bits == 8:
         return stream[..., :count].clone()
-    rows, groups = words.numel() // have, -(-count // 8)
-    if groups * bits == 4 * have:  # no padding between the rows: one long row
+    size = _group(bits)
+    rows, groups = words.numel() // have, -(-count // size)
+    if groups * size * bits == 32 * have:  # no padding between the rows: one long row
         rows, groups = 1, rows * groups
     cells = _cells(stream, rows, groups, bits)
-    for part in torch.split(cells.view(-1), _GROUPS):
+    for part in torch.split(cells.view(-1), _BYTES // size):
         _spread(part, bits)
     return cells.view(torch.uint8).view(*lead, -1)[..., :count]
