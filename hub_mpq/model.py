@@ -755,10 +755,8 @@ class HubMPQ(nn.Module):
             rounded = self._rounded(graph, candidates, train, rounding, checkpoint_dir, resume, learning.seed, task)
         kept = None
         if checkpoint_dir and not learned:
-            free = ("checkpoint_dir", "checkpoint_every", "resume")
-            options = {key: value for key, value in vars(learning).items() if key not in free}
-            weights = digest_of(self.float_model.state_dict())
-            of = [strategy, strategy_options, str(options), str(candidates), rounding, str(graph.digest), weights]
+            of = [strategy, strategy_options, str(learning.changed()), str(candidates), rounding, graph.digest]
+            of.append(digest_of(self.float_model.state_dict()))
             of += [] if strategy_named(strategy).learned_once or whole is None else [str(whole)]
             kept = Path(checkpoint_dir) / f"scores-{_mark(of)}.safetensors"
             if resume and kept.is_file():

@@ -101,8 +101,9 @@ def export_compressed(
     gives wrong weights without a word.
 
     Zero points of b bits are packed along the rows: [ceil(rows·b/32), groups] words, as compressed-tensors writes and
-    vLLM reads them. transformers 5.24 with compressed-tensors 0.20 makes room for [rows, groups] and refuses these, but
-    reads them where zeros fill that shape, and so they are written, unless the policy was made for target="vllm".
+    vLLM reads them. compressed-tensors 0.20 itself makes room for [rows, groups] when transformers loads a model and
+    refuses these (0.19 reads them); both read them where zeros fill that shape. So they are written, unless the policy
+    was made for target="vllm".
 
     Warns where vLLM could not load the policy. Raises HubMPQError as check_exportable, and for a model whose class
     can't load it.
@@ -141,8 +142,8 @@ def export_compressed(
             state[key(module, "weight_zero_point")] = zeros
         groups.setdefault(words.bits, []).append(layer.name)
     if not all(bits.symmetric for bits in groups):
-        reader, other = ("vLLM", "transformers 5.24") if for_vllm else ("transformers", "vLLM")
-        warnings.warn(f"zero points are stored as {reader} reads them; {other} does not load them", stacklevel=2)
+        told = ("vLLM", f"transformers with {COMPRESSED_TENSORS} 0.20") if for_vllm else ("transformers", "vLLM")
+        warnings.warn(f"zero points are stored as {told[0]} reads them; {told[1]} does not", stacklevel=2)
     if widened := [x.name for x in manifest.graph if manifest.policy.bits[x.name].weight == 1]:
         warnings.warn(f"1-bit weights take 2 bits in {COMPRESSED_TENSORS} ({_some(widened)})", stacklevel=2)
     check_loadable(model, [name for names in groups.values() for name in names])

@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,11 +99,10 @@ def export_gguf(
     _check(manifest)
     folder = Path(folder)
     wanted = {x.name: types_of(x)[bits[x.name].of_weight].name for x in manifest.graph if x.name in bits}
-    state = float_copy_state(model, libraries.get(manifest.library))
+    folder.mkdir(parents=True, exist_ok=True)
     if model.config.model_type not in ARCHITECTURES:
-        entries = list(_entries(model, manifest.graph, wanted, state))
-        folder.mkdir(parents=True, exist_ok=True)
-        text = _tensor_types(entries)
+        state = float_copy_state(model, libraries.get(manifest.library))
+        text = _tensor_types(_entries(model, manifest.graph, wanted, state))
         (folder / TENSOR_TYPES).write_text(text)
         warnings.warn(
             f"a {model.config.model_type} is not written as GGUF here: make its F16 file with llama.cpp's "
@@ -111,20 +110,10 @@ def export_gguf(
             stacklevel=2,
         )
         return len(text)
-    packed = packed_tensors(model, manifest)
-    entries = list(_entries(model, manifest.graph, wanted, state))
-    later = [entry for entry in entries if entry.type != entry.wanted]
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as hidden:
-        file = Path(hidden) / FILE
-        writer = _begin(file, model, entries)
-        for entry in entries:
-            writer.write_tensor_data(_data(entry, state[entry.source], packed.get(entry.layer or ""), model))
-        writer.close()
-        size = file.stat().st_size
-        os.replace(file, folder / FILE)
+    entries = write_gguf(folder / FILE, model, manifest.graph, wanted, packed_tensors(model, manifest))
     (folder / TENSOR_TYPES).write_text(_tensor_types(entries))
-    if later:
+    size = (folder / FILE).stat().st_size
+    if later := [entry for entry in entries if entry.type != entry.wanted]:
         final = size + sum(padded(e.nbytes(e.wanted)) - padded(e.nbytes(e.type)) for e in later)
         warnings.warn(
             f"{len(later)} layers are K-quants and stand in {FILE} as F16: llama-quantize --tensor-type-file "
@@ -132,6 +121,41 @@ def export_gguf(
             stacklevel=2,
         )
     return size
+
+
+def write_gguf(
+    file: str | os.PathLike[str],
+    model: nn.Module,
+    graph: LayerGraph,
+    wanted: Mapping[str, str] | None = None,
+    packed: Mapping[str, Any] | None = None,
+) -> list[Entry]:
+    """Write a model of one of `ARCHITECTURES` whole, or not at all.
+
+    Args:
+        file: What to write.
+        model: The network, float or quantized.
+        graph: Its layers.
+        wanted: {layer: type}; the other matrices are F16.
+        packed: {layer: its packed weight} of the types that are written here.
+
+    Returns:
+        The tensors that were written.
+
+    Raises:
+        HubMPQError: A tensor, or the rotary embeddings, have no form in GGUF.
+    """
+    file, packed = Path(file), packed or {}
+    state = float_copy_state(model, libraries.get(graph.library))
+    entries = _entries(model, graph, wanted or {}, state)
+    with tempfile.TemporaryDirectory(dir=file.parent) as hidden:
+        new = Path(hidden) / file.name
+        writer = _begin(new, model, entries)
+        for entry in entries:
+            writer.write_tensor_data(_data(entry, state[entry.source], packed.get(entry.layer or ""), model))
+        writer.close()
+        os.replace(new, file)
+    return entries
 
 
 def beside_nbytes(model: nn.Module, graph: LayerGraph) -> int:
@@ -153,7 +177,7 @@ def beside_nbytes(model: nn.Module, graph: LayerGraph) -> int:
         )
     state = float_copy_state(model, libraries.get(graph.library))
     wanted = {layer.name: "Q8_0" for layer in graph if types_of(layer)}
-    entries = list(_entries(model, graph, wanted, state))
+    entries = _entries(model, graph, wanted, state)
     with tempfile.TemporaryDirectory() as hidden:
         file = Path(hidden) / FILE
         _begin(file, model, entries).close()
@@ -189,7 +213,7 @@ def _check(manifest: Manifest) -> None:
 
 def _entries(
     model: nn.Module, graph: LayerGraph, wanted: Mapping[str, str], state: Mapping[str, Tensor]
-) -> Iterator[Entry]:
+) -> list[Entry]:
     """All tensors of a file, in the order of the state; HubMPQError for one that GGUF has no name for."""
     import gguf
 
@@ -205,6 +229,7 @@ def _entries(
         if layer.weight_owner is None and layer.name in wanted:
             (disk,) = library.names_on_disk(model, {key(layer.name, "weight"): torch.empty(0)})
             layers[disk] = layer.name
+    entries = []
     for source, tensor in state.items():
         found = names.get_name(source, try_suffixes=(".weight", ".bias"))
         if found is None:
@@ -212,7 +237,8 @@ def _entries(
         own = layers.get(source)
         want = wanted[own] if own is not None else "F16" if tensor.dim() > 1 else "F32"
         written = want if want in exact or want.startswith("F") else "F16"
-        yield Entry(found, source, tuple(tensor.shape), written, want, own)
+        entries.append(Entry(found, source, tuple(tensor.shape), written, want, own))
+    return entries
 
 
 def _exact_types() -> list[Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -33,14 +34,12 @@ class Call(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether all arguments are tensors and constants, nothing that a call changes, as a cache of keys."""
-        return _plain((self.args, self.kwargs))
+        return _plain((self.args, *self.kwargs.values()))
 
 
 def _plain(x: Any) -> bool:
-    if type(x) in (tuple, list):
+    if isinstance(x, tuple):
         return all(map(_plain, x))
-    if type(x) is dict:
-        return all(map(_plain, x.values()))
     return x is None or isinstance(x, (Tensor, int, float, str, torch.Size, torch.dtype, torch.device))
 
 
@@ -107,10 +106,11 @@ def cache_off(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Let blocks keep nothing but what they read for the way back, which runs each of them again; meanwhile.
+    """Let blocks keep nothing for the way back, which runs each of them again on what it read; meanwhile.
 
-    The memory of a backward pass is then one block's, whatever the depth. What a block reads gets a gradient even where
-    nothing before it has one. A block that is called on more than tensors and constants (`Call.plain`) runs as it is.
+    Hidden states wait in temporary files, so that the memory of a backward pass is one block's, whatever the depth.
+    What a block reads gets a gradient even where nothing before it has one. A block that is called on more than tensors
+    and constants (`Call.plain`) runs as it is.
 
     Args:
         blocks: The blocks, in eval mode.
@@ -121,29 +121,56 @@ def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
             call = Call(args, kwargs)
             if not torch.is_grad_enabled() or call.hidden is None or not call.plain:
                 return own(*args, **kwargs)
-            hidden = call.hidden
-            leaves, form = tree_flatten(call.at(hidden if hidden.requires_grad else hidden.detach().requires_grad_()))
-            # gradients of all tensors go through the checkpoint, of which only positional arguments have one
-            tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-            returned: list[Any] = []
+            hidden = call.hidden if call.hidden.requires_grad else call.hidden.detach().requires_grad_()
+            leaves, form = tree_flatten(call.at(hidden))
+            # gradients go through positional arguments alone; nothing else may hold a tensor
+            tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+            constants = [None if i in tensors else leaf for i, leaf in enumerate(leaves)]
+            places: list[int] = list(tensors)
+            structure: list[Any] = []
 
             def run(*given: Tensor) -> tuple[Any, ...]:
-                now = list(leaves)
-                for i, tensor in zip(tensors, given, strict=True):
-                    now[i] = tensor
-                inner: Call = tree_unflatten(now, form)
+                filled = list(constants)
+                for i, tensor in zip(places, given, strict=True):
+                    filled[i] = tensor
+                inner: Call = tree_unflatten(filled, form)
                 inner = inner.at(given[0].clone())  # which the block may change in place
-                found, structure = tree_flatten(own(*inner.args, **inner.kwargs))
-                returned[:] = [structure]
+                found, made = tree_flatten(own(*inner.args, **inner.kwargs))
+                structure[:] = [made]
                 return tuple(found)
 
-            found = checkpoint(run, *(leaves[i] for i in tensors), use_reentrant=True)
-            return tree_unflatten(list(found), returned[0])
+            with _on_disk(hidden):
+                found = checkpoint(run, *tensors.values(), use_reentrant=True)
+            return tree_unflatten(list(found), structure[0])
 
         return forward
 
     with replaced_forward({block: again(block.forward) for block in blocks}):
         yield
+
+
+def _on_disk(hidden: Tensor) -> AbstractContextManager[None]:
+    """Within it, what autograd keeps of a hidden state is a temporary file, which goes with the graph."""
+
+    place = hidden.data_ptr()
+
+    def store(x: Tensor) -> Any:
+        if x.data_ptr() != place:
+            return x
+        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed and gone with the graph
+        left = x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        while left:
+            left = left[file.write(left) :]
+        return file, x.dtype, x.shape, x.device
+
+    def load(kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        file, dtype, shape, device = kept
+        file.seek(0)
+        return torch.frombuffer(bytearray(file.read()), dtype=dtype).view(shape).to(device)
+
+    return torch.autograd.graph.saved_tensors_hooks(store, load)
 
 
 @contextmanager

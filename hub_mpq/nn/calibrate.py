@@ -54,10 +54,14 @@ def sample_inputs(
         names: The layers. None: all with an input quantizer.
 
     Returns:
-        {layer name: evenly spaced sample of the values it read, float32, 1-D}, without layers that did not run.
+        {layer name: evenly spaced sample of the values it read, float32, 1-D}, without layers that did not run. Nothing
+        runs where there is no layer to sample.
     """
     if names is None:
         names = [name for name, module in quantized_layers(model) if module.input_quantizer is not None]
+    names = list(names)
+    if not names:
+        return {}
     samples: dict[str, list[Tensor]] = {}
     handles = []
     for name in names:

@@ -12,7 +12,7 @@ from ..core.bits import check_width
 from ..errors import InvalidArgument
 from .lsq import NO_START
 
-CLIP_RATIOS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.52, 0.44)
+CLIP_RATIOS = tuple(1 - 0.04 * i for i in range(18))
 """How much of a range is kept, tried in this order [our construction]."""
 _PIECE = 1 << 18  # elements worked on at once: a few buffers of this size are all the memory a search takes
 

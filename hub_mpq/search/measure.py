@@ -91,7 +91,7 @@ class PolicyMeter:
         taken = [to_device(batch, self.device) for batch in self.calibration[:scale_batches]]
         with fixed_draws(self.device, 0):
             self.samples = sample_inputs(self.model, taken, self.task.forward)
-        self.forwards += len(taken)
+        self.forwards += len(taken) if self.samples else 0
         self.norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._float_statistics = self._statistics()
         self._estimated: dict[tuple[Any, ...], list[Any]] = {}

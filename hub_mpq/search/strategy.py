@@ -70,7 +70,8 @@ class SearchStrategy(Hooks):
         raise NotImplementedError
 
     def calibrate(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
-        """Set starts. batches: the first `self.batches` ones; inputs: {layer: sample of what it reads in float}."""
+        """Set starts. batches: the first `self.batches` ones; inputs: {layer: sample of what it reads in float}
+        of the layers whose inputs have widths to choose from."""
 
     def own_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups of the strategy's own parameters."""

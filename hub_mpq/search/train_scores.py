@@ -99,7 +99,7 @@ def train_scores(
         teacher=teacher,
         distill=distill,
     )
-    reading = [layer.name for layer in graph.searched if not layer.weight_only]
+    reading = [x.name for x in graph.searched if not (x.weight_only or candidates[x.name].float_inputs)]
     inputs = share_samples(sample_inputs(student, [half(batch) for batch in batches], known.forward, reading))
     searched = {layer.name: candidates[layer.name] for layer in graph.searched}
     hooks.attach(student, graph, searched, norms)

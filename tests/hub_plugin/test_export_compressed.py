@@ -97,12 +97,12 @@ def test_what_is_made_for_vllm_has_the_words_of_compressed_tensors_itself(tmp_pa
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
-    model, _, mpq = in_groups(tmp_path / "float", "vllm")
+    _, _, mpq = in_groups(tmp_path / "float", "vllm")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         mpq.export(tmp_path / "out", "compressed-tensors")
     assert [str(w.message) for w in told if "hub_mpq" in w.filename] == [
-        "zero points are stored as vLLM reads them; transformers 5.24 does not load them"
+        "zero points are stored as vLLM reads them; transformers with compressed-tensors 0.20 does not"
     ]
     state = load_file(tmp_path / "out" / "model.safetensors")
     groups = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
@@ -113,15 +113,12 @@ def test_what_is_made_for_vllm_has_the_words_of_compressed_tensors_itself(tmp_pa
             parts = {k.rpartition(".")[2]: v for k, v in state.items() if k.startswith(f"{name}.")}
             scheme = QuantizationScheme(**{k: v for k, v in group.items() if k != "targets"}, targets=[name])
             weight = compressor.decompress(dict(parts), scheme)["weight"]
-            assert torch.equal(
-                weight, mpq.model.get_submodule(name).weight_quantizer(mpq.model.get_submodule(name).weight)
-            )
-            packed = compressor.compress({**compressor.decompress(dict(parts), scheme)}, scheme)
+            layer = mpq.model.get_submodule(name)
+            assert torch.equal(weight, layer.weight_quantizer(layer.weight))
+            packed = compressor.compress(compressor.decompress(dict(parts), scheme), scheme)
             assert all(torch.equal(packed[part], parts[part]) for part in parts)
             names.append(name)
     assert len(names) == 14
-    with pytest.raises(RuntimeError, match="mismatched"):
-        type(model).from_pretrained(tmp_path / "out")
 
 
 def test_one_bit_in_groups_is_widened(tmp_path):

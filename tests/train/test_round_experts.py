@@ -94,7 +94,7 @@ def test_a_stack_is_read_from_the_disk_once_for_all_its_experts(monkeypatch):
     net, batch = moe("Mixtral")
     mpq = HubMPQ.from_module(net, {"input_ids": batch["input_ids"][:1]})
     choice = LayerBits(4, 32)
-    rounded = round_weights(mpq.float_model, mpq.graph, {name: (choice,) for name in NAMES}, [batch])
+    rounded = round_weights(mpq.float_model, mpq.graph, dict.fromkeys(NAMES, (choice,)), [batch])
     reads: list[str] = []
     packed = type(rounded).packed
     monkeypatch.setattr(
