@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 from test_cli_bad_input import refused
@@ -10,6 +13,7 @@ from test_cli_learn import only_json
 from text_toys import save_decoder, words
 
 from hub_mpq import HubMPQ
+from hub_mpq.core.files import PACKED
 from hub_mpq.pack import read_manifest
 
 
@@ -89,4 +93,54 @@ def test_mistakes_with_text(run, model, text, folder, tmp_path):
     refused(run("quantize", model, "--size", "W4", "--text", text, "--chunk-length", "65", *out), "at most 64 tokens")
     text.write_text(words(30))
     refused(run("quantize", model, "--size", "W4", "--text", text, *out), "30 tokens, fewer than one chunk of 64")
+    assert not (tmp_path / "out").exists()
+
+
+KILLED = """
+import os, signal, sys
+import hub_mpq.nn.rounded_weights as module
+left = iter(range(6))
+plain = module.write_atomic
+def write(*args):
+    plain(*args)
+    if next(left, None) is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+module.write_atomic = write
+from hub_mpq.cli import main
+main()
+"""
+
+
+def test_a_run_that_is_killed_while_it_rounds_goes_on(run, model, text, tmp_path, monkeypatch):
+    """SIGKILL after seven layers: the others are rounded by the next run, and the file is that of a run in one go."""
+    from hub_mpq.train import round_weights
+
+    args = ["quantize", model, "--size", "W3", "--text", text, "--chunk-length", "32", "--group-size", "16,none"]
+    args = [*map(str, args), "--asymmetric", "--candidates", "2,3,4", "--no-validate"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run(*args, "--output", whole).exit_code == 0
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, *args, "--output", str(cut)], capture_output=True, timeout=300
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert not cut.exists()
+    assert len(list((tmp_path / "cut.checkpoints" / "rounded").glob("*.safetensors"))) == 7
+    done, plain = [], round_weights.round_weight
+    monkeypatch.setattr(round_weights, "round_weight", lambda w, x, *rest: (done.append(x.name), plain(w, x, *rest))[1])
+    refused(run(*args, "--output", cut), "interrupted run")
+    refused(run(*args, "--rounding", "nearest", "--output", cut, "--resume"), "other rounding")
+    assert run(*args, "--output", cut, "--resume").exit_code == 0
+    assert len(done) == len(read_manifest(whole / PACKED).policy.bits) - 7
+    assert (cut / PACKED).read_bytes() == (whole / PACKED).read_bytes()
+    assert not (tmp_path / "cut.checkpoints").exists()
+    found = {(b.group_size, b.symmetric) for b in read_manifest(cut / PACKED).policy.bits.values()}
+    assert found <= {(16, False), (None, False), (None, True)}
+    assert len(found) > 1
+
+
+def test_mistakes_with_groups(run, model, text, tmp_path):
+    args = ["quantize", model, "--size", "W4", "--text", text, "--output", tmp_path / "out"]
+    refused(run(*args, "--group-size", "many"), "--group-size: 'many' is no group size")
+    refused(run(*args, "--group-size", "3"), "a group size is")
+    refused(run(*args, "--rounding", "awq"), "'gptq' or 'nearest'")
     assert not (tmp_path / "out").exists()

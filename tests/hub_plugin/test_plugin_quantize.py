@@ -36,6 +36,58 @@ def test_a_policy_with_calibration_batches(bert):
     assert by_dict.policy == want.policy
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("rounding", [None, "nearest"])
+def test_groups_zero_points_and_rounding_as_hub_mpq_has_them(kind, rounding, tmp_path):
+    model, inputs = build(kind)
+    model.save_pretrained(tmp_path / "float")
+    batches = [{"input_ids": (torch.arange(24).view(2, 12) * k) % 50} for k in (1, 3, 5)]
+    form = {"group_size": 16, "symmetric": False, "rounding": rounding}
+    want = HubMPQ.from_pretrained(tmp_path / "float", weight_only=True)
+    want.apply_policy("W3", batches, **form)
+    config = MPQConfig(want.policy, calibration=batches, rounding=rounding)
+    found = type(model).from_pretrained(tmp_path / "float", quantization_config=config, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(found(**inputs).logits, want(**inputs).logits)
+        found.save_pretrained(tmp_path / "packed")
+        version = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]["format_version"]
+        assert version == 2
+        back = type(model).from_pretrained(tmp_path / "packed")
+        assert torch.equal(back(**inputs).logits, want(**inputs).logits)
+        again = HubMPQ.from_pretrained(tmp_path / "packed")
+        assert again.policy == want.policy
+        assert torch.equal(again(**inputs).logits, want(**inputs).logits)
+        out = {"max_new_tokens": 4, "do_sample": False}
+        assert torch.equal(back.generate(inputs["input_ids"], **out), want.model.generate(inputs["input_ids"], **out))
+        half = type(model).from_pretrained(tmp_path / "packed", dtype=torch.bfloat16)
+        layers = [m for m in half.modules() if getattr(m, "kind", "") in ("linear", "conv1d") and not m.owner]
+        assert {m.weight_scale.dtype for m in layers} <= {torch.float16, torch.float32}
+        half.save_pretrained(tmp_path / "half")
+    for name in want.graph.names:
+        a, b = (HubMPQ.from_pretrained(tmp_path / x).model.get_submodule(name) for x in ("packed", "half"))
+        assert torch.equal(a.weight_quantizer.scale, b.weight_quantizer.scale), name
+
+
+@pytest.mark.filterwarnings("ignore:no calibration")
+def test_a_budget_in_groups(tmp_path):
+    model, _ = build("llama")
+    model.save_pretrained(tmp_path / "float")
+    with pytest.warns(UserWarning, match="no stored indicators"):
+        found = type(model).from_pretrained(
+            tmp_path / "float", quantization_config=MPQConfig(size="W4A8", group_size=16), dtype=torch.float32
+        )
+    policy = found.hf_quantizer.manifest.policy
+    mpq = HubMPQ.from_pretrained(tmp_path / "float")
+    assert {policy.bits[x.name].group_size for x in mpq.graph.searched} == {16}
+    found.save_pretrained(tmp_path / "packed")
+    size = (tmp_path / "packed" / PACKED).stat().st_size
+    # the plug-in's file names the float folder by its whole path
+    assert size - len(str(tmp_path)) - 200 < mpq.usage(policy)["size"] <= mpq.usage("W4g16A8")["size"]
+    for more in ({"group_size": 7}, {"rounding": "awq"}):
+        with pytest.raises(InvalidArgument):
+            MPQConfig("W4", **more)
+
+
 @pytest.mark.filterwarnings("ignore:no calibration")
 def test_a_budget_is_met_from_a_sharded_float_checkpoint(tmp_path):
     model, _ = build("bert")
@@ -48,9 +100,9 @@ def test_a_budget_is_met_from_a_sharded_float_checkpoint(tmp_path):
     mpq = HubMPQ.from_pretrained(tmp_path / "shards")
     policy = found.hf_quantizer.manifest.policy
     assert mpq.usage(policy)["bitops"] <= mpq.usage("W4A4")["bitops"]
-    assert mpq.usage(policy)["size"] <= mpq.usage("W5")["size"]
+    assert mpq.usage(policy)["size"] <= mpq.usage("W5A8")["size"]
     found.save_pretrained(tmp_path / "packed")
-    assert (tmp_path / "packed" / PACKED).stat().st_size <= mpq.usage("W5")["size"]
+    assert (tmp_path / "packed" / PACKED).stat().st_size <= mpq.usage("W5A8")["size"]
 
 
 def test_timm_through_its_wrapper(tmp_path):
