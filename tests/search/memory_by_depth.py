@@ -43,7 +43,7 @@ def measured(depth):
         dtype="bfloat16",
     )
     net = LlamaForCausalLM(config).bfloat16().eval()
-    batches = [{"input_ids": ids} for ids in torch.randint(1000, (2, 4, 128))]
+    batches = [{"input_ids": ids} for ids in torch.randint(1000, (1, 4, 128))]
     mpq = HubMPQ.from_module(net, {"input_ids": batches[0]["input_ids"][:1, :8]}, exclude=["model.embed_tokens"])
     model, graph = mpq.model, mpq.graph
     task = task_of(None, model)
