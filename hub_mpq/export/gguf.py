@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -20,9 +20,6 @@ from ..pack import Manifest
 from .float_copy import float_copy_shapes
 from .gguf_types import padded, types_of
 from .gguf_write import ARCHITECTURES, Entry, begin, entries_of, write_gguf
-
-if TYPE_CHECKING:
-    pass
 
 FILE = "model.gguf"
 TENSOR_TYPES = "tensor-types.txt"

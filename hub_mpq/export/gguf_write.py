@@ -112,7 +112,8 @@ def write_gguf(
 def entries_of(
     model: nn.Module, graph: LayerGraph, wanted: Mapping[str, str], state: Mapping[str, Tensor]
 ) -> list[Entry]:
-    """All tensors of a file, by name; HubMPQError for one that GGUF has no name for."""
+    """All tensors of a file, by name, or those that have a name of a model that is not written whole; HubMPQError for
+    another one."""
     import gguf
 
     kind = model.config.model_type
@@ -130,9 +131,11 @@ def entries_of(
     entries = []
     for source, tensor in state.items():
         found = names.get_name(source, try_suffixes=(".weight", ".bias"))
-        if found is None:
-            raise HubMPQError(f"GGUF has no name for tensor {source!r} of a {kind}")
         own = layers.get(source)
+        if found is None:
+            if own is None and kind not in ARCHITECTURES:
+                continue  # such a model is not written whole
+            raise HubMPQError(f"GGUF has no name for tensor {source!r} of a {kind}")
         want = wanted[own] if own is not None else "F16" if tensor.dim() > 1 else "F32"
         written = want if want in exact or want.startswith("F") else "F16"
         entries.append(Entry(found, source, tuple(tensor.shape), written, want, own))
