@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +57,7 @@ from .nn.packing import base_nbytes
 from .nn.rounded_weights import RoundedWeights
 from .pack import Manifest, read_indicators, write_indicators
 from .report import measurements, report
-from .search.candidates import CandidatesLike, GroupSizes, resolve_candidates
+from .search.candidates import CandidatesLike, GroupSizes, resolve_candidates, weights_alone
 from .search.policy_search import inferred_policy, pareto_front, search_policy, usage_of
 from .search.scores import (
     Scores,
@@ -233,7 +233,12 @@ class HubMPQ(nn.Module):
             source, manifest = load_folder(folder, module, kwargs)
         else:
             source, manifest = load_resident(folder, resident, kwargs)
-        out = cls(source, task=restored(manifest.provenance.get("task")) if task is None else task)
+        target = manifest.provenance.get("target")
+        out = cls(
+            source,
+            task=restored(manifest.provenance.get("task")) if task is None else task,
+            target=target if target in targets else None,
+        )
         out.policy, out._float, out.home = manifest.policy, (), folder
         out.scores = read_folder_indicators(folder)
         out.metrics = {k: dict(v) for k, v in manifest.provenance.get("metrics", {}).items()}
@@ -729,9 +734,7 @@ class HubMPQ(nn.Module):
         if whole is not None:
             whole = self._for_target(whole, graph)
             whole = whole.with_groups(*_first_groups(candidates))
-        alone = all(c.float_inputs for c in candidates.values()) and not any(
-            x.fixed is not None and x.fixed.activation != FLOAT_BITS for x in graph
-        )
+        alone = weights_alone(graph, candidates)
         if rounding is None and alone and per_channel and train is not None and not tuned and world()[1] == 1:
             rounding = "gptq"
         if rounding is not None and (train is None or world()[1] > 1 or not per_channel):
@@ -872,7 +875,7 @@ class HubMPQ(nn.Module):
         if not isinstance(policy, Policy):
             policy = self._uniform(policy)
         table = {layer.name: {policy.bits[layer.name]: 0.0} for layer in graph.searched}
-        counted = None if self.target is None else self._for_target(Budget(size=sys.maxsize), graph)
+        counted = None if self._beside_target is None else self._for_target(Budget(size=sys.maxsize), graph)
         return usage_of(graph, policy, counted, self._base_bytes(graph, table, model))
 
     def report(self) -> str:
@@ -885,6 +888,9 @@ class HubMPQ(nn.Module):
         text = report(graph, self.policy, usage, self.metrics, self.seconds, expected, unit)
         if self.result is not None and (measured := measurements(self.result)):
             text += f"\n{measured}"
+        if self.target is not None:
+            notes = [f"made for {self.target.name}: weights alone are quantized", *self.target.notes(graph)]
+            text += "".join(f"\n{note}" for note in notes)
         if self.policy is not None and exportable(self._manifest(self.policy)):
             text += (
                 "\nweights alone are quantized, in Linear and Embedding layers: "
@@ -959,7 +965,8 @@ class HubMPQ(nn.Module):
             )
 
     def export(self, folder: str | Path, format: str) -> int:
-        """Write the quantized model for other programs: format "compressed-tensors" or "onnx"; returns the bytes.
+        """Write the quantized model for other programs: format "compressed-tensors", "gguf" or "onnx"; returns the
+        bytes.
 
         Formats, and what each refuses, are described in hub_mpq.export.
         """
@@ -1038,13 +1045,21 @@ class HubMPQ(nn.Module):
         size, target = budget.limits.get("size"), self.target
         if size is None or target is None or not target.own_size:
             return budget
+        if (beside := self._beside_target) is None:
+            raise InvalidArgument(f"the bytes of a {target.own_size} are not known for this model: limit weight_bits")
         table = {x.name: {str(bits): float(target.nbytes(x, bits)) for bits in target.menu(x)} for x in graph}
-        beside = target.beside_nbytes(self._float[0] if self._float else self.model, graph)
         if isinstance(size, LayerBits):
             level = {x.name: x.fixed or target.level(x, size) for x in graph}
             size = beside + sum(table[name][str(bits)] for name, bits in level.items())
         given = {name: value for name, value in budget.given.items() if name != "size"}
         return Budget(**given, costs={**budget.costs, target.own_size: (size, table, beside)})
+
+    @cached_property
+    def _beside_target(self) -> int | None:
+        """Bytes of the target's file beside the layers, where they are known."""
+        if self.target is None or not self.target.own_size:
+            return None
+        return self.target.beside_nbytes(self._float[0] if self._float else self.model, self.graph)
 
     def _candidates(
         self, graph: LayerGraph, value: CandidatesLike, group_size: GroupSizes = None, symmetric: bool = True

@@ -27,7 +27,8 @@ import torch
 from images import cache_root
 
 from hub_mpq import HubMPQ
-from hub_mpq.export.gguf import FILE, TENSOR_TYPES, write_gguf
+from hub_mpq.export.gguf import FILE, TENSOR_TYPES
+from hub_mpq.export.gguf_write import write_gguf
 
 MIXTURES = {"Q4_K_M": 15, "Q3_K_M": 12}
 """{name: llama.cpp's number of the file type}."""

@@ -62,7 +62,7 @@ def push(
 def export(
     folder: Folder,
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder to write.")],
-    format: Annotated[str, typer.Option(help="compressed-tensors or onnx.")] = "compressed-tensors",
+    format: Annotated[str, typer.Option(help="compressed-tensors, gguf or onnx.")] = "compressed-tensors",
     as_json: o.Json = False,
 ) -> None:
     """Write a packed folder in another program's format."""

@@ -17,9 +17,14 @@ if TYPE_CHECKING:
 Revision = Annotated[o.Text, typer.Option(help="Branch, tag or commit of a published model.")]
 
 
+SHOWN = ("library", "input_size", "model_arg", "pin", "exclude", "target")
+
+
 def inspect(
     model: o.Model,
-    loading: Annotated[o.ModelOptions, o.Group(only=("library", "input_size", "model_arg", "pin", "exclude"))],
+    loading: Annotated[
+        o.ModelOptions, o.Group(only=("library", "input_size", "model_arg", "pin", "exclude", "target"))
+    ],
     revision: Revision = None,
     as_json: o.Json = False,
 ) -> None:

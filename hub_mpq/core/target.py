@@ -42,12 +42,15 @@ class Target(ABC):
         """
         raise NotImplementedError
 
-    def beside_nbytes(self, model: Any, graph: LayerGraph) -> int:
+    def beside_nbytes(self, model: Any, graph: LayerGraph) -> int | None:
         """Bytes of the target's file beside the layers, the same at every policy, of a target with `own_size`.
 
         Args:
-            model: The network (an nn.Module).
+            model: The network (an nn.Module), float or quantized, perhaps on the meta device.
             graph: Its layers.
+
+        Returns:
+            The bytes; None where they are not known, and `size` can be no limit.
         """
         raise NotImplementedError
 

@@ -14,8 +14,17 @@ from . import targets as targets  # registers them
 from .compressed_tensors import COMPRESSED_TENSORS, check_exportable, export_compressed, exportable, unequal_inputs
 from .gguf import export_gguf
 from .onnx import export_onnx
+from .recipe import llm_compressor_recipe
 
-__all__ = ["COMPRESSED_TENSORS", "FORMATS", "check_exportable", "export", "exportable", "unequal_inputs"]
+__all__ = [
+    "COMPRESSED_TENSORS",
+    "FORMATS",
+    "check_exportable",
+    "export",
+    "exportable",
+    "llm_compressor_recipe",
+    "unequal_inputs",
+]
 
 
 class Exporter(Protocol):

@@ -48,10 +48,10 @@ def unequal_inputs(manifest: Manifest) -> list[list[str]]:
         if layer.activation_tie is not None:
             groups.setdefault(layer.activation_tie, []).append(layer.name)
     bits = manifest.policy.bits
-    return [names for names in groups.values() if len({_stored(bits[name]) for name in names}) > 1]
+    return [names for names in groups.values() if len({stored_bits(bits[name]) for name in names}) > 1]
 
 
-def _stored(bits: LayerBits) -> LayerBits:
+def stored_bits(bits: LayerBits) -> LayerBits:
     """What a weight is stored as: at least 2 bits."""
     return replace(bits.of_weight, weight=max(bits.weight, 2))
 
@@ -198,7 +198,7 @@ def _quantization(groups: Mapping[LayerBits, list[str]]) -> dict[str, Any]:
         "config_groups": {
             f"group_{str(bits).removesuffix(f'A{FLOAT_BITS}')}": {
                 "targets": sorted(names),
-                "weights": _weights(bits),
+                "weights": scheme_of(bits),
                 "input_activations": None,
                 "output_activations": None,
                 "format": "pack-quantized",
@@ -208,6 +208,7 @@ def _quantization(groups: Mapping[LayerBits, list[str]]) -> dict[str, Any]:
     }
 
 
-def _weights(bits: LayerBits) -> dict[str, Any]:
+def scheme_of(bits: LayerBits) -> dict[str, Any]:
+    """The arguments of compressed-tensors' QuantizationArgs for a weight."""
     group = {"strategy": "channel"} if bits.group_size is None else {"strategy": "group", "group_size": bits.group_size}
     return {"type": "int", "num_bits": bits.weight, "symmetric": bits.symmetric, "dynamic": False, **group}

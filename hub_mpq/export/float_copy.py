@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +38,18 @@ def float_copy_state(model: nn.Module, library: Library) -> dict[str, Tensor]:
                 state.pop(key(name, part), None)
         if first in weights:
             state[key(name, "weight")] = weights[first]
+    return {k: v.detach().cpu().contiguous().clone() for k, v in _on_disk(model, state, library).items()}
+
+
+def float_copy_shapes(model: Any, library: Library) -> dict[str, Tensor]:
+    """The same tensors on the meta device, of a model of transformers, whatever was done to it."""
+    with torch.device("meta"):
+        skeleton = type(model)(copy.deepcopy(model.config))
+    return _on_disk(skeleton, skeleton.state_dict(), library)
+
+
+def _on_disk(model: nn.Module, state: dict[str, Tensor], library: Library) -> dict[str, Tensor]:
+    """A float state dict under the names of files, a tied weight once."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     state = {k: v for k, v in state.items() if tied.get(k) not in state}
-    state = library.names_on_disk(model, names_of_parameters(model, state))
-    return {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
+    return library.names_on_disk(model, names_of_parameters(model, state))

@@ -2,81 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core import FLOAT_BITS, LayerGraph
 from ..core.library import libraries
 from ..core.target import targets
 from ..errors import HubMPQError
 from ..nn.packing import packed_tensors
-from ..pack import Manifest, PackedTensor
-from ..pack.layout import key
-from .float_copy import float_copy_state
-from .gguf_tokenizer import add_tokenizer
-from .gguf_types import GROUP, padded, types_of
+from ..pack import Manifest
+from .float_copy import float_copy_shapes
+from .gguf_types import padded, types_of
+from .gguf_write import ARCHITECTURES, Entry, begin, entries_of, write_gguf
 
 if TYPE_CHECKING:
-    from gguf import GGUFWriter
+    pass
 
 FILE = "model.gguf"
 TENSOR_TYPES = "tensor-types.txt"
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""{model_type of transformers: architecture in GGUF} of models that are written whole."""
-NAMES = {
-    "falcon": "falcon",
-    "gpt_neox": "gptneox",
-    "phi": "phi2",
-    "cohere": "command-r",
-    "mixtral": "llama",
-    "qwen2_moe": "qwen2moe",
-    "qwen3_moe": "qwen3moe",
-    "gemma3_text": "gemma3",
-    "granitemoe": "granitemoe",
-    "deepseek_v3": "deepseek2",
-    "gpt_oss": "gpt-oss",
-}
-"""Architectures that GGUF spells in another way than transformers, of which tensor-type files alone are written."""
-_FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12}
-_FILE_TYPES |= {"Q4_K": 15, "Q5_K": 17, "Q6_K": 18}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file.
-
-    Args:
-        name: In the file.
-        source: In transformers' own files.
-        shape: Rows first.
-        type: Of what is written.
-        wanted: Of what the policy says: another where llama-quantize is to make it.
-        layer: Name of the quantized layer, or None.
-    """
-
-    name: str
-    source: str
-    shape: tuple[int, ...]
-    type: str
-    wanted: str
-    layer: str | None = None
-
-    def nbytes(self, type: str) -> int:
-        """Bytes of its data at a type."""
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-        block, size = GGML_QUANT_SIZES[GGMLQuantizationType[type]]
-        return math.prod(self.shape) // block * size
 
 
 def export_gguf(
@@ -101,8 +50,8 @@ def export_gguf(
     wanted = {x.name: types_of(x)[bits[x.name].of_weight].name for x in manifest.graph if x.name in bits}
     folder.mkdir(parents=True, exist_ok=True)
     if model.config.model_type not in ARCHITECTURES:
-        state = float_copy_state(model, libraries.get(manifest.library))
-        text = _tensor_types(_entries(model, manifest.graph, wanted, state))
+        state = float_copy_shapes(model, libraries.get(manifest.library))
+        text = _tensor_types(entries_of(model, manifest.graph, wanted, state))
         (folder / TENSOR_TYPES).write_text(text)
         warnings.warn(
             f"a {model.config.model_type} is not written as GGUF here: make its F16 file with llama.cpp's "
@@ -123,64 +72,28 @@ def export_gguf(
     return size
 
 
-def write_gguf(
-    file: str | os.PathLike[str],
-    model: nn.Module,
-    graph: LayerGraph,
-    wanted: Mapping[str, str] | None = None,
-    packed: Mapping[str, Any] | None = None,
-) -> list[Entry]:
-    """Write a model of one of `ARCHITECTURES` whole, or not at all.
-
-    Args:
-        file: What to write.
-        model: The network, float or quantized.
-        graph: Its layers.
-        wanted: {layer: type}; the other matrices are F16.
-        packed: {layer: its packed weight} of the types that are written here.
-
-    Returns:
-        The tensors that were written.
-
-    Raises:
-        HubMPQError: A tensor, or the rotary embeddings, have no form in GGUF.
-    """
-    file, packed = Path(file), packed or {}
-    state = float_copy_state(model, libraries.get(graph.library))
-    entries = _entries(model, graph, wanted or {}, state)
-    with tempfile.TemporaryDirectory(dir=file.parent) as hidden:
-        new = Path(hidden) / file.name
-        writer = _begin(new, model, entries)
-        for entry in entries:
-            writer.write_tensor_data(_data(entry, state[entry.source], packed.get(entry.layer or ""), model))
-        writer.close()
-        os.replace(new, file)
-    return entries
-
-
-def beside_nbytes(model: nn.Module, graph: LayerGraph) -> int:
+def beside_nbytes(model: nn.Module, graph: LayerGraph) -> int | None:
     """Bytes of a file beside the data of the quantized layers: the header with names and tokenizer, and float tensors.
 
     Args:
-        model: The float network.
+        model: The network, float or quantized, its weights need not be there.
         graph: Its layers.
 
+    Returns:
+        The bytes; None for a model that is not of one of `ARCHITECTURES`.
+
     Raises:
-        HubMPQError: As `export_gguf`, or the architecture is not in `ARCHITECTURES`.
+        HubMPQError: As `write_gguf`, or the package gguf is not installed.
     """
     _gguf()
-    if model.config.model_type not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise HubMPQError(
-            f"the bytes of a GGUF file are known for models of type {known}, not {model.config.model_type}; limit "
-            "weight_bits instead"
-        )
-    state = float_copy_state(model, libraries.get(graph.library))
+    if getattr(getattr(model, "config", None), "model_type", None) not in ARCHITECTURES:
+        return None
+    state = float_copy_shapes(model, libraries.get(graph.library))
     wanted = {layer.name: "Q8_0" for layer in graph if types_of(layer)}
-    entries = _entries(model, graph, wanted, state)
+    entries = entries_of(model, graph, wanted, state)
     with tempfile.TemporaryDirectory() as hidden:
         file = Path(hidden) / FILE
-        _begin(file, model, entries).close()
+        begin(file, model, entries).close()
         head = padded(file.stat().st_size)
     return head + sum(padded(e.nbytes(e.type)) for e in entries if e.layer is None)
 
@@ -209,146 +122,6 @@ def _check(manifest: Manifest) -> None:
                 f"{', '.join(str(b).partition('A')[0] for b in menu) or 'none'}; load the float model with "
                 'target="gguf"'
             )
-
-
-def _entries(
-    model: nn.Module, graph: LayerGraph, wanted: Mapping[str, str], state: Mapping[str, Tensor]
-) -> list[Entry]:
-    """All tensors of a file, in the order of the state; HubMPQError for one that GGUF has no name for."""
-    import gguf
-
-    kind = model.config.model_type
-    name = ARCHITECTURES.get(kind) or NAMES.get(kind, kind)
-    arch = next((arch for arch, text in gguf.MODEL_ARCH_NAMES.items() if text == name), None)
-    if arch is None:
-        raise HubMPQError(f"GGUF knows no architecture for a model of type {kind}")
-    names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
-    library, exact = libraries.get(graph.library), {one.name for one in _exact_types()}
-    layers = {}
-    for layer in graph:
-        if layer.weight_owner is None and layer.name in wanted:
-            (disk,) = library.names_on_disk(model, {key(layer.name, "weight"): torch.empty(0)})
-            layers[disk] = layer.name
-    entries = []
-    for source, tensor in state.items():
-        found = names.get_name(source, try_suffixes=(".weight", ".bias"))
-        if found is None:
-            raise HubMPQError(f"GGUF has no name for tensor {source!r} of a {kind}")
-        own = layers.get(source)
-        want = wanted[own] if own is not None else "F16" if tensor.dim() > 1 else "F32"
-        written = want if want in exact or want.startswith("F") else "F16"
-        entries.append(Entry(found, source, tuple(tensor.shape), written, want, own))
-    return entries
-
-
-def _exact_types() -> list[Any]:
-    from .gguf_types import TYPES
-
-    return [one for one in TYPES if one.exact]
-
-
-def _begin(file: Path, model: nn.Module, entries: list[Entry]) -> GGUFWriter:
-    """A writer that has written everything but the data."""
-    from gguf import GGMLQuantizationType, GGUFWriter
-
-    config = model.config
-    writer = GGUFWriter(file, ARCHITECTURES[config.model_type])
-    _add_metadata(writer, model, entries)
-    add_tokenizer(writer, model)
-    for entry in entries:
-        # the writer takes shapes in items for these
-        kind = GGMLQuantizationType[entry.type]
-        dtype = np.dtype(np.float32 if entry.type == "F32" else np.float16)
-        writer.add_tensor_info(entry.name, entry.shape, dtype, entry.nbytes(entry.type), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    return writer
-
-
-def _add_metadata(writer: GGUFWriter, model: nn.Module, entries: list[Entry]) -> None:
-    """What llama.cpp needs to know of the architecture."""
-    c = model.config
-    rope = dict(getattr(c, "rope_parameters", None) or {})
-    kind = rope.get("rope_type", "default")
-    if kind not in ("default", "linear"):
-        raise HubMPQError(f"rotary embeddings of type {kind!r} are not written as GGUF here; export tensor types alone")
-    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    writer.add_name(Path(str(model.name_or_path or c.model_type)).name)
-    most = max((e.wanted for e in entries if e.layer), key=lambda t: sum(e.wanted == t for e in entries), default="F16")
-    writer.add_file_type(_FILE_TYPES[most])
-    writer.add_quantization_version(2)
-    writer.add_block_count(c.num_hidden_layers)
-    writer.add_context_length(c.max_position_embeddings)
-    writer.add_embedding_length(c.hidden_size)
-    writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_head_count(c.num_attention_heads)
-    writer.add_head_count_kv(c.num_key_value_heads)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
-    writer.add_rope_dimension_count(head)
-    if kind == "linear":
-        from gguf import RopeScalingType
-
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
-    writer.add_vocab_size(c.vocab_size)
-
-
-def _data(entry: Entry, tensor: Tensor, packed: Any, model: nn.Module) -> np.ndarray[Any, Any]:
-    """Bytes of a tensor as they are written."""
-    order = _order(entry, model)
-    if entry.type in ("F16", "F32"):
-        tensor = tensor if order is None else tensor[order]
-        return tensor.to(torch.float16 if entry.type == "F16" else torch.float32).contiguous().numpy()
-    if not isinstance(packed, PackedTensor):
-        raise HubMPQError(f"layer {entry.layer!r} has no packed weight")
-    return blocks(packed, order)
-
-
-def _order(entry: Entry, model: nn.Module) -> Tensor | None:
-    """The order of rows in the file: llama.cpp turns neighbouring rows of q and k of a llama as pairs, transformers
-    the two halves of a head."""
-    if ARCHITECTURES.get(model.config.model_type) != "llama":
-        return None
-    part = entry.name.split(".")[-2]
-    heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}.get(part)
-    if heads is None:
-        return None
-    return torch.arange(entry.shape[0]).view(heads, 2, -1).transpose(1, 2).reshape(-1)
-
-
-def blocks(packed: PackedTensor, order: Tensor | None = None) -> np.ndarray[Any, Any]:
-    """The blocks of 32 weights of Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0, uint8 [rows, bytes of a row].
-
-    Args:
-        packed: A weight in groups of 32 of 4, 5 or 8 bits, without zero points at 8.
-        order: Order of the rows; None: as they are.
-    """
-    bits, rows = packed.num_bits, packed.weight_shape[0]
-    values, scale, zero = packed.unpack(), packed.weight_scale.to(torch.float16), packed.zero_points()
-    if order is not None:
-        values, scale, zero = values[order], scale[order], None if zero is None else zero[order]
-    parts = [_bytes(scale)]
-    if zero is not None:
-        low = (-(zero.float() + 2 ** (bits - 1)) * scale.float()).to(torch.float16)
-        parts.append(_bytes(low))
-    if bits == 8:
-        codes = values.numpy().view(np.uint8).reshape(-1, GROUP)
-    else:
-        whole = (values.to(torch.int16) + 2 ** (bits - 1)).numpy().astype(np.uint8).reshape(-1, GROUP)
-        if bits == 5:
-            parts.append(np.packbits(whole >> 4, axis=1, bitorder="little"))
-        low_bits = whole & 15
-        codes = low_bits[:, : GROUP // 2] | (low_bits[:, GROUP // 2 :] << 4)
-    return np.concatenate([*parts, codes], axis=1).reshape(rows, -1)
-
-
-def _bytes(half: Tensor) -> np.ndarray[Any, Any]:
-    """uint8 [numbers, 2] of float16 numbers."""
-    return half.contiguous().numpy().reshape(-1, 1).view(np.uint8)
 
 
 def _tensor_types(entries: list[Entry]) -> str:

@@ -96,7 +96,7 @@ class GGUF(Target):
         found = types_of(layer)[bits.of_weight]
         return padded(math.prod(layer.weight_shape) // found.block * found.block_nbytes)
 
-    def beside_nbytes(self, model: Any, graph: LayerGraph) -> int:
+    def beside_nbytes(self, model: Any, graph: LayerGraph) -> int | None:
         from .gguf import beside_nbytes
 
         return beside_nbytes(model, graph)

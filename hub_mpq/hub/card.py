@@ -11,7 +11,7 @@ from ..core import FLOAT_BITS, LayerBits, Policy, human
 from ..core.files import FLOAT_COPY, INDICATORS, PACKED
 from ..core.library import libraries
 from ..cost.size import layer_nbytes
-from ..export import COMPRESSED_TENSORS, exportable, unequal_inputs
+from ..export import COMPRESSED_TENSORS, exportable, llm_compressor_recipe, unequal_inputs
 from ..pack import Manifest
 from ..search.policy_search import usage_of
 
@@ -312,7 +312,13 @@ def _making(manifest: Manifest, facts: CardFacts) -> str:
     for title, tree in stages.items():
         rows += [(f"{title}: {key}", _plain(value)) for key, value in tree.items() if _short(value)]
     rows += [(f"seconds: {key}", f"{value:.3g}") for key, value in facts.seconds.items()]
-    return "\n".join(["| | |", "|---|---|", *(f"| {code(k)} | {code(v)} |" for k, v in rows)])
+    table = "\n".join(["| | |", "|---|---|", *(f"| {code(k)} | {code(v)} |" for k, v in rows)])
+    if not exportable(manifest):
+        return table
+    # names of layers are others' text: no line of theirs ends the block
+    recipe = llm_compressor_recipe(manifest).replace("`", "'")
+    told = "The same widths as a recipe for llm-compressor (scales and rounding are then its own):"
+    return "\n\n".join([table, told, f"```yaml\n{recipe}\n```"])
 
 
 def _short(value: object) -> bool:

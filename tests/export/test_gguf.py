@@ -10,9 +10,10 @@ import torch
 import transformers
 
 from hub_mpq import HubMPQ, LayerBits, Policy
-from hub_mpq.errors import HubMPQError
-from hub_mpq.export.gguf import FILE, TENSOR_TYPES, blocks
+from hub_mpq.errors import HubMPQError, InvalidArgument
+from hub_mpq.export.gguf import FILE, TENSOR_TYPES
 from hub_mpq.export.gguf_types import types_of
+from hub_mpq.export.gguf_write import blocks
 from hub_mpq.pack import pack_weight
 
 gguf = pytest.importorskip("gguf")
@@ -124,6 +125,9 @@ def test_other_architectures_have_a_tensor_type_file(tmp_path):
     config = transformers.PhiConfig(**small, vocab_size=64, max_position_embeddings=32)
     transformers.PhiForCausalLM(config).save_pretrained(tmp_path / "float")
     mpq = HubMPQ.from_pretrained(tmp_path / "float", target="gguf").apply_policy("W4")
+    assert "GGUF file" not in mpq.usage().amounts
+    with pytest.raises(InvalidArgument, match="limit weight_bits"):
+        mpq.check_reachable(size="W4")
     with pytest.warns(UserWarning, match=r"convert_hf_to_gguf.py"):
         mpq.export(tmp_path / "out", "gguf")
     assert r"^blk\.1\.ffn_up\.weight$=q4_0" in (tmp_path / "out" / TENSOR_TYPES).read_text().split()
@@ -176,6 +180,19 @@ def test_the_tokenizer_is_in_the_file(tmp_path):
     assert kinds[299] == int(gguf.TokenType.UNUSED)
     read = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file=FILE)
     assert read("the mat 12")["input_ids"] == fast("the mat 12")["input_ids"]
+
+
+def test_a_packed_model_is_still_for_its_target(tmp_path):
+    mpq = quantized(tmp_path / "float", symmetric)
+    mpq.export(tmp_path / "out", "gguf")
+    assert mpq.save_pretrained(tmp_path / "packed") == mpq.usage()["size"]
+    again = HubMPQ.from_pretrained(tmp_path / "packed")
+    assert again.target is mpq.target
+    assert "made for gguf" in again.report()
+    assert again.usage().amounts == mpq.usage().amounts
+    again.export(tmp_path / "again", "gguf")
+    first, second = (gguf.GGUFReader(tmp_path / name / FILE).tensors for name in ("out", "again"))
+    assert all(np.array_equal(a.data, b.data) for a, b in zip(first, second, strict=True))
 
 
 def test_a_bfloat16_scale_becomes_the_nearest_float16():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 
 import pytest
@@ -12,8 +13,11 @@ from plugin_toys import IDS, SMALL, TEXT, build, pack, python
 from safetensors.torch import load_file, save_file
 
 from hub_mpq import HubMPQ, LayerBits, Policy
+from hub_mpq.core.files import PACKED
 from hub_mpq.errors import HubMPQError, InvalidArgument
-from hub_mpq.export import FORMATS
+from hub_mpq.export import FORMATS, llm_compressor_recipe
+from hub_mpq.export.compressed_tensors import scheme_of
+from hub_mpq.hub.card import CardFacts, render_card
 
 PLAIN = """
 import json, sys
@@ -119,6 +123,20 @@ def test_what_is_made_for_vllm_has_the_words_of_compressed_tensors_itself(tmp_pa
             assert all(torch.equal(packed[part], parts[part]) for part in parts)
             names.append(name)
     assert len(names) == 14
+
+
+def test_a_recipe_gives_every_layer_its_own_scheme(tmp_path):
+    import yaml
+
+    _, _, mpq = in_groups(tmp_path / "float")
+    manifest = mpq._manifest(mpq.policy)
+    recipe = yaml.safe_load(llm_compressor_recipe(manifest))
+    groups = recipe["default_stage"]["default_modifiers"]["GPTQModifier"]["config_groups"]
+    for layer in mpq.graph:
+        found = [g["weights"] for g in groups.values() for target in g["targets"] if re.match(target[3:], layer.name)]
+        bits = mpq.policy.bits[layer.name]
+        assert found == ([] if layer.fixed else [scheme_of(bits)])
+    assert "llm-compressor" in render_card("me/x", manifest, CardFacts({PACKED: 1}))
 
 
 def test_one_bit_in_groups_is_widened(tmp_path):
