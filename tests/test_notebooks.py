@@ -12,9 +12,13 @@ import transformers
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "examples" / "notebooks").glob("*.ipynb"))
 SMALL = {
+    "decoder": {"sentences": 800, "base_steps": 4},
     "lora_on_a_packed_base": {"texts": 32, "base_steps": 2, "indicator_steps": 1, "quantize_steps": 1, "epochs": 1}
 }
-SAYS = {"lora_on_a_packed_base": ["same logits: True", "can't be merged", "model.mpq.safetensors: "]}
+SAYS = {
+    "decoder": ["tokens: float", "packed/model.mpq.safetensors: ", "same text: True"],
+    "lora_on_a_packed_base": ["same logits: True", "can't be merged", "model.mpq.safetensors: "],
+}
 
 
 def code_cells(notebook):
