@@ -57,7 +57,7 @@ from .nn.packing import base_nbytes
 from .nn.rounded_weights import RoundedWeights
 from .pack import Manifest, read_indicators, write_indicators
 from .report import measurements, report
-from .search.candidates import CandidatesLike, GroupSizes, resolve_candidates
+from .search.candidates import CandidatesLike, GroupSizes, resolve_candidates, weights_alone
 from .search.policy_search import inferred_policy, pareto_front, search_policy, usage_of
 from .search.scores import (
     Scores,
@@ -734,9 +734,7 @@ class HubMPQ(nn.Module):
         if whole is not None:
             whole = self._for_target(whole, graph)
             whole = whole.with_groups(*_first_groups(candidates))
-        alone = all(c.float_inputs for c in candidates.values()) and not any(
-            x.fixed is not None and x.fixed.activation != FLOAT_BITS for x in graph
-        )
+        alone = weights_alone(graph, candidates)
         if rounding is None and alone and per_channel and train is not None and not tuned and world()[1] == 1:
             rounding = "gptq"
         if rounding is not None and (train is None or world()[1] > 1 or not per_channel):

@@ -2,13 +2,16 @@
 
     python examples/benchmarks/decoders.py
     python examples/benchmarks/decoders.py --whole "gptq 128 W4" --whole "float"
+    python examples/benchmarks/decoders.py --row "autoround 128 W4"
     python examples/benchmarks/decoders.py --report
 
 SmolLM2-135M, weights alone, its embedding (which is its head) in float. Calibrated on 40 chunks of 256 tokens of
 WikiText-2's validation split, measured on 16 chunks of 256 tokens of its test split; --whole: on the whole test file in
 windows of 1,024 tokens. Methods: data-free (no calibration); nearest (grids of least output error); gptq; mixed (the
-policy that measured best within a mean of integer bits). Each row runs in a process of its own, which
-tells CPU seconds (user and system, all threads) and peak memory. Rows are kept in the cache folder ($HUB_MPQ_CACHE).
+policy that measured best within a mean of integer bits). By --row alone, since it needs `pip install auto-round`:
+autoround (rounding learned in 50 steps a block on the same chunks, symmetric, 16-bit scales, so at equal bytes). Each
+row runs in a process of its own, which tells CPU seconds (user and system, all threads) and peak memory. Rows are kept
+in the cache folder ($HUB_MPQ_CACHE).
 """
 
 from __future__ import annotations
@@ -87,8 +90,10 @@ def figures(mpq: HubMPQ, began: float) -> dict[str, Any]:
 def run(row: str) -> list[dict[str, Any]]:
     """The figures of one row, or of one for each mean width."""
     began = cpu_seconds()
-    mpq = texts.smollm2()
     method, *rest = row.split()
+    if method == "autoround":
+        return [autoround(row)]
+    mpq = texts.smollm2()
     if method == "float":
         return [{"row": row, "losses": texts.token_losses(mpq, texts.chunks("test", 16))}]
     group = GROUPS[rest[0]]
@@ -116,6 +121,45 @@ def run(row: str) -> list[dict[str, Any]]:
             found.append({"row": f"{row} {bits}", **figures(mpq, began), **told})
             began = cpu_seconds()  # scores and rounded weights serve the next one too
     return found
+
+
+def autoround(row: str, steps: int = 50) -> dict[str, Any]:
+    """The figures of AutoRound at a level and a group size, on the chunks that the other rows are calibrated on."""
+    import torch
+    from auto_round import AutoRound
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    began = cpu_seconds()
+    path, (group, level) = texts.smollm2_path(), row.split()[1:]
+    rows = [{"input_ids": ids[None]} for batch in texts.chunks("valid", CALIBRATION) for ids in batch["input_ids"]]
+    net = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    rounder = AutoRound(
+        net,
+        AutoTokenizer.from_pretrained(path),
+        scheme="W4A16",
+        bits=int(level[1:]),
+        group_size=GROUPS[group] or -1,
+        sym=True,
+        iters=steps,
+        dataset=rows,
+        seqlen=256,
+        nsamples=CALIBRATION,
+        batch_size=4,
+    )
+    quantized, _ = rounder.quantize()
+    spent, peak = cpu_seconds() - began, peak_bytes()
+    usage = texts.smollm2().usage(f"{level}{'' if group == 'channel' else f'g{group}'}A32")
+    losses = texts.token_losses(quantized, texts.chunks("test", 16))
+    bits = int(level[1:])
+    return {
+        "row": row,
+        "file": usage["size"],
+        "mean_bits": usage["weight_bits"],
+        "effective_bits": bits + 16 / GROUPS[group] if GROUPS[group] else bits,
+        "cpu_seconds": spent,
+        "peak_bytes": peak,
+        "losses": losses,
+    }
 
 
 def whole(row: str) -> dict[str, Any]:

@@ -181,7 +181,7 @@ class _Inputs:
     @staticmethod
     def key(layer: LayerSpec) -> str:
         """The same for layers whose moments are the same: two convolutions of one tensor read other patches of it."""
-        return layer.name if layer.kind == "conv2d" else layer.buffer
+        return f"{layer.name}/patches" if layer.kind == "conv2d" else layer.buffer
 
     def read(self, batch: Any) -> None:
         """Say which batch runs next."""

@@ -124,7 +124,7 @@ def _guard(manifest: Manifest, device: str) -> dict[str, PackedTensor | Tensor]:
 
 
 def predicted_nbytes(model: nn.Module, manifest: Manifest) -> int:
-    """Bytes of the packed file of a float `model` at the manifest's policy, to the byte, before anything is packed."""
+    """Bytes of the packed file of a model at the manifest's policy, to the byte, before anything is packed."""
     graph, bits = manifest.graph, manifest.policy.bits
     out: dict[str, PackedTensor | Tensor] = {}
     skip = set()
@@ -137,6 +137,8 @@ def predicted_nbytes(model: nn.Module, manifest: Manifest) -> int:
         if level.activation != FLOAT_BITS:
             out[f"{layer.name}.input_scale"] = torch.empty(1, device="meta")
             out[f"{layer.name}.input_zero_point"] = torch.empty(1, dtype=torch.int32, device="meta")
+    for name, module in packed_layers(model):
+        skip |= {part_key(name, part) for part in module.packed.parts()}
     for key, tensor in _stored_state(model, [n for n in graph.names if bits[n].weight != FLOAT_BITS]).items():
         if key not in skip:
             out[key] = torch.empty_like(tensor, device="meta")

@@ -25,7 +25,9 @@ class Factor:
     without an inverse. The order is of falling H_jj (the columns that matter most are rounded first, while all the
     others can still make up for them), and grids are of the columns where they lie, so that no order has to be stored.
 
-    A column that was never seen (H_jj = 0) is tied to no other: it is rounded to the nearest point.
+    Columns make up for an error only as far as their range goes. A row that ends with a larger error than its nearest
+    points have, damping included, takes those instead [our construction]. A column that was never seen (H_jj = 0) is
+    tied to no other: it is rounded to the nearest point.
 
     Args:
         moments: H, the mean of x xᵀ over inputs x, [columns, columns], any unit. It is not changed.
@@ -51,6 +53,7 @@ class Factor:
             damping *= 10
         self.damping = damping
         """What was added in the end."""
+        self.pivots = lower.diagonal().square()
         # L_ij / L_jj, without the ones of the diagonal
         self.ratios = lower.div_(lower.diagonal().clone()).tril_(-1)
 
@@ -82,18 +85,24 @@ class Factor:
         rows, columns = weight.shape
         order, device = self.order, weight.device
         w = weight.float().t()[order].repeat(1, len(grids))
-        errors = torch.zeros_like(w)
-        codes = torch.empty(w.shape, dtype=torch.uint8, device=device)
+        errors, plain = torch.zeros_like(w), torch.zeros_like(w)  # of the codes found, and of the nearest points
+        codes, nearest = (torch.empty(w.shape, dtype=torch.uint8, device=device) for _ in range(2))
+        gain = w.new_zeros(w.shape[1])
         steps = [g.steps() for g in grids]
         most = torch.cat([torch.full((rows,), 2.0**g.bits - 1, device=device) for g in grids])
         index = [order // g.group_size if g.group_size else torch.zeros_like(order) for g in grids]
         for last in range(columns, 0, -_BLOCK):
             first = max(last - _BLOCK, 0)
             block = slice(first, last)
-            target = torch.addmm(w[block], self.ratios[last:, block].t(), errors[last:])
             step, offset = (
                 torch.cat([x[side].t()[i[block]] for x, i in zip(steps, index, strict=True)], 1) for side in (0, 1)
             )
+            code = torch.minimum(torch.div(w[block], step).add_(offset).round_().clamp_(min=0), most)
+            nearest[block] = code
+            torch.sub(w[block], code.sub_(offset).mul_(step), out=plain[block])
+            moved = torch.addmm(plain[block], self.ratios[first:, block].t(), plain[first:])
+            left = torch.empty_like(moved)
+            target = torch.addmm(w[block], self.ratios[last:, block].t(), errors[last:])
             for j in range(last - first - 1, -1, -1):
                 column, after = target[j], slice(first + j + 1, last)
                 if first + j + 1 < last:
@@ -101,7 +110,11 @@ class Factor:
                 code = torch.div(column, step[j]).add_(offset[j]).round_().clamp_(min=0)
                 code = torch.minimum(code, most)
                 codes[first + j] = code
-                torch.sub(w[first + j], code.sub_(offset[j]).mul_(step[j]), out=errors[first + j])
+                code.sub_(offset[j]).mul_(step[j])
+                torch.sub(w[first + j], code, out=errors[first + j])
+                torch.sub(column, code, out=left[j])
+            gain += self.pivots[block] @ (moved.square_() - left.square_())
+        codes = torch.where(gain >= 0, codes, nearest)
         back = torch.argsort(order)
         return [g.signed(c[back].t().float()) for g, c in zip(grids, codes.split(rows, 1), strict=True)]
 
@@ -109,7 +122,8 @@ class Factor:
 def _cholesky(moments: Tensor, order: Tensor, damping: float, size: float) -> Tensor | None:
     """Lower factor, float32, of the moments in this order with `damping` on the diagonal; None where there is none.
 
-    No pivot of an exact factor is below the damping, so that one which is was lost to rounding: then in float64.
+    Moments have no negative eigenvalue, so that no pivot is below the damping: where one is, in float32, it was lost to
+    rounding, and float64 is next.
     """
     for dtype in (torch.float32, torch.float64):
         # of size 1: no unit of the input takes it out of float32's range
@@ -117,6 +131,7 @@ def _cholesky(moments: Tensor, order: Tensor, damping: float, size: float) -> Te
         h.diagonal().add_(damping / size)
         lower, failed = torch.linalg.cholesky_ex(h)
         del h
-        if not int(failed) and float(lower.diagonal().min()) ** 2 > 0.9 * damping / size:
+        exact = dtype == torch.float64 or float(lower.diagonal().min()) ** 2 > 0.9 * damping / size
+        if not int(failed) and exact:
             return lower.float()
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from ..core import Candidates, LayerGraph, matching
+from ..core import FLOAT_BITS, Candidates, LayerGraph, matching
 from ..errors import InvalidArgument
 
 CandidatesLike = Candidates | Iterable[int] | Mapping[str, "Candidates | Iterable[int]"] | None
@@ -39,6 +39,12 @@ def resolve_candidates(
         elif one.group_size == plain.group_size and one.symmetric:
             found[name] = replace(one, group_size=sizes, symmetric=symmetric)
     return found
+
+
+def weights_alone(graph: LayerGraph, candidates: Mapping[str, Candidates]) -> bool:
+    """Whether all inputs stay float, those of fixed layers too."""
+    fixed = {x.fixed.activation for x in graph if x.fixed is not None}
+    return all(c.float_inputs for c in candidates.values()) and fixed <= {FLOAT_BITS}
 
 
 def _widths(graph: LayerGraph, value: CandidatesLike) -> dict[str, Candidates]:

@@ -83,6 +83,8 @@ class PolicyMeter:
             )
             for layer in graph
         }
+        if rounded is None and (several := [name for name, c in candidates.items() if len(c.grids) > 1]):
+            raise InvalidArgument(f"layer {several[0]!r} has several group sizes: its weight has to be rounded first")
         self.rounded, self._taken = rounded, dict[str, LayerBits]()
         groups = {x.name: candidates[x.name].weights[-1] if x.fixed is None else x.fixed for x in graph}
         self.layers: dict[str, Any] = quantize_with_lsq(

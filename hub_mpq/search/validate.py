@@ -304,7 +304,7 @@ def _mean_width(space: SearchSpace, policy: Policy) -> float:
 
 
 def _level(level: LayerBits) -> str:
-    return f"W{level.weight}" if level.activation == FLOAT_BITS else str(level)
+    return str(level).removesuffix(f"A{FLOAT_BITS}")
 
 
 def _the(name: str) -> str:

@@ -16,6 +16,8 @@ from ..core.task import tasks
 from ..errors import HubMPQError, InvalidArgument
 from ..tasks import TaskLike
 from ..train.processes import world
+from ..train.round_weights import round_weights, weight_choices
+from .candidates import weights_alone
 from .held_out import HeldOut, apart, beyond, hold_out, spread
 from .measure import PolicyMeter
 from .policy_search import search_policy
@@ -68,9 +70,16 @@ class ScoredLayers:
 def on_batches(
     scored: ScoredLayers, model: nn.Module, batches: Iterable[Any], seconds: float | None, **more: Any
 ) -> Finish:
-    """Measure on batches that are used for nothing else, part of which calibrate; arguments as for `measuring`."""
-    began = time.perf_counter()
+    """Measure on batches that are used for nothing else, part of which calibrate; arguments as for `measuring`.
+
+    Where weights alone are quantized they are rounded by GPTQ first, as `HubMPQ.apply_policy` does it.
+    """
     calibration, rest = apart(batches, scored.indicators.seed)
+    if weights_alone(scored.graph, scored.candidates) and world()[1] == 1:
+        choices = weight_choices(scored.graph, scored.candidates)
+        told = {"task": more["task"], "example": more["example"]}
+        more["rounded"] = round_weights(model, scored.graph, choices, calibration, **told)
+    began = time.perf_counter()
     held = partial(hold_out, batches=rest, data="the batches given")
     return measuring(scored, model, calibration, held, seconds, began=began, **more)
 

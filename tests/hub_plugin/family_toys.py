@@ -19,7 +19,7 @@ _TOP = {"num_experts_per_tok": 2}
 _BOTH = {
     **{"vocab_size": 1024, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4},
     **{"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 16},
-    **{"scale_embedding": True},
+    **{"scale_embedding": True, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0},
 }
 _LATENT = {
     **{"num_key_value_heads": 4, "n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1},

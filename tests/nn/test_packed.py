@@ -10,9 +10,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hub_mpq import adapters
 from hub_mpq.core import Policy
-from hub_mpq.errors import HubMPQError
+from hub_mpq.errors import HubMPQError, InvalidArgument
 from hub_mpq.nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs
-from hub_mpq.nn.packed import packed_layer
+from hub_mpq.nn.packed import packed_layer, set_resident
 from hub_mpq.nn.packing import packed_tensors
 from hub_mpq.nn.quantize import quantize_to_policy
 from hub_mpq.pack import Manifest
@@ -136,3 +136,50 @@ def test_a_packed_layer_is_one_of_its_float_type():
     """Who looks for layers by type finds it: PEFT does."""
     for name in LAYERS:
         assert isinstance(both(name)[1], nn.Conv2d if "conv2d" in name else Conv1D if name == "conv1d" else nn.Linear)
+
+
+@pytest.mark.parametrize("level", ["W3A4", "W4A32"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_resident_weight_changes_no_output(name, level):
+    _, packed, x = both(name, level)
+    state = {key: tensor.clone() for key, tensor in packed.state_dict().items()}
+    before, weight = packed(x), packed.weight.clone()
+    unpackings = []
+    unpack = type(packed.packed).dequantize
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(packed.packed), "dequantize", lambda self, *args: unpackings.append(1) or unpack(self, *args)
+        )
+        set_resident(packed, "float")
+        assert torch.equal(packed(x), before)
+        assert torch.equal(packed(x), before)
+        assert len(unpackings) == 1
+        set_resident(packed, "packed")
+        assert torch.equal(packed(x), before)
+        assert len(unpackings) == 2
+    assert packed.kept is None
+    set_resident(packed, "float")
+    assert torch.equal(packed.weight, weight)
+    with pytest.raises(HubMPQError, match="can't be changed"):
+        packed.weight.zero_()
+    assert packed.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in packed.state_dict().items())
+
+
+def test_a_resident_weight_follows_the_dtype_of_the_model():
+    _, packed, x = both("linear", "W4A32")
+    _, other, _ = both("linear", "W4A32")
+    set_resident(packed, "float")
+    for dtype in (torch.bfloat16, torch.float32):
+        packed.to(dtype)
+        other.to(dtype)
+        assert packed.kept.dtype == dtype
+        assert torch.equal(packed(x.to(dtype)), other(x.to(dtype)))
+
+
+def test_what_has_no_packed_layers_or_no_such_form_is_refused():
+    _, packed, _ = both("linear")
+    with pytest.raises(InvalidArgument, match="'packed' or 'float', not 'int8'"):
+        set_resident(packed, "int8")
+    with pytest.raises(InvalidArgument, match="Linear has no packed layers"):
+        set_resident(nn.Linear(2, 2), "float")

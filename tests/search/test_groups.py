@@ -16,6 +16,7 @@ from hub_mpq.search.candidates import resolve_candidates
 from hub_mpq.search.measure import PolicyMeter
 from hub_mpq.search.scores import candidates_of, equal_scores, score_table
 from hub_mpq.search.sensitivity import LEAST, monotone
+from hub_mpq.tasks import task_of
 from hub_mpq.train import round_weights as rounding_module
 
 IDS = torch.randint(0, 48, (96, 32), generator=torch.Generator().manual_seed(2))
@@ -220,3 +221,22 @@ def test_a_sequential_of_linears_takes_the_route(tmp_path):
     mpq = HubMPQ.from_module(net, data[0][0], weight_only=True, task="regression")
     mpq.quantize(weight_bits=3.0, train=data, epochs=0, group_size=8)
     assert mpq.save_pretrained(tmp_path) == mpq.usage()["size"]
+
+
+def test_a_search_measures_what_apply_policy_would_make():
+    """search(validate=) rounds by GPTQ too, where weights alone are quantized, and chooses among group sizes."""
+    mpq = loaded()
+    mpq.quantize(weight_bits=3.0, train=BATCHES[:16], epochs=0, group_size=[None, 16], validate=False)
+    held = BATCHES[16:]
+    found = mpq.search(size="W3g16", validate=held, validate_seconds=60)
+    row = found.measurements[0]
+    assert row.name == "optimum"
+    calibration = held[:2]  # a quarter of the batches
+    mpq.apply_policy(row.policy, calibration)
+    task = task_of(None, mpq.float_model, held[0])
+    with torch.no_grad():
+        values = []
+        for batch in held[3::2]:  # the reporting half of the rest
+            found, mask = task.divergence(mpq.model(**batch), mpq.float_model(**batch), None)
+            values.append(found[mask])
+    assert row.divergence == pytest.approx(float(torch.cat(values).double().mean()), rel=1e-4)
