@@ -74,7 +74,8 @@ def _tokenizer(model: nn.Module) -> Any:
         found = AutoTokenizer.from_pretrained(name, local_files_only=True)
     except Exception:  # none there, in whatever words
         return None
-    return found if getattr(found, "is_fast", False) else None
+    # of a folder without one, some classes make an empty one
+    return found if getattr(found, "is_fast", False) and len(found) > len(found.all_special_tokens) else None
 
 
 def _content(tokenizer: Any) -> tuple[dict[str, Any], str] | None:

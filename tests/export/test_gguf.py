@@ -83,8 +83,9 @@ def test_transformers_reads_the_same_model(tmp_path, kind, changes):
     mpq = quantized(tmp_path / "float", symmetric, kind=kind, **changes)
     size = mpq.export(tmp_path / "out", "gguf")
     assert size == (tmp_path / "out" / FILE).stat().st_size == mpq.usage()["GGUF file"]
-    if "rope_parameters" in changes:  # which it does not read
-        reader = gguf.GGUFReader(tmp_path / "out" / FILE)
+    reader = gguf.GGUFReader(tmp_path / "out" / FILE)
+    assert reader.get_field("tokenizer.ggml.model").contents() == "none"  # Qwen2's class would make an empty one
+    if "rope_parameters" in changes:  # which transformers does not read
         assert reader.get_field("llama.rope.scaling.factor").contents() == 2.0
         return
     read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file=FILE, dtype=torch.float32)
