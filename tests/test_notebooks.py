@@ -13,7 +13,7 @@ import transformers
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "examples" / "notebooks").glob("*.ipynb"))
 SMALL = {
     "decoder": {"sentences": 800, "base_steps": 4},
-    "lora_on_a_packed_base": {"texts": 32, "base_steps": 2, "indicator_steps": 1, "quantize_steps": 1, "epochs": 1}
+    "lora_on_a_packed_base": {"texts": 32, "base_steps": 2, "indicator_steps": 1, "quantize_steps": 1, "epochs": 1},
 }
 SAYS = {
     "decoder": ["tokens: float", "packed/model.mpq.safetensors: ", "same text: True"],
