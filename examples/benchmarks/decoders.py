@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def calibration() -> list[dict[str, Any]]:
     return [{key: rows[i : i + 2] for key, rows in batch.items()} for batch in whole for i in (0, 2)]
 
 
-def run(row: str) -> list[dict[str, Any]]:
+def run(row: str) -> Iterator[dict[str, Any]]:
     """The figures of one row, or of one for each mean width."""
     began = cpu_seconds()
     method, *rest = row.split()
@@ -101,14 +102,15 @@ def run(row: str) -> list[dict[str, Any]]:
         return [autoround(row)]
     mpq = texts.smollm2()
     if method == "float":
-        return [{"row": row, "losses": texts.token_losses(mpq, texts.chunks("test", 16))}]
+        yield {"row": row, "losses": texts.token_losses(mpq, texts.chunks("test", 16))}
+        return
     group = GROUPS[rest[0]]
     train = calibration()
     if method != "mixed":
         data, rounding = (None, None) if method == "data-free" else (train, method)
         mpq.apply_policy(rest[1], data, group_size=group, rounding=rounding)
-        return [{"row": row, **figures(mpq, began)}]
-    found = []
+        yield {"row": row, **figures(mpq, began)}
+        return
     held = texts.chunks("valid", VALIDATION, first=CALIBRATION)
     with tempfile.TemporaryDirectory() as states:
         for bits in MEANS:
@@ -122,9 +124,8 @@ def run(row: str) -> list[dict[str, Any]]:
                 resume=True,
             )
             told = {"seconds": dict(mpq.seconds), "chosen_by": mpq.result.chosen_by if mpq.result else ""}
-            found.append({"row": f"{row} {bits}", **figures(mpq, began), **told})
+            yield {"row": f"{row} {bits}", **figures(mpq, began), **told}
             began = cpu_seconds()  # scores and rounded weights serve the next one too
-    return found
 
 
 def autoround(row: str, steps: int = 50) -> dict[str, Any]:
