@@ -101,7 +101,8 @@ def _check_covered(
     own = set(net.state_dict())
     found = {key: _here(key, own, model) for key in flat}
     unread = {key for key, here in found.items() if here is None}
-    missing = own - {here for here in found.values() if here is not None}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # transformers ties them again
+    missing = own - {here for here in found.values() if here is not None} - {k for k, v in tied.items() if v in own}
     saved = "TimmWrapperForImageClassification" if net is not model else type(model).__name__
     if type(model).__name__ not in (getattr(model.config, "architectures", None) or [saved]):
         prefix = f"{model.base_model_prefix}." if net is model and model.base_model_prefix else ""

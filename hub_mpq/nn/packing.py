@@ -34,9 +34,17 @@ def float_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _stored_state(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
-    """`float_state` with one name for each of the layers."""
+    """`float_state` with one name for each of the layers, and for each Parameter."""
     others = tuple(part_key(name, "") for name, first in layer_names(model, layers).items() if name != first)
-    return {key: tensor for key, tensor in float_state(model).items() if not key.startswith(others)}
+    again = _second_names(model)
+    return {k: tensor for k, tensor in float_state(model).items() if not k.startswith(others) and k not in again}
+
+
+def _second_names(model: nn.Module) -> set[str]:
+    """The names of Parameters that the model knows by another name before (a head tied to the embedding)."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in named if first.setdefault(id(parameter), name) != name}
 
 
 @torch.no_grad()
@@ -197,6 +205,8 @@ def load_quantized(
             zero = rest.pop(part_key(name, "input_zero_point"), torch.zeros(1))
             module.input_quantizer.init(module.input_quantizer.widths[0], scale.reshape(1), int(zero))
     own = _stored_state(model, [name for name, _ in quantized_layers(model)])
+    for name in _second_names(model) - set(own):  # files of before 2026-11-28 have them
+        rest.pop(name, None)
     expected = set(own)
     missing, extra = expected - set(rest), set(rest) - expected
     if missing or extra:

@@ -187,3 +187,29 @@ def test_qat_with_the_ordinary_trainer(tmp_path):
     assert torch.equal(case.logits(HubMPQ.from_pretrained(tmp_path / "saved")), case.logits(back))
     with pytest.raises(ValueError, match="fine-tuning"):
         trainer(back, tmp_path / "no")  # packed weights do not train
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_float_head_that_is_tied_is_stored_once(kind, tmp_path):
+    from safetensors.torch import load_file
+
+    model, inputs = build(kind)
+    model.save_pretrained(tmp_path / "float")
+    words = {"llama": "model.embed_tokens", "gpt2": "transformer.wte"}[kind]
+    mpq = HubMPQ.from_pretrained(tmp_path / "float", weight_only=True, exclude=[words, "lm_head"])
+    mpq.apply_policy("W4")
+    assert mpq.save_pretrained(tmp_path / "packed") == mpq.usage()["size"]
+    stored = load_file(tmp_path / "packed" / PACKED)
+    assert f"{words}.weight" in stored
+    assert "lm_head.weight" not in stored
+    back = HubMPQ.from_pretrained(tmp_path / "packed")
+    auto = type(model).from_pretrained(tmp_path / "packed")
+    with torch.no_grad():
+        wanted = mpq(**inputs).logits
+        assert torch.equal(back(**inputs).logits, wanted)
+        assert torch.equal(auto(**inputs).logits, wanted)
+    assert auto.lm_head.weight is auto.get_input_embeddings().weight
+    back.save_pretrained(tmp_path / "again")
+    auto.save_pretrained(tmp_path / "auto")
+    for name in ("again", "auto"):
+        assert (tmp_path / name / PACKED).read_bytes() == (tmp_path / "packed" / PACKED).read_bytes()
