@@ -9,9 +9,9 @@ SmolLM2-135M, weights alone, its embedding (which is its head) in float. Calibra
 WikiText-2's validation split, measured on 16 chunks of 256 tokens of its test split; --whole: on the whole test file in
 windows of 1,024 tokens. Methods: data-free (no calibration); nearest (grids of least output error); gptq; mixed (the
 policy that measured best within a mean of integer bits). By --row alone, since it needs `pip install auto-round`:
-autoround (rounding learned in 50 steps a block on the same chunks, symmetric, 16-bit scales, so at equal bytes). Each
-row runs in a process of its own, which tells CPU seconds (user and system, all threads) and peak memory. Rows are kept
-in the cache folder ($HUB_MPQ_CACHE).
+autoround (rounding learned in --steps steps a block on the same chunks, symmetric, 16-bit scales, so at equal bytes).
+Each row runs in a process of its own, which tells CPU seconds (user and system, all threads) and peak memory. Rows are
+kept in the cache folder ($HUB_MPQ_CACHE).
 """
 
 from __future__ import annotations
@@ -94,12 +94,13 @@ def calibration() -> list[dict[str, Any]]:
     return [{key: rows[i : i + 2] for key, rows in batch.items()} for batch in whole for i in (0, 2)]
 
 
-def run(row: str) -> Iterator[dict[str, Any]]:
-    """The figures of one row, or of one for each mean width."""
+def run(row: str, steps: int = 50) -> Iterator[dict[str, Any]]:
+    """The figures of one row, or of one for each mean width. steps: AutoRound's, of each block."""
     began = cpu_seconds()
     method, *rest = row.split()
     if method == "autoround":
-        return [autoround(row)]
+        yield autoround(row, steps)
+        return
     mpq = texts.smollm2()
     if method == "float":
         yield {"row": row, "losses": texts.token_losses(mpq, texts.chunks("test", 16))}
@@ -128,7 +129,7 @@ def run(row: str) -> Iterator[dict[str, Any]]:
             began = cpu_seconds()  # scores and rounded weights serve the next one too
 
 
-def autoround(row: str, steps: int = 50) -> dict[str, Any]:
+def autoround(row: str, steps: int) -> dict[str, Any]:
     """The figures of AutoRound at a level and a group size, on the chunks that the other rows are calibrated on."""
     import torch
     from auto_round import AutoRound
@@ -136,7 +137,7 @@ def autoround(row: str, steps: int = 50) -> dict[str, Any]:
 
     began = cpu_seconds()
     path, (group, level) = texts.smollm2_path(), row.split()[1:]
-    rows = [{"input_ids": ids[None]} for batch in texts.chunks("valid", CALIBRATION) for ids in batch["input_ids"]]
+    rows = [{"input_ids": ids[None]} for batch in calibration() for ids in batch["input_ids"]]
     net = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     rounder = AutoRound(
         net,
@@ -158,6 +159,7 @@ def autoround(row: str, steps: int = 50) -> dict[str, Any]:
     bits = int(level[1:])
     return {
         "row": row,
+        "steps": steps,
         "file": usage["size"],
         "mean_bits": usage["weight_bits"],
         "effective_bits": bits + 16 / GROUPS[group] if GROUPS[group] else bits,
@@ -203,13 +205,14 @@ def report() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--row", help="run this one here")
+    parser.add_argument("--steps", type=int, default=50, help="AutoRound's, of each block")
     parser.add_argument("--whole", action="append", default=[], help="a row's perplexity on the whole test file")
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     if args.report:
         return report()
     if args.row or args.whole:
-        for found in run(args.row) if args.row else map(whole, args.whole):
+        for found in run(args.row, args.steps) if args.row else map(whole, args.whole):
             study.write(folder() / f"{found['row'].replace(' ', '-')}.json", found)
             print(found["row"], {k: v for k, v in found.items() if k not in ("losses", "row")}, flush=True)
         return None

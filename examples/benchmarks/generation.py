@@ -144,7 +144,7 @@ def report() -> None:
     """Print the table of the rows that are there, in markdown."""
     head = [
         "model",
-        "packed file, MB",
+        "file, MB",
         "pulled, MB",
         "memory, MB",
         "float",
