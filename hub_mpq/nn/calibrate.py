@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..quantizers import LSQ, GroupedLSQ, activation_scale, weight_scale_mse, weight_scale_sigma
+from ..quantizers import LSQ, GroupedLSQ, activation_scale, weight_scale_sigma
 from ..quantizers.weight_grid import weight_grid
 from .layers import first_operand
 from .quantize import quantized_layers
@@ -85,10 +85,11 @@ def sample_inputs(
 
 @torch.no_grad()
 def calibrate_weights(model: nn.Module, *, mse: bool) -> None:
-    """Scales of all weights, of themselves alone: of least squared error, or LIMPQ's initial value (per tensor).
+    """Scales of all weights, of themselves alone: those of `weight_grid`, or LIMPQ's initial value (per tensor).
 
-    Of linear layers whose inputs stay float the whole range is kept: large weights meet the largest inputs there, in
-    decoders above all, and least squared error clips them.
+    Args:
+        model: The model.
+        mse: Take the scales of `weight_grid`.
     """
     for _, module in quantized_layers(model):
         for bits in module.weight_quantizer.widths:
@@ -113,11 +114,12 @@ def calibrate_weight(module: Any, bits: int, *, mse: bool) -> None:
         q.init(bits, *weight_grid(rows, bits, group_size=q.group_size, symmetric=q.symmetric))
     elif not mse and bits > 1:
         q.init(bits, weight_scale_sigma(module.weight, bits))
-    elif module.input_quantizer is None and q.base.shape[1] > 1 and not isinstance(module, (nn.Conv2d, nn.Embedding)):
-        rows = module.weight.transpose(-2, -1) if q.axis in (1, -1) else module.weight
-        q.init(bits, weight_grid(rows.reshape(-1, rows.shape[-1]), bits)[0].flatten())
+    elif q.base.shape[1] == 1:
+        q.init(bits, weight_grid(module.weight.reshape(1, -1), bits)[0].flatten())
     else:
-        q.init(bits, weight_scale_mse(module.weight, bits, axis=q.axis if q.base.shape[1] > 1 else None))
+        weight = module.weight.mT if q.axis in (1, -1) else module.weight
+        rows = weight.flatten(1) if q.axis == 0 else weight.reshape(-1, weight.shape[-1])
+        q.init(bits, weight_grid(rows, bits)[0].flatten())
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..core import LayerSpec
 from ..core.layer_kind import layer_kinds
@@ -57,7 +56,8 @@ def input_moments(
 
     Args:
         model: A float model, or one whose quantizers are off.
-        layers: Those to look at, in order of depth. One that reads indices has no moments.
+        layers: Those to look at, in order of depth. A convolution has no moments, and neither has a layer that reads
+            indices: those are left out.
         batches: What the model runs on; all are read.
         run: `run(model, batch)` runs it.
         diagonal: Only the diagonals of H.
@@ -67,14 +67,15 @@ def input_moments(
 
     Yields:
         Layers and their moments, float32. Of linear layers: H, [in, in], or its diagonal, [in]. Of stacks of experts:
-        [experts, in, in] or [experts, in], each of the tokens that reach the expert. Of convolutions: the diagonal for
-        each group of the channels, [groups, in/groups·kh·kw]. Blocks come first, in order of depth.
+        [experts, in, in] or [experts, in], each of the tokens that reach the expert. Blocks come first, in order of
+        depth.
 
     Raises:
         InvalidArgument: A layer reads NaN or infinite values.
     """
-    rest = {layer.name: layer for layer in layers if not layer_kinds.get(layer.kind).reads_indices}
-    blocks = blocks_of(model, {name: layer.weight_count for name, layer in rest.items()})
+    called = [layer for layer in layers if not layer_kinds.get(layer.kind).reads_indices]
+    blocks = blocks_of(model, {layer.name: layer.weight_count for layer in called})
+    rest = {layer.name: layer for layer in called if layer.takes_groups}
     per_batch = max(-(-positions // max(len(batches), 1)), 1)
 
     def inputs(of: Iterable[LayerSpec]) -> _Inputs:
@@ -127,13 +128,12 @@ def _parts(layers: Iterable[LayerSpec], diagonal: bool, limit: int) -> Iterator[
     sizes: dict[str, int] = {}
     for layer in layers:
         columns = layer.weight_count // channel_count(layer.kind, layer.weight_shape)
-        full = not diagonal and layer.kind != "conv2d"
-        size = 4 * columns * (columns if full else 1) * _experts(layer)
+        size = 4 * columns * (1 if diagonal else columns) * _experts(layer)
         if part and sum(sizes.values()) + (0 if layer.buffer in sizes else size) > limit:
             yield part
             part, sizes = [], {}
         part.append(layer)
-        sizes[layer.buffer if full else layer.name] = size
+        sizes[layer.buffer] = size
     if part:
         yield part
 
@@ -165,11 +165,11 @@ class _Inputs:
         for layer in self.layers:
 
             def hook(module: nn.Module, args: Any, kwargs: Any, layer: LayerSpec = layer) -> None:
-                key, x = self.key(layer), first_operand(args, kwargs)
+                x = first_operand(args, kwargs)
                 if isinstance(module, Stack):
                     self.add_expert(layer, x, *args[1:])
-                elif readers.setdefault(key, layer.name) == layer.name:  # the first that runs
-                    self.add(key, layer, module, x)
+                elif readers.setdefault(layer.buffer, layer.name) == layer.name:  # the first that runs
+                    self.add(layer.buffer, x)
 
             module = self.model.get_submodule(layer.name)
             self.stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -178,24 +178,14 @@ class _Inputs:
     def __exit__(self, *_: Any) -> None:
         self.stack.close()
 
-    @staticmethod
-    def key(layer: LayerSpec) -> str:
-        """The same for layers whose moments are the same: two convolutions of one tensor read other patches of it."""
-        return f"{layer.name}/patches" if layer.kind == "conv2d" else layer.buffer
-
     def read(self, batch: Any) -> None:
         """Say which batch runs next."""
         self.kept = None if self.mask is None else self.mask(batch)
 
-    def add(self, key: str, layer: LayerSpec, module: nn.Module, x: Tensor) -> None:
-        if layer.kind == "conv2d":
-            found, count = _patch_squares(module, x)
-            self.sums[key] = found + self.sums.get(key, 0)
-            self.counts[key] = self.counts.get(key, 0) + count
-        else:
-            if self.kept is not None and x.shape[:-1] == self.kept.shape:
-                x = x[self.kept.to(x.device)]
-            self.add_rows(key, x.reshape(-1, x.shape[-1]))
+    def add(self, key: str, x: Tensor) -> None:
+        if self.kept is not None and x.shape[:-1] == self.kept.shape:
+            x = x[self.kept.to(x.device)]
+        self.add_rows(key, x.reshape(-1, x.shape[-1]))
 
     def add_expert(self, layer: LayerSpec, x: Tensor, expert: int, tokens: Tensor, count: int) -> None:
         if self.kept is not None and self.kept.numel() == count:
@@ -222,7 +212,7 @@ class _Inputs:
         means: dict[str, Tensor] = {}
         unreached = {}
         for layer in self.layers:
-            key = self.key(layer)
+            key = layer.buffer
             if layer_kinds.get(layer.kind).channel_axis < 0:
                 parts = [(layer.name, expert) for expert in range(_experts(layer))]
                 if missing := sum(not self.counts.get(part) for part in parts):
@@ -231,12 +221,12 @@ class _Inputs:
                     means[key] = self.stacked(layer, parts)
             elif key not in means and self.counts.get(key):
                 means[key] = self.mean(layer, self.sums.pop(key), self.counts[key])
-        moments = {layer.name: means[key] for layer in self.layers if (key := self.key(layer)) in means}
+        moments = {layer.name: means[layer.buffer] for layer in self.layers if layer.buffer in means}
         return LayerMoments(self.layers, moments, unreached)
 
     def mean(self, layer: LayerSpec, total: Tensor, count: int) -> Tensor:
         mean = total.div_(count)
-        if not (self.diagonal or layer.kind == "conv2d"):
+        if not self.diagonal:
             for i in range(0, len(mean), _COLUMNS):
                 strip = slice(i, i + _COLUMNS)
                 mean[:i, strip] = mean[strip, :i].t()
@@ -254,31 +244,3 @@ class _Inputs:
         for i, part in enumerate(parts):
             out[i] = self.mean(layer, self.sums.pop(part), self.counts[part]) if part in reached else whole
         return out
-
-
-def _patch_squares(module: Any, x: Tensor) -> tuple[Tensor, int]:
-    """(sum of squares of what meets each weight of a convolution, [groups, in/groups·kh·kw]; number of positions)."""
-    x = x if x.dim() == 4 else x[None]
-    samples, channels = x.shape[:2]
-    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
-    if type(module).__name__ == "Conv2dSame" or getattr(module, "same_padding", False):
-        pads: list[int] = []
-        for axis in (1, 0):  # F.pad wants the last axis first
-            size = x.shape[2 + axis]
-            span = (-(-size // stride[axis]) - 1) * stride[axis] + (kernel[axis] - 1) * dilation[axis] + 1
-            pad = max(span - size, 0)
-            pads += [pad // 2, pad - pad // 2]
-        mode = "constant"
-    else:
-        pads = module._reversed_padding_repeated_twice
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    squares = F.pad(x, pads, mode=mode).float().square().sum(0, dtype=torch.float64)
-    counts = [(squares.shape[1 + a] - dilation[a] * (kernel[a] - 1) - 1) // stride[a] + 1 for a in (0, 1)]
-
-    def places(offset: int, axis: int) -> slice:
-        first = offset * dilation[axis]
-        return slice(first, first + stride[axis] * (counts[axis] - 1) + 1, stride[axis])
-
-    rows = [squares[:, places(i, 0), places(j, 1)].sum((1, 2)) for i in range(kernel[0]) for j in range(kernel[1])]
-    found = torch.stack(rows, 1).reshape(module.groups, channels // module.groups * len(rows))
-    return found.float(), samples * counts[0] * counts[1]

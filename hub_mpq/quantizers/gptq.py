@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidArgument
-from .weight_grid import WeightGrid
+from .weight_grid import WeightGrid, codes
 
 DAMPING = 0.01
 """Of the mean of H's diagonal, added to the diagonal."""
@@ -86,7 +86,7 @@ class Factor:
         order, device = self.order, weight.device
         w = weight.float().t()[order].repeat(1, len(grids))
         errors, plain = torch.zeros_like(w), torch.zeros_like(w)  # of the codes found, and of the nearest points
-        codes, nearest = (torch.empty(w.shape, dtype=torch.uint8, device=device) for _ in range(2))
+        chosen, nearest = (torch.empty(w.shape, dtype=torch.uint8, device=device) for _ in range(2))
         gain = w.new_zeros(w.shape[1])
         steps = [g.steps() for g in grids]
         most = torch.cat([torch.full((rows,), 2.0**g.bits - 1, device=device) for g in grids])
@@ -97,7 +97,7 @@ class Factor:
             step, offset = (
                 torch.cat([x[side].t()[i[block]] for x, i in zip(steps, index, strict=True)], 1) for side in (0, 1)
             )
-            code = torch.minimum(torch.div(w[block], step).add_(offset).round_().clamp_(min=0), most)
+            code = torch.minimum(codes(w[block], step, offset), most)
             nearest[block] = code
             torch.sub(w[block], code.sub_(offset).mul_(step), out=plain[block])
             moved = torch.addmm(plain[block], self.ratios[first:, block].t(), plain[first:])
@@ -107,16 +107,15 @@ class Factor:
                 column, after = target[j], slice(first + j + 1, last)
                 if first + j + 1 < last:
                     column.addmv_(errors[after].t(), self.ratios[after, first + j])
-                code = torch.div(column, step[j]).add_(offset[j]).round_().clamp_(min=0)
-                code = torch.minimum(code, most)
-                codes[first + j] = code
+                code = torch.minimum(codes(column, step[j], offset[j]), most)
+                chosen[first + j] = code
                 code.sub_(offset[j]).mul_(step[j])
                 torch.sub(w[first + j], code, out=errors[first + j])
                 torch.sub(column, code, out=left[j])
             gain += self.pivots[block] @ (moved.square_() - left.square_())
-        codes = torch.where(gain >= 0, codes, nearest)
+        chosen = torch.where(gain >= 0, chosen, nearest)
         back = torch.argsort(order)
-        return [g.signed(c[back].t().float()) for g, c in zip(grids, codes.split(rows, 1), strict=True)]
+        return [g.signed(c[back].t().float()) for g, c in zip(grids, chosen.split(rows, 1), strict=True)]
 
 
 def _cholesky(moments: Tensor, order: Tensor, damping: float, size: float) -> Tensor | None:

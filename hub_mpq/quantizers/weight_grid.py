@@ -34,8 +34,7 @@ class WeightGrid(NamedTuple):
     group_size: int | None = None
 
     def steps(self) -> tuple[Tensor, Tensor]:
-        """(step, offset), float32 [rows, G]: codes clamp(round(w/step + offset)) of 0 to 2^b−1 are the nearest points,
-        weight = (code − offset)·step."""
+        """(step, offset), float32 [rows, G]: weight = (code − offset)·step with codes from 0 to 2^b−1, see `codes`."""
         scale, half = self.scale.float(), 2.0 ** (self.bits - 1)
         if self.bits == 1:
             return scale * 2, torch.full_like(scale, 0.5)
@@ -49,13 +48,11 @@ class WeightGrid(NamedTuple):
     def nearest(self, weight: Tensor) -> Tensor:
         """The nearest integers v of a weight [rows, columns], int8."""
         step, offset = (self.of_columns(x, weight.shape[1]) for x in self.steps())
-        codes = (weight.float() / step).add_(offset).round_().clamp_(0, 2**self.bits - 1)
-        return self.signed(codes)
+        return self.signed(codes(weight.float(), step, offset).clamp_(max=2**self.bits - 1))
 
-    def signed(self, codes: Tensor) -> Tensor:
+    def signed(self, code: Tensor) -> Tensor:
         """Integers v, int8, of codes 0 to 2^b−1 in float."""
-        codes = codes * 2 - 1 if self.bits == 1 else codes - 2 ** (self.bits - 1)
-        return codes.to(torch.int8)
+        return (code * 2 - 1 if self.bits == 1 else code - 2 ** (self.bits - 1)).to(torch.int8)
 
     @torch.no_grad()
     def dequantize(self, values: Tensor) -> Tensor:
@@ -64,6 +61,13 @@ class WeightGrid(NamedTuple):
         if self.zero_point is None:
             return values.float() * scale
         return (values.float() - self.of_columns(self.zero_point.float(), values.shape[1])) * scale
+
+
+def codes(w: Tensor, step: Tensor, offset: Tensor) -> Tensor:
+    """Codes of the points nearest to w, from 0 up; the offset is added after rounding, or ties would be others than
+    those of a quantizer."""
+    whole = offset.floor()
+    return torch.div(w, step).add_(offset - whole).round_().add_(whole).clamp_(min=0)
 
 
 @torch.no_grad()
@@ -79,7 +83,8 @@ def weight_grid(
 
     Of the scales that keep a part of each range (`CLIP_RATIOS`) the one of least Σ_j h_j (w_j − q_j)² is taken: with
     h_j the mean square of the input that meets column j, that is the layer's output error but for correlations between
-    inputs. Without h the whole range is kept. At 1 bit the scale is the mean of |w|, weighted by h.
+    inputs. Without h it is the one of least Σ_j (w_j − q_j)⁴ [our construction]: squares would clip the few large
+    weights that matter most, in decoders above all. At 1 bit the scale is the mean of |w|, weighted by h.
 
     Args:
         weight: [rows, columns]; rows are output channels.
@@ -87,7 +92,7 @@ def weight_grid(
         group_size: Consecutive columns that share a scale; the last group may be smaller. None: all columns.
         symmetric: False for a zero point beside each scale, so that the codes span min(w, 0) to max(w, 0). A 1-bit
             weight has none.
-        importance: h, [columns], or [n, columns] for n equal parts of the rows (a grouped convolution). Any unit.
+        importance: h, [columns], or [n, columns] for n equal parts of the rows (the experts of a stack). Any unit.
 
     Returns:
         (scale, zero point). Scales [rows, G], above zero: float32 without groups; with groups float16, or bfloat16
@@ -109,9 +114,9 @@ def weight_grid(
         h = torch.nn.functional.pad(h, (0, groups * size - columns))
     h = h.view(len(h), groups, size)
     h = torch.where(h.sum(2, keepdim=True) > 0, h, torch.ones_like(h))  # inputs that were never seen
-    ratios = (1.0,) if importance is None else CLIP_RATIOS
     scale = torch.empty(rows, groups, device=weight.device)
     zeros = None if symmetric or bits == 1 else torch.empty_like(scale)
+    power = 4 if importance is None else 2
     part = rows // len(h)
     step = max(min(_PIECE // max(columns, 1), part), 1)
     for first in range(0, rows, part):
@@ -120,7 +125,7 @@ def weight_grid(
             w = weight[chosen].float()
             if groups * size > columns:
                 w = torch.nn.functional.pad(w, (0, groups * size - columns))
-            found = _search(w.view(-1, groups, size), h[first // part], bits, ratios, zeros is not None)
+            found = _search(w.view(-1, groups, size), h[first // part], bits, zeros is not None, power)
             scale[chosen] = found[0].squeeze(2)
             if zeros is not None:
                 zeros[chosen] = found[1].squeeze(2)
@@ -144,7 +149,7 @@ def _importance(importance: Tensor | None, weight: Tensor) -> Tensor:
     return h / h.max().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _search(w: Tensor, h: Tensor, bits: int, ratios: tuple[float, ...], asymmetric: bool) -> tuple[Tensor, Tensor]:
+def _search(w: Tensor, h: Tensor, bits: int, asymmetric: bool, power: int) -> tuple[Tensor, Tensor]:
     """(scale, zero point as a code), [rows, groups, 1], of w [rows, groups, size]; scale 0 where all of w is zero."""
     largest = w.abs().amax(2, keepdim=True)
     # a power of two, which rounds nothing: squares of tiny values are not lost
@@ -153,27 +158,26 @@ def _search(w: Tensor, h: Tensor, bits: int, ratios: tuple[float, ...], asymmetr
     zero = torch.full_like(largest, 2.0 ** (bits - 1))
     if bits == 1:
         return torch.where(largest > 0, (w.abs() * h).sum(2, keepdim=True) / h.sum(1)[:, None] * unit, 0.0), zero
-    codes = 2**bits - 1
+    most = 2**bits - 1
     if asymmetric:
         low, high = w.amin(2, keepdim=True).clamp_max(0), w.amax(2, keepdim=True).clamp_min(0)
-        top = (high - low) / codes
+        top = (high - low) / most
         zero = torch.where(largest > 0, (-low / top).round_(), zero)
     else:
         top = largest / unit / (2 ** (bits - 1) - 1)
-    if len(ratios) == 1:
-        return torch.where(largest > 0, top * unit, 0.0), zero
     best, scale = torch.full_like(top, math.inf), top.clone()
     q = torch.empty_like(w)
-    for ratio in ratios:
+    for ratio in CLIP_RATIOS:
         trial = top * ratio
         torch.div(w, trial, out=q).round_()
-        q = (
+        if asymmetric:
+            q.clamp_(min=-zero).clamp_(max=most - zero)
+        else:
             q.clamp_(-(2.0 ** (bits - 1)), 2 ** (bits - 1) - 1)
-            if not asymmetric
-            else q.clamp_(min=-zero).clamp_(max=codes - zero)
-        )
-        q.mul_(trial).sub_(w)
-        error = q.mul_(q).mul_(h).sum(2, keepdim=True)
+        q.mul_(trial).sub_(w).square_()
+        if power == 4:
+            q.square_()
+        error = q.mul_(h).sum(2, keepdim=True)
         scale = torch.where(error < best, trial, scale)
         best = torch.minimum(error, best)
     return torch.where(largest > 0, scale * unit, 0.0), zero

@@ -114,7 +114,7 @@ def round_weights(
             rounded.unreached |= part.unreached
             for layer in part.layers:
                 moments = part.moments.get(layer.name)
-                if moments is None or rounding != "gptq" or not layer.takes_groups:
+                if moments is None or rounding != "gptq":
                     store(layer, moments, None)
                 elif moments.dim() == 3:  # of experts: one after the other
                     store(layer, moments.diagonal(dim1=1, dim2=2), map(Factor, moments))
@@ -123,7 +123,7 @@ def round_weights(
                         factor = (id(moments), Factor(moments))
                     store(layer, moments.diagonal(), (factor[1],))
                 del there[layer.name]
-        for layer in there.values():  # tables
+        for layer in there.values():  # convolutions and tables
             store(layer, None, None)
     if rounded.unreached:
         logger.warning(

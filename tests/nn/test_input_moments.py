@@ -237,50 +237,6 @@ def test_positions_bound_what_is_read():
     torch.testing.assert_close(parts[-1].moments["first"], plain([x]))
 
 
-CONVOLUTIONS = {
-    "plain": {"kernel_size": 3, "padding": 1},
-    "strided": {"kernel_size": (3, 2), "stride": (2, 3), "padding": (1, 0)},
-    "dilated groups": {"kernel_size": 3, "dilation": 2, "groups": 2},
-    "depthwise": {"kernel_size": 3, "groups": 4, "padding": "same"},
-    "reflected": {"kernel_size": 3, "padding": 2, "padding_mode": "reflect"},
-}
-
-
-@pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
-def test_convolutions(options):
-    """Σ h (ΔW)² is the mean squared error of the output for errors of the weight that have no correlation: here of one
-    weight alone."""
-    conv = seeded(lambda: nn.Conv2d(4, 8, bias=False, **options))
-    net = nn.Sequential(conv, nn.Flatten(), nn.LazyLinear(2))
-    batches = [draw(3, 4, 9, 11, seed=i) for i in range(2)]
-    net(batches[0])
-    check_convolution(net, conv, batches)
-
-
-def test_convolutions_that_pad_as_tensorflow():
-    from timm.layers.conv2d_same import Conv2dSame
-
-    conv = seeded(lambda: Conv2dSame(4, 8, 3, stride=2, bias=False))
-    net = nn.Sequential(conv, nn.Flatten(), nn.LazyLinear(2))
-    batches = [draw(3, 4, 9, 10, seed=i) for i in range(2)]
-    net(batches[0])
-    check_convolution(net, conv, batches)
-
-
-def check_convolution(net, conv, batches):
-    _, parts, _ = parts_of(net.eval(), batches)
-    h = {name: x for part in parts for name, x in part.moments.items()}["0"]
-    rows = conv.weight.flatten(1)
-    assert h.shape == (conv.groups, rows.shape[1])
-    for row in (0, 7):
-        for column in range(rows.shape[1]):
-            with torch.no_grad():
-                conv.weight.zero_()
-                conv.weight.view(8, -1)[row, column] = 1
-                error = torch.cat([conv(x) for x in batches])[:, row].square().mean()
-            torch.testing.assert_close(h[row * conv.groups // 8, column], error, rtol=1e-4, atol=1e-6)
-
-
 def test_the_model_is_left_as_it_was():
     net = decoder()
     task = task_of(None, net)
@@ -302,6 +258,12 @@ def test_values_that_are_not_finite_are_refused():
     x[1, 2] = torch.nan
     with pytest.raises(InvalidArgument, match="NaN"):
         parts_of(seeded(lambda: Chain("plain")), [x])
+
+
+def test_convolutions_have_none():
+    net = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 2)))
+    _, parts, _ = parts_of(net, [draw(2, 3, 5, 5)])
+    assert [list(part.moments) for part in parts] == [["2"]]
 
 
 def test_layers_that_no_batch_reaches_have_none():

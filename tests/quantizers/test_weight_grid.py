@@ -21,7 +21,7 @@ def grid_of(weight, bits, group_size=None, **options):
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("group_size", [None, 8, 16])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_without_importance_nothing_is_clipped(bits, group_size, symmetric):
+def test_shapes_and_ranges(bits, group_size, symmetric):
     weight = draw(6, 37) + 0.3
     grid = grid_of(weight, bits, group_size, symmetric=symmetric)
     groups = 1 if group_size is None else -(-37 // group_size)
@@ -30,10 +30,6 @@ def test_without_importance_nothing_is_clipped(bits, group_size, symmetric):
     values = grid.nearest(weight)
     assert values.dtype == torch.int8
     assert -(2 ** (bits - 1)) <= int(values.min()) <= int(values.max()) < 2 ** (bits - 1)
-    step = grid.of_columns(grid.scale.float(), 37)
-    # with zero points an end of the range may lie half a step beyond the codes; a rounded scale moves it by 2^-11
-    room = (0.5 if symmetric else 1.0) + 2**bits / 2**11
-    assert bool(((grid.dequantize(values) - weight).abs() <= step * room).all())
     if symmetric:
         assert grid.zero_point is None
     else:
@@ -43,15 +39,18 @@ def test_without_importance_nothing_is_clipped(bits, group_size, symmetric):
         assert grid_error(grid, weight) < grid_error(grid_of(weight, bits, group_size), weight)
 
 
-def grid_error(grid, weight, h=1.0):
-    return float(((grid.dequantize(grid.nearest(weight)) - weight).double().square() * h).sum())
+def grid_error(grid, weight):
+    return float((grid.dequantize(grid.nearest(weight)) - weight).double().square().sum())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [None, 16])
-def test_the_scale_is_the_clip_value_of_least_weighted_error(symmetric, group_size):
+@pytest.mark.parametrize("seen", [True, False])
+def test_the_scale_is_the_clip_value_of_least_error(seen, symmetric, group_size, monkeypatch):
+    """Squares weighted by importance; fourth powers without."""
     weight, h = draw(4, 40), draw(40, seed=1).exp()
-    found = grid_of(weight, 3, group_size, symmetric=symmetric, importance=h)
+    found = grid_of(weight, 3, group_size, symmetric=symmetric, importance=h if seen else None)
+    monkeypatch.setattr("hub_mpq.quantizers.weight_grid.CLIP_RATIOS", (1.0,))
     whole = grid_of(weight, 3, group_size, symmetric=symmetric)
     for row in range(4):
         for group in range(whole.scale.shape[1]):
@@ -60,7 +59,9 @@ def test_the_scale_is_the_clip_value_of_least_weighted_error(symmetric, group_si
             zero = None if zero is None else zero[row, group].view(1, 1)
 
             def error(scale, part=part, zero=zero, columns=columns):
-                return grid_error(WeightGrid(3, scale.view(1, 1), zero), part, h[columns].double())
+                grid = WeightGrid(3, scale.view(1, 1), zero)
+                moved = (grid.dequantize(grid.nearest(part)) - part).double()
+                return float((moved.square() * h[columns]).sum() if seen else moved.pow(4).sum())
 
             best = min(error(whole.scale[row, group].float() * ratio) for ratio in CLIP_RATIOS)
             assert error(found.scale[row, group].float()) == pytest.approx(best, rel=1e-2)
@@ -80,6 +81,7 @@ def test_inputs_that_were_never_seen_count_alike():
     h[8:] = 0
     scale, _ = weight_grid(weight, 3, group_size=8, importance=h)
     assert torch.equal(scale, weight_grid(weight, 3, group_size=8, importance=torch.ones(16))[0])
+    assert bool((weight_grid(weight, 3, importance=torch.zeros(16))[0] > 0).all())
 
 
 def test_rows_are_worked_on_in_pieces(monkeypatch):
