@@ -58,7 +58,7 @@ class LIMPQ(SearchStrategy):
     `sensitivity`, when one operand is quantized with its trained scale s_b. It has one unit for all layers, weights and
     activations, so it needs no α. "scale" (our construction): the paper's indicator without its unit, the relative
     power (s_b/rms)², by `relative_power`; it falls with the width and needs no α either. Both have weight scales per
-    output channel, from the start of least squared error. "raw scale": s_b itself, one a tensor, from the authors'
+    output channel, from the start of `weight_grid`. "raw scale": s_b itself, one a tensor, from the authors'
     start, α balancing the sums (the paper). A scale has the unit of its tensor, and a norm behind a layer makes that
     unit arbitrary: 0.1 means little in one layer and much in the next. It is smaller at 1 bit than at 2, so it
     cannot rank 1 bit.

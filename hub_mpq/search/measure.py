@@ -28,7 +28,7 @@ KEPT = 1 << 29
 class PolicyMeter:
     """Measures any policy of a model's candidates on one copy of it, whose quantizers hold all candidate widths.
 
-    The copy at a policy computes what `HubMPQ.apply_policy` makes of the float model: scales of least squared error,
+    The copy at a policy computes what `HubMPQ.apply_policy` makes of the float model: calibrated scales,
     BatchNorm statistics re-estimated for each policy. Nothing here speaks to other processes, so the main one can
     measure alone. A model that draws random numbers in its forward draws the same ones at each policy.
 

@@ -28,7 +28,7 @@ def read(inputs: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 class PostTraining(SearchStrategy):
-    """Base of the scorers: LSQ quantizers at every candidate width, scales of least squared error, no training.
+    """Base of the scorers: LSQ quantizers at every candidate width, calibrated scales, no training.
 
     A scorer fills `weight` and `activation` ({layer: {bits: score}}) in `measure`. A score estimates how far the task's
     output moves when this operand alone is quantized, the mean divergence over items, so that their sum over layers
@@ -177,7 +177,7 @@ class KL(PostTraining):
 
 @register_strategy("gradient")
 class Gradient(PostTraining):
-    """The divergence's estimate by `sensitivity`, at scales of least squared error: LIMPQ's default without its
+    """The divergence's estimate by `sensitivity`, at calibrated scales: LIMPQ's default without its
     training."""
 
     found: Sensitivity

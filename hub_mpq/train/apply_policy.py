@@ -43,7 +43,7 @@ def apply_policy(
         task: What the model is for, which says what of a batch is an input; None to find out from the model.
         example: One input as the network takes it, which says how many inputs a batch has.
         rounding: Round the weights as `round_weights` does, on up to 16 batches: "gptq" or "nearest". None: to the
-            nearest points, at scales of least squared error.
+            nearest points, at scales found from the weights alone.
         rounded: Weights that were rounded before, in place of `rounding`.
 
     Raises:
