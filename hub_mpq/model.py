@@ -760,7 +760,8 @@ class HubMPQ(nn.Module):
         if checkpoint_dir and not learned:
             of = [strategy, strategy_options, str(learning.changed()), str(candidates), rounding, graph.digest]
             of.append(digest_of(self.float_model.state_dict()))
-            of += [] if strategy_named(strategy).learned_once or whole is None else [str(whole)]
+            cls = strategy_named(strategy)
+            of += [] if cls.learned_once or not cls.trains or whole is None else [str(whole)]
             kept = Path(checkpoint_dir) / f"scores-{_mark(of)}.safetensors"
             if resume and kept.is_file():
                 self.scores, learned = read_indicators(kept), True

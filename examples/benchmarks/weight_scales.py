@@ -3,8 +3,8 @@
     python examples/benchmarks/weight_scales.py
 
 Top-1 of ResNet-20 (CIFAR-10, the first 3,000 test images) and MobileNetV1 (800 images of ImageNet), calibrated only:
-inputs on training batches, BatchNorm statistics anew for each rule. Rules: "fourth power", the package's; "squares", what
-it did until 2026-11-28.
+inputs on training batches, BatchNorm statistics anew for each rule. Rules: "fourth power", the package's; "squares",
+what it did until 2026-11-28.
 """
 
 from __future__ import annotations
