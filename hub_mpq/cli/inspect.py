@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 Revision = Annotated[o.Text, typer.Option(help="Branch, tag or commit of a published model.")]
 
 
-SHOWN = ("library", "input_size", "model_arg", "pin", "exclude", "target")
-
-
 def inspect(
     model: o.Model,
     loading: Annotated[

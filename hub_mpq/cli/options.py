@@ -17,6 +17,7 @@ from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hi
 import typer
 
 from ..core import Budget, Candidates, Engine, LayerBits, limits
+from ..core.bits import check_group_size
 from ..core.options import Options, option
 from ..errors import HubMPQError, InvalidArgument
 
@@ -293,11 +294,12 @@ def candidates_of(text: str | None) -> Candidates | None:
 def group_sizes_of(text: str | None) -> list[int | None]:
     """ "none,128,32" → [None, 128, 32]."""
     try:
-        return [None if part.strip().lower() == "none" else int(part) for part in (text or "none").split(",")]
+        sizes = [None if part.strip().lower() == "none" else int(part) for part in (text or "none").split(",")]
     except ValueError:
         raise InvalidArgument(
             f"--group-size: {text!r} is no group size; write for example 128 or none,128,32"
         ) from None
+    return [check_group_size(size) for size in sizes]
 
 
 def pins_of(items: list[str] | None) -> dict[str, LayerBits | None]:

@@ -26,9 +26,9 @@ def check_width(bits: object, *, allow_float: bool = False) -> int:
 
 def check_group_size(size: object) -> int | None:
     """Return a group size, a whole number of at least 8 or None, or raise InvalidArgument."""
-    if size is None or (isinstance(size, int) and not isinstance(size, bool) and 8 <= size < 2**20):
+    if size is None or (isinstance(size, int) and not isinstance(size, bool) and 8 <= size < 10**6):
         return size
-    raise InvalidArgument(f"a group size is a whole number of at least 8 (32, 64, 128), or None, not {size!r}")
+    raise InvalidArgument(f"a group size is a whole number from 8 to 999999 (32, 64, 128), or None, not {size!r}")
 
 
 @total_ordering

@@ -37,7 +37,7 @@ def header_nbytes(tensors: Tensors, manifest: Manifest) -> int:
     return 8 + -(-size // 8) * 8
 
 
-_LONGEST = len(str(LayerBits(8, 32, 2**20 - 1, False)))
+_LONGEST = len(str(LayerBits(8, 32, 10**6 - 1, False)))
 
 
 def _widest(value: PackedTensor | Tensor, grouped: bool) -> PackedTensor | Tensor:
