@@ -51,7 +51,7 @@ def test_one_call_returns_self_meets_the_budget_and_reloads_equal(mpq, net, trai
 def test_indicators_serve_every_later_budget_and_report_their_movement(mpq, train):
     indicators = mpq.train_indicators(train, steps=10)
     moved = indicators.provenance["movement"]
-    assert moved["weight"]["median_change"] > 0.005
+    assert moved["weight"]["median_change"] > 0.001
     assert -1 <= moved["activation"]["rank_correlation"] <= 1
     front = mpq.pareto(points=6)
     assert len(front) > 2

@@ -126,7 +126,7 @@ def test_what_it_cannot_say_is_refused_before_anything_is_sent(hub, float_folder
 def test_a_policy_that_vllm_cannot_fuse_is_told(hub, float_folder, tmp_path):
     mpq = HubMPQ.from_pretrained(float_folder, weight_only=True)
     mpq.apply_policy(mixed(mpq, tied=False))
-    with pytest.warns(UserWarning, match="tie_fused=True"):
+    with pytest.warns(UserWarning, match='target="vllm"'):
         mpq.push_to_hub(NAME, token="write-token", format="compressed-tensors")
     assert "2 groups here do not have" in hub.store.content(NAME)["README.md"].decode()
     groups = json.loads(hub.store.content(NAME)["config.json"])["quantization_config"]["config_groups"]

@@ -10,6 +10,7 @@ from torch import nn
 from hub_mpq import HubMPQ
 from hub_mpq.core import Candidates
 from hub_mpq.quantizers import LSQ, activation_scale, weight_scale_mse, weight_scale_sigma
+from hub_mpq.quantizers.weight_grid import weight_grid
 from hub_mpq.search.relative_power import relative_power
 from hub_mpq.search.sensitivity import LEAST
 
@@ -86,7 +87,7 @@ def test_it_is_read_after_training_and_needs_no_alpha(net, train):
     still = mpq.train_indicators(train, steps=0, indicator="scale", candidates=Candidates.of((1, 2, 4)))
     assert still.weight["3"] != found.weight["3"]
     weight = net[3].weight.detach()
-    scales = weight_scale_mse(weight, 4)
+    scales = weight_grid(weight.flatten(1), 4)[0]
     assert still.weight["3"][4] == pytest.approx(float(scales.square().mean() / weight.square().mean()), rel=1e-5)
 
 
