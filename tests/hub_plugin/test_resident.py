@@ -120,8 +120,9 @@ def peak(folder, resident):
 peak(small, "packed")
 print(json.dumps({resident: peak(folder, resident) for resident in ("packed", "float")}))
 """
-ALLOWANCE = 12 << 20
-"""Bytes that allocators and code may take beyond what is named in the test."""
+ALLOWANCE = 20 << 20
+"""Bytes that allocators and code may take beyond what is named in the test: 4 MB were seen with torch 2.14, 14 with torch
+2.12. The float model would take 81."""
 
 
 @pytest.mark.slow
