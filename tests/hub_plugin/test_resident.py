@@ -121,8 +121,8 @@ peak(small, "packed")
 print(json.dumps({resident: peak(folder, resident) for resident in ("packed", "float")}))
 """
 ALLOWANCE = 20 << 20
-"""Bytes that allocators and code may take beyond what is named in the test: 4 MB were seen with torch 2.14, 14 with torch
-2.12. The float model would take 81."""
+"""Bytes that allocators and code may take beyond what is named in the test: 4 MB were seen with torch 2.14, 14 with
+torch 2.12. The float model would take 81."""
 
 
 @pytest.mark.slow
