@@ -114,15 +114,21 @@ def main() -> None:
     args = parser.parse_args()
     python, where = args.llama_python, folder()
 
-    def row(file: Path) -> None:
+    def row(file: Path, theirs: Path | None = None) -> None:
         kept = where / f"{file.stem}.json"
         if not kept.exists():
             study.write(kept, perplexity(python, file))
         found = json.loads(kept.read_text())
-        value = torch.tensor(found["losses"]).mean().exp()
-        print(f"| {found['row']} | {found['bytes'] / 1e6:.2f} | {value:.2f} |", flush=True)
+        losses = torch.tensor(found["losses"], dtype=torch.float64)
+        less = ""
+        if theirs is not None:
+            other = torch.tensor(json.loads((where / f"{theirs.stem}.json").read_text())["losses"])
+            chunks = (losses - other).view(16, -1).mean(1)
+            less = f"{chunks.mean():+.4f} ± {chunks.std() / 4:.4f}"
+        print(f"| {found['row']} | {found['bytes']:,} | {losses.mean().exp():.2f} | {less} |", flush=True)
 
-    print("| file | MB | perplexity |\n|---|---|---|")
+    print("| file | bytes | perplexity | loss against llama.cpp's mixture, ± standard error over chunks |")
+    print("|---|---|---|---|")
     source = where / "F16.gguf"
     if not source.exists():
         mpq = HubMPQ.from_pretrained(texts.smollm2_path(), target="gguf", sequence_length=256)
@@ -135,7 +141,7 @@ def main() -> None:
         row(theirs)
         for exact in (True, False):
             ours = where / f"{'exact' if exact else 'all'}-as-{name}.gguf"
-            row(ours if ours.exists() else mixed(python, ours, theirs.stat().st_size, exact=exact))
+            row(ours if ours.exists() else mixed(python, ours, theirs.stat().st_size, exact=exact), theirs)
 
 
 if __name__ == "__main__":
