@@ -81,7 +81,7 @@ from .train.loop import TrainLog
 from .train.norms import reestimate_batch_norm
 from .train.perplexity import perplexity
 from .train.processes import on_main, seeded, world
-from .train.round_weights import BATCHES, check_rounding, digest_of, round_weights, weight_choices
+from .train.round_weights import BATCHES, check_rounding, chosen_rounding, digest_of, round_weights, weight_choices
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -552,8 +552,7 @@ class HubMPQ(nn.Module):
         policy = policy.with_groups(self.graph, group_size, symmetric)
         if self.target is not None:
             self.target.check(self.graph, policy)
-        if rounding is None and calibration is not None and per_channel and policy.weights_alone:
-            rounding = "gptq"
+        rounding = chosen_rounding(rounding, policy, calibration, per_channel)
         return self._quantize_at(
             policy, self.graph, calibration, batches, per_channel, reestimate_norms, task, rounding=rounding
         )

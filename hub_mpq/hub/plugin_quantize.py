@@ -25,6 +25,7 @@ from ..search.scores import candidates_of, score_table
 from ..search.synthetic_data import synthetic_batch
 from ..search.train_scores import train_scores
 from ..train.apply_policy import apply_policy
+from ..train.round_weights import chosen_rounding
 from .folder import read_folder_indicators
 from .plugin_load import network_of
 
@@ -86,16 +87,16 @@ def quantize_in_place(model: Any, config: Any, revision: str | None = None) -> M
             stacklevel=2,
         )
     data = [batch] if config.calibration is None else config.calibration
-    rounding = config.rounding
-    if rounding is None and config.calibration is not None and config.per_channel and policy.weights_alone:
-        rounding = "gptq"
+    rounding = chosen_rounding(config.rounding, policy, config.calibration, config.per_channel)
     apply_policy(net, graph, policy, data, per_channel=config.per_channel, example=example, rounding=rounding)
     config.budget = config.calibration = None  # served; a copy of the config must not drag data along
     return Manifest(graph.model_id, graph.revision, graph.library, graph, policy, {"hub_mpq": __version__})
 
 
 def _graph(model: Any, net: nn.Module, exclude: Any, revision: str | None) -> tuple[Any, LayerGraph]:
-    common: dict[str, Any] = {"model_id": model.name_or_path, "revision": revision, "exclude": exclude}
+    # a local folder's path is nobody's business: its name says as much
+    name = Path(model.name_or_path).name if Path(model.name_or_path).is_dir() else model.name_or_path
+    common: dict[str, Any] = {"model_id": name, "revision": revision, "exclude": exclude}
     if net is not model:
         size = (model.config.pretrained_cfg or {}).get("input_size", (3, 224, 224))
         example: Any = (placed(noise(1, *size, like=net), net),)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..core import FLOAT_BITS, Candidates, LayerBits, LayerGraph, LayerSpec
+from ..core import FLOAT_BITS, Candidates, LayerBits, LayerGraph, LayerSpec, Policy
 from ..core.layer_kind import layer_kinds
 from ..errors import InvalidArgument
 from ..nn.input_moments import input_moments
@@ -34,6 +34,21 @@ def check_rounding(rounding: str | None) -> None:
     """InvalidArgument unless it is one of `ROUNDINGS`, or None."""
     if rounding is not None and rounding not in ROUNDINGS:
         raise InvalidArgument(f"rounding is {' or '.join(map(repr, ROUNDINGS))}, not {rounding!r}")
+
+
+def chosen_rounding(rounding: str | None, policy: Policy, batches: Any, per_channel: bool) -> str | None:
+    """How the weights of a policy are rounded without training: as was asked for, or else by GPTQ where it quantizes
+    weights alone and there are batches to read.
+
+    Args:
+        rounding: What was asked for; None: nothing.
+        policy: The policy.
+        batches: Calibration data, or None.
+        per_channel: Whether weights have more than one scale per tensor.
+    """
+    if rounding is None and batches is not None and per_channel and policy.weights_alone:
+        return "gptq"
+    return rounding
 
 
 def weight_choices(graph: LayerGraph, candidates: Mapping[str, Candidates]) -> dict[str, tuple[LayerBits, ...]]:
