@@ -219,12 +219,12 @@ def test_two_heads_learn_from_two_labels():
         (F.cross_entropy(a, y[0]) + F.mse_loss(b, y[1])).backward()
         optimizer.step()
     data = [(X[i : i + 32], (y[0][i : i + 32], y[1][i : i + 32])) for i in range(0, 128, 32)]
-    mpq = HubMPQ.from_module(net.eval(), X[:1]).apply_policy("W2A2", data)
+    mpq = HubMPQ.from_module(net.eval(), X[:1]).apply_policy("W1A2", data)
     before = mpq.evaluate(data)
     mpq.finetune(data, epochs=15, lr=1e-3, smoothing=0.0)
     after = mpq.evaluate(data)
     assert after["task"] == "heads"
-    assert after["0/loss"] < before["0/loss"]
+    assert after["0/loss"] < 0.8 * before["0/loss"]
     assert after["1/mse"] < 0.7 * before["1/mse"]
     assert {"0/top1", "1/r2"} <= set(after)
 
@@ -261,7 +261,7 @@ def test_a_task_of_ones_own_functions():
         name="absolute",
     )
     mpq = HubMPQ.from_module(net, X[:1], task=task)
-    mpq.quantize(bitops="W3A3", train=batches(X, NUMBERS), epochs=0, **STILL)
+    mpq.quantize(bitops="W2A2", train=batches(X, NUMBERS), epochs=0, **STILL)
     before = mpq.evaluate(batches(X, NUMBERS, 50))
     assert before["task"] == "absolute"
     with torch.no_grad():
@@ -269,7 +269,8 @@ def test_a_task_of_ones_own_functions():
     assert before["loss"] == pytest.approx(float(error.mean()), rel=1e-5)
     assert before["near"] == pytest.approx(float((error < 0.5).float().mean()), rel=1e-5)
     mpq.finetune(batches(X, NUMBERS), epochs=15, lr=1e-3)
-    assert mpq.evaluate(batches(X, NUMBERS))["loss"] < 0.8 * before["loss"]
+    # 0.39 to 0.55 over four seeds, two releases of torch, one thread and two
+    assert mpq.evaluate(batches(X, NUMBERS))["loss"] < 0.7 * before["loss"]
     with pytest.raises(InvalidArgument, match="scalar tensor"):
         HubMPQ.from_module(net, X[:1], task=Task.custom(lambda output, labels: output)).evaluate([(X, NUMBERS)])
 
