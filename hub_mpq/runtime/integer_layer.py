@@ -1,0 +1,139 @@
+"""A quantized layer as an integer engine needs it: its codes, its scales, and what they can add up to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..core import LayerSpec
+from ..nn.layers import convolution_of
+from ..nn.packed import PackedLayer
+from ..nn.packing import packed_weight
+
+INT16 = 2**15 - 1
+INT32 = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The codes of an input: clamp(round(x / scale) + zero_point, 0, 2^bits - 1), unsigned."""
+
+    scale: float
+    zero_point: int
+    bits: int
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return 2**self.bits - 1
+
+
+@dataclass(frozen=True, eq=False)
+class IntegerLayer:
+    """Output = (codes of the input - zero point) · codes of the weight · scales + bias.
+
+    Args:
+        name: Of the layer.
+        weight: int8 codes, [out, in / groups, height, width] or [out, in].
+        weight_bits: 1 to 8.
+        scale: Of the weight, float32 [out].
+        bias: float32 [out], or None.
+        grid: Of the input.
+        stride, padding, dilation, groups: Of a convolution; `stride` is None for a product.
+    """
+
+    name: str
+    weight: Tensor
+    weight_bits: int
+    scale: Tensor
+    bias: Tensor | None
+    grid: Grid
+    stride: tuple[int, ...] | None = None
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
+
+    @property
+    def convolution(self) -> bool:
+        """Whether it is a convolution."""
+        return self.stride is not None
+
+    def largest_sum(self) -> int:
+        """What the sum of the products of one output can reach, from the stored codes, without a sign."""
+        flat = self.weight.flatten(1).long()
+        high, low = flat.clamp(min=0).sum(1).max(), -flat.clamp(max=0).sum(1).min()
+        return self.grid.top * int(max(high, low))
+
+    def largest_pair(self) -> int:
+        """What the sum of two products of one output can reach: the instructions of a CPU without VNNI hold it in 16
+        bits. Which two weights share an instruction is the engine's choice, so any two are considered."""
+        flat = self.weight.flatten(1).long()
+        ends = flat.sort(1).values
+        count = min(2, flat.shape[1])
+        return self.grid.top * int(max(ends[:, -count:].sum(1).max(), -ends[:, :count].sum(1).min()))
+
+    def times(self, factor: Tensor, bias: Tensor) -> IntegerLayer:
+        """The layer followed by output · factor + bias, as an evaluated BatchNorm is.
+
+        Args:
+            factor: [out].
+            bias: [out].
+        """
+        old = 0 if self.bias is None else self.bias * factor
+        return replace(self, scale=self.scale * factor, bias=old + bias)
+
+
+@torch.no_grad()
+def integer_layer(spec: LayerSpec, module: nn.Module) -> IntegerLayer | str:
+    """The integers of a quantized or packed layer.
+
+    Args:
+        spec: The layer in the model's graph.
+        module: It, in either form.
+
+    Returns:
+        The layer, or in a few words why it has no integer form.
+    """
+    if spec.weight_only:
+        return "the input stays float"
+    if (kind := spec.kind) not in ("conv2d", "linear", "conv1d"):
+        return f"no integer form of kind {kind}"
+    found = _grid(module)
+    if isinstance(found, str):
+        return found
+    packed = module.packed if isinstance(module, PackedLayer) else packed_weight(module, kind)
+    if packed.bits.grouped:
+        return "the weight has a scale for each group of inputs"
+    weight = packed.unpack()
+    if kind == "conv1d":
+        weight = weight.t().contiguous()
+    bias = None if module.bias is None else module.bias.detach().float()
+    layer = IntegerLayer(
+        spec.name, weight, packed.num_bits, packed.weight_scale.float().expand(len(weight)).clone(), bias, found
+    )
+    if kind != "conv2d":
+        return layer
+    convolution = convolution_of(module)
+    if convolution is None:
+        return "the input is padded by a rule of its own"
+    stride, padding, dilation, groups = convolution
+    return replace(layer, stride=stride, padding=padding, dilation=dilation, groups=groups)
+
+
+def _grid(module: nn.Module) -> Grid | str:
+    """The grid of a layer's input, or why there is none."""
+    if isinstance(module, PackedLayer):
+        if module.input_quantizer is None:
+            return "the input stays float"
+        zero = module._buffers.get("input_zero_point")
+        grid = Grid(float(module._buffers["input_scale"]), 0 if zero is None else int(zero), module.bits.activation)
+    else:
+        quantizer = module.input_quantizer
+        if quantizer is None or quantizer.spec is None:
+            return "the input stays float"
+        grid = Grid(float(quantizer.scale), quantizer.zero_point, quantizer.spec.num_bits)
+    if not 0 <= grid.zero_point <= grid.top:
+        return f"zero lies outside the input's range (zero point {grid.zero_point})"
+    return grid
