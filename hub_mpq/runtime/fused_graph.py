@@ -6,9 +6,9 @@ Only what is computed anyway moves into a layer; values are those of the layers 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -36,6 +36,13 @@ class Activation:
     high: float = 0.0
     approximate: str = "none"
 
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.name == "clip":
+            return x.clamp(self.low, self.high)
+        if self.name == "gelu":
+            return F.gelu(x, approximate=self.approximate)
+        return {"relu": F.relu, "hardswish": F.hardswish, "silu": F.silu}[self.name](x)
+
 
 @dataclass(eq=False)
 class FusedLayer:
@@ -43,8 +50,7 @@ class FusedLayer:
 
     Args:
         layer: The layer, a BatchNorm behind it folded in.
-        last: Name of the last module whose output is the layer's own, before the residual sum: the layer, its
-            BatchNorm, or its activation.
+        norm: Name of the BatchNorm that is folded in, or "".
         activation: Applied after the sum, or None.
         adds: Whether a second input is added.
         overwrites: Whether nobody else reads that second input any more.
@@ -53,13 +59,12 @@ class FusedLayer:
     """
 
     layer: IntegerLayer
-    last: str
+    norm: str = ""
     activation: Activation | None = None
     adds: bool = False
     overwrites: bool = False
     output: Grid | None = None
     shape: tuple[int, ...] = ()
-    covers: list[str] = field(default_factory=list)
 
 
 class _Tracer(fx.Tracer):
@@ -111,7 +116,7 @@ def _nothing(module: nn.Module) -> bool:
 
 
 def _is_add(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in (operator.add, operator.iadd, torch.add) and not node.kwargs
+    return node.op == "call_function" and node.target in (operator.add, torch.add) and not node.kwargs
 
 
 @torch.no_grad()
@@ -123,7 +128,23 @@ def affine(norm: Any) -> tuple[Tensor, Tensor]:
     return factor.float(), (shift if norm.bias is None else norm.bias.double() + shift).float()
 
 
-Maker = Callable[[FusedLayer], nn.Module]
+class Engine(Protocol):
+    """What fills a fused graph."""
+
+    def takes(self, plan: FusedLayer, activation: Activation) -> bool:
+        """Whether a layer can take an activation along."""
+
+    def in_integers(self, plan: FusedLayer, coded: bool) -> bool:
+        """Whether a layer computes in integers; `coded`: its input is made as codes by the layer before."""
+
+    def layer(self, plan: FusedLayer) -> nn.Module:
+        """A module called on the codes of the input, and on the summand if there is one."""
+
+    def float_layer(self, plan: FusedLayer) -> nn.Module:
+        """The same called on the input in float32."""
+
+    def codes(self, grid: Grid) -> nn.Module:
+        """A module from float32 to codes."""
 
 
 class _Shapes(fx.Interpreter):
@@ -143,21 +164,26 @@ class FusedGraph:
         model: A quantized network in eval mode; it stays as it is.
         layers: Its integer layers by name.
         example: A batch, as positional arguments.
+        engine: What computes the layers.
 
     Raises:
         Exception: torch.fx cannot trace the network.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, IntegerLayer], example: tuple[Any, ...]) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, IntegerLayer], example: tuple[Any, ...], engine: Engine
+    ) -> None:
         net = copied(model).eval()
         self.module = fx.GraphModule(net, _Tracer(layers).trace(net))
-        self.layers = layers
+        self.layers, self.engine = layers, engine
         self.modules = dict(self.module.named_modules())
+        self._fresh = {n for n, m in self.modules.items() if isinstance(m, (nn.ReLU, nn.MaxPool2d, *NORMS))}
         self._clean()
         with torch.no_grad():
             _Shapes(self.module).run(*example)
         self.fused: dict[fx.Node, tuple[FusedLayer, fx.Node, fx.Node | None]] = {}
         self._sums: set[fx.Node] = set()
+        self._coded: set[fx.Node] = set()
         self._order = {node: i for i, node in enumerate(self.module.graph.nodes)}
         for node in list(self.module.graph.nodes):
             if node.op == "call_module" and node.target in layers:
@@ -171,29 +197,38 @@ class FusedGraph:
             elif node.op == "call_module" and _nothing(self.modules[node.target]):
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
+            else:
+                self._out_of_place(node)
         graph.eliminate_dead_code()
+
+    def _out_of_place(self, node: fx.Node) -> None:
+        """Make an operation that overwrites its input into one that does not: who reads the input later reads its output."""
+        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+        if module is not None and getattr(module, "inplace", False):
+            module.inplace = False
+        elif node.op == "call_function" and node.target is operator.iadd:
+            node.target = operator.add
+        elif node.op == "call_method" and node.target == "relu_":
+            node.target = "relu"
+        else:
+            return
+        order = {n: i for i, n in enumerate(node.graph.nodes)}
+        node.args[0].replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node])
 
     def _follow(self, node: fx.Node) -> None:
         """Take along what follows a layer."""
         name = str(node.target)
-        out = FusedLayer(self.layers[name], name, shape=node.args[0].meta["shape"], covers=[name])
+        out = FusedLayer(self.layers[name], shape=node.args[0].meta["shape"])
         tail, other = node, None
         while out.activation is None and len(tail.users) == 1:
             user = next(iter(tail.users))
-            norm = self.modules[str(user.target)] if user.op == "call_module" else None
-            if isinstance(norm, NORMS) and not out.adds and norm.running_mean is not None and out.layer.convolution:
-                out.layer = out.layer.times(*affine(norm))
-                out.last = str(user.target)
-                out.covers.append(out.last)
-                tail = user
-                act = getattr(norm, "act", None)
-                if act is not None and not _nothing(act):
-                    out.activation = _of_module(act)
-                    if out.activation is None:  # an activation of its own: undo, the norm stays
-                        return self._follow_plain(node)
-            elif (act := activation_of(user, self.modules)) is not None and not (out.adds and act.name != "relu"):
+            if (norm := self._norm(user, out)) is not None:
+                out.layer, tail = out.layer.times(*affine(norm)), user
+                out.norm = str(user.target)
+                out.activation = _of_module(norm.act) if hasattr(norm, "act") else None
+            elif (act := activation_of(user, self.modules)) is not None and self.engine.takes(out, act):
                 out.activation, tail = act, user
-            elif _is_add(user) and other is None and (other := self._summand(user, tail)) is not None:
+            elif not out.adds and _is_add(user) and (other := self._summand(user, tail)) is not None:
                 self._sums.add(user)
                 out.adds, tail = True, user
                 out.overwrites = self._last_reader(other, user)
@@ -201,9 +236,16 @@ class FusedGraph:
                 break
         self.fused[node] = (out, tail, other)
 
-    def _follow_plain(self, node: fx.Node) -> None:
-        name = str(node.target)
-        self.fused[node] = (FusedLayer(self.layers[name], name, shape=node.args[0].meta["shape"], covers=[name]), node, None)
+    def _norm(self, node: fx.Node, plan: FusedLayer) -> Any:
+        """The BatchNorm that a node calls, if a layer can take it along, with its activation where it has one."""
+        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(module, NORMS) or module.running_mean is None or plan.adds or not plan.layer.convolution:
+            return None
+        act = getattr(module, "act", None)
+        if act is None or _nothing(act):
+            return module
+        known = _of_module(act)
+        return module if known is not None and self.engine.takes(plan, known) else None
 
     def _summand(self, add: fx.Node, tail: fx.Node) -> fx.Node | None:
         """The other operand of a sum, where it has the same shape and is float32."""
@@ -218,66 +260,69 @@ class FusedGraph:
 
     def _last_reader(self, tensor: fx.Node, reader: fx.Node) -> bool:
         """Whether a tensor that somebody made for this graph is read for the last time by `reader`."""
-        made = tensor.op == "call_module" and (tensor.target in self.layers or isinstance(self.modules[str(tensor.target)], (nn.ReLU, nn.MaxPool2d, *NORMS)))
-        made = made or _is_add(tensor)
-        others = [u for u in tensor.users if u is not reader]
-        return made and all(u.op == "call_module" and u.target in self.layers and self._order[u] < self._order[reader] for u in others)
+        made = (self.layers.keys() | self._fresh) if tensor.op == "call_module" else ()
+        if tensor.target not in made and not _is_add(tensor):
+            return False
+        return all(self._reads(u) and self._order[u] < self._order[reader] for u in tensor.users if u is not reader)
+
+    def _reads(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and node.target in self.layers
 
     def _readers(self, tensor: fx.Node) -> list[fx.Node] | None:
         """The integer layers that read a tensor; None when something else reads it too."""
-        users = list(tensor.users)
-        return users if all(u.op == "call_module" and u.target in self.layers for u in users) else None
+        return list(tensor.users) if all(map(self._reads, tensor.users)) else None
 
-    def output_grids(self, wanted: Callable[[FusedLayer], bool]) -> None:
-        """Let layers put out codes where all readers are integer layers of one grid.
-
-        Args:
-            wanted: Whether a layer computes in integers here.
-        """
-        kept = {node: plan for node, plan in self.fused.items() if wanted(plan[0])}
-        for plan, tail, _ in kept.values():
-            readers = self._readers(tail)
-            if plan.adds or not readers or any(r not in kept for r in readers):
-                continue
-            grids = {self.layers[str(r.target)].grid for r in readers}
-            if len(grids) == 1:
-                plan.output = grids.pop()
-
-    def build(self, engine: Any) -> fx.GraphModule:
-        """The graph with the engine's modules in place of the layers.
-
-        Args:
-            engine: Has `layer(FusedLayer)`, a module called on the input's codes and the summand if there is one; and
-                `codes(Grid)`, a module from float32 to codes.
-        """
+    def build(self) -> fx.GraphModule:
+        """The graph with the engine's modules in place of the layers."""
+        engine = self.engine
+        kept = set(self.fused)
+        self._set_outputs(kept)
+        for node, (plan, _, _) in self.fused.items():
+            if not engine.in_integers(plan, self._coded_by(node, kept)):
+                kept.discard(node)
+        self._set_outputs(kept)
         graph = self.module.graph
-        coded: set[fx.Node] = set()
-        made: dict[fx.Node, fx.Node] = {}
-        cache: dict[tuple[fx.Node, Grid], fx.Node] = {}
+        coded: dict[tuple[fx.Node, Grid], fx.Node] = {}
         for node, (plan, tail, other) in self.fused.items():
-            name = str(node.target)
-            source = node.args[0]
-            source = made.get(source, source)
-            if source not in coded:
-                source = self._codes(source, plan.layer.grid, engine, cache)
-            self.module.add_submodule(f"{name}_integer", engine.layer(plan))
-            with graph.inserting_before(tail if tail is not node else node):
-                args = (source,) if other is None else (source, made.get(other, other))
-                new = graph.call_module(f"{name}_integer", args)
+            source, grid = node.args[0], plan.layer.grid
+            if node in kept and source not in self._coded:
+                if (source, grid) not in coded:
+                    name = self._add(f"codes_{len(coded)}", engine.codes(grid))
+                    with graph.inserting_after(source):
+                        coded[source, grid] = graph.call_module(name, (source,))
+                source = coded[source, grid]
+            made = engine.layer(plan) if node in kept else engine.float_layer(plan)
+            name = self._add(str(node.target).replace(".", "_") + "_fused", made)
+            with graph.inserting_before(tail):
+                new = graph.call_module(name, (source,) if other is None else (source, other))
             tail.replace_all_uses_with(new)
-            made[tail] = new
             if plan.output is not None:
-                coded.add(new)
+                self._coded.add(new)
+            self._renamed(tail, new)
         graph.eliminate_dead_code()
         self.module.delete_all_unused_submodules()
         self.module.recompile()
         return self.module
 
-    def _codes(self, source: fx.Node, grid: Grid, engine: Any, cache: dict[tuple[fx.Node, Grid], fx.Node]) -> fx.Node:
-        """The codes of a tensor, made once for all its readers."""
-        if (source, grid) not in cache:
-            name = f"codes_{len(cache)}"
-            self.module.add_submodule(name, engine.codes(grid))
-            with self.module.graph.inserting_after(source):
-                cache[source, grid] = self.module.graph.call_module(name, (source,))
-        return cache[source, grid]
+    def _coded_by(self, node: fx.Node, kept: set[fx.Node]) -> bool:
+        """Whether the layer before puts out codes."""
+        return any(tail is node.args[0] and n in kept and plan.output is not None for n, (plan, tail, _) in self.fused.items())
+
+    def _set_outputs(self, kept: set[fx.Node]) -> None:
+        """Let the layers that compute in integers put out codes, where all readers are such layers of one grid."""
+        for node, (plan, tail, _) in self.fused.items():
+            readers = self._readers(tail)
+            plan.output = None
+            if node in kept and readers and not plan.adds and kept.issuperset(readers):
+                grids = {self.layers[str(r.target)].grid for r in readers}
+                plan.output = grids.pop() if len(grids) == 1 else None
+
+    def _add(self, name: str, module: nn.Module) -> str:
+        self.module.add_submodule(name, module)
+        return name
+
+    def _renamed(self, old: fx.Node, new: fx.Node) -> None:
+        """Let plans that add `old` add what took its place."""
+        for node, (plan, tail, other) in self.fused.items():
+            if other is old:
+                self.fused[node] = (plan, tail, new)

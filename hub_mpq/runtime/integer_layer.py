@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..core import LayerSpec
+from ..core.layer_kind import layer_kinds
 from ..nn.layers import convolution_of
 from ..nn.packed import PackedLayer
 from ..nn.packing import packed_weight
@@ -85,34 +85,39 @@ class IntegerLayer:
         return replace(self, scale=self.scale * factor, bias=old + bias)
 
 
+def layer_form(module: nn.Module) -> str | None:
+    """The kind of a quantized or packed layer; None for every other module."""
+    if isinstance(module, PackedLayer):
+        return module.kind
+    return next((kind.name for kind in layer_kinds if type(module) is kind.quantized_class), None)
+
+
 @torch.no_grad()
-def integer_layer(spec: LayerSpec, module: nn.Module) -> IntegerLayer | str:
+def integer_layer(name: str, module: nn.Module) -> IntegerLayer | str:
     """The integers of a quantized or packed layer.
 
     Args:
-        spec: The layer in the model's graph.
+        name: Of the layer.
         module: It, in either form.
 
     Returns:
         The layer, or in a few words why it has no integer form.
     """
-    if spec.weight_only:
+    kind = layer_form(module)
+    if kind not in ("conv2d", "linear", "conv1d"):
         return "the input stays float"
-    if (kind := spec.kind) not in ("conv2d", "linear", "conv1d"):
-        return f"no integer form of kind {kind}"
     found = _grid(module)
     if isinstance(found, str):
         return found
     packed = module.packed if isinstance(module, PackedLayer) else packed_weight(module, kind)
     if packed.bits.grouped:
-        return "the weight has a scale for each group of inputs"
+        return "groups of weights have scales of their own"
     weight = packed.unpack()
     if kind == "conv1d":
         weight = weight.t().contiguous()
+    scale = packed.weight_scale.float().expand(len(weight)).clone()
     bias = None if module.bias is None else module.bias.detach().float()
-    layer = IntegerLayer(
-        spec.name, weight, packed.num_bits, packed.weight_scale.float().expand(len(weight)).clone(), bias, found
-    )
+    layer = IntegerLayer(name, weight, packed.num_bits, scale, bias, found)
     if kind != "conv2d":
         return layer
     convolution = convolution_of(module)
@@ -120,6 +125,20 @@ def integer_layer(spec: LayerSpec, module: nn.Module) -> IntegerLayer | str:
         return "the input is padded by a rule of its own"
     stride, padding, dilation, groups = convolution
     return replace(layer, stride=stride, padding=padding, dilation=dilation, groups=groups)
+
+
+def integer_layers(model: nn.Module) -> tuple[dict[str, IntegerLayer], dict[str, str]]:
+    """({name: layer} of all layers with an integer form, {name: why not} of the other quantized layers)."""
+    found, kept = {}, {}
+    for name, module in model.named_modules():
+        if layer_form(module) is None:
+            continue
+        layer = integer_layer(name, module)
+        if isinstance(layer, str):
+            kept[name] = layer
+        else:
+            found[name] = layer
+    return found, kept
 
 
 def _grid(module: nn.Module) -> Grid | str:

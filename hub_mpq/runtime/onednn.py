@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import platform
+import timeit
+import weakref
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from .fused_graph import Activation, FusedLayer
-from .integer_layer import INT16, INT32, Grid, IntegerLayer
+from ..adapters.restore_state import copied_structure
+from ..errors import HubMPQError
+from ..nn.layers import first_operand, replace_layer
+from .fused_graph import Activation, FusedGraph, FusedLayer
+from .integer_layer import INT16, INT32, Grid, IntegerLayer, integer_layers
+from .rebuilt import Layers, of_class
 
 MAGIC = 1.5 * 2.0**23
 """Added to a small float32 it leaves no bits behind the point, and the integer in the lowest ones."""
@@ -116,11 +125,166 @@ class OnednnLayer(nn.Module):
         return y if self.cut is None else y.clamp_(max=self.cut)
 
 
-class Onednn:
-    """What fills a fused graph."""
+class FloatLayer(nn.Module):
+    """The same layer computed in float32 on its grids: float32 [, summand] to float32."""
+
+    def __init__(self, plan: FusedLayer) -> None:
+        super().__init__()
+        layer = plan.layer
+        self.plan, self.layer = plan, layer
+        self.low, self.high = -float(layer.grid.zero_point), float(layer.grid.top - layer.grid.zero_point)
+        axes = (-1,) + (1,) * (layer.weight.dim() - 1)
+        # the scale of the input is in the weight: the input is integers
+        weight = layer.weight.double() * layer.scale.double().view(axes) * layer.grid.scale
+        self.register_buffer("weight", weight.float(), persistent=False)
+        self.register_buffer("bias", layer.bias, persistent=False)
+
+    def forward(self, x: Tensor, summand: Tensor | None = None) -> Tensor:
+        x = x.mul(1.0 / self.layer.grid.scale).round_().clamp_(self.low, self.high)
+        layer = self.layer
+        if layer.convolution:
+            y = F.conv2d(x, self.weight, self.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+        else:
+            y = F.linear(x, self.weight, self.bias)
+        if summand is not None:
+            y += summand
+        return y if self.plan.activation is None else self.plan.activation(y)
+
+
+class Exchanged(nn.Module):
+    """An integer layer in the place of the layer that it was made from."""
+
+    def __init__(self, layer: nn.Module, codes: nn.Module | None) -> None:
+        super().__init__()
+        self.layer, self.codes = layer, codes
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight: some models look at its type, or multiply with it themselves."""
+        layer = self.layer.layer
+        return layer.weight * layer.scale.view((-1,) + (1,) * (layer.weight.dim() - 1))
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = first_operand(args, kwargs)
+        return self.layer(x if self.codes is None else self.codes(x))
+
+
+class SharedCodes(Codes):
+    """Codes of a tensor that several layers read one after another: made once."""
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__(grid)
+        self._last: tuple[Any, int, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._last is not None and self._last[0]() is x and self._last[1] == x._version:
+            return self._last[2]
+        codes = super().forward(x)
+        self._last = (weakref.ref(x), x._version, codes)
+        return codes
+
+
+class _Engine:
+    """Fills a fused graph with these modules; measures which layers are faster in float32."""
+
+    def __init__(self) -> None:
+        self.slower: dict[str, tuple[float, float]] = {}
+
+    def takes(self, plan: FusedLayer, activation: Activation) -> bool:
+        if plan.adds:
+            return activation.name == "relu"
+        return activation.name != "gelu" or not plan.layer.convolution
+
+    def in_integers(self, plan: FusedLayer, coded: bool) -> bool:
+        seconds = both_ways(plan, coded)
+        if seconds[0] > seconds[1]:
+            self.slower[plan.layer.name] = seconds
+        return seconds[0] <= seconds[1]
 
     def layer(self, plan: FusedLayer) -> nn.Module:
         return OnednnLayer(plan)
 
+    def float_layer(self, plan: FusedLayer) -> nn.Module:
+        return FloatLayer(plan)
+
     def codes(self, grid: Grid) -> nn.Module:
         return Codes(grid)
+
+
+def both_ways(plan: FusedLayer, coded: bool, rounds: int = 7) -> tuple[float, float]:
+    """Seconds of a layer at the shape of the example, in integers and in float, each with the conversions of its kind.
+
+    Args:
+        plan: The layer.
+        coded: Whether its input comes as codes where it computes in integers.
+        rounds: The least of so many counts.
+    """
+    x = torch.rand(plan.shape) * plan.layer.grid.scale * plan.layer.grid.top
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    alone = replace(plan, adds=False)
+    codes, layer, plain = Codes(plan.layer.grid), OnednnLayer(alone), FloatLayer(alone)
+    after = nn.Identity() if plan.output is None else Codes(plan.output)
+    with torch.no_grad():
+        given = codes(x)
+        ways = (lambda: layer(given if coded else codes(x)), lambda: after(plain(x)))
+        for run in ways:
+            run()
+        found = [[timeit.timeit(run, number=1) for run in ways] for _ in range(rounds)]
+    return min(a for a, _ in found), min(b for _, b in found)
+
+
+def _placed(model: nn.Module) -> str | None:
+    """Why a model cannot run here as it is."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type != "cpu":
+            return f"the model is on {tensor.device.type}"
+        if tensor.is_floating_point() and tensor.dtype in (torch.float16, torch.bfloat16):
+            return f"the model computes in {str(tensor.dtype).removeprefix('torch.')}"
+    return None
+
+
+class Onednn:
+    """torch's own int8 operators on an x86 CPU, in this process.
+
+    Convolutions take BatchNorm, activation and residual sum along where torch.fx can trace the network; else each layer
+    is exchanged by itself.
+    """
+
+    name = "onednn"
+
+    def available(self) -> str | None:
+        if platform.machine().lower() not in ("x86_64", "amd64"):
+            return f"its int8 operators are for x86, and this is {platform.machine()}"
+        if not torch.backends.mkldnn.is_available():
+            return "this build of torch has no oneDNN"
+        return None
+
+    def build(self, model: nn.Module, example: tuple[Any, ...] | None) -> tuple[nn.Module, Layers]:
+        if (why := _placed(model)) is not None:
+            raise HubMPQError(f"runtime {self.name!r}: {why}")
+        layers, kept = integer_layers(model)
+        for name in [n for n, layer in layers.items() if inexact(layer)]:
+            kept[name] = inexact(layers.pop(name)) or ""
+        if example is not None:
+            try:
+                engine = _Engine()
+                graph = FusedGraph(model, layers, example, engine)
+            except Exception:
+                return _exchange(model, layers), Layers(self.name, tuple(layers), kept)
+            built = graph.build()
+            told = {n: f"faster so: {1e3 * b:.3f} against {1e3 * a:.3f} ms" for n, (a, b) in engine.slower.items()}
+            integer = tuple(n for n in layers if n not in told)
+            return of_class(model, built, {"graph": built}), Layers(self.name, integer, kept | told)
+        return _exchange(model, layers), Layers(self.name, tuple(layers), kept)
+
+
+def _exchange(model: nn.Module, layers: dict[str, IntegerLayer]) -> nn.Module:
+    """A copy of a model with integer layers in place of the quantized ones; other weights are shared."""
+    net = copied_structure(model).eval()
+    shared: dict[Grid, SharedCodes] = {}
+    for name, layer in layers.items():
+        codes = shared.setdefault(layer.grid, SharedCodes(layer.grid))
+        replace_layer(net, name, Exchanged(OnednnLayer(FusedLayer(layer)), codes))
+    return net
