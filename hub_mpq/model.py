@@ -57,13 +57,21 @@ from .nn.packing import base_nbytes
 from .nn.rounded_weights import RoundedWeights
 from .pack import Manifest, read_indicators, write_indicators
 from .report import measurements, report
-from .search.candidates import CandidatesLike, GroupSizes, resolve_candidates, weights_alone
-from .search.policy_search import inferred_policy, pareto_front, search_policy, usage_of
+from .search.candidates import (
+    CandidatesLike,
+    GroupSizes,
+    check_one_grid,
+    group_sizes,
+    resolve_candidates,
+    weights_alone,
+)
+from .search.policy_search import inferred_policy, longest_header, pareto_front, search_policy, usage_of
 from .search.scores import (
     Scores,
     candidates_of,
     equal_scores,
     expected_divergence,
+    in_scored_groups,
     score_table,
     scored_candidates,
 )
@@ -366,15 +374,18 @@ class HubMPQ(nn.Module):
 
     def score_table(self, alpha: float | None = None, candidates: CandidatesLike = None) -> tuple[Scores, float]:
         """({searched layer: {widths: score}}, α): what the solver adds up; `scores.sense` tells which way is better."""
-        return self._score_table(self.graph, alpha, candidates)
+        chosen = self._scored_candidates(self.graph, candidates)
+        return score_table(self._scores(), self.graph, chosen, alpha, weight_only=self.weight_only)
 
-    def _score_table(self, graph: LayerGraph, alpha: float | None, candidates: CandidatesLike) -> tuple[Scores, float]:
-        scores = self._scores()
-        chosen = None if candidates is None else self._candidates(graph, candidates)
-        if chosen is None and self.target is not None:
-            scored = None if scores.pairs else scored_candidates(scores, graph, weight_only=True)
-            chosen = self._candidates(graph, scored)
-        return score_table(scores, graph, chosen, alpha, weight_only=self.weight_only)
+    def _scored_candidates(self, graph: LayerGraph, value: CandidatesLike) -> Mapping[str, Candidates] | None:
+        """Candidates of a search from the scores that are there; None for all that have a score."""
+        scores, searched = self._scores(), {layer.name for layer in graph.searched}
+        pairs = {name: row for name, row in scores.pairs.items() if name in searched}
+        if value is None:
+            if self.target is None:
+                return None
+            value = candidates_of(pairs) if pairs else scored_candidates(scores, graph, weight_only=True)
+        return self._candidates(graph, in_scored_groups(resolve_candidates(graph, value), pairs))
 
     def _scores(self) -> Indicators:
         """The scores; HubMPQError where there are none."""
@@ -400,9 +411,11 @@ class HubMPQ(nn.Module):
         measures best. Does not change the model.
 
         Args:
-            budget: A Budget; or name its limits (bitops=, size=, compression=, …, see `Budget`).
+            budget: A Budget; or name its limits (bitops=, size=, compression=, …, see `Budget`). A level ("W4") stands
+                for the first group size of the candidates.
             alpha: Multiplier for LIMPQ's weight indicators; None: 1 for scores in one unit, else the sums are balanced.
-            candidates: Widths that layers may take; None for all that have a score.
+            candidates: Widths that layers may take; None for all that have a score. Where scores are of weights in
+                groups or with zero points alone, widths stand for these.
             fixed: {name or pattern: "W8A8" or None} for this call.
             time_limit: Seconds; past them the best policy so far, with its gap.
             validate: Batches; labels are not looked at. The optimum, uniform (the dearest level within the budget) and
@@ -416,7 +429,8 @@ class HubMPQ(nn.Module):
         graph = self._pinned(fixed)
         whole = self._for_target(Budget.of(budget, limits) or Budget(), graph)
         _check_seconds(validate_seconds)
-        scored = self._scored(graph, alpha, candidates)
+        scored = self._scored(graph, alpha, self._scored_candidates(graph, candidates))
+        whole = whole.with_groups(*_first_groups(scored.candidates))
         result = scored.optimum(whole, time_limit)
         if validate is not None:
             finish = on_batches(scored, self.float_model, validate, validate_seconds, **self._told(None))
@@ -424,12 +438,15 @@ class HubMPQ(nn.Module):
         self._note(result)
         return result
 
-    def _scored(self, graph: LayerGraph, alpha: float | None, candidates: CandidatesLike) -> ScoredLayers:
+    def _scored(
+        self, graph: LayerGraph, alpha: float | None, candidates: Mapping[str, Candidates] | None
+    ) -> ScoredLayers:
         """What a search needs beside the budget."""
         graph.check_layers()
-        table, used = self._score_table(graph, alpha, candidates)
-        widths = candidates_of(table) if candidates is None else self._candidates(graph, candidates)
-        return ScoredLayers(graph, self._scores(), table, used, widths, self._base_bytes(graph, table))
+        scores = self._scores()
+        table, used = score_table(scores, graph, candidates, alpha, weight_only=self.weight_only)
+        widths = candidates_of(table) if candidates is None else candidates
+        return ScoredLayers(graph, scores, table, used, widths, self._base_bytes(graph, table))
 
     def _note(self, *results: SearchResult) -> None:
         """Keep the seconds of searches, and warn where the scores predict measurements poorly."""
@@ -459,14 +476,15 @@ class HubMPQ(nn.Module):
         """
         graph = self._pinned(fixed)
         whole = self._for_target(Budget.of(budget, limits) or Budget(), graph)
-        learned = self.scores is not None and (strategy is None or self._serves(strategy, graph))
-        self._check_reachable(graph, whole, candidates, learned=learned)
+        if self.scores is not None and (strategy is None or self._serves(strategy, graph)):
+            scored = self._scored(graph, None, self._scored_candidates(graph, candidates))
+            scored.optimum(whole.with_groups(*_first_groups(scored.candidates)))
+        else:
+            chosen = self._candidates(graph, candidates)
+            self._check_reachable(graph, whole.with_groups(*_first_groups(chosen)), chosen)
 
-    def _check_reachable(self, graph: LayerGraph, budget: Budget, candidates: CandidatesLike, *, learned: bool) -> None:
-        if learned:
-            self._scored(graph, None, candidates).optimum(budget)
-            return
-        table = equal_scores(graph, self._candidates(graph, candidates))
+    def _check_reachable(self, graph: LayerGraph, budget: Budget, candidates: Mapping[str, Candidates]) -> None:
+        table = equal_scores(graph, candidates)
         search_policy(graph, table, budget, base_bytes=self._base_bytes(graph, table))
 
     def pareto(
@@ -493,7 +511,9 @@ class HubMPQ(nn.Module):
             validate_seconds: As in `search`, of each point.
         """
         _check_seconds(validate_seconds)
-        scored = self._scored(self._pinned(fixed), alpha, candidates)
+        graph = self._pinned(fixed)
+        scored = self._scored(graph, alpha, self._scored_candidates(graph, candidates))
+        others = Budget.of(budget, limits)
         finish = None
         if validate is not None:
             finish = on_batches(scored, self.float_model, validate, validate_seconds, **self._told(None))
@@ -504,7 +524,7 @@ class HubMPQ(nn.Module):
             limit=limit,
             points=points,
             base_bytes=scored.base_bytes,
-            others=Budget.of(budget, limits),
+            others=None if others is None else others.with_groups(*_first_groups(scored.candidates)),
             sense=scores.sense,
             strategy=scores.strategy,
             seed=scores.seed,
@@ -732,7 +752,7 @@ class HubMPQ(nn.Module):
         candidates = self._candidates(graph, candidates, group_size, symmetric)
         if whole is not None:
             whole = self._for_target(whole, graph)
-            whole = whole.with_groups(*_first_groups(candidates))
+            whole = whole.with_groups(*_first_groups(candidates, group_sizes(group_size)))
         alone = weights_alone(graph, candidates)
         if rounding is None and alone and per_channel and train is not None and not tuned and world()[1] == 1:
             rounding = "gptq"
@@ -746,8 +766,12 @@ class HubMPQ(nn.Module):
         if indicators is not None:
             self.scores = indicators
         learned = indicators is not None or self._serves(strategy, graph)
-        if whole is not None:
-            self._check_reachable(graph, whole, candidates, learned=learned)
+        if whole is not None and learned:
+            self._scored(graph, None, candidates).optimum(whole)
+        elif whole is not None:
+            self._check_reachable(graph, whole, candidates)
+        if not learned and strategy_named(strategy).trains:
+            check_one_grid(candidates)
         if val is not None:
             rereadable(val, "val")
             if "float" not in self.metrics and self._labelled(val, task):
@@ -790,7 +814,7 @@ class HubMPQ(nn.Module):
                 partial(search_measured, scored, self.float_model, whole, validate, train=train, val=val, **more)
             )
             self._note(result)
-        policy = result.policy if result else inferred_policy(graph, self._scores())
+        policy = result.policy if result else inferred_policy(graph, self._scores(), candidates)
         # fine-tuning starts from the float BatchNorm (LIMPQ) and re-estimates at its end
         if rounded is not None and result is None:  # inferred widths
             rounded = None
@@ -906,9 +930,8 @@ class HubMPQ(nn.Module):
     def _base_bytes(self, graph: LayerGraph, table: Scores | None = None, model: nn.Module | None = None) -> int:
         """`base_bytes` at policies of a table's choices: the header tells inputs, groups and zero points."""
         model = model or (self._float[0] if self._float else self.model)
-        bits = dict(Policy.uniform(graph, "W2A32" if self.weight_only else "W2A2").bits)
-        bits |= {name: max(row, key=lambda b: (b.grouped, b)) for name, row in (table or {}).items()}
-        return base_nbytes(model, self._manifest(Policy(bits, graph.digest), graph))
+        policy = longest_header(Policy.uniform(graph, "W2A32" if self.weight_only else "W2A2"), table or {})
+        return base_nbytes(model, self._manifest(policy, graph))
 
     # saving and publishing
 
@@ -1074,11 +1097,11 @@ class HubMPQ(nn.Module):
         return {name: replace(c, activation=(FLOAT_BITS,)) for name, c in found.items()}
 
 
-def _first_groups(candidates: Mapping[str, Candidates]) -> tuple[int | None, bool]:
-    """The group size and symmetry that a level in a budget stands for."""
+def _first_groups(candidates: Mapping[str, Candidates], asked: Iterable[int | None] = ()) -> tuple[int | None, bool]:
+    """The group size and symmetry that a level in a budget stands for: the first that was asked for and is there."""
     for c in candidates.values():
         if c.group_size != (None,) or not c.symmetric:
-            return c.group_size[0], c.symmetric
+            return next((size for size in asked if size in c.group_size), c.group_size[0]), c.symmetric
     return None, True
 
 

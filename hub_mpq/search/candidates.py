@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from ..core import FLOAT_BITS, Candidates, LayerGraph, matching
+from ..core import FLOAT_BITS, Candidates, LayerBits, LayerGraph, matching
+from ..core.bits import check_group_size
 from ..errors import InvalidArgument
 
 CandidatesLike = Candidates | Iterable[int] | Mapping[str, "Candidates | Iterable[int]"] | None
@@ -13,6 +14,12 @@ CandidatesLike = Candidates | Iterable[int] | Mapping[str, "Candidates | Iterabl
 
 GroupSizes = int | None | Iterable["int | None"]
 """One group size, or several for the solver to choose from; None: one scale per output channel."""
+
+
+def group_sizes(value: GroupSizes) -> tuple[int | None, ...]:
+    """The group sizes that a user names, in this order; InvalidArgument for what is none."""
+    several = isinstance(value, Iterable) and not isinstance(value, str)
+    return tuple(map(check_group_size, value if several else (value,)))  # type: ignore[arg-type]
 
 
 def resolve_candidates(
@@ -28,9 +35,9 @@ def resolve_candidates(
         symmetric: False: these layers have zero points.
 
     Raises:
-        InvalidArgument: A key that is no kind and matches no layer.
+        InvalidArgument: A key that is no kind and matches no layer, or a group size that does not exist.
     """
-    sizes = (group_size,) if group_size is None or isinstance(group_size, int) else tuple(group_size)
+    sizes = group_sizes(group_size)
     found, layers = _widths(graph, value), {layer.name: layer for layer in graph.searched}
     plain = Candidates()
     for name, one in found.items():
@@ -39,6 +46,23 @@ def resolve_candidates(
         elif one.group_size == plain.group_size and one.symmetric:
             found[name] = replace(one, group_size=sizes, symmetric=symmetric)
     return found
+
+
+def check_one_grid(candidates: Mapping[str, Candidates]) -> None:
+    """Refuse a choice of group sizes at one width, for scores of widths alone.
+
+    Args:
+        candidates: Of any layers.
+
+    Raises:
+        InvalidArgument: A layer has one.
+    """
+    for name, c in candidates.items():
+        if any(len(c.grouped(LayerBits(width, FLOAT_BITS))) > 1 for width in c.weight):
+            raise InvalidArgument(
+                f"layer {name!r} has several group sizes, and scores of widths alone can't choose among them; score "
+                "them by a post-training strategy with rounding='gptq' or 'nearest'"
+            )
 
 
 def weights_alone(graph: LayerGraph, candidates: Mapping[str, Candidates]) -> bool:

@@ -110,36 +110,38 @@ def round_weights(
     if not taken:
         raise InvalidArgument("the calibration data are empty")
     known = task_of(task, model, example=example)
-    rounded = RoundedWeights(folder, f"1 {rounding} {digest_of(taken)}", nearest=rounding == "nearest")
+    # all of the model: what a layer reads depends on the layers before it
+    settings = "" if folder is None else f"2 {rounding} {digest_of(taken, model.state_dict())}"
+    rounded = RoundedWeights(folder, settings, nearest=rounding == "nearest")
     layers = [layer for layer in graph if layer.name in choices]
-    marks = {layer.name: digest_of(model.get_submodule(layer.name).weight) for layer in layers}
-    left = [x for x in layers if not (resume and rounded.has(x, choices[x.name], marks[x.name]))]
+    left = [x for x in layers if not (resume and rounded.has(x, choices[x.name]))]
     with tqdm(total=len(layers), initial=len(layers) - len(left), desc="weights", unit="layer", leave=False) as bar:
 
-        def store(layer: LayerSpec, moments: Tensor | None, factors: Iterable[Factor] | None) -> None:
+        def store(
+            layer: LayerSpec, moments: Tensor | None = None, factors: Iterable[Factor] | None = None, unreached: int = 0
+        ) -> None:
             weight = model.get_submodule(layer.name).weight.detach()
             found = round_weight(weight, layer, choices[layer.name], moments, factors)
-            rounded.add(layer, found, marks[layer.name])
+            rounded.add(layer, found, unreached)
             bar.update()
 
         there = {layer.name: layer for layer in left}
         # of a task with a mask, which positions count
         for part in input_moments(model, left, taken, known.forward, diagonal=rounding != "gptq", mask=known.mask):
             factor: tuple[int, Factor] | None = None
-            rounded.unreached |= part.unreached
             for layer in part.layers:
-                moments = part.moments.get(layer.name)
+                moments, unreached = part.moments.get(layer.name), part.unreached.get(layer.name, 0)
                 if moments is None or rounding != "gptq":
-                    store(layer, moments, None)
+                    store(layer, moments, None, unreached)
                 elif moments.dim() == 3:  # of experts: one after the other
-                    store(layer, moments.diagonal(dim1=1, dim2=2), map(Factor, moments))
+                    store(layer, moments.diagonal(dim1=1, dim2=2), map(Factor, moments), unreached)
                 else:
                     if factor is None or factor[0] != id(moments):  # layers that read one tensor stand together
                         factor = (id(moments), Factor(moments))
                     store(layer, moments.diagonal(), (factor[1],))
                 del there[layer.name]
         for layer in there.values():  # convolutions and tables
-            store(layer, None, None)
+            store(layer)
     if rounded.unreached:
         logger.warning(
             "%d experts of %d stacks were reached by no token of the batches: they are rounded by what the other "

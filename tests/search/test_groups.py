@@ -132,7 +132,7 @@ def test_fine_tuning_trains_scales_of_groups(tmp_path):
     assert mpq.result.strategy == "limpq"
     layer = mpq.model.model.layers[0].mlp.up_proj
     assert type(layer.weight_quantizer).__name__ == "GroupedLSQ"
-    assert float(layer.weight_quantizer.shift.abs().max()) > 0
+    assert float(layer.weight_quantizer.shift.detach().abs().max()) > 0
     mpq.save_pretrained(tmp_path)
     back = HubMPQ.from_pretrained(tmp_path, module=decoder())
     with torch.no_grad():
@@ -162,7 +162,7 @@ def test_scores_of_widths_serve_one_group_size_and_cannot_tell_two():
     assert candidates_of(table) == one
     assert equal_scores(mpq.graph, one)[names[0]].keys() == table[names[0]].keys()
     two = resolve_candidates(mpq.graph, Candidates((2, 3), (32,)), [16, 32])
-    with pytest.raises(InvalidArgument, match="can't choose among group sizes"):
+    with pytest.raises(InvalidArgument, match="can't choose among them"):
         score_table(scores, mpq.graph, two)
     with pytest.raises(InvalidArgument, match="several group sizes"):
         mpq.train_scores(BATCHES, strategy="gradient", candidates=Candidates((2, 3), (32,), (16, 32)))
@@ -185,6 +185,7 @@ def test_levels_in_words():
         with pytest.raises(InvalidArgument):
             LayerBits.parse(text)
     assert str(Budget(size="W4", bitops="W4g32A8").with_groups(128, False)) == "bitops W4g32A8, size W4g128zA32"
+    assert str(Budget(activation_peak="A4", size="W1").with_groups(None, False)) == "size W1, activation_peak A4"
     with pytest.raises(InvalidArgument, match="a group size is"):
         Candidates((4,), (32,), (True,))
 
@@ -196,14 +197,17 @@ def test_levels_in_words():
         ({"rounding": "awq", "train": BATCHES}, "'gptq' or 'nearest'"),
         ({"group_size": 7, "train": BATCHES}, "a group size is"),
         ({"group_size": "128", "train": BATCHES}, "a group size is"),
+        ({"group_size": 128.0, "train": BATCHES}, "not 128.0"),
         ({"rounding": "gptq", "per_channel": False, "train": BATCHES}, "a scale for each output channel"),
+        ({"group_size": [None, 16], "strategy": "limpq", "train": BATCHES}, "can't choose among them"),
+        ({"group_size": [None, 16], "epochs": 1, "train": BATCHES}, "can't choose among them"),
     ],
 )
 def test_what_cannot_be_costs_no_work(more, words, monkeypatch):
     monkeypatch.setattr("hub_mpq.model.round_weights", None)
     monkeypatch.setattr("hub_mpq.model.train_scores", None)
     with pytest.raises(InvalidArgument, match=words):
-        loaded().quantize(weight_bits=4.0, epochs=0, **more)
+        loaded().quantize(**{"weight_bits": 4.0, "epochs": 0, **more})
 
 
 def test_the_policy_is_told_with_its_groups():
@@ -240,3 +244,48 @@ def test_a_search_measures_what_apply_policy_would_make():
             found, mask = task.divergence(mpq.model(**batch), mpq.float_model(**batch), None)
             values.append(found[mask])
     assert row.divergence == pytest.approx(float(torch.cat(values).double().mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["dq", "bsq"])
+def test_widths_that_training_settles_on_have_the_groups_asked_for(strategy):
+    mpq = HubMPQ.from_module(decoder(), BATCHES[0])
+    mpq.quantize(
+        strategy=strategy, train=BATCHES, epochs=0, indicator_options={"steps": 1}, group_size=16, symmetric=False
+    )
+    found = {(mpq.policy.bits[x.name].group_size, mpq.policy.bits[x.name].symmetric) for x in mpq.graph.searched}
+    assert found == {(16, False)}
+    fixed = {str(mpq.policy.bits[x.name]) for x in mpq.graph if x.fixed}
+    assert fixed == {"W8A8", "W8A32"}
+
+
+@pytest.mark.parametrize("target", [None, "vllm"])
+def test_a_later_search_speaks_of_the_groups_that_were_scored(target, tmp_path):
+    """A level and candidates without groups stand for them, in search, pareto and check_reachable alike."""
+    decoder(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    mpq = HubMPQ.from_pretrained(tmp_path, weight_only=True, target=target)
+    mpq.quantize(size="W4", group_size=32, train=BATCHES, epochs=0, validate=False)
+    assert mpq.search(size="W4").policy == mpq.policy
+    names = [x.name for x in mpq.graph.searched]
+    narrow = mpq.search(size="W4", candidates=[3, 4])
+    assert {str(narrow.policy.bits[name]) for name in names} == {"W4g32A32"}
+    mpq.check_reachable(size="W3", candidates=[3])  # with the scales of groups it takes all of that
+    front = mpq.pareto("weight_bits", 3, size="W4", candidates=[3, 4])
+    assert front[-1].policy == narrow.policy
+    table, _ = mpq.score_table(candidates=[3])
+    assert {bits for row in table.values() for bits in row} == {LayerBits(3, 32, 32)}
+
+
+@pytest.mark.parametrize(("sizes", "first"), [([None, 32], "W4"), ([32, None], "W4g32")])
+def test_a_level_is_of_the_first_group_size_that_is_asked_for(sizes, first, tmp_path):
+    """Also where a target's menu has an order of its own."""
+    decoder(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    mpq = HubMPQ.from_pretrained(tmp_path, target="vllm")
+    mpq.quantize(size="W4", group_size=sizes, train=BATCHES, epochs=0, candidates=[4, 5], validate=False)
+    assert mpq.result.details["budget"] == f"size {LayerBits.parse(first) if 'g' in first else first}"
+
+
+def test_plain_widths_stand_for_themselves_where_they_were_scored():
+    mpq = loaded()
+    mpq.quantize(size="W4", group_size=[None, 16], train=BATCHES, epochs=0, validate=False)
+    table, _ = mpq.score_table(candidates=[3])
+    assert {bits for row in table.values() for bits in row} == {LayerBits(3, 32)}
