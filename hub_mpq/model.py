@@ -379,6 +379,7 @@ class HubMPQ(nn.Module):
 
     def _scored_candidates(self, graph: LayerGraph, value: CandidatesLike) -> Mapping[str, Candidates] | None:
         """Candidates of a search from the scores that are there; None for all that have a score."""
+        graph.check_layers()
         scores, searched = self._scores(), {layer.name for layer in graph.searched}
         pairs = {name: row for name, row in scores.pairs.items() if name in searched}
         if value is None:
@@ -514,6 +515,12 @@ class HubMPQ(nn.Module):
         graph = self._pinned(fixed)
         scored = self._scored(graph, alpha, self._scored_candidates(graph, candidates))
         others = Budget.of(budget, limits)
+        if others is not None:
+            others = self._for_target(others, graph).with_groups(*_first_groups(scored.candidates))
+        if limit == "size" and self.target is not None and self.target.own_size:
+            raise InvalidArgument(
+                f"a front over size is of the packed file, not of the {self.target.own_size}: run over weight_bits"
+            )
         finish = None
         if validate is not None:
             finish = on_batches(scored, self.float_model, validate, validate_seconds, **self._told(None))
@@ -524,7 +531,7 @@ class HubMPQ(nn.Module):
             limit=limit,
             points=points,
             base_bytes=scored.base_bytes,
-            others=None if others is None else others.with_groups(*_first_groups(scored.candidates)),
+            others=others,
             sense=scores.sense,
             strategy=scores.strategy,
             seed=scores.seed,
@@ -823,8 +830,9 @@ class HubMPQ(nn.Module):
         self._tell_transformers()
         if train is not None and tuned:
             if checkpoint_dir:
-                # by policy: a state of other widths would load without a word
-                tuning = tuning.filled(checkpoint_dir=Path(checkpoint_dir) / f"finetune-{_mark(policy.to_dict())}")
+                # a state of other widths, or of weights that were rounded otherwise, would load without a word
+                of = [policy.to_dict(), rounding]
+                tuning = tuning.filled(checkpoint_dir=Path(checkpoint_dir) / f"finetune-{_mark(of)}")
             self.finetune(train, tuning, task=task, engine=engine)
         if val is not None:
             self.evaluate(val, task=task)

@@ -61,7 +61,8 @@ def input_moments(
         batches: What the model runs on; all are read.
         run: `run(model, batch)` runs it.
         diagonal: Only the diagonals of H.
-        mask: `mask(batch)` says which positions count, [batch, tokens], or None for all.
+        mask: `mask(batch)` says which positions count, [batch, tokens], or None for all. A layer that reads something
+            else than positions, also all in one axis, counts whole.
         positions: Rows x of one input to take in all, evenly spaced over the batches.
         limit: Bytes of moments to hold at a time, for layers in no block.
 
@@ -138,6 +139,11 @@ def _parts(layers: Iterable[LayerSpec], diagonal: bool, limit: int) -> Iterator[
         yield part
 
 
+def _long(shape: Sequence[int]) -> list[int]:
+    """A shape without its axes of one."""
+    return [size for size in shape if size > 1]
+
+
 def _experts(layer: LayerSpec) -> int:
     """How many matrices a layer is a stack of; 1 for any other."""
     return math.prod(layer.weight_shape[:-2]) if layer_kinds.get(layer.kind).channel_axis < 0 else 1
@@ -183,9 +189,10 @@ class _Inputs:
         self.kept = None if self.mask is None else self.mask(batch)
 
     def add(self, key: str, x: Tensor) -> None:
-        if self.kept is not None and x.shape[:-1] == self.kept.shape:
-            x = x[self.kept.to(x.device)]
-        self.add_rows(key, x.reshape(-1, x.shape[-1]))
+        rows = x.reshape(-1, x.shape[-1])
+        if self.kept is not None and _long(x.shape[:-1]) in (_long(self.kept.shape), [self.kept.numel()]):
+            rows = rows[self.kept.to(x.device).reshape(-1)]
+        self.add_rows(key, rows)
 
     def add_expert(self, layer: LayerSpec, x: Tensor, expert: int, tokens: Tensor, count: int) -> None:
         if self.kept is not None and self.kept.numel() == count:

@@ -289,3 +289,27 @@ def test_plain_widths_stand_for_themselves_where_they_were_scored():
     mpq.quantize(size="W4", group_size=[None, 16], train=BATCHES, epochs=0, validate=False)
     table, _ = mpq.score_table(candidates=[3])
     assert {bits for row in table.values() for bits in row} == {LayerBits(3, 32)}
+
+
+def test_a_front_counts_the_bytes_of_a_targets_file(tmp_path):
+    decoder(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    mpq = HubMPQ.from_pretrained(tmp_path, target="gguf", exclude=["lm_head"])
+    mpq.quantize(size="W4", group_size=32, train=BATCHES, epochs=0, validate=False)
+    limit = mpq.result.usage["GGUF file"]
+    front = mpq.pareto("weight_bits", 3, size="W4")
+    assert front[-1].usage["GGUF file"] == limit < mpq.usage("W5")["GGUF file"]
+    with pytest.raises(InvalidArgument, match="a front over size"):
+        mpq.pareto("size", 3)
+
+
+def test_weights_that_were_rounded_otherwise_are_not_trained_on(tmp_path):
+    """The policy is the same, so the state of the first run has the place of the second's."""
+    args = {"size": "W4", "train": BATCHES, "group_size": 16, "candidates": [4], "steps": 2, "validate": False}
+    for rounding in ("gptq", "nearest"):
+        found, fresh = loaded(), loaded()
+        states = {"checkpoint_dir": tmp_path, "resume": True, "finetune_options": {"checkpoint_every": 1}}
+        found.quantize(**args, **states, rounding=rounding)
+        fresh.quantize(**args, rounding=rounding)
+        a, b = found.model.state_dict(), fresh.model.state_dict()
+        assert found.policy == fresh.policy
+        assert all(torch.equal(a[key], b[key]) for key in b)
