@@ -39,6 +39,7 @@ from .core import (
     SearchResult,
     Usage,
 )
+from .core.bits import GroupSizes, check_group_sizes
 from .core.library import libraries
 from .core.target import Target, targets
 from .core.task import tasks
@@ -59,9 +60,7 @@ from .pack import Manifest, read_indicators, write_indicators
 from .report import measurements, report
 from .search.candidates import (
     CandidatesLike,
-    GroupSizes,
     check_one_grid,
-    group_sizes,
     resolve_candidates,
     weights_alone,
 )
@@ -759,7 +758,7 @@ class HubMPQ(nn.Module):
         candidates = self._candidates(graph, candidates, group_size, symmetric)
         if whole is not None:
             whole = self._for_target(whole, graph)
-            whole = whole.with_groups(*_first_groups(candidates, group_sizes(group_size)))
+            whole = whole.with_groups(*_first_groups(candidates, check_group_sizes(group_size)))
         alone = weights_alone(graph, candidates)
         if rounding is None and alone and per_channel and train is not None and not tuned and world()[1] == 1:
             rounding = "gptq"

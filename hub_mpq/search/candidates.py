@@ -6,20 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from ..core import FLOAT_BITS, Candidates, LayerBits, LayerGraph, matching
-from ..core.bits import check_group_size
+from ..core.bits import GroupSizes, check_group_sizes
 from ..errors import InvalidArgument
 
 CandidatesLike = Candidates | Iterable[int] | Mapping[str, "Candidates | Iterable[int]"] | None
-
-
-GroupSizes = int | None | Iterable["int | None"]
-"""One group size, or several for the solver to choose from; None: one scale per output channel."""
-
-
-def group_sizes(value: GroupSizes) -> tuple[int | None, ...]:
-    """The group sizes that a user names, in this order; InvalidArgument for what is none."""
-    several = isinstance(value, Iterable) and not isinstance(value, str)
-    return tuple(map(check_group_size, value if several else (value,)))  # type: ignore[arg-type]
 
 
 def resolve_candidates(
@@ -37,7 +27,7 @@ def resolve_candidates(
     Raises:
         InvalidArgument: A key that is no kind and matches no layer, or a group size that does not exist.
     """
-    sizes = group_sizes(group_size)
+    sizes = check_group_sizes(group_size)
     found, layers = _widths(graph, value), {layer.name: layer for layer in graph.searched}
     plain = Candidates()
     for name, one in found.items():

@@ -203,10 +203,12 @@ def _compensated(rows: Tensor, grids: Sequence[WeightGrid], factors: Iterable[Fa
 
 
 def digest_of(*trees: Any) -> str:
-    """24 characters that stand for the values of all tensors, by SHA-256."""
+    """24 characters that stand for the values of all tensors and numbers, by SHA-256."""
     digest = hashlib.sha256()
-    for tensor in tree_leaves(trees):
-        if isinstance(tensor, Tensor):
-            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for leaf in tree_leaves(trees):
+        if isinstance(leaf, Tensor):
+            digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+            digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(leaf, (int, float, str)):
+            digest.update(f"{leaf!r} ".encode())
     return digest.hexdigest()[:24]

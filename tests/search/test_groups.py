@@ -188,6 +188,11 @@ def test_levels_in_words():
     assert str(Budget(activation_peak="A4", size="W1").with_groups(None, False)) == "size W1, activation_peak A4"
     with pytest.raises(InvalidArgument, match="a group size is"):
         Candidates((4,), (32,), (True,))
+    assert Candidates((4,), (32,), 16) == Candidates([4], [32], [16])
+    assert Candidates((4,), (32,), None) == Candidates((4,), (32,), [])
+    for wrong in ((4,), ("4",), ((4,), 32)):
+        with pytest.raises(InvalidArgument, match="a list of widths"):
+            Candidates(*wrong)
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,12 @@ def test_files_of_another_run_are_not_taken_over(mpq, tmp_path, monkeypatch, cha
     assert found.packed("model.layers.0.mlp.up_proj", LayerBits(3, 32)).num_bits == 3
 
 
+def test_a_digest_is_of_tensors_arrays_and_lists():
+    made = [module.digest_of(x) for x in (IDS, IDS + 1, IDS.tolist(), (IDS + 1).tolist(), IDS.float(), IDS.flatten())]
+    assert len(set(made)) == len(made)
+    assert module.digest_of({"a": IDS}) == module.digest_of([IDS.clone()])
+
+
 def test_a_full_disk_is_one_sentence(mpq, tmp_path):
     (tmp_path / "r").write_text("a file")
     with pytest.raises(HubMPQError, match="cannot be written"):
