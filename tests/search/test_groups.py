@@ -318,3 +318,20 @@ def test_weights_that_were_rounded_otherwise_are_not_trained_on(tmp_path):
         a, b = found.model.state_dict(), fresh.model.state_dict()
         assert found.policy == fresh.policy
         assert all(torch.equal(a[key], b[key]) for key in b)
+
+
+@pytest.mark.parametrize("strategy", ["gradient", "mse"])
+def test_scores_say_in_which_groups_they_were_measured(strategy):
+    """Also where nothing is rounded first: a later search is of the same grids, and the report has the divergences."""
+    mpq = HubMPQ.from_module(decoder(), BATCHES[0])
+    mpq.quantize(
+        bitops="W4A6",
+        **{"train": BATCHES, "epochs": 0, "strategy": strategy, "validate": False},
+        **{"group_size": 16, "symmetric": False},
+    )
+    names = [x.name for x in mpq.graph.searched]
+    assert {bits.of_weight.with_groups(16, False) == bits.of_weight for n in names for bits in mpq.scores.pairs[n]} == {
+        True
+    }
+    assert mpq.search(bitops="W4A6").policy == mpq.policy
+    assert " kl" in mpq.report().splitlines()[1]
