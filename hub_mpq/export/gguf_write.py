@@ -74,6 +74,18 @@ class Entry:
         return math.prod(self.shape) // block * size
 
 
+def unwritten(config: Any) -> str | None:
+    """What a model of a config is, where it is not written whole, for messages; None where it is."""
+    if config.model_type not in ARCHITECTURES:
+        return f"a {config.model_type}"
+    kind = _rope(config).get("rope_type", "default")
+    return None if kind in ("default", "linear") else f"a {config.model_type} with rotary embeddings of type {kind!r}"
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    return dict(getattr(config, "rope_parameters", None) or {})
+
+
 def write_gguf(
     file: str | os.PathLike[str],
     model: nn.Module,
@@ -81,11 +93,11 @@ def write_gguf(
     wanted: Mapping[str, str] | None = None,
     packed: Mapping[str, Any] | None = None,
 ) -> list[Entry]:
-    """Write a model of one of `ARCHITECTURES` whole, or not at all.
+    """Write a model that `unwritten` has nothing against whole, or not at all.
 
     Args:
         file: What to write.
-        model: The network, float or quantized.
+        model: The network, float or quantized, of one of `ARCHITECTURES`.
         graph: Its layers.
         wanted: {layer: type}; the other matrices are F16.
         packed: {layer: its packed weight} of the types that are written here.
@@ -147,6 +159,8 @@ def begin(file: Path, model: nn.Module, entries: list[Entry]) -> GGUFWriter:
     from gguf import GGMLQuantizationType, GGUFWriter
 
     config = model.config
+    if what := unwritten(config):
+        raise HubMPQError(f"{what} is not written as GGUF here")
     writer = GGUFWriter(file, ARCHITECTURES[config.model_type])
     _add_metadata(writer, model, entries)
     add_tokenizer(writer, model)
@@ -164,10 +178,7 @@ def begin(file: Path, model: nn.Module, entries: list[Entry]) -> GGUFWriter:
 def _add_metadata(writer: GGUFWriter, model: nn.Module, entries: list[Entry]) -> None:
     """What llama.cpp needs to know of the architecture."""
     c = model.config
-    rope = dict(getattr(c, "rope_parameters", None) or {})
-    kind = rope.get("rope_type", "default")
-    if kind not in ("default", "linear"):
-        raise HubMPQError(f"rotary embeddings of type {kind!r} are not written as GGUF here; export tensor types alone")
+    rope = _rope(c)
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     writer.add_name(Path(str(model.name_or_path or c.model_type)).name)
     most = max((e.wanted for e in entries if e.layer), key=lambda t: sum(e.wanted == t for e in entries), default="F16")
@@ -184,7 +195,7 @@ def _add_metadata(writer: GGUFWriter, model: nn.Module, entries: list[Entry]) ->
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
     writer.add_rope_dimension_count(head)
-    if kind == "linear":
+    if rope.get("rope_type") == "linear":
         from gguf import RopeScalingType
 
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
