@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,6 +45,9 @@ NAMES = {
 """Architectures that GGUF spells in another way than transformers, of which tensor-type files alone are written."""
 _FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12}
 _FILE_TYPES |= {"Q4_K": 15, "Q5_K": 17, "Q6_K": 18}
+
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,10 @@ def entries_of(
     for source, tensor in state.items():
         found = names.get_name(source, try_suffixes=(".weight", ".bias"))
         own = layers.get(source)
+        if found is None and own is None:  # GGUF has all experts of a block in one tensor
+            found = names.get_name(_EXPERT.sub(".experts.", source), try_suffixes=(".weight", ".bias"))
+            if any(entry.name == found for entry in entries):
+                continue
         if found is None:
             if own is None and kind not in ARCHITECTURES:
                 continue  # such a model is not written whole

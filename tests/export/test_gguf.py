@@ -155,6 +155,20 @@ def test_rotary_embeddings_it_does_not_write_have_a_tensor_type_file(tmp_path, k
     assert r"^blk\.0\.attn_q\.weight$=q4_0" in (tmp_path / "out" / TENSOR_TYPES).read_text()
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_float_experts_are_no_q8_0_in_a_tensor_type_file(tmp_path, kind):
+    sizes = {"num_local_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+    folder = build(tmp_path / "float", kind, **sizes)
+    mpq = HubMPQ.from_pretrained(folder, target="gguf", exclude=["*experts*"]).apply_policy("W4")
+    with pytest.warns(UserWarning, match=r"OUT.gguf Q8_0"):
+        mpq.export(tmp_path / "out", "gguf")
+    lines = (tmp_path / "out" / TENSOR_TYPES).read_text().split()
+    assert len(lines) == len(set(lines))
+    for block in range(2):
+        for part in ("gate", "up", "down"):
+            assert rf"^blk\.{block}\.ffn_{part}_exps\.weight$=f16" in lines
+
+
 def test_what_it_cannot_say_is_refused_in_words(tmp_path, monkeypatch):
     mpq = HubMPQ.from_pretrained(build(tmp_path / "float"), weight_only=True)
     mpq.apply_policy("W4")
