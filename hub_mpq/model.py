@@ -194,7 +194,7 @@ class HubMPQ(nn.Module):
         folder = packed_folder(model_id, **where) if pretrained else None
         if folder is not None:
             exclude = tuple(exclude)
-            asked = {"fixed": fixed, "exclude": exclude, "weight_only": weight_only}
+            asked: dict[str, Any] = {"fixed": fixed, "exclude": exclude, "weight_only": weight_only}
             asked |= {"tie_fused": tie_fused, "target": target}
             if told := [name for name, value in asked.items() if value]:
                 raise InvalidArgument(

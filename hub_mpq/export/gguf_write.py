@@ -144,7 +144,7 @@ def entries_of(
         if layer.weight_owner is None and layer.name in wanted:
             (disk,) = library.names_on_disk(model, {key(layer.name, "weight"): torch.empty(0)})
             layers[disk] = layer.name
-    entries = []
+    entries: list[Entry] = []
     for source, tensor in state.items():
         found = names.get_name(source, try_suffixes=(".weight", ".bias"))
         own = layers.get(source)
