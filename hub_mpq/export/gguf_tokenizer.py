@@ -58,8 +58,8 @@ def add_tokenizer(writer: GGUFWriter, model: nn.Module) -> None:
         if number is not None and number < count:
             add(number)
     ids = tokenizer("a")["input_ids"]  # a template may add them without an attribute that says so
-    writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
-    writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)
+    writer.add_add_bos_token(ids[:1] == [tokenizer.bos_token_id])
+    writer.add_add_eos_token(ids[-1:] == [tokenizer.eos_token_id])
     writer.add_add_space_prefix(False)
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, str):
