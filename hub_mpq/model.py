@@ -192,10 +192,22 @@ class HubMPQ(nn.Module):
             token: As for huggingface_hub.
             local_files_only: Ask nothing of the network.
             kwargs: Go to timm or transformers, such as checkpoint_path.
+
+        Raises:
+            InvalidArgument: The model is packed, and it is said what of it is to be quantized; or resident= is of
+                another model.
         """
         where: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
         folder = packed_folder(model_id, **where) if pretrained else None
         if folder is not None:
+            exclude = tuple(exclude)
+            asked: dict[str, Any] = {"fixed": fixed, "exclude": exclude, "weight_only": weight_only}
+            asked |= {"tie_fused": tie_fused, "target": target}
+            if told := [name for name, value in asked.items() if value]:
+                raise InvalidArgument(
+                    f"{str(model_id)!r} is packed, its policy is made: {', '.join(told)} is of float models; load its "
+                    "base model to quantize anew"
+                )
             return cls._of_folder(folder, module, task, resident, kwargs)
         if resident is not None:
             raise InvalidArgument(f"resident= is for packed models, and {str(model_id)!r} is none")

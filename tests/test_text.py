@@ -102,6 +102,12 @@ def test_lengths_out_of_range_are_named(changes, words):
         perplexity(decoder(), ids, **changes)
 
 
+@pytest.mark.parametrize("ids", [["a", "b"], [0.5, 1.0], [True, False], [3, -1], [3, 10**6], [[1, 2], [3]]])
+def test_what_are_no_token_ids_of_the_model_is_named(ids):
+    with pytest.raises(InvalidArgument, match="token ids"):
+        perplexity(decoder(), ids)
+
+
 def test_perplexity_is_of_causal_language_models():
     config = transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     with pytest.raises(InvalidArgument, match="BertForMaskedLM is no causal language model"):

@@ -85,6 +85,17 @@ def test_mistakes(made, tmp_path):
         HubMPQ.from_pretrained(folder.parent / "float", resident="packed")
 
 
+@pytest.mark.parametrize("resident", [None, "packed"])
+@pytest.mark.parametrize(
+    "given",
+    [{"target": "gguf"}, {"fixed": {"*": "W4"}}, {"exclude": ["*q_proj"]}, {"weight_only": True}, {"tie_fused": True}],
+)
+def test_what_is_quantized_of_a_packed_model_is_not_asked(made, resident, given):
+    _, folder = made
+    with pytest.raises(InvalidArgument, match=f"is packed, its policy is made: {next(iter(given))} is of float"):
+        HubMPQ.from_pretrained(folder, resident=resident, **given)
+
+
 def test_other_libraries_models_are_refused(tmp_path):
     mpq = HubMPQ.from_pretrained("test_resnet", pretrained=False, input_size=(3, 32, 32))
     mpq.apply_policy("W4A4")
