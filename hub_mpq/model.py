@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import glob
 import hashlib
 import json
@@ -572,15 +573,20 @@ class HubMPQ(nn.Module):
         graph = graph.at(policy.bits)
         model = copied(self.float_model)
         told = self._told(task)
-        data: Any = [synthetic_batch(self.float_model, self._example)]
-        if calibration is not None:
+        data: Any
+        if calibration is None:
+            data = [synthetic_batch(self.float_model, self._example)]
+        else:
             data = seeded(calibration)
             if isinstance(data, Iterator):  # read once for scales and norms alike
                 data = list(islice(data, 16))
         apply_policy(model, graph, policy, data, limit=batches, per_channel=per_channel, **told, **weights)
         if calibration is not None and reestimate_norms:
             reestimate_batch_norm(model, data, limit=16, **told)
+        cyclic = hasattr(self.model, "hf_quantizer")  # what `_tell_transformers` has told holds the model itself
         self.model, self.policy, self._policy_graph = model.eval(), policy, graph
+        if cyclic:
+            gc.collect()
         self.result, self.history = None, {}
         self.metrics.pop("quantized", None)
         self._tell_transformers()
