@@ -114,12 +114,18 @@ class Classes(Task):
 def _divergence_of_rows(s: Tensor, t: Tensor) -> Tensor:
     """KL divergence of each row of logits [rows, classes] from that of `t`; without gradients a part of the rows at a
     time, since what it takes on the way is several times the logits."""
-    rows = max(len(s) if torch.is_grad_enabled() else _AT_ONCE // s.shape[-1], 1)
-    found = []
-    for x, y in zip(s.split(rows), t.split(rows), strict=True):
-        logs = F.log_softmax(x.float(), -1), F.log_softmax(y.float(), -1)
-        found.append(F.kl_div(*logs, reduction="none", log_target=True).sum(-1))
-    return torch.cat(found)
+    if torch.is_grad_enabled():
+        return _divergence(s, t)
+    rows = max(_AT_ONCE // s.shape[-1], 1)
+    out = torch.empty(len(s), device=s.device)
+    for i in range(0, len(s), rows):
+        out[i : i + rows] = _divergence(s[i : i + rows], t[i : i + rows])
+    return out
+
+
+def _divergence(s: Tensor, t: Tensor) -> Tensor:
+    logs = F.log_softmax(s.float(), -1), F.log_softmax(t.float(), -1)
+    return F.kl_div(*logs, reduction="none", log_target=True).sum(-1)
 
 
 def misfit(task: str, labels: Any, output: Tensor) -> InvalidArgument:
