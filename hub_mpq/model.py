@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import glob
 import hashlib
 import json
@@ -157,6 +158,7 @@ class HubMPQ(nn.Module):
         weight_only: bool = False,
         tie_fused: bool = False,
         target: Target | str | None = None,
+        per_expert: bool = False,
         pretrained: bool = True,
         resident: str | None = None,
         revision: str | None = None,
@@ -184,6 +186,8 @@ class HubMPQ(nn.Module):
             target: What policies are made for: "vllm" (compressed-tensors), "gguf" (llama.cpp), or a `Target`. Weights
                 alone are quantized, layers take what its menu has of what is asked for, its ties hold, and `size` is
                 in bytes of its file where these are others than the packed file's. None: hub_mpq's own file.
+            per_expert: Each expert of a mixture-of-experts model has widths and scores of its own. False: one decision
+                for each stack of experts. A packed model has what it was made with.
             pretrained: Fetch the published weights.
             resident: Of a packed model of transformers: "packed" or "float", the form in which weights are kept in
                 memory by layers that only run, see `hub_mpq.set_resident`. None: float weights behind quantizers, which
@@ -211,7 +215,7 @@ class HubMPQ(nn.Module):
             return cls._of_folder(folder, module, task, resident, kwargs)
         if resident is not None:
             raise InvalidArgument(f"resident= is for packed models, and {str(model_id)!r} is none")
-        kwargs |= {key: value for key, value in where.items() if value}
+        kwargs |= {key: value for key, value in {**where, "per_expert": per_expert}.items() if value}
         source = adapters.load(str(model_id), pretrained=pretrained, exclude=exclude, **kwargs)
         out = cls(source, task=task, fixed=fixed, weight_only=weight_only, tie_fused=tie_fused, target=target)
         if Path(model_id).is_dir():
@@ -232,6 +236,7 @@ class HubMPQ(nn.Module):
         weight_only: bool = False,
         tie_fused: bool = False,
         target: Target | str | None = None,
+        per_expert: bool = False,
     ) -> HubMPQ:
         """Take any network; it stays float itself.
 
@@ -239,9 +244,9 @@ class HubMPQ(nn.Module):
             net: The network.
             example_input: One batch as it takes it.
             model_id: A name for it; the class's by default.
-            task, fixed, exclude, weight_only, tie_fused, target: As in `from_pretrained`.
+            task, fixed, exclude, weight_only, tie_fused, target, per_expert: As in `from_pretrained`.
         """
-        source = adapters.from_module(net, example_input, model_id=model_id, exclude=exclude)
+        source = adapters.from_module(net, example_input, model_id=model_id, exclude=exclude, per_expert=per_expert)
         return cls(source, task=task, fixed=fixed, weight_only=weight_only, tie_fused=tie_fused, target=target)
 
     @classmethod
@@ -610,15 +615,20 @@ class HubMPQ(nn.Module):
         graph = graph.at(policy.bits)
         model = copied(self.float_model)
         told = self._told(task)
-        data: Any = [synthetic_batch(self.float_model, self._example)]
-        if calibration is not None:
+        data: Any
+        if calibration is None:
+            data = [synthetic_batch(self.float_model, self._example)]
+        else:
             data = seeded(calibration)
             if isinstance(data, Iterator):  # read once for scales and norms alike
                 data = list(islice(data, 16))
         apply_policy(model, graph, policy, data, limit=batches, per_channel=per_channel, **told, **weights)
         if calibration is not None and reestimate_norms:
             reestimate_batch_norm(model, data, limit=16, **told)
+        cyclic = hasattr(self.model, "hf_quantizer")  # what `_tell_transformers` has told holds the model itself
         self.model, self.policy, self._policy_graph = model.eval(), policy, graph
+        if cyclic:
+            gc.collect()
         self.result, self.history = None, {}
         self.metrics.pop("quantized", None)
         self._tell_transformers()

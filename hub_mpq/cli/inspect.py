@@ -20,7 +20,7 @@ Revision = Annotated[o.Text, typer.Option(help="Branch, tag or commit of a publi
 def inspect(
     model: o.Model,
     loading: Annotated[
-        o.ModelOptions, o.Group(only=("library", "input_size", "model_arg", "pin", "exclude", "target"))
+        o.ModelOptions, o.Group(only=("library", "input_size", "model_arg", "pin", "exclude", "target", "per_expert"))
     ],
     revision: Revision = None,
     as_json: o.Json = False,

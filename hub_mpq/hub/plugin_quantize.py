@@ -18,6 +18,7 @@ from ..core import Candidates, IndicatorOptions, LayerBits, LayerGraph, Policy
 from ..errors import InvalidArgument
 from ..nn.experts import expose_experts
 from ..nn.packing import base_nbytes
+from ..nn.split_experts import split_experts, split_stacks
 from ..pack import Manifest
 from ..search.candidates import resolve_candidates
 from ..search.policy_search import longest_header, search_policy
@@ -49,6 +50,8 @@ def quantize_in_place(model: Any, config: Any, revision: str | None = None) -> M
     model.eval()
     net = network_of(model)
     expose_experts(net)
+    if isinstance(config.policy, Policy):
+        split_experts(net, split_stacks(config.policy.bits))
     example, graph = _graph(model, net, config.exclude, revision)
     batch = synthetic_batch(net, example)
     manifest = Manifest(graph.model_id, graph.revision, graph.library, graph, Policy.uniform(graph, "W2A2"))

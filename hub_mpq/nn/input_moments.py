@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from .block_walk import BlockWalk
 from .blocks import block_with, blocks_of, cache_off
 from .experts import Stack
 from .layers import first_operand
+from .split_experts import stack_and_expert
 
 POSITIONS = 4096
 LIMIT = 1 << 30
@@ -163,17 +165,20 @@ class _Inputs:
         self.model, self.layers, self.diagonal, self.positions, self.mask = model, layers, diagonal, positions, mask
         self.sums: dict[str | tuple[str, int], Tensor] = {}
         self.counts: dict[str | tuple[str, int], int] = {}
+        self.split: dict[str, tuple[str, int]] = {}
         self.kept: Tensor | None = None
         self.stack = ExitStack()
 
     def __enter__(self) -> _Inputs:
         readers: dict[str, str] = {}
         for layer in self.layers:
+            if part := stack_and_expert(self.model, layer.name):
+                self.split[layer.name] = part
 
-            def hook(module: nn.Module, args: Any, kwargs: Any, layer: LayerSpec = layer) -> None:
+            def hook(module: nn.Module, args: Any, kwargs: Any, layer: LayerSpec = layer, part: Any = part) -> None:
                 x = first_operand(args, kwargs)
                 if isinstance(module, Stack):
-                    self.add_expert(layer, x, *args[1:])
+                    self.add_expert(part or (layer.name, args[1]), x, *args[2:])
                 elif readers.setdefault(layer.buffer, layer.name) == layer.name:  # the first that runs
                     self.add(layer.buffer, x)
 
@@ -194,10 +199,10 @@ class _Inputs:
             rows = rows[self.kept.to(x.device).reshape(-1)]
         self.add_rows(key, rows)
 
-    def add_expert(self, layer: LayerSpec, x: Tensor, expert: int, tokens: Tensor, count: int) -> None:
+    def add_expert(self, part: tuple[str, int], x: Tensor, tokens: Tensor, count: int) -> None:
         if self.kept is not None and self.kept.numel() == count:
             x = x[self.kept.to(x.device).reshape(-1)[tokens]]
-        self.add_rows((layer.name, expert), x)
+        self.add_rows(part, x)
 
     def add_rows(self, key: str | tuple[str, int], x: Tensor) -> None:
         step = -(-len(x) // self.positions)
@@ -217,37 +222,50 @@ class _Inputs:
     def found(self) -> LayerMoments:
         """The means over positions."""
         means: dict[str, Tensor] = {}
-        unreached = {}
+        unreached: Counter[str] = Counter()
+        parts = {x.name: self.parts(x) for x in self.layers if layer_kinds.get(x.kind).channel_axis < 0}
+        for stack, expert in (part for found in parts.values() for part in found):
+            unreached[stack] += not self.counts.get((stack, expert))
+        unreached = +unreached
+        every = {stack: mean for stack in unreached if (mean := self.of_all_tokens(stack)) is not None}
         for layer in self.layers:
             key = layer.buffer
-            if layer_kinds.get(layer.kind).channel_axis < 0:
-                parts = [(layer.name, expert) for expert in range(_experts(layer))]
-                if missing := sum(not self.counts.get(part) for part in parts):
-                    unreached[layer.name] = missing
-                if missing < len(parts):
-                    means[key] = self.stacked(layer, parts)
+            if layer.name in parts:
+                stack = parts[layer.name][0][0]
+                if stack not in unreached or stack in every:
+                    means[key] = self.stacked(layer, parts[layer.name], every.get(stack))
             elif key not in means and self.counts.get(key):
-                means[key] = self.mean(layer, self.sums.pop(key), self.counts[key])
+                means[key] = self.mean(layer.name, self.sums.pop(key), self.counts[key])
         moments = {layer.name: means[layer.buffer] for layer in self.layers if layer.buffer in means}
-        return LayerMoments(self.layers, moments, unreached)
+        return LayerMoments(self.layers, moments, dict(unreached))
 
-    def mean(self, layer: LayerSpec, total: Tensor, count: int) -> Tensor:
+    def parts(self, layer: LayerSpec) -> list[tuple[str, int]]:
+        """(stack, expert) of the matrices of a layer."""
+        if layer.name in self.split:
+            return [self.split[layer.name]]
+        return [(layer.name, expert) for expert in range(_experts(layer))]
+
+    def of_all_tokens(self, stack: str) -> Tensor | None:
+        """The moments of what the experts of a stack read together; None where no token reached one."""
+        reached = [key for key in self.sums if isinstance(key, tuple) and key[0] == stack and self.counts.get(key)]
+        if not reached:
+            return None
+        whole = torch.stack([self.sums[key] for key in reached]).sum(0)
+        return self.mean(stack, whole, sum(self.counts[key] for key in reached))
+
+    def mean(self, name: str, total: Tensor, count: int) -> Tensor:
         mean = total.div_(count)
         if not self.diagonal:
             for i in range(0, len(mean), _COLUMNS):
                 strip = slice(i, i + _COLUMNS)
                 mean[:i, strip] = mean[strip, :i].t()
         if not bool(torch.isfinite(mean).all()):
-            raise InvalidArgument(f"layer {layer.name!r} reads NaN or infinite values")
+            raise InvalidArgument(f"layer {name!r} reads NaN or infinite values")
         return mean
 
-    def stacked(self, layer: LayerSpec, parts: list[tuple[str, int]]) -> Tensor:
-        """The moments of all experts; of those that no token reached the mean of all tokens."""
-        reached = [part for part in parts if self.counts.get(part)]
-        out = self.sums[reached[0]].new_empty((len(parts), *self.sums[reached[0]].shape))
-        if len(reached) < len(parts):
-            every = sum(self.counts[part] for part in reached)
-            whole = self.mean(layer, torch.stack([self.sums[part] for part in reached]).sum(0), every)
-        for i, part in enumerate(parts):
-            out[i] = self.mean(layer, self.sums.pop(part), self.counts[part]) if part in reached else whole
-        return out
+    def stacked(self, layer: LayerSpec, parts: list[tuple[str, int]], every: Tensor | None) -> Tensor:
+        """The moments of a layer's experts; of those that no token reached the mean of all tokens."""
+        found = [
+            self.mean(layer.name, self.sums.pop(p), self.counts[p]) if self.counts.get(p) else every for p in parts
+        ]
+        return torch.stack(found)  # type: ignore[arg-type]

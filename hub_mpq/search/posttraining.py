@@ -41,7 +41,7 @@ class PostTraining(SearchStrategy):
         InvalidArgument: `batches` is not a whole number of at least 1.
     """
 
-    trains = False
+    trains, keeps_weights = False, True
 
     def __init__(self, *, batches: int = 2) -> None:
         self.batches = whole("batches", batches, 1)

@@ -140,3 +140,26 @@ def test_both_networks_draw_the_same_random_numbers_and_nobody_elses():
     assert torch.equal(fine, again)
     assert float(fine.mean()) < 0.01
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_outputs_that_are_not_kept_are_computed_again(net, data, monkeypatch):
+    """Those beyond the limit, and those of a class that can't be pickled."""
+    held = [data.tensors[0][48:70], data.tensors[0][70:]]
+    mpq = HubMPQ.from_module(net, X[:1], task="classification")
+    candidates = resolve_candidates(mpq.graph, WIDTHS)
+
+    def measured():
+        meter = PolicyMeter(net, mpq.graph, candidates, [data.tensors[0][:16]], task="classification")
+        values = [meter.measure(mixed(mpq.graph, seed), held) for seed in (0, 1)]
+        return torch.cat(values), meter.forwards
+
+    kept, forwards = measured()
+    with monkeypatch.context() as patch:
+        patch.setattr("hub_mpq.search.kept_outputs.LIMIT", 22 * 5 * 4)  # the first batch's
+        again = measured()
+        assert torch.equal(again[0], kept)
+        assert again[1] == forwards + 1
+    monkeypatch.setattr(torch, "save", lambda *_: 1 / 0)
+    again = measured()
+    assert torch.equal(again[0], kept)
+    assert again[1] == forwards + 2
