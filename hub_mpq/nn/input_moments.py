@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -28,8 +27,8 @@ _COLUMNS = 256  # products are symmetric: of each strip of this many columns, on
 
 class LayerMoments(NamedTuple):
     """Some layers of a model, and what they read: {layer: moments}, without those that no batch reached. Layers that
-    read one tensor have one tensor of moments, the same object. `unreached`: {stack of experts: how many of them no
-    token reached}, where there are such; they have the moments of the whole stack."""
+    read one tensor have one tensor of moments, the same object. `unreached`: {layer of experts: how many of its
+    matrices no token reached}, where there are such; they have the moments of the whole stack."""
 
     layers: tuple[LayerSpec, ...]
     moments: dict[str, Tensor]
@@ -222,22 +221,20 @@ class _Inputs:
     def found(self) -> LayerMoments:
         """The means over positions."""
         means: dict[str, Tensor] = {}
-        unreached: Counter[str] = Counter()
         parts = {x.name: self.parts(x) for x in self.layers if layer_kinds.get(x.kind).channel_axis < 0}
-        for stack, expert in (part for found in parts.values() for part in found):
-            unreached[stack] += not self.counts.get((stack, expert))
-        unreached = +unreached
-        every = {stack: mean for stack in unreached if (mean := self.of_all_tokens(stack)) is not None}
+        missing = {name: [part for part in found if not self.counts.get(part)] for name, found in parts.items()}
+        short = {stack for found in missing.values() for stack, _ in found}
+        every = {stack: mean for stack in sorted(short) if (mean := self.of_all_tokens(stack)) is not None}
         for layer in self.layers:
             key = layer.buffer
             if layer.name in parts:
                 stack = parts[layer.name][0][0]
-                if stack not in unreached or stack in every:
+                if stack not in short or stack in every:
                     means[key] = self.stacked(layer, parts[layer.name], every.get(stack))
             elif key not in means and self.counts.get(key):
                 means[key] = self.mean(layer.name, self.sums.pop(key), self.counts[key])
         moments = {layer.name: means[layer.buffer] for layer in self.layers if layer.buffer in means}
-        return LayerMoments(self.layers, moments, dict(unreached))
+        return LayerMoments(self.layers, moments, {name: len(found) for name, found in missing.items() if found})
 
     def parts(self, layer: LayerSpec) -> list[tuple[str, int]]:
         """(stack, expert) of the matrices of a layer."""

@@ -34,7 +34,7 @@ class RoundedWeights:
         nearest: Whether they are the nearest points of their grids to the float weights.
 
     Attributes:
-        unreached: {stack of experts: how many of them no token reached}, where there are such.
+        unreached: {layer of experts: how many of its matrices no token reached}, where there are such.
     """
 
     def __init__(self, folder: Path | None = None, settings: str = "", *, nearest: bool = False) -> None:
@@ -56,7 +56,7 @@ class RoundedWeights:
         Args:
             layer: The layer.
             choices: {what its weight may become: the weight}.
-            unreached: Of a stack: how many experts no token reached.
+            unreached: Of experts: how many of its matrices no token reached.
 
         Raises:
             HubMPQError: The disk refuses.

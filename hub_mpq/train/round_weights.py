@@ -19,6 +19,7 @@ from ..errors import InvalidArgument
 from ..nn.input_moments import input_moments
 from ..nn.quantize import check_finite
 from ..nn.rounded_weights import RoundedWeights
+from ..nn.split_experts import stack_and_expert
 from ..pack import PackedTensor, pack_weight
 from ..quantizers.gptq import Factor
 from ..quantizers.weight_grid import WeightGrid, weight_grid
@@ -114,7 +115,7 @@ def round_weights(
     settings = "" if folder is None else f"2 {rounding} {digest_of(taken, model.state_dict())}"
     rounded = RoundedWeights(folder, settings, nearest=rounding == "nearest")
     layers = [layer for layer in graph if layer.name in choices]
-    left = [x for x in layers if not (resume and rounded.has(x, choices[x.name]))]
+    left = _left(model, layers, {x.name for x in layers if not (resume and rounded.has(x, choices[x.name]))})
     with tqdm(total=len(layers), initial=len(layers) - len(left), desc="weights", unit="layer", leave=False) as bar:
 
         def store(
@@ -144,12 +145,20 @@ def round_weights(
             store(layer)
     if rounded.unreached:
         logger.warning(
-            "%d experts of %d stacks were reached by no token of the batches: they are rounded by what the other "
-            "experts of their stack read",
+            "no token of the batches reached %d matrices of experts (of %s): they are rounded by what the other experts "
+            "of their stack read",
             sum(rounded.unreached.values()),
-            len(rounded.unreached),
+            ", ".join([*rounded.unreached][:3]) + (", …" if len(rounded.unreached) > 3 else ""),
         )
     return rounded
+
+
+def _left(model: nn.Module, layers: Sequence[LayerSpec], missing: set[str]) -> list[LayerSpec]:
+    """The layers to round: those that are missing, and the other experts of their stacks, since one that no token
+    reached is rounded by what these read."""
+    stacks = {x.name: part[0] for x in layers if (part := stack_and_expert(model, x.name))}
+    again = {stacks[name] for name in missing if name in stacks}
+    return [x for x in layers if x.name in missing or stacks.get(x.name) in again]
 
 
 def round_weight(

@@ -205,9 +205,10 @@ def test_experts_that_no_token_reaches_have_what_the_others_have(tmp_path, caplo
         assert rows[3][bits] == pytest.approx(sum(row[bits] for row in rows[:3]) / 3)
     choice = LayerBits(3, 32)
     with caplog.at_level(logging.WARNING):
-        rounded = round_weights(mpq.float_model, mpq.graph, {f"{STACK}.{i}": (choice,) for i in range(4)}, data)
-    assert rounded.unreached == {STACK: 1}
-    assert "1 experts of 1 stacks were reached by no token" in caplog.text
+        choices = {f"{STACK}.{i}": (choice,) for i in range(4)}
+        rounded = round_weights(mpq.float_model, mpq.graph, choices, data, folder=tmp_path / "rounded")
+    assert rounded.unreached == {f"{STACK}.3": 1}
+    assert f"no token of the batches reached 1 matrices of experts (of {STACK}.3)" in caplog.text
     whole = loaded(tmp_path, "mixtral")
     whole.float_model.model.layers[1].mlp.experts.register_forward_pre_hook(
         lambda _m, args: (args[0], args[1].clamp_max(2), args[2])
@@ -215,6 +216,10 @@ def test_experts_that_no_token_reaches_have_what_the_others_have(tmp_path, caplo
     together = round_weights(whole.float_model, whole.graph, {STACK: (choice,)}, data).packed(STACK, choice)
     for i in range(4):
         assert torch.equal(rounded.packed(f"{STACK}.{i}", choice).dequantize()[0], together.dequantize()[i])
+    # stopped before it: what it is rounded by are the others
+    (tmp_path / "rounded" / rounded._file(mpq.graph[f"{STACK}.3"]).name).unlink()
+    again = round_weights(mpq.float_model, mpq.graph, choices, data, folder=tmp_path / "rounded", resume=True)
+    assert torch.equal(again.packed(f"{STACK}.3", choice).dequantize()[0], together.dequantize()[3])
 
 
 def test_it_is_for_models_with_experts(tmp_path):
