@@ -145,8 +145,8 @@ def round_weights(
             store(layer)
     if rounded.unreached:
         logger.warning(
-            "no token of the batches reached %d matrices of experts (of %s): they are rounded by what the other experts "
-            "of their stack read",
+            "no token of the batches reached %d matrices of experts (of %s): they are rounded by what the other "
+            "experts of their stack read",
             sum(rounded.unreached.values()),
             ", ".join([*rounded.unreached][:3]) + (", …" if len(rounded.unreached) > 3 else ""),
         )

@@ -18,7 +18,7 @@ def printed(script, *arguments):
     # freed memory is returned at once, so that what is resident is what is used
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, Path(__file__).with_name(script), *arguments]
-    ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=True)
+    ran = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     return json.loads(ran.stdout.splitlines()[-1])
 
 
