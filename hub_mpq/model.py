@@ -206,7 +206,7 @@ class HubMPQ(nn.Module):
         if folder is not None:
             exclude = tuple(exclude)
             asked: dict[str, Any] = {"fixed": fixed, "exclude": exclude, "weight_only": weight_only}
-            asked |= {"tie_fused": tie_fused, "target": target}
+            asked |= {"tie_fused": tie_fused, "target": target, "per_expert": per_expert}
             if told := [name for name, value in asked.items() if value]:
                 raise InvalidArgument(
                     f"{str(model_id)!r} is packed, its policy is made: {', '.join(told)} is of float models; load its "
