@@ -83,7 +83,14 @@ def unwritten(config: Any) -> str | None:
     if config.model_type not in ARCHITECTURES:
         return f"a {config.model_type}"
     kind = _rope(config).get("rope_type", "default")
-    return None if kind in ("default", "linear") else f"a {config.model_type} with rotary embeddings of type {kind!r}"
+    if kind not in ("default", "linear"):
+        return f"a {config.model_type} with rotary embeddings of type {kind!r}"
+    if config.hidden_act not in ("silu", "swish"):  # llama.cpp knows these architectures with it alone
+        return f"a {config.model_type} with activation {config.hidden_act!r}"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < config.max_position_embeddings:
+        return f"a {config.model_type} that attends to a window of {window} tokens"
+    return None
 
 
 def _rope(config: Any) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def test_blocks_hold_the_same_weights(bits, zeros):
     [
         ("llama", {"tie_word_embeddings": True}),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e4}}),
-        ("mistral", {"num_key_value_heads": 1}),
+        ("mistral", {"num_key_value_heads": 1, "sliding_window": None}),
         ("qwen2", {}),
         ("qwen3", {"head_dim": 128}),  # transformers' reader knows no other
     ],
@@ -135,21 +135,34 @@ def test_other_architectures_have_a_tensor_type_file(tmp_path):
     assert not (tmp_path / "out" / FILE).exists()
 
 
+SCALED = {"factor": 8.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+
+
 @pytest.mark.parametrize(
-    ("kind", "rope"),
+    ("kind", "changes", "said"),
     [
-        ("llama", {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
-        ("qwen2", {"rope_type": "yarn"}),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **SCALED}},
+            "rotary embeddings of type 'llama3'",
+        ),
+        ("qwen2", {"rope_parameters": {"rope_type": "yarn", **SCALED}}, "rotary embeddings of type 'yarn'"),
+        ("llama", {"hidden_act": "gelu"}, "activation 'gelu'"),
+        ("mistral", {"sliding_window": 128}, "a window of 128 tokens"),
+        (
+            "qwen2",
+            {"sliding_window": 128, "use_sliding_window": True, "max_window_layers": 1},
+            "a window of 128 tokens",
+        ),
     ],
 )
-def test_rotary_embeddings_it_does_not_write_have_a_tensor_type_file(tmp_path, kind, rope):
-    rope = {**rope, "factor": 8.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
-    folder = build(tmp_path / "float", kind, rope_parameters=rope, max_position_embeddings=512)
+def test_models_that_it_does_not_write_have_a_tensor_type_file(tmp_path, kind, changes, said):
+    folder = build(tmp_path / "float", kind, max_position_embeddings=512, **changes)
     mpq = HubMPQ.from_pretrained(folder, target="gguf").apply_policy("W4")
     assert "GGUF file" not in mpq.usage().amounts
     with pytest.raises(InvalidArgument, match="limit weight_bits"):
         mpq.check_reachable(size="W4")
-    with pytest.warns(UserWarning, match=f"rotary embeddings of type '{rope['rope_type']}' is not written as GGUF"):
+    with pytest.warns(UserWarning, match=f"{said} is not written as GGUF"):
         mpq.export(tmp_path / "out", "gguf")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [TENSOR_TYPES]
     assert r"^blk\.0\.attn_q\.weight$=q4_0" in (tmp_path / "out" / TENSOR_TYPES).read_text()
