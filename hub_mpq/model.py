@@ -621,7 +621,7 @@ class HubMPQ(nn.Module):
         else:
             data = seeded(calibration)
             if isinstance(data, Iterator):  # read once for scales and norms alike
-                data = list(islice(data, 16))
+                data = list(islice(data, max(16, batches)))
         apply_policy(model, graph, policy, data, limit=batches, per_channel=per_channel, **told, **weights)
         if calibration is not None and reestimate_norms:
             reestimate_batch_norm(model, data, limit=16, **told)
