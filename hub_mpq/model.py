@@ -62,6 +62,7 @@ from .report import measurements, report
 from .search.candidates import (
     CandidatesLike,
     check_one_grid,
+    first_groups,
     resolve_candidates,
     weights_alone,
 )
@@ -447,7 +448,7 @@ class HubMPQ(nn.Module):
         whole = self._for_target(Budget.of(budget, limits) or Budget(), graph)
         _check_seconds(validate_seconds)
         scored = self._scored(graph, alpha, self._scored_candidates(graph, candidates))
-        whole = whole.with_groups(*_first_groups(scored.candidates))
+        whole = whole.with_groups(*first_groups(scored.candidates))
         result = scored.optimum(whole, time_limit)
         if validate is not None:
             finish = on_batches(scored, self.float_model, validate, validate_seconds, **self._told(None))
@@ -495,10 +496,10 @@ class HubMPQ(nn.Module):
         whole = self._for_target(Budget.of(budget, limits) or Budget(), graph)
         if self.scores is not None and (strategy is None or self._serves(strategy, graph)):
             scored = self._scored(graph, None, self._scored_candidates(graph, candidates))
-            scored.optimum(whole.with_groups(*_first_groups(scored.candidates)))
+            scored.optimum(whole.with_groups(*first_groups(scored.candidates)))
         else:
             chosen = self._candidates(graph, candidates)
-            self._check_reachable(graph, whole.with_groups(*_first_groups(chosen)), chosen)
+            self._check_reachable(graph, whole.with_groups(*first_groups(chosen)), chosen)
 
     def _check_reachable(self, graph: LayerGraph, budget: Budget, candidates: Mapping[str, Candidates]) -> None:
         table = equal_scores(graph, candidates)
@@ -532,7 +533,7 @@ class HubMPQ(nn.Module):
         scored = self._scored(graph, alpha, self._scored_candidates(graph, candidates))
         others = Budget.of(budget, limits)
         if others is not None:
-            others = self._for_target(others, graph).with_groups(*_first_groups(scored.candidates))
+            others = self._for_target(others, graph).with_groups(*first_groups(scored.candidates))
         if limit == "size" and self.target is not None and self.target.own_size:
             raise InvalidArgument(
                 f"a front over size is of the packed file, not of the {self.target.own_size}: run over weight_bits"
@@ -780,7 +781,7 @@ class HubMPQ(nn.Module):
         candidates = self._candidates(graph, candidates, group_size, symmetric)
         if whole is not None:
             whole = self._for_target(whole, graph)
-            whole = whole.with_groups(*_first_groups(candidates, check_group_sizes(group_size)))
+            whole = whole.with_groups(*first_groups(candidates, check_group_sizes(group_size)))
         alone = weights_alone(graph, candidates)
         if rounding is None and alone and per_channel and train is not None and not tuned and world()[1] == 1:
             rounding = "gptq"
@@ -1124,14 +1125,6 @@ class HubMPQ(nn.Module):
         if not self.weight_only:
             return found
         return {name: replace(c, activation=(FLOAT_BITS,)) for name, c in found.items()}
-
-
-def _first_groups(candidates: Mapping[str, Candidates], asked: Iterable[int | None] = ()) -> tuple[int | None, bool]:
-    """The group size and symmetry that a level in a budget stands for: the first that was asked for and is there."""
-    for c in candidates.values():
-        if c.group_size != (None,) or not c.symmetric:
-            return next((size for size in asked if size in c.group_size), c.group_size[0]), c.symmetric
-    return None, True
 
 
 def _check_seconds(seconds: float | None) -> None:

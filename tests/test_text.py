@@ -219,3 +219,9 @@ def test_perplexity_of_other_tasks_text_is_refused(tmp_path):
     (tmp_path / "text.txt").write_text(words(100))
     with pytest.raises(InvalidArgument, match="BertForMaskedLM is no causal language model"):
         mpq.perplexity(tmp_path / "text.txt")
+
+
+def test_token_ids_of_any_whole_type():
+    ids = torch.arange(20) % 7
+    found = {perplexity(decoder(), given)["perplexity"] for given in (ids, ids.int(), ids.numpy().astype("uint16"))}
+    assert len(found) == 1

@@ -20,7 +20,7 @@ from ..nn.experts import expose_experts
 from ..nn.packing import base_nbytes
 from ..nn.split_experts import split_experts, split_stacks
 from ..pack import Manifest
-from ..search.candidates import resolve_candidates
+from ..search.candidates import first_groups, resolve_candidates
 from ..search.policy_search import longest_header, search_policy
 from ..search.scores import candidates_of, score_table
 from ..search.synthetic_data import synthetic_batch
@@ -50,14 +50,16 @@ def quantize_in_place(model: Any, config: Any, revision: str | None = None) -> M
     model.eval()
     net = network_of(model)
     expose_experts(net)
-    if isinstance(config.policy, Policy):
-        split_experts(net, split_stacks(config.policy.bits))
+    scores = None
+    if config.budget is not None and Path(model.name_or_path).is_dir():
+        scores = read_folder_indicators(model.name_or_path)
+    named = config.policy.bits if isinstance(config.policy, Policy) else {}
+    split_experts(net, split_stacks([*named, *(() if scores is None else (*scores.weight, *scores.pairs))]))
     example, graph = _graph(model, net, config.exclude, revision)
     batch = synthetic_batch(net, example)
     manifest = Manifest(graph.model_id, graph.revision, graph.library, graph, Policy.uniform(graph, "W2A2"))
     policy = config.policy
     if config.budget is not None:
-        scores = read_folder_indicators(model.name_or_path) if Path(model.name_or_path).is_dir() else None
         if scores is None:
             warnings.warn(
                 "no stored indicators: searching with scales that were not trained, on synthetic inputs; "
@@ -76,7 +78,7 @@ def quantize_in_place(model: Any, config: Any, revision: str | None = None) -> M
             wanted = resolve_candidates(graph, widths, config.group_size, config.symmetric)
             table, _ = score_table(scores, graph, wanted)
         base = base_nbytes(net, replace(manifest, policy=longest_header(manifest.policy, table)))
-        budget = config.budget.with_groups(config.group_size, config.symmetric)
+        budget = config.budget.with_groups(*first_groups(candidates_of(table)))
         policy = search_policy(graph, table, budget, base_bytes=base, sense=scores.sense).policy
     else:
         policy = Policy.uniform(graph, policy) if isinstance(policy, LayerBits) else policy

@@ -131,13 +131,20 @@ def _parts(layers: Iterable[LayerSpec], diagonal: bool, limit: int) -> Iterator[
     for layer in layers:
         columns = layer.weight_count // channel_count(layer.kind, layer.weight_shape)
         size = 4 * columns * (1 if diagonal else columns) * _experts(layer)
-        if part and sum(sizes.values()) + (0 if layer.buffer in sizes else size) > limit:
+        full = part and sum(sizes.values()) + (0 if layer.buffer in sizes else size) > limit
+        if full and not (_stack(layer) and _stack(layer) == _stack(part[-1])):
             yield part
             part, sizes = [], {}
         part.append(layer)
         sizes[layer.buffer] = size
     if part:
         yield part
+
+
+def _stack(layer: LayerSpec) -> str:
+    """The stack that an expert's matrix is of, if the name is one; experts of a stack are looked at together."""
+    stack, _, expert = layer.name.rpartition(".")
+    return stack if expert.isdecimal() and layer_kinds.get(layer.kind).channel_axis < 0 else ""
 
 
 def _long(shape: Sequence[int]) -> list[int]:
@@ -262,7 +269,8 @@ class _Inputs:
 
     def stacked(self, layer: LayerSpec, parts: list[tuple[str, int]], every: Tensor | None) -> Tensor:
         """The moments of a layer's experts; of those that no token reached the mean of all tokens."""
-        found = [
-            self.mean(layer.name, self.sums.pop(p), self.counts[p]) if self.counts.get(p) else every for p in parts
-        ]
-        return torch.stack(found)  # type: ignore[arg-type]
+        first = next(x for x in (*(self.sums.get(part) for part in parts), every) if x is not None)
+        out = first.new_empty((len(parts), *first.shape))
+        for i, part in enumerate(parts):
+            out[i] = self.mean(layer.name, self.sums.pop(part), self.counts[part]) if self.counts.get(part) else every
+        return out

@@ -74,3 +74,11 @@ def _widths(graph: LayerGraph, value: CandidatesLike) -> dict[str, Candidates]:
             raise InvalidArgument(f"candidates: {key!r} is no kind of layer and matches no searched layer")
         out.update(dict.fromkeys(hits, chosen))
     return out
+
+
+def first_groups(candidates: Mapping[str, Candidates], asked: Iterable[int | None] = ()) -> tuple[int | None, bool]:
+    """The group size and symmetry that a level in a budget stands for: the first that was asked for and is there."""
+    for c in candidates.values():
+        if c.group_size != (None,) or not c.symmetric:
+            return next((size for size in asked if size in c.group_size), c.group_size[0]), c.symmetric
+    return None, True

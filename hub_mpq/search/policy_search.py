@@ -60,8 +60,11 @@ def longest_header(policy: Policy, scores: Scores) -> Policy:
         policy: What layers without scores take.
         scores: {searched layer: {widths: score}}.
     """
-    longest = {name: max(row, key=lambda bits: (bits.grouped, bits)) for name, row in scores.items()}
-    return replace(policy, bits={**policy.bits, **longest})
+
+    def entries(bits: LayerBits) -> tuple[Any, ...]:
+        return not bits.symmetric, bits.group_size is not None, len(str(bits)), bits
+
+    return replace(policy, bits={**policy.bits, **{name: max(row, key=entries) for name, row in scores.items()}})
 
 
 def _stored(layer: LayerSpec, bits: LayerBits | None) -> int:
@@ -117,7 +120,7 @@ def inferred_policy(graph: LayerGraph, indicators: Indicators, candidates: Mappi
     searched = {layer.name for layer in graph.searched}
     if not searched <= set(found) or any(found[name].weight == FLOAT_BITS for name in searched):
         raise InvalidArgument("the widths that the scores say training settled on are not those of this model")
-    grouped = {n: found[n].with_groups(c.group_size[0], c.symmetric) for n, c in candidates.items() if n in found}
+    grouped = {name: candidates[name].grouped(found[name])[0] for name in searched}
     return Policy({x.name: x.fixed or grouped[x.name] for x in graph}, graph.digest)
 
 

@@ -92,6 +92,7 @@ def perplexity(
         raise InvalidArgument(f"token ids are whole numbers: {error}") from error
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or len(ids) < 2:
         raise InvalidArgument(f"perplexity needs two token ids or more, not {len(ids)} of {ids.dtype}")
+    ids = ids.long()
     config: Any = getattr(model, "config", None)
     words = config.get_text_config().vocab_size if hasattr(config, "get_text_config") else None
     if words is not None and not (int(ids.min()) >= 0 and int(ids.max()) < words):
@@ -104,6 +105,6 @@ def perplexity(
         raise InvalidArgument(f"context is 2 to {most or 'any number of'} tokens for this model, not {context}")
     if not 1 <= stride <= context:
         raise InvalidArgument(f"stride is 1 to {context} tokens, the context, not {stride}")
-    windows = Windows(ids.long(), context, stride, known.ignore_index)
+    windows = Windows(ids, context, stride, known.ignore_index)
     found = evaluate(model, windows, task=known, example=example)
     return {**found, "tokens": windows.scored, "context": context, "stride": stride}

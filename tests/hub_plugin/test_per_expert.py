@@ -10,18 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from family_toys import IDS, Family, build
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hub_mpq import HubMPQ, Policy
+from hub_mpq import HubMPQ, MPQConfig, Policy
 from hub_mpq.core import LayerBits
 from hub_mpq.core.files import PACKED
 from hub_mpq.core.library import libraries
 from hub_mpq.errors import InvalidArgument
 from hub_mpq.export.float_copy import float_copy_state
+from hub_mpq.nn.input_moments import input_moments
 from hub_mpq.nn.packing import predicted_nbytes
 from hub_mpq.nn.split_experts import SplitStack
+from hub_mpq.pack import write_indicators
 from hub_mpq.train.round_weights import round_weights
 
 KINDS = ["mixtral", "qwen3_moe", "gpt_oss"]
@@ -240,3 +243,31 @@ def test_a_users_own_network_stays_as_it_is(tmp_path):
     mpq.apply_policy("W4", [{"input_ids": IDS}]).save_pretrained(tmp_path)
     assert torch.equal(HubMPQ.from_pretrained(tmp_path, module=net)(input_ids=IDS).logits, mpq(input_ids=IDS).logits)
     assert all(before[key] is value for key, value in net.state_dict(keep_vars=True).items())
+
+
+def test_moments_of_a_stack_are_read_at_once(tmp_path, monkeypatch):
+    """However little memory there is, in networks without blocks: experts that no token reached have what all the
+    others read."""
+    monkeypatch.setattr("hub_mpq.nn.input_moments.blocks_of", lambda *_: None)
+    found = {}
+    for per_expert in (True, False):
+        mpq = loaded(tmp_path, "mixtral", per_expert=per_expert)
+        stack = mpq.float_model.model.layers[1].mlp.experts
+        stack.register_forward_pre_hook(lambda _m, args: (args[0], args[1].clamp_max(2), args[2]))  # none reaches 3
+        layers = [x for x in mpq.graph if x.name.startswith(STACK)]
+        parts = input_moments(mpq.float_model, layers, [{"input_ids": IDS}], lambda net, x: net(**x), limit=1)
+        found[per_expert] = torch.cat([part.moments[x.name] for part in parts for x in part.layers])
+    assert torch.equal(found[True], found[False])
+
+
+@pytest.mark.filterwarnings("ignore:no calibration")
+def test_a_budget_is_met_by_stored_scores_of_each_expert(tmp_path):
+    mpq = loaded(tmp_path, "mixtral", per_expert=True)
+    mpq.quantize(size="W3", train=[{"input_ids": IDS}], epochs=0, validate=False)
+    write_indicators(tmp_path / "float" / "indicators.safetensors", mpq.scores)
+    limit = int(mpq.usage("W3")["size"]) + 4000  # inputs of fixed layers are quantized too
+    config = MPQConfig(size=limit)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    assert f"{STACK}.3" in model.hf_quantizer.manifest.policy.bits
+    model.save_pretrained(tmp_path / "packed")
+    assert (tmp_path / "packed" / PACKED).stat().st_size <= limit

@@ -88,7 +88,14 @@ def test_mistakes(made, tmp_path):
 @pytest.mark.parametrize("resident", [None, "packed"])
 @pytest.mark.parametrize(
     "given",
-    [{"target": "gguf"}, {"fixed": {"*": "W4"}}, {"exclude": ["*q_proj"]}, {"weight_only": True}, {"tie_fused": True}],
+    [
+        {"target": "gguf"},
+        {"fixed": {"*": "W4"}},
+        {"exclude": ["*q_proj"]},
+        {"weight_only": True},
+        {"tie_fused": True},
+        {"per_expert": True},
+    ],
 )
 def test_what_is_quantized_of_a_packed_model_is_not_asked(made, resident, given):
     _, folder = made

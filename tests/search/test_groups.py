@@ -14,6 +14,7 @@ from hub_mpq.cost.size import layer_nbytes
 from hub_mpq.errors import InvalidArgument
 from hub_mpq.search.candidates import resolve_candidates
 from hub_mpq.search.measure import PolicyMeter
+from hub_mpq.search.policy_search import inferred_policy, longest_header
 from hub_mpq.search.scores import candidates_of, equal_scores, score_table
 from hub_mpq.search.sensitivity import LEAST, monotone
 from hub_mpq.tasks import task_of
@@ -335,3 +336,19 @@ def test_scores_say_in_which_groups_they_were_measured(strategy):
     }
     assert mpq.search(bitops="W4A6").policy == mpq.policy
     assert " kl" in mpq.report().splitlines()[1]
+
+
+def test_the_longest_header_has_zero_points_where_any_choice_has_them():
+    graph = HubMPQ.from_module(decoder(), BATCHES[0], weight_only=True).graph
+    row = dict.fromkeys(map(LayerBits.parse, ("W4g32zA32", "W8g32A32", "W8A32", "W2zA32")), 1.0)
+    longest = longest_header(Policy.uniform(graph, "W2A32"), {graph.searched[0].name: row})
+    assert str(longest.bits[graph.searched[0].name]) == "W4g32zA32"
+
+
+def test_inferred_widths_are_of_the_menu():
+    graph = HubMPQ.from_module(decoder(), BATCHES[0], weight_only=True).graph
+    widths = {x.name: f"W{2 + i % 2}A32" for i, x in enumerate(graph.searched)}
+    menu = Candidates(activation=(32,), menu=(LayerBits.parse("W2g16zA32"), LayerBits.parse("W3g16A32")))
+    scores = Indicators({}, {}, provenance={"inferred": widths, "strategy": "dq"})
+    policy = inferred_policy(graph, scores, dict.fromkeys(widths, menu))
+    assert {str(policy.bits[name]) for name in widths} == {"W2g16zA32", "W3g16A32"}

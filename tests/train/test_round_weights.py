@@ -7,7 +7,7 @@ import torch
 from text_toys import decoder
 from torch import nn
 
-from hub_mpq import HubMPQ
+from hub_mpq import HubMPQ, Policy
 from hub_mpq.adapters import from_module
 from hub_mpq.core import LayerBits
 from hub_mpq.errors import HubMPQError, InvalidArgument
@@ -161,7 +161,7 @@ def test_files_of_another_run_are_not_taken_over(mpq, tmp_path, monkeypatch, cha
     assert found.packed("model.layers.0.mlp.up_proj", LayerBits(3, 32)).num_bits == 3
 
 
-def test_a_digest_is_of_tensors_arrays_and_lists():
+def test_a_digest_is_of_tensors_and_lists():
     made = [module.digest_of(x) for x in (IDS, IDS + 1, IDS.tolist(), (IDS + 1).tolist(), IDS.float(), IDS.flatten())]
     assert len(set(made)) == len(made)
     assert module.digest_of({"a": IDS}) == module.digest_of([IDS.clone()])
@@ -196,7 +196,7 @@ def test_what_cannot_be_is_said(mpq):
     net = copy.deepcopy(mpq.float_model)
     net.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(InvalidArgument, match="NaN"):
-        apply_policy(net, mpq.graph, mpq.policy, BATCHES, rounding="gptq")
+        apply_policy(net, mpq.graph, Policy.uniform(mpq.graph, "W4A32"), BATCHES, rounding="gptq")
 
 
 def test_choices_of_a_shared_weight_are_its_owners():
