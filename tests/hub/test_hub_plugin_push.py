@@ -77,14 +77,15 @@ def test_experts_that_are_decisions_of_their_own_are_pushed_and_pulled(hub, tmp_
     ids = torch.arange(12)[None]
     mpq = HubMPQ.from_pretrained(tmp_path / "float", weight_only=True, per_expert=True)
     mpq.quantize(weight_bits=3.0, train=[{"input_ids": ids}], epochs=0, candidates=(2, 4), validate=False)
-    mpq.push_to_hub("me/experts", token="write-token")
+    repo = f"me/experts-{kind.lower()}"  # caches know a repository by its name
+    mpq.push_to_hub(repo, token="write-token")
     with torch.no_grad():
         wanted = mpq(input_ids=ids).logits
-        assert torch.equal(HubMPQ.from_pretrained("me/experts")(input_ids=ids).logits, wanted)
-        assert torch.equal(transformers.AutoModelForCausalLM.from_pretrained("me/experts")(ids).logits, wanted)
+        assert torch.equal(HubMPQ.from_pretrained(repo)(input_ids=ids).logits, wanted)
+        assert torch.equal(transformers.AutoModelForCausalLM.from_pretrained(repo)(ids).logits, wanted)
         (tmp_path / "plain").mkdir()
         for name in ("config.json", FLOAT_COPY):
-            (tmp_path / "plain" / name).write_bytes(hub.store.content("me/experts")[name])
+            (tmp_path / "plain" / name).write_bytes(hub.store.content(repo)[name])
         plain = json.loads((tmp_path / "plain" / "config.json").read_text())
         plain.pop("quantization_config")
         (tmp_path / "plain" / "config.json").write_text(json.dumps(plain))
