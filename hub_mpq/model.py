@@ -52,7 +52,7 @@ from .hub.load import load_folder, load_resident
 from .hub.origin import local_card
 from .hub.preprocess import local_preprocess
 from .hub.publish import publish
-from .hub.pull import packed_folder
+from .hub.pull import packed_folder, refuse_choices
 from .hub.remote import check_repo_id
 from .nn.packed import packed_layers
 from .nn.packing import base_nbytes
@@ -205,14 +205,8 @@ class HubMPQ(nn.Module):
         where: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
         folder = packed_folder(model_id, **where) if pretrained else None
         if folder is not None:
-            exclude = tuple(exclude)
-            asked: dict[str, Any] = {"fixed": fixed, "exclude": exclude, "weight_only": weight_only}
-            asked |= {"tie_fused": tie_fused, "target": target, "per_expert": per_expert}
-            if told := [name for name, value in asked.items() if value]:
-                raise InvalidArgument(
-                    f"{str(model_id)!r} is packed, its policy is made: {', '.join(told)} is of float models; load its "
-                    "base model to quantize anew"
-                )
+            choices = {"fixed": fixed, "exclude": tuple(exclude), "weight_only": weight_only}
+            refuse_choices(model_id, **choices, tie_fused=tie_fused, target=target, per_expert=per_expert)
             return cls._of_folder(folder, module, task, resident, kwargs)
         if resident is not None:
             raise InvalidArgument(f"resident= is for packed models, and {str(model_id)!r} is none")

@@ -99,7 +99,7 @@ def input_moments(
             for layer in held.layers:
                 del rest[layer.name]
             del held
-    for part in _parts(rest.values(), diagonal, limit):
+    for part in _parts(model, rest.values(), diagonal, limit):
         held = inputs(part)
         with _calm(model), held:
             for i, batch in enumerate(batches):
@@ -124,27 +124,24 @@ def _calm(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _parts(layers: Iterable[LayerSpec], diagonal: bool, limit: int) -> Iterator[list[LayerSpec]]:
-    """Layers in parts whose moments take at most `limit` bytes, one layer at least."""
+def _parts(model: nn.Module, layers: Iterable[LayerSpec], diagonal: bool, limit: int) -> Iterator[list[LayerSpec]]:
+    """Layers in parts whose moments take at most `limit` bytes, one layer, or the experts of one stack, at least."""
     part: list[LayerSpec] = []
     sizes: dict[str, int] = {}
+    last = None
     for layer in layers:
+        stack, _ = stack_and_expert(model, layer.name) or (None, 0)
         columns = layer.weight_count // channel_count(layer.kind, layer.weight_shape)
         size = 4 * columns * (1 if diagonal else columns) * _experts(layer)
         full = part and sum(sizes.values()) + (0 if layer.buffer in sizes else size) > limit
-        if full and not (_stack(layer) and _stack(layer) == _stack(part[-1])):
+        if full and (stack is None or stack != last):
             yield part
             part, sizes = [], {}
+        last = stack
         part.append(layer)
         sizes[layer.buffer] = size
     if part:
         yield part
-
-
-def _stack(layer: LayerSpec) -> str:
-    """The stack that an expert's matrix is of, if the name is one; experts of a stack are looked at together."""
-    stack, _, expert = layer.name.rpartition(".")
-    return stack if expert.isdecimal() and layer_kinds.get(layer.kind).channel_axis < 0 else ""
 
 
 def _long(shape: Sequence[int]) -> list[int]:

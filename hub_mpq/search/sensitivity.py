@@ -234,24 +234,23 @@ def sensitivity(
             {n: {b: _variance(pair[0], pair[1], samples) for b, pair in row.items()} for n, row in found.items()}
         )
         errors[side] = {n: {b: math.sqrt(v / processes) / whole for b, v in row.items()} for n, row in squares.items()}
-    for found in (means["weight"], errors["weight"]):
-        _fill_unreached(model, layers, found)
+    _fill_unreached(model, layers, means["weight"], errors["weight"])
     weight, activation = ({n: monotone(row) for n, row in means[side].items()} for side in sides)
     return Sensitivity(weight, activation, errors["weight"], errors["activation"], unit)
 
 
-def _fill_unreached(model: nn.Module, layers: Mapping[str, Any], rows: Rows) -> None:
-    """Give experts that no token reached the mean of their stack's others: what they cost is not known, and not
-    nothing."""
+def _fill_unreached(model: nn.Module, layers: Mapping[str, Any], means: Rows, errors: Rows) -> None:
+    """Give experts that no token reached the mean of their stack's others, in both: what they cost is not known, and
+    not nothing."""
     stacks: dict[str, list[str]] = {}
     for name, module in layers.items():
         if isinstance(module, Stack) and (part := stack_and_expert(model, name)) is not None:
             stacks.setdefault(part[0], []).append(name)
     for names in stacks.values():
-        reached = [rows[name] for name in names if any(rows[name].values())]
-        for name in names:
-            if reached and not any(rows[name].values()):
-                known = {bits: [row[bits] for row in reached if bits in row] for bits in rows[name]}
+        reached = [name for name in names if any(means[name].values())]
+        for rows in (means, errors) if reached else ():
+            for name in set(names).difference(reached):
+                known = {bits: [rows[other][bits] for other in reached if bits in rows[other]] for bits in rows[name]}
                 rows[name] = {bits: sum(found) / max(len(found), 1) for bits, found in known.items()}
 
 

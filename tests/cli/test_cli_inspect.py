@@ -51,6 +51,10 @@ def test_a_packed_folder_by_its_header(run, packed, monkeypatch):
     assert tree["usage"]["size"] == (packed / "model.mpq.safetensors").stat().st_size
     assert set(tree["policy"]["bits"]) == {row["name"] for row in tree["layers"]}
     assert "conv1.3" in run("inspect", packed).stdout
+    for option in (["--pin", "fc=none"], ["--exclude", "fc"], ["--target", "gguf"], ["--per-expert"]):
+        refused = run("inspect", packed, *option)
+        assert refused.exit_code == 2
+        assert f"its policy is made: {option[0]} is of float models" in refused.stderr
 
 
 def test_experts_one_by_one(run, tmp_path):

@@ -25,6 +25,7 @@ from hub_mpq.nn.input_moments import input_moments
 from hub_mpq.nn.packing import predicted_nbytes
 from hub_mpq.nn.split_experts import SplitStack
 from hub_mpq.pack import write_indicators
+from hub_mpq.search.sensitivity import _fill_unreached
 from hub_mpq.train.round_weights import round_weights
 
 KINDS = ["mixtral", "qwen3_moe", "gpt_oss"]
@@ -271,3 +272,14 @@ def test_a_budget_is_met_by_stored_scores_of_each_expert(tmp_path):
     assert f"{STACK}.3" in model.hf_quantizer.manifest.policy.bits
     model.save_pretrained(tmp_path / "packed")
     assert (tmp_path / "packed" / PACKED).stat().st_size <= limit
+
+
+def test_an_expert_whose_error_is_zero_was_reached(tmp_path):
+    """The spread of one sample is zero; that no token came is told by the mean."""
+    net = loaded(tmp_path, "mixtral", per_expert=True).float_model
+    layers = {f"{STACK}.{i}": net.get_submodule(f"{STACK}.{i}") for i in range(4)}
+    means = {name: {4: score} for name, score in zip(layers, (1.0, 2.0, 3.0, 0.0), strict=True)}
+    errors = {name: {4: error} for name, error in zip(layers, (0.0, 0.2, 0.4, 0.0), strict=True)}
+    _fill_unreached(net, layers, means, errors)
+    assert [row[4] for row in means.values()] == [1.0, 2.0, 3.0, 2.0]
+    assert [row[4] for row in errors.values()] == pytest.approx([0.0, 0.2, 0.4, 0.2])
