@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import glob
 import hashlib
 import json
@@ -39,6 +40,7 @@ from .core import (
     SearchResult,
     Usage,
 )
+from .core.bits import GroupSizes, check_group_sizes
 from .core.library import libraries
 from .core.target import Target, targets
 from .core.task import tasks
@@ -50,20 +52,27 @@ from .hub.load import load_folder, load_resident
 from .hub.origin import local_card
 from .hub.preprocess import local_preprocess
 from .hub.publish import publish
-from .hub.pull import packed_folder
+from .hub.pull import packed_folder, refuse_choices
 from .hub.remote import check_repo_id
 from .nn.packed import packed_layers
 from .nn.packing import base_nbytes
 from .nn.rounded_weights import RoundedWeights
 from .pack import Manifest, read_indicators, write_indicators
 from .report import measurements, report
-from .search.candidates import CandidatesLike, GroupSizes, resolve_candidates, weights_alone
-from .search.policy_search import inferred_policy, pareto_front, search_policy, usage_of
+from .search.candidates import (
+    CandidatesLike,
+    check_one_grid,
+    first_groups,
+    resolve_candidates,
+    weights_alone,
+)
+from .search.policy_search import inferred_policy, longest_header, pareto_front, search_policy, usage_of
 from .search.scores import (
     Scores,
     candidates_of,
     equal_scores,
     expected_divergence,
+    in_scored_groups,
     score_table,
     scored_candidates,
 )
@@ -150,6 +159,7 @@ class HubMPQ(nn.Module):
         weight_only: bool = False,
         tie_fused: bool = False,
         target: Target | str | None = None,
+        per_expert: bool = False,
         pretrained: bool = True,
         resident: str | None = None,
         revision: str | None = None,
@@ -177,6 +187,8 @@ class HubMPQ(nn.Module):
             target: What policies are made for: "vllm" (compressed-tensors), "gguf" (llama.cpp), or a `Target`. Weights
                 alone are quantized, layers take what its menu has of what is asked for, its ties hold, and `size` is
                 in bytes of its file where these are others than the packed file's. None: hub_mpq's own file.
+            per_expert: Each expert of a mixture-of-experts model has widths and scores of its own. False: one decision
+                for each stack of experts. A packed model has what it was made with.
             pretrained: Fetch the published weights.
             resident: Of a packed model of transformers: "packed" or "float", the form in which weights are kept in
                 memory by layers that only run, see `hub_mpq.set_resident`. None: float weights behind quantizers, which
@@ -185,14 +197,20 @@ class HubMPQ(nn.Module):
             token: As for huggingface_hub.
             local_files_only: Ask nothing of the network.
             kwargs: Go to timm or transformers, such as checkpoint_path.
+
+        Raises:
+            InvalidArgument: The model is packed, and it is said what of it is to be quantized; or resident= is of
+                another model.
         """
         where: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
         folder = packed_folder(model_id, **where) if pretrained else None
         if folder is not None:
+            choices = {"fixed": fixed, "exclude": tuple(exclude), "weight_only": weight_only}
+            refuse_choices(model_id, **choices, tie_fused=tie_fused, target=target, per_expert=per_expert)
             return cls._of_folder(folder, module, task, resident, kwargs)
         if resident is not None:
             raise InvalidArgument(f"resident= is for packed models, and {str(model_id)!r} is none")
-        kwargs |= {key: value for key, value in where.items() if value}
+        kwargs |= {key: value for key, value in {**where, "per_expert": per_expert}.items() if value}
         source = adapters.load(str(model_id), pretrained=pretrained, exclude=exclude, **kwargs)
         out = cls(source, task=task, fixed=fixed, weight_only=weight_only, tie_fused=tie_fused, target=target)
         if Path(model_id).is_dir():
@@ -213,6 +231,7 @@ class HubMPQ(nn.Module):
         weight_only: bool = False,
         tie_fused: bool = False,
         target: Target | str | None = None,
+        per_expert: bool = False,
     ) -> HubMPQ:
         """Take any network; it stays float itself.
 
@@ -220,9 +239,9 @@ class HubMPQ(nn.Module):
             net: The network.
             example_input: One batch as it takes it.
             model_id: A name for it; the class's by default.
-            task, fixed, exclude, weight_only, tie_fused, target: As in `from_pretrained`.
+            task, fixed, exclude, weight_only, tie_fused, target, per_expert: As in `from_pretrained`.
         """
-        source = adapters.from_module(net, example_input, model_id=model_id, exclude=exclude)
+        source = adapters.from_module(net, example_input, model_id=model_id, exclude=exclude, per_expert=per_expert)
         return cls(source, task=task, fixed=fixed, weight_only=weight_only, tie_fused=tie_fused, target=target)
 
     @classmethod
@@ -366,15 +385,19 @@ class HubMPQ(nn.Module):
 
     def score_table(self, alpha: float | None = None, candidates: CandidatesLike = None) -> tuple[Scores, float]:
         """({searched layer: {widths: score}}, α): what the solver adds up; `scores.sense` tells which way is better."""
-        return self._score_table(self.graph, alpha, candidates)
+        chosen = self._scored_candidates(self.graph, candidates)
+        return score_table(self._scores(), self.graph, chosen, alpha, weight_only=self.weight_only)
 
-    def _score_table(self, graph: LayerGraph, alpha: float | None, candidates: CandidatesLike) -> tuple[Scores, float]:
-        scores = self._scores()
-        chosen = None if candidates is None else self._candidates(graph, candidates)
-        if chosen is None and self.target is not None:
-            scored = None if scores.pairs else scored_candidates(scores, graph, weight_only=True)
-            chosen = self._candidates(graph, scored)
-        return score_table(scores, graph, chosen, alpha, weight_only=self.weight_only)
+    def _scored_candidates(self, graph: LayerGraph, value: CandidatesLike) -> Mapping[str, Candidates] | None:
+        """Candidates of a search from the scores that are there; None for all that have a score."""
+        graph.check_layers()
+        scores, searched = self._scores(), {layer.name for layer in graph.searched}
+        pairs = {name: row for name, row in scores.pairs.items() if name in searched}
+        if value is None:
+            if self.target is None:
+                return None
+            value = candidates_of(pairs) if pairs else scored_candidates(scores, graph, weight_only=True)
+        return self._candidates(graph, in_scored_groups(resolve_candidates(graph, value), pairs))
 
     def _scores(self) -> Indicators:
         """The scores; HubMPQError where there are none."""
@@ -400,9 +423,11 @@ class HubMPQ(nn.Module):
         measures best. Does not change the model.
 
         Args:
-            budget: A Budget; or name its limits (bitops=, size=, compression=, …, see `Budget`).
+            budget: A Budget; or name its limits (bitops=, size=, compression=, …, see `Budget`). A level ("W4") stands
+                for the first group size of the candidates.
             alpha: Multiplier for LIMPQ's weight indicators; None: 1 for scores in one unit, else the sums are balanced.
-            candidates: Widths that layers may take; None for all that have a score.
+            candidates: Widths that layers may take; None for all that have a score. Where scores are of weights in
+                groups or with zero points alone, widths stand for these.
             fixed: {name or pattern: "W8A8" or None} for this call.
             time_limit: Seconds; past them the best policy so far, with its gap.
             validate: Batches; labels are not looked at. The optimum, uniform (the dearest level within the budget) and
@@ -416,7 +441,8 @@ class HubMPQ(nn.Module):
         graph = self._pinned(fixed)
         whole = self._for_target(Budget.of(budget, limits) or Budget(), graph)
         _check_seconds(validate_seconds)
-        scored = self._scored(graph, alpha, candidates)
+        scored = self._scored(graph, alpha, self._scored_candidates(graph, candidates))
+        whole = whole.with_groups(*first_groups(scored.candidates))
         result = scored.optimum(whole, time_limit)
         if validate is not None:
             finish = on_batches(scored, self.float_model, validate, validate_seconds, **self._told(None))
@@ -424,12 +450,15 @@ class HubMPQ(nn.Module):
         self._note(result)
         return result
 
-    def _scored(self, graph: LayerGraph, alpha: float | None, candidates: CandidatesLike) -> ScoredLayers:
+    def _scored(
+        self, graph: LayerGraph, alpha: float | None, candidates: Mapping[str, Candidates] | None
+    ) -> ScoredLayers:
         """What a search needs beside the budget."""
         graph.check_layers()
-        table, used = self._score_table(graph, alpha, candidates)
-        widths = candidates_of(table) if candidates is None else self._candidates(graph, candidates)
-        return ScoredLayers(graph, self._scores(), table, used, widths, self._base_bytes(graph, table))
+        scores = self._scores()
+        table, used = score_table(scores, graph, candidates, alpha, weight_only=self.weight_only)
+        widths = candidates_of(table) if candidates is None else candidates
+        return ScoredLayers(graph, scores, table, used, widths, self._base_bytes(graph, table))
 
     def _note(self, *results: SearchResult) -> None:
         """Keep the seconds of searches, and warn where the scores predict measurements poorly."""
@@ -459,14 +488,15 @@ class HubMPQ(nn.Module):
         """
         graph = self._pinned(fixed)
         whole = self._for_target(Budget.of(budget, limits) or Budget(), graph)
-        learned = self.scores is not None and (strategy is None or self._serves(strategy, graph))
-        self._check_reachable(graph, whole, candidates, learned=learned)
+        if self.scores is not None and (strategy is None or self._serves(strategy, graph)):
+            scored = self._scored(graph, None, self._scored_candidates(graph, candidates))
+            scored.optimum(whole.with_groups(*first_groups(scored.candidates)))
+        else:
+            chosen = self._candidates(graph, candidates)
+            self._check_reachable(graph, whole.with_groups(*first_groups(chosen)), chosen)
 
-    def _check_reachable(self, graph: LayerGraph, budget: Budget, candidates: CandidatesLike, *, learned: bool) -> None:
-        if learned:
-            self._scored(graph, None, candidates).optimum(budget)
-            return
-        table = equal_scores(graph, self._candidates(graph, candidates))
+    def _check_reachable(self, graph: LayerGraph, budget: Budget, candidates: Mapping[str, Candidates]) -> None:
+        table = equal_scores(graph, candidates)
         search_policy(graph, table, budget, base_bytes=self._base_bytes(graph, table))
 
     def pareto(
@@ -493,7 +523,15 @@ class HubMPQ(nn.Module):
             validate_seconds: As in `search`, of each point.
         """
         _check_seconds(validate_seconds)
-        scored = self._scored(self._pinned(fixed), alpha, candidates)
+        graph = self._pinned(fixed)
+        scored = self._scored(graph, alpha, self._scored_candidates(graph, candidates))
+        others = Budget.of(budget, limits)
+        if others is not None:
+            others = self._for_target(others, graph).with_groups(*first_groups(scored.candidates))
+        if limit == "size" and self.target is not None and self.target.own_size:
+            raise InvalidArgument(
+                f"a front over size is of the packed file, not of the {self.target.own_size}: run over weight_bits"
+            )
         finish = None
         if validate is not None:
             finish = on_batches(scored, self.float_model, validate, validate_seconds, **self._told(None))
@@ -504,7 +542,7 @@ class HubMPQ(nn.Module):
             limit=limit,
             points=points,
             base_bytes=scored.base_bytes,
-            others=Budget.of(budget, limits),
+            others=others,
             sense=scores.sense,
             strategy=scores.strategy,
             seed=scores.seed,
@@ -572,15 +610,20 @@ class HubMPQ(nn.Module):
         graph = graph.at(policy.bits)
         model = copied(self.float_model)
         told = self._told(task)
-        data: Any = [synthetic_batch(self.float_model, self._example)]
-        if calibration is not None:
+        data: Any
+        if calibration is None:
+            data = [synthetic_batch(self.float_model, self._example)]
+        else:
             data = seeded(calibration)
             if isinstance(data, Iterator):  # read once for scales and norms alike
-                data = list(islice(data, 16))
+                data = list(islice(data, max(16, batches)))
         apply_policy(model, graph, policy, data, limit=batches, per_channel=per_channel, **told, **weights)
         if calibration is not None and reestimate_norms:
             reestimate_batch_norm(model, data, limit=16, **told)
+        cyclic = hasattr(self.model, "hf_quantizer")  # what `_tell_transformers` has told holds the model itself
         self.model, self.policy, self._policy_graph = model.eval(), policy, graph
+        if cyclic:
+            gc.collect()
         self.result, self.history = None, {}
         self.metrics.pop("quantized", None)
         self._tell_transformers()
@@ -732,7 +775,7 @@ class HubMPQ(nn.Module):
         candidates = self._candidates(graph, candidates, group_size, symmetric)
         if whole is not None:
             whole = self._for_target(whole, graph)
-            whole = whole.with_groups(*_first_groups(candidates))
+            whole = whole.with_groups(*first_groups(candidates, check_group_sizes(group_size)))
         alone = weights_alone(graph, candidates)
         if rounding is None and alone and per_channel and train is not None and not tuned and world()[1] == 1:
             rounding = "gptq"
@@ -746,8 +789,12 @@ class HubMPQ(nn.Module):
         if indicators is not None:
             self.scores = indicators
         learned = indicators is not None or self._serves(strategy, graph)
-        if whole is not None:
-            self._check_reachable(graph, whole, candidates, learned=learned)
+        if whole is not None and learned:
+            self._scored(graph, None, candidates).optimum(whole)
+        elif whole is not None:
+            self._check_reachable(graph, whole, candidates)
+        if not learned and strategy_named(strategy).trains:
+            check_one_grid(candidates)
         if val is not None:
             rereadable(val, "val")
             if "float" not in self.metrics and self._labelled(val, task):
@@ -790,7 +837,7 @@ class HubMPQ(nn.Module):
                 partial(search_measured, scored, self.float_model, whole, validate, train=train, val=val, **more)
             )
             self._note(result)
-        policy = result.policy if result else inferred_policy(graph, self._scores())
+        policy = result.policy if result else inferred_policy(graph, self._scores(), candidates)
         # fine-tuning starts from the float BatchNorm (LIMPQ) and re-estimates at its end
         if rounded is not None and result is None:  # inferred widths
             rounded = None
@@ -799,8 +846,9 @@ class HubMPQ(nn.Module):
         self._tell_transformers()
         if train is not None and tuned:
             if checkpoint_dir:
-                # by policy: a state of other widths would load without a word
-                tuning = tuning.filled(checkpoint_dir=Path(checkpoint_dir) / f"finetune-{_mark(policy.to_dict())}")
+                # a state of other widths, or of weights that were rounded otherwise, would load without a word
+                of = [policy.to_dict(), rounding]
+                tuning = tuning.filled(checkpoint_dir=Path(checkpoint_dir) / f"finetune-{_mark(of)}")
             self.finetune(train, tuning, task=task, engine=engine)
         if val is not None:
             self.evaluate(val, task=task)
@@ -906,9 +954,8 @@ class HubMPQ(nn.Module):
     def _base_bytes(self, graph: LayerGraph, table: Scores | None = None, model: nn.Module | None = None) -> int:
         """`base_bytes` at policies of a table's choices: the header tells inputs, groups and zero points."""
         model = model or (self._float[0] if self._float else self.model)
-        bits = dict(Policy.uniform(graph, "W2A32" if self.weight_only else "W2A2").bits)
-        bits |= {name: max(row, key=lambda b: (b.grouped, b)) for name, row in (table or {}).items()}
-        return base_nbytes(model, self._manifest(Policy(bits, graph.digest), graph))
+        policy = longest_header(Policy.uniform(graph, "W2A32" if self.weight_only else "W2A2"), table or {})
+        return base_nbytes(model, self._manifest(policy, graph))
 
     # saving and publishing
 
@@ -1072,14 +1119,6 @@ class HubMPQ(nn.Module):
         if not self.weight_only:
             return found
         return {name: replace(c, activation=(FLOAT_BITS,)) for name, c in found.items()}
-
-
-def _first_groups(candidates: Mapping[str, Candidates]) -> tuple[int | None, bool]:
-    """The group size and symmetry that a level in a budget stands for."""
-    for c in candidates.values():
-        if c.group_size != (None,) or not c.symmetric:
-            return c.group_size[0], c.symmetric
-    return None, True
 
 
 def _check_seconds(seconds: float | None) -> None:

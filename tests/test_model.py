@@ -452,3 +452,13 @@ def test_weights_that_a_hook_computes(normed, tmp_path):
     mpq = HubMPQ.from_module(net, x[:1], fixed={"*": None}).apply_policy("W4A8", [x])
     mpq.save_pretrained(tmp_path)
     assert torch.equal(HubMPQ.from_pretrained(tmp_path, module=net)(x), mpq(x))
+
+
+def test_a_generator_calibrates_on_as_many_batches_as_a_list():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    batches = [torch.full((2, 4), float(i)) for i in range(20)]  # the later, the larger
+    scales = []
+    for data in (batches, iter(batches), batches[:16]):
+        mpq = HubMPQ.from_module(net, batches[0], fixed={"0": "W4A4"}).apply_policy("W4A4", data, batches=20)
+        scales.append(float(mpq.model[0].input_quantizer.scale))
+    assert scales[0] == scales[1] != scales[2]

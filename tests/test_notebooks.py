@@ -35,10 +35,12 @@ def code_cells(notebook):
 @pytest.fixture
 def quiet():
     """Notebooks may silence transformers."""
-    verbosity = transformers.utils.logging.get_verbosity()
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     yield
-    transformers.utils.logging.set_verbosity(verbosity)
-    transformers.utils.logging.enable_progress_bar()
+    logging.set_verbosity(verbosity)
+    if bars:
+        logging.enable_progress_bar()
 
 
 @pytest.mark.usefixtures("quiet")

@@ -102,6 +102,12 @@ def test_lengths_out_of_range_are_named(changes, words):
         perplexity(decoder(), ids, **changes)
 
 
+@pytest.mark.parametrize("ids", [["a", "b"], [0.5, 1.0], [True, False], [3, -1], [3, 10**6], [[1, 2], [3]]])
+def test_what_are_no_token_ids_of_the_model_is_named(ids):
+    with pytest.raises(InvalidArgument, match="token ids"):
+        perplexity(decoder(), ids)
+
+
 def test_perplexity_is_of_causal_language_models():
     config = transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     with pytest.raises(InvalidArgument, match="BertForMaskedLM is no causal language model"):
@@ -213,3 +219,9 @@ def test_perplexity_of_other_tasks_text_is_refused(tmp_path):
     (tmp_path / "text.txt").write_text(words(100))
     with pytest.raises(InvalidArgument, match="BertForMaskedLM is no causal language model"):
         mpq.perplexity(tmp_path / "text.txt")
+
+
+def test_token_ids_of_any_whole_type():
+    ids = torch.arange(20) % 7
+    found = {perplexity(decoder(), given)["perplexity"] for given in (ids, ids.int(), ids.numpy().astype("uint16"))}
+    assert len(found) == 1

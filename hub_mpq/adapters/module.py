@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..core.library import Library
 from ..errors import InvalidArgument
 from ..nn.experts import expose_experts, has_stacked_experts
+from ..nn.split_experts import split_experts
 from .base import Source
 from .forward import Example, tensors_of
 from .restore_state import copied_structure
@@ -38,12 +39,14 @@ def from_module(
     model_id: str | None = None,
     preprocess: Mapping[str, Any] | None = None,
     exclude: Iterable[str] = (),
+    per_expert: bool = False,
 ) -> Source:
     """The Source of any network, traced on `example_input`: a tensor, a tuple of arguments or a dict of keywords,
     each tensor with the batch axis in front.
 
     The head is the last quantizable layer that runs; `graph.with_fixed` changes that. Raises InvalidArgument for
-    an example without tensors, HubMPQError when the network does not run on it.
+    an example without tensors and for `per_expert` without stacks of experts (else each expert is a layer of its own),
+    HubMPQError when the network does not run on it.
     """
     if not isinstance(net, nn.Module):
         raise InvalidArgument(f"from_module takes an nn.Module, not {type(net).__name__}")
@@ -51,8 +54,10 @@ def from_module(
         raise InvalidArgument("example_input holds no tensor: give one batch as the network takes it")
     name = model_id or type(net).__name__
     example = (example_input,) if isinstance(example_input, Tensor) else example_input
-    if has_stacked_experts(net):  # they become layers of a copy that shares the Parameters
+    if per_expert or has_stacked_experts(net):  # they become layers of a copy that shares the Parameters
         net = copied_structure(net)
         expose_experts(net)
+        if per_expert and not split_experts(net):
+            raise InvalidArgument(f"per_expert is for networks with stacks of experts, and {name!r} has none")
     graph = build_graph(net, example, model_id=name, exclude=exclude)
     return Source(net, name, None, ModuleLibrary.name, example, graph, dict(preprocess or {}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,7 +35,7 @@ def state_restored(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(values)
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module, shared: Iterable[nn.Parameter] = ()) -> nn.Module:
     """A deep copy of a model, also of one that holds tensors with a gradient's history, which torch doesn't copy.
 
     Weights that a hook computes anew before each forward (weight_norm, spectral_norm, prune) are such tensors, and so
@@ -43,8 +43,10 @@ def copied(model: nn.Module) -> nn.Module:
 
     Args:
         model: The model.
+        shared: Parameters of the model whose memory the copy's own share: their values must stay as they are.
     """
     memo = {id(value): value.detach().clone() for value in _tensors(model) if not value.is_leaf}
+    memo |= {id(value): type(value)(value.data, value.requires_grad) for value in shared}
     return copy.deepcopy(model, memo)
 
 

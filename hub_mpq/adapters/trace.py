@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from ..core import FloatOp, LayerBits, LayerGraph, LayerKind, LayerSpec, matchin
 from ..errors import InvalidArgument
 from ..nn.packed import packed_layers
 from ..nn.quantize import quantized_layers
+from ..nn.split_experts import SplitStack, layers_in_state
 from ..nn.types import layer_kind
 from ..pack.layout import INPUT_PARTS, WEIGHT_PARTS
 from .float_ops import float_ops, replaced_parameters, weighty
@@ -33,6 +35,7 @@ def trace(
     for none; by default the last quantizable layer that runs. `exclude`: glob patterns of layers to leave float.
     The first layer with weights to run (the stem), every embedding and the head are fixed at 8 bits.
     A layer that runs several times has its MACs and its input features added up.
+    Of experts that are layers of their own each gets an equal share of what their stack has, as expected over tokens.
     Layers that share a Parameter get one `tie` and name its first user as `weight_owner`, those that never run
     themselves come last. Linear layers of one
     parent that read the same tensor (q, k, v; gate, up) get one `activation_tie`; any layers that do, one
@@ -40,6 +43,7 @@ def trace(
     The model is left as it was. Raises HubMPQError when the model does not run on the example.
     """
     run = watched_forward(model, example)
+    _spread_over_experts(model, run)
     modules = dict(model.named_modules())
     excluded = _excluded(modules, exclude)
     left_out = excluded | _used_outside(modules, run)
@@ -108,7 +112,8 @@ def build_graph(
     layers, floats = trace(model, example, head=head, exclude=exclude)
     first = next(iter(tensors_of(example)), None)
     replaced = replaced_parameters(dict(model.named_modules()), {layer.name for layer in layers})
-    state = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, torch.Tensor)}
+    named = layers_in_state(model, model.state_dict(keep_vars=True), [layer.name for layer in layers])
+    state = {id(t): t for t in named.values() if isinstance(t, torch.Tensor)}
     return LayerGraph(
         model_id=model_id,
         revision=revision,
@@ -156,6 +161,29 @@ def observe_signed(model: nn.Module, names: Iterable[str], batch: Example) -> di
             for handle in handles:
                 handle.remove()
     return signed
+
+
+def _spread_over_experts(model: nn.Module, run: ForwardRecord) -> None:
+    """Give each expert of a split stack the same share of its calls and products: which one a token reaches is not
+    known, and on meta tensors one stands for all."""
+    for stack, module in model.named_modules():
+        if not isinstance(module, SplitStack):
+            continue
+        names = {f"{stack}.{i}": int(i) for i, _ in module.named_children()}
+
+        def share(whole: int, i: int, count: int = len(names)) -> int:
+            whole //= run.batch
+            return run.batch * (whole * (i + 1) // count - whole * i // count)
+
+        macs = sum(run.macs.pop(key) for key in list(run.macs) if key[0] in names)
+        if macs:
+            run.macs.update({(name, f"{name}.weight", False): share(macs, i) for name, i in names.items()})
+        calls = [c for c in run.calls if c.name in names]
+        if calls:
+            first, features = run.calls.index(calls[0]), sum(c.count for c in calls)
+            rest = [c for c in run.calls[first:] if c.name not in names]
+            each = [replace(calls[0], name=name, count=share(features, i)) for name, i in names.items()]
+            run.calls[first:] = each + rest
 
 
 def _excluded(modules: dict[str, nn.Module], patterns: Iterable[str]) -> set[str]:

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from torch import nn
 from ..core.library import Library
 from ..errors import HubMPQError, InvalidArgument
 from ..nn.experts import expose_experts
+from ..nn.split_experts import split_experts
 from ..nn.types import layer_kind
 from ..versions import warn_if_untested
 from .base import Source, cannot_build, commit_of, noise, placed
@@ -73,6 +74,7 @@ class TransformersLibrary(Library):
         auto_class: str | None = None,
         sequence_length: int = 128,
         exclude: Iterable[str] = (),
+        per_expert: bool | Collection[str] = False,
         **kwargs: Any,
     ) -> Source:
         """Build a transformers model, of the first class that its config's `architectures` name.
@@ -85,10 +87,11 @@ class TransformersLibrary(Library):
             auto_class: Another class of transformers, for example "AutoModelForSequenceClassification".
             sequence_length: Tokens of the example, at most what the model takes.
             exclude: Patterns of layers to leave float.
+            per_expert: Each expert of a stack is a layer of its own; of the stacks of these names, or of all.
             **kwargs: Values of the config (num_labels=3) and arguments of `from_pretrained` (revision, dtype).
 
         Raises:
-            InvalidArgument: There is no such class, or the config does not know an argument.
+            InvalidArgument: There is no such class, the config does not know an argument, or there are no experts.
             HubMPQError: Config or weights cannot be had.
         """
         import transformers
@@ -121,6 +124,8 @@ class TransformersLibrary(Library):
         except Exception as error:
             raise cannot_build(model_id, error, pretrained=pretrained) from error
         expose_experts(model)
+        if per_expert is not False and not split_experts(model, None if per_expert is True else per_expert):
+            raise InvalidArgument(f"per_expert is for models with stacks of experts, and {model_id!r} has none")
         example = example_for(model, sequence_length)
         on_device = placed(example, model)
         revision = _commit(model_id, kwargs.get("revision"))

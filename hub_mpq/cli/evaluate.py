@@ -17,7 +17,7 @@ from .launch import is_main
 def evaluate(
     model: o.Model,
     data: o.Data,
-    loading: Annotated[o.ModelOptions, o.Group(without=("pin", "weight_only", "tie_fused", "target"))],
+    loading: Annotated[o.ModelOptions, o.Group(without=("pin", "weight_only", "tie_fused", "target", "per_expert"))],
     reading: Annotated[o.DataOptions, o.Group(without=("chunk_length",))],
     context: Annotated[
         int | None,

@@ -20,7 +20,7 @@ Revision = Annotated[o.Text, typer.Option(help="Branch, tag or commit of a publi
 def inspect(
     model: o.Model,
     loading: Annotated[
-        o.ModelOptions, o.Group(only=("library", "input_size", "model_arg", "pin", "exclude", "target"))
+        o.ModelOptions, o.Group(only=("library", "input_size", "model_arg", "pin", "exclude", "target", "per_expert"))
     ],
     revision: Revision = None,
     as_json: o.Json = False,
@@ -30,6 +30,10 @@ def inspect(
     Of a packed model, in a folder or published, the header of its file is all that is read.
     """
     if (found := _header(model, revision)) is not None:
+        from ..hub.pull import refuse_choices
+
+        of = loading.pin, loading.exclude, loading.target, loading.per_expert
+        refuse_choices(model, **dict(zip(("--pin", "--exclude", "--target", "--per-expert"), of, strict=True)))
         return _packed(*found, as_json)
     mpq = models.load(model, loading, meta=True)
     levels = {level: dict(mpq.usage(level).amounts) for level in ("W8A8", "W4A4", "W2A2") if mpq.graph.searched}

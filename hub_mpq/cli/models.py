@@ -35,6 +35,8 @@ def load(model: str, options: ModelOptions, *, meta: bool = False) -> HubMPQ:
     }
     if options.library is not None:
         kwargs["library"] = options.library
+    if options.per_expert:
+        kwargs["per_expert"] = True
     if options.input_size is not None:
         kwargs["input_size"] = input_size_of(options.input_size)
 

@@ -110,6 +110,7 @@ class ModelOptions(Options):
     weight_only: bool = option(False, "All inputs stay float.")
     tie_fused: bool = option(False, "Layers of one input (q, k, v) share a width, as in vLLM.")
     target: str | None = option(None, "What the policy is made for: vllm or gguf.")
+    per_expert: bool = option(False, "Each expert of a stack has widths of its own.")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,16 @@ def check_group_size(size: object) -> int | None:
     raise InvalidArgument(f"a group size is a whole number from 8 to 999999 (32, 64, 128), or None, not {size!r}")
 
 
+GroupSizes = int | None | Iterable["int | None"]
+"""One group size, or several for the solver to choose from; None: one scale per output channel."""
+
+
+def check_group_sizes(value: GroupSizes) -> tuple[int | None, ...]:
+    """The group sizes that a user names, in this order; InvalidArgument for what is none."""
+    several = isinstance(value, Iterable) and not isinstance(value, str)
+    return tuple(dict.fromkeys(map(check_group_size, value if several else (value,)))) or (None,)  # type: ignore[arg-type]
+
+
 @total_ordering
 @dataclass(frozen=True)
 class LayerBits:
@@ -101,8 +111,11 @@ class LayerBits:
         )
 
 
-def _widths(values: Iterable[int]) -> tuple[int, ...]:
-    widths = tuple(sorted({check_width(v) for v in values}))
+def _widths(values: Iterable[int], *, allow_float: bool = False) -> tuple[int, ...]:
+    if not isinstance(values, Iterable) or isinstance(values, str):
+        raise InvalidArgument(f"candidates are a list of widths such as [2, 3, 4], not {values!r}")
+    values = tuple(values)
+    widths = values if allow_float and values == (FLOAT_BITS,) else tuple(sorted({check_width(v) for v in values}))
     if not widths:
         raise InvalidArgument("candidates are empty: name at least one width from 1 to 8")
     return widths
@@ -135,10 +148,8 @@ class Candidates:
             object.__setattr__(self, "group_size", tuple(bits.group_size for bits in menu))
             object.__setattr__(self, "symmetric", all(bits.symmetric for bits in menu))
         object.__setattr__(self, "weight", _widths(self.weight))
-        sizes = tuple(dict.fromkeys(check_group_size(size) for size in self.group_size))
-        object.__setattr__(self, "group_size", sizes or (None,))
-        inputs = tuple(self.activation)
-        object.__setattr__(self, "activation", (FLOAT_BITS,) if inputs == (FLOAT_BITS,) else _widths(inputs))
+        object.__setattr__(self, "group_size", check_group_sizes(self.group_size))
+        object.__setattr__(self, "activation", _widths(self.activation, allow_float=True))
 
     @property
     def weights(self) -> tuple[LayerBits, ...]:
@@ -171,7 +182,5 @@ class Candidates:
             return cls()
         if isinstance(value, cls):
             return value
-        if isinstance(value, (int, str)):
-            raise InvalidArgument(f"candidates are a list of widths such as [2, 3, 4], not {value!r}")
-        widths = tuple(value)  # type: ignore[arg-type]
+        widths = _widths(value)  # type: ignore[arg-type]
         return cls(widths, widths)

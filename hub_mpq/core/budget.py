@@ -108,8 +108,9 @@ class Budget:
         """The same budget, its levels with groups and zero points where they name neither."""
         given = dict(self.given)
         for name, value in self.limits.items():
-            if isinstance(value, LayerBits) and not value.grouped and (group_size is not None or not symmetric):
-                given[name] = str(value.with_groups(group_size, symmetric))
+            if isinstance(value, LayerBits) and not value.grouped:
+                level = value.with_groups(group_size, symmetric)
+                given[name] = given[name] if level == value else str(level)
         return type(self)(**given, costs=self.costs)
 
     def __reduce__(self) -> tuple[Any, ...]:

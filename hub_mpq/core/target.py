@@ -105,8 +105,8 @@ class Target(ABC):
         menu = self.menu(layer)
         if not menu:
             raise InvalidArgument(
-                f"target {self.name!r} has no quantized form for layer {layer.name!r}, a {layer.kind} of shape "
-                f"{list(layer.weight_shape)}: leave it float with exclude=[{layer.name!r}]"
+                f"target {self.name!r} has no quantized form for layer {layer.name!r} ({layer.kind}, "
+                f"{list(layer.weight_shape)}): leave it float with exclude=[{layer.name!r}]"
             )
         return menu
 

@@ -27,16 +27,24 @@ def packed_shape(kind: str, weight_shape: Sequence[int], num_bits: int) -> tuple
     return (channel_count(kind, weight_shape), -(-weight_shape[row_axes[1]] * bits // 32))
 
 
-def group_count(kind: str, weight_shape: Sequence[int], group_size: int | None) -> tuple[int, int]:
-    """(rows, groups of a row) of a weight that is packed row by row; a last group may be short.
+def row_shape(kind: str, weight_shape: Sequence[int]) -> tuple[int, int]:
+    """(rows, columns) of a weight that is packed row by row; a stack of matrices has the rows of all.
 
     Raises InvalidArgument for a kind whose weight is packed as one stream.
     """
     row_axes = layer_kinds.get(kind).row_axes
     if row_axes is None:
         raise InvalidArgument(f"a {kind} weight has no groups and no zero points")
-    rows, cols = channel_count(kind, weight_shape), weight_shape[row_axes[1]]
-    return rows, 1 if group_size is None else -(-cols // group_size)
+    return channel_count(kind, weight_shape), weight_shape[row_axes[1]]
+
+
+def group_count(kind: str, weight_shape: Sequence[int], group_size: int | None) -> tuple[int, int]:
+    """(rows, groups of a row) of a weight that is packed row by row; a last group may be short.
+
+    Raises InvalidArgument for a kind whose weight is packed as one stream.
+    """
+    rows, columns = row_shape(kind, weight_shape)
+    return rows, 1 if group_size is None else -(-columns // group_size)
 
 
 def grid_nbytes(kind: str, weight_shape: Sequence[int], bits: LayerBits, *, per_channel: bool = True) -> int:

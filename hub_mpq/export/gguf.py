@@ -19,7 +19,7 @@ from ..nn.packing import packed_tensors
 from ..pack import Manifest
 from .float_copy import float_copy_shapes
 from .gguf_types import padded, types_of
-from .gguf_write import ARCHITECTURES, Entry, begin, entries_of, write_gguf
+from .gguf_write import Entry, begin, entries_of, unwritten, write_gguf
 
 FILE = "model.gguf"
 TENSOR_TYPES = "tensor-types.txt"
@@ -33,8 +33,8 @@ def export_gguf(
     Weights on the grids of Q4_0, Q5_0 and Q8_0 are written as they are, and read back equal to the bit. Q4_1 and Q5_1
     hold a minimum in place of a zero point: minus zero point times scale, rounded to float16. Everything else that is a
     matrix is F16, vectors F32. Layers whose type is a K-quant are F16 too, on their quantized grid, until
-    llama-quantize has read tensor-types.txt; a warning gives the command and the bytes of its file. Of architectures
-    that are not in `ARCHITECTURES` the tensor-type file alone is written, and its bytes are returned.
+    llama-quantize has read tensor-types.txt; a warning gives the command and the bytes of its file. Of a model that
+    `unwritten` names the tensor-type file alone is written, and its bytes are returned.
 
     Raises:
         HubMPQError: The package gguf is not installed, the policy has another grid than `target="gguf"` offers, or GGUF
@@ -46,12 +46,12 @@ def export_gguf(
     folder = Path(folder)
     wanted = {x.name: types_of(x)[bits[x.name].of_weight].name for x in manifest.graph if x.name in bits}
     folder.mkdir(parents=True, exist_ok=True)
-    if model.config.model_type not in ARCHITECTURES:
+    if what := unwritten(model.config):
         state = float_copy_shapes(model, libraries.get(manifest.library))
         text = _tensor_types(entries_of(model, manifest.graph, wanted, state))
         (folder / TENSOR_TYPES).write_text(text)
         warnings.warn(
-            f"a {model.config.model_type} is not written as GGUF here: make its F16 file with llama.cpp's "
+            f"{what} is not written as GGUF here: make its F16 file with llama.cpp's "
             f"convert_hf_to_gguf.py, then llama-quantize --tensor-type-file {TENSOR_TYPES} F16.gguf OUT.gguf Q8_0",
             stacklevel=2,
         )
@@ -77,13 +77,14 @@ def beside_nbytes(model: nn.Module, graph: LayerGraph) -> int | None:
         graph: Its layers.
 
     Returns:
-        The bytes; None for a model that is not of one of `ARCHITECTURES`.
+        The bytes; None for a model that is not written whole.
 
     Raises:
         HubMPQError: As `write_gguf`, or the package gguf is not installed.
     """
     _gguf()
-    if getattr(getattr(model, "config", None), "model_type", None) not in ARCHITECTURES:
+    config = getattr(model, "config", None)
+    if not hasattr(config, "model_type") or unwritten(config):
         return None
     state = float_copy_shapes(model, libraries.get(graph.library))
     wanted = {layer.name: "Q8_0" for layer in graph if types_of(layer)}

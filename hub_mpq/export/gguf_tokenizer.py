@@ -41,7 +41,8 @@ def add_tokenizer(writer: GGUFWriter, model: nn.Module) -> None:
     data, pre = known
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
-    words, kinds = _words(data, model.config.vocab_size)
+    count = model.config.vocab_size
+    words, kinds = _words(data, count)
     writer.add_token_list(words)
     writer.add_token_types(kinds)
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in data["model"]["merges"]]
@@ -54,9 +55,11 @@ def add_tokenizer(writer: GGUFWriter, model: nn.Module) -> None:
     }
     for name, add in special.items():
         number = getattr(tokenizer, f"{name}_token_id", None)
-        if number is not None:
+        if number is not None and number < count:
             add(number)
-    writer.add_add_bos_token(bool(getattr(tokenizer, "add_bos_token", False)))
+    ids = tokenizer("a")["input_ids"]  # a template may add them without an attribute that says so
+    writer.add_add_bos_token(ids[:1] == [tokenizer.bos_token_id])
+    writer.add_add_eos_token(ids[-1:] == [tokenizer.eos_token_id])
     writer.add_add_space_prefix(False)
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, str):
@@ -91,14 +94,16 @@ def _content(tokenizer: Any) -> tuple[dict[str, Any], str] | None:
 
 
 def _words(data: dict[str, Any], count: int) -> tuple[list[str], list[int]]:
-    """(tokens by number, their types), filled up to the rows of the embedding."""
+    """(tokens by number, their types), as many as the embedding has rows: a token without a row is left out."""
     from gguf import TokenType
 
     words = [f"[PAD{i}]" for i in range(count)]
     kinds = [int(TokenType.UNUSED)] * count
-    for word, i in data["model"]["vocab"].items():
-        words[i], kinds[i] = word, int(TokenType.NORMAL)
+    tokens = [(i, word, TokenType.NORMAL) for word, i in data["model"]["vocab"].items()]
     for added in data["added_tokens"]:
         kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-        words[added["id"]], kinds[added["id"]] = added["content"], int(kind)
+        tokens.append((added["id"], added["content"], kind))
+    for i, word, kind in tokens:
+        if i < count:
+            words[i], kinds[i] = word, int(kind)
     return words, kinds

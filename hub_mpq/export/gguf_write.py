@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,6 +47,9 @@ _FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, 
 _FILE_TYPES |= {"Q4_K": 15, "Q5_K": 17, "Q6_K": 18}
 
 
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
 @dataclass(frozen=True)
 class Entry:
     """One tensor of a file.
@@ -74,6 +78,25 @@ class Entry:
         return math.prod(self.shape) // block * size
 
 
+def unwritten(config: Any) -> str | None:
+    """What a model of a config is, where it is not written whole, for messages; None where it is."""
+    if config.model_type not in ARCHITECTURES:
+        return f"a {config.model_type}"
+    kind = _rope(config).get("rope_type", "default")
+    if kind not in ("default", "linear"):
+        return f"a {config.model_type} with rotary embeddings of type {kind!r}"
+    if config.hidden_act not in ("silu", "swish"):  # llama.cpp knows these architectures with it alone
+        return f"a {config.model_type} with activation {config.hidden_act!r}"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < config.max_position_embeddings:
+        return f"a {config.model_type} that attends to a window of {window} tokens"
+    return None
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    return dict(getattr(config, "rope_parameters", None) or {})
+
+
 def write_gguf(
     file: str | os.PathLike[str],
     model: nn.Module,
@@ -81,11 +104,11 @@ def write_gguf(
     wanted: Mapping[str, str] | None = None,
     packed: Mapping[str, Any] | None = None,
 ) -> list[Entry]:
-    """Write a model of one of `ARCHITECTURES` whole, or not at all.
+    """Write a model that `unwritten` has nothing against whole, or not at all.
 
     Args:
         file: What to write.
-        model: The network, float or quantized.
+        model: The network, float or quantized, of one of `ARCHITECTURES`.
         graph: Its layers.
         wanted: {layer: type}; the other matrices are F16.
         packed: {layer: its packed weight} of the types that are written here.
@@ -128,10 +151,14 @@ def entries_of(
         if layer.weight_owner is None and layer.name in wanted:
             (disk,) = library.names_on_disk(model, {key(layer.name, "weight"): torch.empty(0)})
             layers[disk] = layer.name
-    entries = []
+    entries: list[Entry] = []
     for source, tensor in state.items():
         found = names.get_name(source, try_suffixes=(".weight", ".bias"))
         own = layers.get(source)
+        if found is None and own is None:  # GGUF has all experts of a block in one tensor
+            found = names.get_name(_EXPERT.sub(".experts.", source), try_suffixes=(".weight", ".bias"))
+            if any(entry.name == found for entry in entries):
+                continue
         if found is None:
             if own is None and kind not in ARCHITECTURES:
                 continue  # such a model is not written whole
@@ -147,6 +174,8 @@ def begin(file: Path, model: nn.Module, entries: list[Entry]) -> GGUFWriter:
     from gguf import GGMLQuantizationType, GGUFWriter
 
     config = model.config
+    if what := unwritten(config):
+        raise HubMPQError(f"{what} is not written as GGUF here")
     writer = GGUFWriter(file, ARCHITECTURES[config.model_type])
     _add_metadata(writer, model, entries)
     add_tokenizer(writer, model)
@@ -164,10 +193,7 @@ def begin(file: Path, model: nn.Module, entries: list[Entry]) -> GGUFWriter:
 def _add_metadata(writer: GGUFWriter, model: nn.Module, entries: list[Entry]) -> None:
     """What llama.cpp needs to know of the architecture."""
     c = model.config
-    rope = dict(getattr(c, "rope_parameters", None) or {})
-    kind = rope.get("rope_type", "default")
-    if kind not in ("default", "linear"):
-        raise HubMPQError(f"rotary embeddings of type {kind!r} are not written as GGUF here; export tensor types alone")
+    rope = _rope(c)
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     writer.add_name(Path(str(model.name_or_path or c.model_type)).name)
     most = max((e.wanted for e in entries if e.layer), key=lambda t: sum(e.wanted == t for e in entries), default="F16")
@@ -184,7 +210,7 @@ def _add_metadata(writer: GGUFWriter, model: nn.Module, entries: list[Entry]) ->
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
     writer.add_rope_dimension_count(head)
-    if kind == "linear":
+    if rope.get("rope_type") == "linear":
         from gguf import RopeScalingType
 
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)

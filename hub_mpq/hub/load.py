@@ -22,6 +22,7 @@ from ..nn.experts import expose_experts
 from ..nn.packed import RESIDENT, set_resident
 from ..nn.packing import load_quantized
 from ..nn.quantize import quantize_to_policy
+from ..nn.split_experts import split_experts, split_stacks
 from ..pack import Manifest, read_manifest, read_packed
 
 
@@ -51,6 +52,8 @@ def load_folder(folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any
         given = {name: value for name, value in kwargs.items() if name != "library"}  # the file says which
         given = {**library.folder_defaults, **library.example_arguments(manifest.graph.input_shape), **given}
         _check_config(folder, manifest, given)
+        if stacks := split_stacks(layer.name for layer in manifest.graph if layer.kind.startswith("experts")):
+            given["per_expert"] = stacks
         source = adapters.load(str(folder), pretrained=False, library=library.name, **given)
     else:
         net = copied(module)
@@ -143,6 +146,7 @@ def load_packed(path: str | os.PathLike[str], skeleton: nn.Module, *, cast: bool
     """
     tensors, manifest = read_packed(path)
     expose_experts(skeleton)
+    split_experts(skeleton, split_stacks(manifest.graph.names))
     modules = dict(skeleton.named_modules())
     shapes = {n: tuple(m.weight.shape) for n, m in modules.items() if isinstance(getattr(m, "weight", None), Tensor)}
     wrong = [layer.name for layer in manifest.graph if shapes.get(layer.name) != layer.weight_shape]

@@ -15,6 +15,7 @@ from ..errors import PackedFormat, PolicyMismatch
 from ..nn.experts import conceal_experts, expose_experts
 from ..nn.layers import pad_only, replace_layer
 from ..nn.packed import PackedLayer, float_layer, packed_layer, packed_layers
+from ..nn.split_experts import split_experts, split_stacks
 from ..pack import Manifest, read_packed
 from ..pack.layout import INPUT_PARTS, WEIGHT_PARTS, flatten, key
 from ..pack.layout import packed_layers as packed_names
@@ -40,6 +41,8 @@ def become_packed(model: Any, file: str, policy: Policy | LayerBits | None, dtyp
         raise PackedFormat(file, "its policy is not the one that config.json states")
     net = network_of(model)
     expose_experts(net)
+    there = {name for name, module in net.named_modules() if hasattr(module, "weight")}
+    split_experts(net, [found for s in split_stacks(manifest.graph.names) if (found := _here(s, there, model))])
     names = _names(manifest.graph.names, net, model)
     guards = {key(name, "weight") for name in packed_names(manifest)}
     flat = {name: tensor for name, tensor in flatten(tensors).items() if name not in guards}

@@ -14,13 +14,14 @@ from .._version import __version__
 from ..adapters import build_graph, norm_of
 from ..adapters.base import noise, placed
 from ..adapters.transformers import example_for, head_of
-from ..core import IndicatorOptions, LayerBits, LayerGraph, Policy
+from ..core import Candidates, IndicatorOptions, LayerBits, LayerGraph, Policy
 from ..errors import InvalidArgument
 from ..nn.experts import expose_experts
 from ..nn.packing import base_nbytes
+from ..nn.split_experts import split_experts, split_stacks
 from ..pack import Manifest
-from ..search.candidates import resolve_candidates
-from ..search.policy_search import search_policy
+from ..search.candidates import first_groups, resolve_candidates
+from ..search.policy_search import longest_header, search_policy
 from ..search.scores import candidates_of, score_table
 from ..search.synthetic_data import synthetic_batch
 from ..search.train_scores import train_scores
@@ -49,12 +50,16 @@ def quantize_in_place(model: Any, config: Any, revision: str | None = None) -> M
     model.eval()
     net = network_of(model)
     expose_experts(net)
+    scores = None
+    if config.budget is not None and Path(model.name_or_path).is_dir():
+        scores = read_folder_indicators(model.name_or_path)
+    named = config.policy.bits if isinstance(config.policy, Policy) else {}
+    split_experts(net, split_stacks([*named, *(() if scores is None else (*scores.weight, *scores.pairs))]))
     example, graph = _graph(model, net, config.exclude, revision)
     batch = synthetic_batch(net, example)
     manifest = Manifest(graph.model_id, graph.revision, graph.library, graph, Policy.uniform(graph, "W2A2"))
     policy = config.policy
     if config.budget is not None:
-        scores = read_folder_indicators(model.name_or_path) if Path(model.name_or_path).is_dir() else None
         if scores is None:
             warnings.warn(
                 "no stored indicators: searching with scales that were not trained, on synthetic inputs; "
@@ -67,19 +72,18 @@ def quantize_in_place(model: Any, config: Any, revision: str | None = None) -> M
             scores = train_scores(
                 net, graph, norms, [batch], resolve_candidates(graph, None), untrained, example=example
             )
-        wanted = resolve_candidates(
-            graph, candidates_of(score_table(scores, graph)[0]), config.group_size, config.symmetric
-        )
-        table, _ = score_table(scores, graph, wanted)
-        form = {name: next(iter(row)) for name, row in table.items()}
-        like = Policy({**manifest.policy.bits, **form}, graph.digest)
-        base = base_nbytes(net, replace(manifest, policy=like))
-        budget = config.budget.with_groups(config.group_size, config.symmetric)
+        table, _ = score_table(scores, graph)
+        if config.group_size is not None or not config.symmetric:
+            widths = {name: Candidates(c.weight, c.activation) for name, c in candidates_of(table).items()}
+            wanted = resolve_candidates(graph, widths, config.group_size, config.symmetric)
+            table, _ = score_table(scores, graph, wanted)
+        base = base_nbytes(net, replace(manifest, policy=longest_header(manifest.policy, table)))
+        budget = config.budget.with_groups(*first_groups(candidates_of(table)))
         policy = search_policy(graph, table, budget, base_bytes=base, sense=scores.sense).policy
-    elif isinstance(policy, LayerBits):
-        policy = Policy.uniform(graph, policy)
-    policy.check(graph)
-    policy = policy.with_groups(graph, config.group_size, config.symmetric)
+    else:
+        policy = Policy.uniform(graph, policy) if isinstance(policy, LayerBits) else policy
+        policy.check(graph)
+        policy = policy.with_groups(graph, config.group_size, config.symmetric)
     if config.calibration is None and any(bits.activation <= 8 for bits in policy.bits.values()):
         warnings.warn(
             "no calibration batches: scales of activations come from synthetic inputs; pass "

@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ..core.files import CONFIG, FLOAT_COPY, INDICATORS, MANIFEST, PACKED
 from ..errors import HubMPQError, InvalidArgument, PackedFormat
@@ -185,6 +186,23 @@ def _manifest_file(repo_id: str, revision: str | None, token: str | bool | None)
         return Manifest.from_text(Path(path).read_text(encoding="utf-8")), size or 0
     except (InvalidArgument, UnicodeDecodeError) as error:
         raise PackedFormat(name, str(error)) from None
+
+
+def refuse_choices(model_id: str | os.PathLike[str], **asked: Any) -> None:
+    """Refuse what a caller says of how a packed model is to be quantized.
+
+    Args:
+        model_id: The packed model.
+        asked: What was said, by its name; empty or False: nothing.
+
+    Raises:
+        InvalidArgument: Something was.
+    """
+    if told := [name for name, value in asked.items() if value]:
+        raise InvalidArgument(
+            f"{str(model_id)!r} is packed, its policy is made: {', '.join(told)} is of float models; load its base "
+            "model to quantize anew"
+        )
 
 
 def packed_folder(

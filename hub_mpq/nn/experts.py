@@ -35,6 +35,18 @@ class Stack(nn.Module):
     transposed = False
     bias = None
 
+    def conceal(self) -> nn.Parameter | None:
+        """The Parameter that it stands for; None where it is not float."""
+        return None
+
+    def to_layers(self, state: dict[str, Tensor], name: str) -> None:
+        """Give the Parameter `name` of a state dict the name of a layer's weight, where this layer is float."""
+
+    def to_parameter(self, state: dict[str, Tensor], name: str) -> None:
+        """Give the weight of the layer `name` in a state dict the name of the Parameter."""
+        if f"{name}.weight" in state:
+            state[name] = state.pop(f"{name}.weight")
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         register()  # a model that was unpickled runs too
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -54,6 +66,13 @@ class ExpertStack(Stack):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[prefix.removesuffix(".")] = self.weight if keep_vars else self.weight.detach()
+
+    def conceal(self) -> nn.Parameter | None:
+        return self.weight  # type: ignore[return-value]
+
+    def to_layers(self, state: dict[str, Tensor], name: str) -> None:
+        if name in state:
+            state[f"{name}.weight"] = state.pop(name)
 
 
 class TransposedExpertStack(ExpertStack):
@@ -104,8 +123,8 @@ class PackedExperts(PackedLayer, Stack):  # type: ignore[override]
 def _to_layers(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
     """Give the Parameters of stacks the names of layers while a state dict is loaded."""
     for name in _STACKS:
-        if isinstance(module._modules.get(name), ExpertStack) and prefix + name in state_dict:
-            state_dict[f"{prefix}{name}.weight"] = state_dict.pop(prefix + name)
+        if isinstance(stack := module._modules.get(name), Stack):
+            stack.to_layers(state_dict, prefix + name)
 
 
 def _is_stack_parent(module: nn.Module) -> bool:
@@ -159,13 +178,25 @@ def expose_experts(model: nn.Module) -> bool:
     return found
 
 
+def stacks(model: nn.Module) -> list[tuple[str, str, Stack]]:
+    """(name of the module that computes experts, name in it, stack) of all stacks that are layers."""
+    return [
+        (parent, name, stack)
+        for parent, module in model.named_modules()
+        if _is_stack_parent(module)
+        for name in _STACKS
+        if isinstance(stack := module._modules.get(name), Stack)
+    ]
+
+
 def conceal_experts(model: nn.Module) -> None:
     """Make the stacks of experts that are float layers Parameters again, and let transformers compute them its way."""
     for module in [module for module in model.modules() if "_concealed" in vars(module)]:
         for name in _STACKS:
-            if isinstance(stack := module._modules.get(name), ExpertStack):
+            stack = module._modules.get(name)
+            if isinstance(stack, Stack) and (parameter := stack.conceal()) is not None:
                 delattr(module, name)
-                module.register_parameter(name, stack.weight)
+                module.register_parameter(name, parameter)
         if not any(isinstance(module._modules.get(name), Stack) for name in _STACKS):
             implementation, hook = vars(module).pop("_concealed")
             module.config._experts_implementation = implementation
@@ -179,9 +210,11 @@ def names_of_parameters(model: nn.Module, state: Mapping[str, Tensor]) -> dict[s
         model: The model, with quantized or packed layers.
         state: {name of a layer + ".weight", or any other name: tensor}.
     """
-    named = model.named_modules(remove_duplicate=False)
-    stacks = {f"{name}.weight": name for name, module in named if isinstance(module, Stack)}
-    return {stacks.get(key, key): tensor for key, tensor in state.items()}
+    out = dict(state)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Stack):
+            module.to_parameter(out, name)
+    return out
 
 
 def _routed(chosen: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -18,6 +18,7 @@ from .block_walk import BlockWalk
 from .blocks import block_with, blocks_of, cache_off
 from .experts import Stack
 from .layers import first_operand
+from .split_experts import stack_and_expert
 
 POSITIONS = 4096
 LIMIT = 1 << 30
@@ -26,8 +27,8 @@ _COLUMNS = 256  # products are symmetric: of each strip of this many columns, on
 
 class LayerMoments(NamedTuple):
     """Some layers of a model, and what they read: {layer: moments}, without those that no batch reached. Layers that
-    read one tensor have one tensor of moments, the same object. `unreached`: {stack of experts: how many of them no
-    token reached}, where there are such; they have the moments of the whole stack."""
+    read one tensor have one tensor of moments, the same object. `unreached`: {layer of experts: how many of its
+    matrices no token reached}, where there are such; they have the moments of the whole stack."""
 
     layers: tuple[LayerSpec, ...]
     moments: dict[str, Tensor]
@@ -61,7 +62,8 @@ def input_moments(
         batches: What the model runs on; all are read.
         run: `run(model, batch)` runs it.
         diagonal: Only the diagonals of H.
-        mask: `mask(batch)` says which positions count, [batch, tokens], or None for all.
+        mask: `mask(batch)` says which positions count, [batch, tokens], or None for all. A layer that reads something
+            else than positions, also all in one axis, counts whole.
         positions: Rows x of one input to take in all, evenly spaced over the batches.
         limit: Bytes of moments to hold at a time, for layers in no block.
 
@@ -97,7 +99,7 @@ def input_moments(
             for layer in held.layers:
                 del rest[layer.name]
             del held
-    for part in _parts(rest.values(), diagonal, limit):
+    for part in _parts(model, rest.values(), diagonal, limit):
         held = inputs(part)
         with _calm(model), held:
             for i, batch in enumerate(batches):
@@ -122,20 +124,29 @@ def _calm(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _parts(layers: Iterable[LayerSpec], diagonal: bool, limit: int) -> Iterator[list[LayerSpec]]:
-    """Layers in parts whose moments take at most `limit` bytes, one layer at least."""
+def _parts(model: nn.Module, layers: Iterable[LayerSpec], diagonal: bool, limit: int) -> Iterator[list[LayerSpec]]:
+    """Layers in parts whose moments take at most `limit` bytes, one layer, or the experts of one stack, at least."""
     part: list[LayerSpec] = []
     sizes: dict[str, int] = {}
+    last = None
     for layer in layers:
+        stack, _ = stack_and_expert(model, layer.name) or (None, 0)
         columns = layer.weight_count // channel_count(layer.kind, layer.weight_shape)
         size = 4 * columns * (1 if diagonal else columns) * _experts(layer)
-        if part and sum(sizes.values()) + (0 if layer.buffer in sizes else size) > limit:
+        full = part and sum(sizes.values()) + (0 if layer.buffer in sizes else size) > limit
+        if full and (stack is None or stack != last):
             yield part
             part, sizes = [], {}
+        last = stack
         part.append(layer)
         sizes[layer.buffer] = size
     if part:
         yield part
+
+
+def _long(shape: Sequence[int]) -> list[int]:
+    """A shape without its axes of one."""
+    return [size for size in shape if size > 1]
 
 
 def _experts(layer: LayerSpec) -> int:
@@ -157,17 +168,20 @@ class _Inputs:
         self.model, self.layers, self.diagonal, self.positions, self.mask = model, layers, diagonal, positions, mask
         self.sums: dict[str | tuple[str, int], Tensor] = {}
         self.counts: dict[str | tuple[str, int], int] = {}
+        self.split: dict[str, tuple[str, int]] = {}
         self.kept: Tensor | None = None
         self.stack = ExitStack()
 
     def __enter__(self) -> _Inputs:
         readers: dict[str, str] = {}
         for layer in self.layers:
+            if part := stack_and_expert(self.model, layer.name):
+                self.split[layer.name] = part
 
-            def hook(module: nn.Module, args: Any, kwargs: Any, layer: LayerSpec = layer) -> None:
+            def hook(module: nn.Module, args: Any, kwargs: Any, layer: LayerSpec = layer, part: Any = part) -> None:
                 x = first_operand(args, kwargs)
                 if isinstance(module, Stack):
-                    self.add_expert(layer, x, *args[1:])
+                    self.add_expert(part or (layer.name, args[1]), x, *args[2:])
                 elif readers.setdefault(layer.buffer, layer.name) == layer.name:  # the first that runs
                     self.add(layer.buffer, x)
 
@@ -183,14 +197,15 @@ class _Inputs:
         self.kept = None if self.mask is None else self.mask(batch)
 
     def add(self, key: str, x: Tensor) -> None:
-        if self.kept is not None and x.shape[:-1] == self.kept.shape:
-            x = x[self.kept.to(x.device)]
-        self.add_rows(key, x.reshape(-1, x.shape[-1]))
+        rows = x.reshape(-1, x.shape[-1])
+        if self.kept is not None and _long(x.shape[:-1]) in (_long(self.kept.shape), [self.kept.numel()]):
+            rows = rows[self.kept.to(x.device).reshape(-1)]
+        self.add_rows(key, rows)
 
-    def add_expert(self, layer: LayerSpec, x: Tensor, expert: int, tokens: Tensor, count: int) -> None:
+    def add_expert(self, part: tuple[str, int], x: Tensor, tokens: Tensor, count: int) -> None:
         if self.kept is not None and self.kept.numel() == count:
             x = x[self.kept.to(x.device).reshape(-1)[tokens]]
-        self.add_rows((layer.name, expert), x)
+        self.add_rows(part, x)
 
     def add_rows(self, key: str | tuple[str, int], x: Tensor) -> None:
         step = -(-len(x) // self.positions)
@@ -210,37 +225,49 @@ class _Inputs:
     def found(self) -> LayerMoments:
         """The means over positions."""
         means: dict[str, Tensor] = {}
-        unreached = {}
+        parts = {x.name: self.parts(x) for x in self.layers if layer_kinds.get(x.kind).channel_axis < 0}
+        missing = {name: [part for part in found if not self.counts.get(part)] for name, found in parts.items()}
+        short = {stack for found in missing.values() for stack, _ in found}
+        every = {stack: mean for stack in sorted(short) if (mean := self.of_all_tokens(stack)) is not None}
         for layer in self.layers:
             key = layer.buffer
-            if layer_kinds.get(layer.kind).channel_axis < 0:
-                parts = [(layer.name, expert) for expert in range(_experts(layer))]
-                if missing := sum(not self.counts.get(part) for part in parts):
-                    unreached[layer.name] = missing
-                if missing < len(parts):
-                    means[key] = self.stacked(layer, parts)
+            if layer.name in parts:
+                stack = parts[layer.name][0][0]
+                if stack not in short or stack in every:
+                    means[key] = self.stacked(layer, parts[layer.name], every.get(stack))
             elif key not in means and self.counts.get(key):
-                means[key] = self.mean(layer, self.sums.pop(key), self.counts[key])
+                means[key] = self.mean(layer.name, self.sums.pop(key), self.counts[key])
         moments = {layer.name: means[layer.buffer] for layer in self.layers if layer.buffer in means}
-        return LayerMoments(self.layers, moments, unreached)
+        return LayerMoments(self.layers, moments, {name: len(found) for name, found in missing.items() if found})
 
-    def mean(self, layer: LayerSpec, total: Tensor, count: int) -> Tensor:
+    def parts(self, layer: LayerSpec) -> list[tuple[str, int]]:
+        """(stack, expert) of the matrices of a layer."""
+        if layer.name in self.split:
+            return [self.split[layer.name]]
+        return [(layer.name, expert) for expert in range(_experts(layer))]
+
+    def of_all_tokens(self, stack: str) -> Tensor | None:
+        """The moments of what the experts of a stack read together; None where no token reached one."""
+        reached = [key for key in self.sums if isinstance(key, tuple) and key[0] == stack and self.counts.get(key)]
+        if not reached:
+            return None
+        whole = torch.stack([self.sums[key] for key in reached]).sum(0)
+        return self.mean(stack, whole, sum(self.counts[key] for key in reached))
+
+    def mean(self, name: str, total: Tensor, count: int) -> Tensor:
         mean = total.div_(count)
         if not self.diagonal:
             for i in range(0, len(mean), _COLUMNS):
                 strip = slice(i, i + _COLUMNS)
                 mean[:i, strip] = mean[strip, :i].t()
         if not bool(torch.isfinite(mean).all()):
-            raise InvalidArgument(f"layer {layer.name!r} reads NaN or infinite values")
+            raise InvalidArgument(f"layer {name!r} reads NaN or infinite values")
         return mean
 
-    def stacked(self, layer: LayerSpec, parts: list[tuple[str, int]]) -> Tensor:
-        """The moments of all experts; of those that no token reached the mean of all tokens."""
-        reached = [part for part in parts if self.counts.get(part)]
-        out = self.sums[reached[0]].new_empty((len(parts), *self.sums[reached[0]].shape))
-        if len(reached) < len(parts):
-            every = sum(self.counts[part] for part in reached)
-            whole = self.mean(layer, torch.stack([self.sums[part] for part in reached]).sum(0), every)
+    def stacked(self, layer: LayerSpec, parts: list[tuple[str, int]], every: Tensor | None) -> Tensor:
+        """The moments of a layer's experts; of those that no token reached the mean of all tokens."""
+        first = next(x for x in (*(self.sums.get(part) for part in parts), every) if x is not None)
+        out = first.new_empty((len(parts), *first.shape))
         for i, part in enumerate(parts):
-            out[i] = self.mean(layer, self.sums.pop(part), self.counts[part]) if part in reached else whole
+            out[i] = self.mean(layer.name, self.sums.pop(part), self.counts[part]) if self.counts.get(part) else every
         return out

@@ -18,6 +18,7 @@ from ..pack.layout import key as part_key
 from ..quantizers import LSQ, GroupedLSQ
 from .packed import packed_layers
 from .quantize import check_finite, quantized_layers
+from .split_experts import layers_in_state
 
 
 def layer_names(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
@@ -147,7 +148,8 @@ def predicted_nbytes(model: nn.Module, manifest: Manifest) -> int:
             out[f"{layer.name}.input_zero_point"] = torch.empty(1, dtype=torch.int32, device="meta")
     for name, module in packed_layers(model):
         skip |= {part_key(name, part) for part in module.packed.parts()}
-    for key, tensor in _stored_state(model, [n for n in graph.names if bits[n].weight != FLOAT_BITS]).items():
+    quantized = [n for n in graph.names if bits[n].weight != FLOAT_BITS]
+    for key, tensor in layers_in_state(model, _stored_state(model, quantized), quantized).items():
         if key not in skip:
             out[key] = torch.empty_like(tensor, device="meta")
     return file_nbytes(out | _guard(manifest, "meta"), manifest)

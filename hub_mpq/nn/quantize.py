@@ -10,7 +10,7 @@ from torch import nn
 
 from ..core import FLOAT_BITS, LayerBits, LayerGraph, LayerSpec, Policy
 from ..core.layer_kind import layer_kinds
-from ..cost.size import channel_count, group_count
+from ..cost.size import channel_count, row_shape
 from ..errors import InvalidArgument, PolicyMismatch, UnsupportedLayer
 from ..quantizers import LSQ, GroupedLSQ
 from ..versions import warn_if_untested
@@ -153,10 +153,9 @@ def weight_quantizer(
     if bits is None or not bits.grouped:
         channels = channel_count(layer.kind, layer.weight_shape) if per_channel else 1
         return LSQ(widths, signed=True, channels=channels, axis=kind.channel_axis, log=log)
-    rows, _ = group_count(layer.kind, layer.weight_shape, None)
     return GroupedLSQ(
         widths,
-        (rows, layer.weight_count // rows),
+        row_shape(layer.kind, layer.weight_shape),
         group_size=bits.group_size,
         symmetric=bits.symmetric,
         transposed=kind.transposed,

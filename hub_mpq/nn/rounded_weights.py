@@ -34,7 +34,7 @@ class RoundedWeights:
         nearest: Whether they are the nearest points of their grids to the float weights.
 
     Attributes:
-        unreached: {stack of experts: how many of them no token reached}, where there are such.
+        unreached: {layer of experts: how many of its matrices no token reached}, where there are such.
     """
 
     def __init__(self, folder: Path | None = None, settings: str = "", *, nearest: bool = False) -> None:
@@ -50,13 +50,13 @@ class RoundedWeights:
     def _file(self, layer: LayerSpec) -> Path:
         return self.folder / f"{hashlib.sha256(layer.name.encode()).hexdigest()[:24]}.safetensors"
 
-    def add(self, layer: LayerSpec, choices: Mapping[LayerBits, PackedTensor], mark: str = "") -> None:
+    def add(self, layer: LayerSpec, choices: Mapping[LayerBits, PackedTensor], unreached: int = 0) -> None:
         """Store the weights of a layer.
 
         Args:
             layer: The layer.
             choices: {what its weight may become: the weight}.
-            mark: What the float weight was, for `has`.
+            unreached: Of experts: how many of its matrices no token reached.
 
         Raises:
             HubMPQError: The disk refuses.
@@ -71,18 +71,24 @@ class RoundedWeights:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise HubMPQError(f"{self.folder} cannot be written: {error}") from error
-        write_atomic(self._file(layer), [save(tensors, metadata={"settings": self.settings, "mark": mark})])
-        self.layers[layer.name] = layer
+        metadata = {"settings": self.settings, "unreached": str(unreached)}
+        write_atomic(self._file(layer), [save(tensors, metadata=metadata)])
+        self._know(layer, unreached)
         self._held.pop(layer.name, None)
 
-    def has(self, layer: LayerSpec, choices: Sequence[LayerBits], mark: str = "") -> bool:
+    def _know(self, layer: LayerSpec, unreached: int) -> None:
+        self.layers[layer.name] = layer
+        if unreached:
+            self.unreached[layer.name] = unreached
+
+    def has(self, layer: LayerSpec, choices: Sequence[LayerBits]) -> bool:
         """Whether a layer's weights are there, as an interrupted run of the same settings left them."""
         with suppress(OSError, SafetensorError):
             with safe_open(self._file(layer), "pt") as file:
                 there = {key.partition("/")[0] for key in file.keys()}  # noqa: SIM118
                 known = file.metadata() or {}
-            if known == {"settings": self.settings, "mark": mark} and {str(bits) for bits in choices} <= there:
-                self.layers[layer.name] = layer
+            if known.get("settings") == self.settings and {str(bits) for bits in choices} <= there:
+                self._know(layer, int(known["unreached"]))
                 return True
         return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass, field, fields
 from typing import Any
@@ -98,6 +99,8 @@ class Manifest:
         for row in _table(head["layers"], {**_LAYER_TYPES, "bits": _text}, _OPTIONAL):
             level, fixed = LayerBits.parse(row.pop("bits")), row["fixed"]
             layer = LayerSpec(**{**row, "fixed": None if fixed is None else LayerBits.parse(fixed)})
+            if layer.weight_count != math.prod(layer.weight_shape):
+                raise InvalidArgument(f"layer {layer.name!r:.80}: weight_count disagrees with weight_shape")
             if layer.name in bits:
                 raise InvalidArgument(f"duplicate layer {layer.name!r}")
             layers.append(layer)

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from ..core import FLOAT_BITS, Candidates, LayerGraph, matching
+from ..core import FLOAT_BITS, Candidates, LayerBits, LayerGraph, matching
+from ..core.bits import GroupSizes, check_group_sizes
 from ..errors import InvalidArgument
 
 CandidatesLike = Candidates | Iterable[int] | Mapping[str, "Candidates | Iterable[int]"] | None
-
-
-GroupSizes = int | None | Iterable["int | None"]
-"""One group size, or several for the solver to choose from; None: one scale per output channel."""
 
 
 def resolve_candidates(
@@ -28,9 +25,9 @@ def resolve_candidates(
         symmetric: False: these layers have zero points.
 
     Raises:
-        InvalidArgument: A key that is no kind and matches no layer.
+        InvalidArgument: A key that is no kind and matches no layer, or a group size that does not exist.
     """
-    sizes = (group_size,) if group_size is None or isinstance(group_size, int) else tuple(group_size)
+    sizes = check_group_sizes(group_size)
     found, layers = _widths(graph, value), {layer.name: layer for layer in graph.searched}
     plain = Candidates()
     for name, one in found.items():
@@ -39,6 +36,23 @@ def resolve_candidates(
         elif one.group_size == plain.group_size and one.symmetric:
             found[name] = replace(one, group_size=sizes, symmetric=symmetric)
     return found
+
+
+def check_one_grid(candidates: Mapping[str, Candidates]) -> None:
+    """Refuse a choice of group sizes at one width, for scores of widths alone.
+
+    Args:
+        candidates: Of any layers.
+
+    Raises:
+        InvalidArgument: A layer has one.
+    """
+    for name, c in candidates.items():
+        if any(len(c.grouped(LayerBits(width, FLOAT_BITS))) > 1 for width in c.weight):
+            raise InvalidArgument(
+                f"layer {name!r} has several group sizes, and scores of widths alone can't choose among them; score "
+                "them by a post-training strategy with rounding='gptq' or 'nearest'"
+            )
 
 
 def weights_alone(graph: LayerGraph, candidates: Mapping[str, Candidates]) -> bool:
@@ -60,3 +74,11 @@ def _widths(graph: LayerGraph, value: CandidatesLike) -> dict[str, Candidates]:
             raise InvalidArgument(f"candidates: {key!r} is no kind of layer and matches no searched layer")
         out.update(dict.fromkeys(hits, chosen))
     return out
+
+
+def first_groups(candidates: Mapping[str, Candidates], asked: Iterable[int | None] = ()) -> tuple[int | None, bool]:
+    """The group size and symmetry that a level in a budget stands for: the first that was asked for and is there."""
+    for c in candidates.values():
+        if c.group_size != (None,) or not c.symmetric:
+            return next((size for size in asked if size in c.group_size), c.group_size[0]), c.symmetric
+    return None, True

@@ -12,17 +12,15 @@ from torch import Tensor, nn
 from ..adapters.restore_state import copied
 from ..core import FLOAT_BITS, Candidates, LayerBits, LayerGraph, Policy
 from ..errors import InvalidArgument
+from ..nn.blocks import cache_off
 from ..nn.calibrate import calibrate_input, calibrate_weight, sample_inputs
 from ..nn.quantize import check_finite, quantize_with_lsq
 from ..nn.rounded_weights import RoundedWeights
 from ..tasks import TaskLike, task_of, to_device
 from ..tasks.batch import evaluating
-from ..tasks.outputs import tensors_in
 from ..train.norms import reestimate_batch_norm
 from ..train.random_draws import fixed_draws
-
-KEPT = 1 << 29
-"""Bytes of the float model's outputs that are kept; those beyond are computed again for each policy."""
+from .kept_outputs import KeptOutputs
 
 
 class PolicyMeter:
@@ -75,7 +73,9 @@ class PolicyMeter:
             raise InvalidArgument("the calibration data are empty")
         self.norm_batches = norm_batches
         self.task = task_of(task, model, self.calibration[0], example)
-        self.model = copied(model).eval()
+        # rounded weights take the place of the copy's, quantizers leave them as they are
+        own = {id(model.get_submodule(name).weight) for name in graph.names} if rounded is not None else set()
+        self.model = copied(model, (p for p in model.parameters() if id(p) not in own)).eval()
         widths = {
             layer.name: (
                 _below_float(candidates[layer.name].weight if layer.fixed is None else (layer.fixed.weight,)),
@@ -98,8 +98,7 @@ class PolicyMeter:
         self._float_statistics = self._statistics()
         self._estimated: dict[tuple[Any, ...], list[Any]] = {}
         self._calibrated: set[tuple[int, int]] = set()
-        self._references: dict[int, tuple[Any, Any]] = {}
-        self._kept = 0
+        self._references = KeptOutputs()
 
     @torch.no_grad()
     def measure(self, policy: Policy, batches: Iterable[Any]) -> Tensor:
@@ -107,7 +106,7 @@ class PolicyMeter:
 
         Args:
             policy: Widths of every layer, searched ones within the candidates.
-            batches: Held-out batches; labels are not looked at. The float model's outputs on them are kept.
+            batches: Held-out batches; labels are not looked at. The float model's outputs on them are kept on disk.
 
         Raises:
             PolicyMismatch: The policy is for another graph.
@@ -134,7 +133,7 @@ class PolicyMeter:
         """(samples of a batch, items of it that count, whether they are tokens); runs the float model on it."""
         with torch.no_grad(), evaluating(self.float_model):
             moved = to_device(batch, self.device)
-            output = self._reference(batch, moved, keep=False)
+            output = self._reference(batch, moved)
             _, mask = self.task.divergence(output, output, self.task.mask(moved))
         return len(mask), int(mask.sum()), mask.dim() == 2
 
@@ -144,24 +143,24 @@ class PolicyMeter:
         with evaluating(self.float_model):
             for own in batches:
                 batch = to_device(own, self.device)
-                reference = self._reference(own, batch)
-                with fixed_draws(self.device, 0):
-                    output = self.task.forward(self.model, batch)
-                self.forwards += 1
-                values, mask = self.task.divergence(output, reference, self.task.mask(batch))
+                output = self._run(self.model, batch)
+                values, mask = self.task.divergence(output, self._reference(own, batch), self.task.mask(batch))
+                del output  # before the next batch runs
                 yield values.double().cpu(), mask.cpu()
 
-    def _reference(self, own: Any, batch: Any, *, keep: bool = True) -> Any:
-        """The float model's output on a batch (on its device as `batch`); kept by its identity, and `own` with it."""
-        if id(own) in self._references:
-            return self._references[id(own)][1]
-        with fixed_draws(self.device, 0):
-            output = self.task.forward(self.float_model, batch)
+    def _reference(self, own: Any, batch: Any) -> Any:
+        """The float model's output on a batch, which is `batch` on the model's device."""
+        output = self._references.get(own)
+        if output is None:
+            output = self._run(self.float_model, batch)
+            self._references.add(own, output)
+        return output
+
+    def _run(self, model: nn.Module, batch: Any) -> Any:
+        """A model's output, without the keys and values that it would keep for generation."""
+        with fixed_draws(self.device, 0), cache_off(model):
+            output = self.task.forward(model, batch)
         self.forwards += 1
-        size = sum(x.numel() * x.element_size() for x in tensors_in(output).values())
-        if keep and self._kept + size <= KEPT:
-            self._references[id(own)] = (own, output)
-            self._kept += size
         return output
 
     def _set(self, policy: Policy) -> None:

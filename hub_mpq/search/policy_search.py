@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..core import (
     FLOAT_BITS,
     Budget,
+    Candidates,
     Indicators,
     LayerBits,
     LayerGraph,
@@ -49,6 +51,20 @@ def usage_of(graph: LayerGraph, policy: Policy, budget: Budget | None, base_byte
             amounts[limit.name] = amount
     amounts["searched_bitops"] = sum(layer_bitops(layer, policy.bits[layer.name]) for layer in graph.searched)
     return Usage(amounts)
+
+
+def longest_header(policy: Policy, scores: Scores) -> Policy:
+    """A policy of a table's choices whose header is the longest: with groups and zero points where any choice has them.
+
+    Args:
+        policy: What layers without scores take.
+        scores: {searched layer: {widths: score}}.
+    """
+
+    def entries(bits: LayerBits) -> tuple[Any, ...]:
+        return not bits.symmetric, bits.group_size is not None, len(str(bits)), bits
+
+    return replace(policy, bits={**policy.bits, **{name: max(row, key=entries) for name, row in scores.items()}})
 
 
 def _stored(layer: LayerSpec, bits: LayerBits | None) -> int:
@@ -91,8 +107,11 @@ def search_policy(
     )
 
 
-def inferred_policy(graph: LayerGraph, indicators: Indicators) -> Policy:
-    """The policy that a strategy's training settled on; InvalidArgument for a strategy that needs a budget."""
+def inferred_policy(graph: LayerGraph, indicators: Indicators, candidates: Mapping[str, Candidates]) -> Policy:
+    """The policy that a strategy's training settled on, with the candidates' groups and zero points.
+
+    Raises InvalidArgument for a strategy that needs a budget.
+    """
     found = indicators.inferred
     if found is None:
         raise InvalidArgument(
@@ -101,7 +120,8 @@ def inferred_policy(graph: LayerGraph, indicators: Indicators) -> Policy:
     searched = {layer.name for layer in graph.searched}
     if not searched <= set(found) or any(found[name].weight == FLOAT_BITS for name in searched):
         raise InvalidArgument("the widths that the scores say training settled on are not those of this model")
-    return Policy({x.name: x.fixed or found[x.name] for x in graph}, graph.digest)
+    grouped = {name: candidates[name].grouped(found[name])[0] for name in searched}
+    return Policy({x.name: x.fixed or grouped[x.name] for x in graph}, graph.digest)
 
 
 def _front_limit(name: str) -> Limit:

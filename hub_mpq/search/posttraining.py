@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import Candidates, LayerGraph
+from ..core import FLOAT_BITS, Candidates, LayerBits, LayerGraph
 from ..core.checks import whole
 from ..errors import InvalidArgument
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, widths_off
@@ -41,12 +41,13 @@ class PostTraining(SearchStrategy):
         InvalidArgument: `batches` is not a whole number of at least 1.
     """
 
-    trains = False
+    trains, keeps_weights = False, True
 
     def __init__(self, *, batches: int = 2) -> None:
         self.batches = whole("batches", batches, 1)
         self.weight: Rows = {}
         self.activation: Rows = {}
+        self.groups: dict[str, LayerBits] = {}  # of quantizers that know widths alone
 
     def attach(
         self, model: nn.Module, graph: LayerGraph, candidates: Mapping[str, Candidates], norms: Mapping[str, str]
@@ -56,7 +57,7 @@ class PostTraining(SearchStrategy):
         if self.rounded is not None:
             self.layers = quantize_with_stored(model, graph, self.rounded, candidates)
             return
-        groups = {n: c.weights[-1] for n, c in candidates.items()}
+        groups = self.groups = {n: c.weights[-1] for n, c in candidates.items()}
         if several := [n for n, c in candidates.items() if len(c.grids) > 1]:
             raise InvalidArgument(
                 f"layer {several[0]!r} has several group sizes to choose from: their weights have to be rounded before "
@@ -100,7 +101,11 @@ class PostTraining(SearchStrategy):
         return max(moved, 0.0) / counted(items)
 
     def scores(self, model: nn.Module) -> Scores:
-        return additive(self.graph, self.weight, self.activation)
+        weight: dict[str, dict[Any, float]] = {**self.weight}
+        for name, form in self.groups.items():
+            grouped = {b: LayerBits(b, FLOAT_BITS).with_groups(form.group_size, form.symmetric) for b in weight[name]}
+            weight[name] = {grouped[b]: score for b, score in weight[name].items()}
+        return additive(self.graph, weight, self.activation)
 
 
 def noise(quantizer: LSQ, x: Tensor) -> dict[int, Tensor]:

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from ..core import FLOAT_BITS, Candidates, Indicators, LayerBits, LayerGraph, Policy
 from ..errors import InvalidArgument
+from .candidates import check_one_grid
 
 Scores = Mapping[str, Mapping[LayerBits, float]]
 
@@ -116,11 +117,7 @@ def _in_groups(name: str, row: Mapping[LayerBits, float], wanted: Candidates) ->
     """
     if any(bits.grouped for bits in row):
         return dict(row)
-    if any(len(wanted.grouped(bits)) > 1 for bits in row):
-        raise InvalidArgument(
-            f"layer {name!r} has scores of widths alone, which can't choose among group sizes; score them by a "
-            "post-training strategy with rounding='gptq' or 'nearest'"
-        )
+    check_one_grid({name: wanted})
     return {grouped[0]: score for bits, score in row.items() if (grouped := wanted.grouped(bits))}
 
 
@@ -176,6 +173,22 @@ def candidates_of(scores: Scores) -> dict[str, Candidates]:
         name: c if set(c.weights) == weights[name] else replace(c, menu=tuple(weights[name]))
         for name, c in found.items()
     }
+
+
+def in_scored_groups(candidates: Mapping[str, Candidates], scores: Scores) -> dict[str, Candidates]:
+    """Candidates, of which those that name neither groups nor zero points stand for what was scored of their widths,
+    where no plain width was.
+
+    Args:
+        candidates: Of any layers.
+        scores: {layer: {widths: score}}, perhaps of other layers.
+    """
+    out = dict(candidates)
+    for name, c in candidates.items():
+        row = {bits.of_weight for bits in scores.get(name, {}) if bits.weight in c.weight}
+        if row and c.grids == ((None, True),) and all(bits.grouped for bits in row if bits.weight > 1):
+            out[name] = replace(c, menu=tuple(row))
+    return out
 
 
 def limpq_scores(

@@ -15,6 +15,7 @@ from ..errors import InvalidArgument
 from ..nn.blocks import blocks_of, cache_off, checkpointed, frozen
 from ..nn.experts import Stack
 from ..nn.layers import QuantConv1D, QuantLinear, first_operand
+from ..nn.split_experts import stack_and_expert
 from ..quantizers import LSQ
 from ..tasks import Task
 from ..train.processes import mean_rows, total, world
@@ -108,7 +109,8 @@ def sensitivity(
     A weight's errors at all places of an image add up, so g·ΔY is summed over each sample. Where the items are
     positions themselves (tokens, pixels: `Task.positional`) it is taken at each position, which leaves out how errors
     at two positions act together, but needs far fewer samples [our construction]. A layer that runs more than once has
-    one error of all its runs, and so has a stack of experts at each token that reaches several of them. What a
+    one error of all its runs, and so has a stack of experts at each token that reaches several of them. Experts that
+    are layers of their own have what they change at the tokens that reach them, as a mean over all tokens. What a
     BatchNorm behind a layer removes, a channel's shift and scale, is not counted [our construction].
 
     Args:
@@ -232,8 +234,24 @@ def sensitivity(
             {n: {b: _variance(pair[0], pair[1], samples) for b, pair in row.items()} for n, row in found.items()}
         )
         errors[side] = {n: {b: math.sqrt(v / processes) / whole for b, v in row.items()} for n, row in squares.items()}
+    _fill_unreached(model, layers, means["weight"], errors["weight"])
     weight, activation = ({n: monotone(row) for n, row in means[side].items()} for side in sides)
     return Sensitivity(weight, activation, errors["weight"], errors["activation"], unit)
+
+
+def _fill_unreached(model: nn.Module, layers: Mapping[str, Any], means: Rows, errors: Rows) -> None:
+    """Give experts that no token reached the mean of their stack's others, in both: what they cost is not known, and
+    not nothing."""
+    stacks: dict[str, list[str]] = {}
+    for name, module in layers.items():
+        if isinstance(module, Stack) and (part := stack_and_expert(model, name)) is not None:
+            stacks.setdefault(part[0], []).append(name)
+    for names in stacks.values():
+        reached = [name for name in names if any(means[name].values())]
+        for rows in (means, errors) if reached else ():
+            for name in set(names).difference(reached):
+                known = {bits: [rows[other][bits] for other in reached if bits in rows[other]] for bits in rows[name]}
+                rows[name] = {bits: sum(found) / max(len(found), 1) for bits, found in known.items()}
 
 
 def _errors(module: Any, quantizer: Any, args: tuple[Any, ...], normed: bool) -> Iterator[tuple[Any, Tensor]]:

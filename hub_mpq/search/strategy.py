@@ -30,6 +30,7 @@ class SearchStrategy(Hooks):
     `indicators` (which asks for `scores`), `inferred`, `details`.
 
     trains: False for scorers that are done after `calibrate`. batches: how many batches `calibrate` gets.
+    keeps_weights: it leaves the values of the model's Parameters as they are, which then share the float one's memory.
     sense: "min" when a smaller score is better. optimizer, lr, scale_lr, weight_decay: of the training.
     rounded: weights as they are going to be rounded, at all candidates, for scorers; None: to the nearest points.
     limits: {name: (limit, cap on what the searched layers take together)} of the budget searched for; may be empty.
@@ -45,6 +46,7 @@ class SearchStrategy(Hooks):
     stage: str = ""
     learned_once: bool = False
     trains: bool = True
+    keeps_weights: bool = False
     batches: int = 1
     sense: str = "min"
     optimizer: str = "adam"

@@ -88,8 +88,9 @@ def train_scores(
     distill = options.distill
     if distill is None:
         distill = 1.0 if known.labels(batches[0]) is None else 0.0
-    teacher = copied(model).to(accelerator.device).eval().requires_grad_(False) if distill else None
-    student = copied(model).requires_grad_(True).to(accelerator.device)
+    teacher = copied(model, model.parameters()).to(accelerator.device).eval().requires_grad_(False) if distill else None
+    student = copied(model, model.parameters() if hooks.keeps_weights else ())
+    student = student.requires_grad_(True).to(accelerator.device)
     hooks.loss = Finetune(
         task=known,
         lr=hooks.lr if options.lr is None else options.lr,

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from ..errors import InvalidArgument
 from .task import Sums, Task, total
 
+_AT_ONCE = 1 << 20  # logits whose divergence is computed at a time
+
 
 class Classes(Task):
     """Cross-entropy over the last axis of the logits; KL divergence from the float model's distribution.
@@ -71,10 +73,10 @@ class Classes(Task):
         return torch.where(counted, loss.view(classes.shape), 0.0), counted
 
     def divergence(self, output: Any, reference: Any, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        s, t = self.logits(output).float(), self.logits(reference).detach().float()
+        s, t = self.logits(output), self.logits(reference).detach()
         if s.shape[-1] < 2:
             return super().divergence(output, reference, mask)
-        values = F.kl_div(F.log_softmax(s, -1), F.log_softmax(t, -1), reduction="none", log_target=True).sum(-1)
+        values = _divergence_of_rows(*(x.reshape(-1, x.shape[-1]) for x in (s, t))).view(s.shape[:-1])
         return self.with_others(values, output, reference, mask), self.places(mask, values)
 
     def places(self, mask: Tensor | None, values: Tensor) -> Tensor:
@@ -107,6 +109,23 @@ class Classes(Task):
         same = (s.argmax(-1) == t.argmax(-1)) & counted
         kept = float(counted.sum())
         return {**sums, "kl": (total(values * counted), kept), "agreement": (100 * total(same), kept)}
+
+
+def _divergence_of_rows(s: Tensor, t: Tensor) -> Tensor:
+    """KL divergence of each row of logits [rows, classes] from that of `t`; without gradients a part of the rows at a
+    time, since what it takes on the way is several times the logits."""
+    if torch.is_grad_enabled():
+        return _divergence(s, t)
+    rows = max(_AT_ONCE // s.shape[-1], 1)
+    out = torch.empty(len(s), device=s.device)
+    for i in range(0, len(s), rows):
+        out[i : i + rows] = _divergence(s[i : i + rows], t[i : i + rows])
+    return out
+
+
+def _divergence(s: Tensor, t: Tensor) -> Tensor:
+    logs = F.log_softmax(s.float(), -1), F.log_softmax(t.float(), -1)
+    return F.kl_div(*logs, reduction="none", log_target=True).sum(-1)
 
 
 def misfit(task: str, labels: Any, output: Tensor) -> InvalidArgument:

@@ -80,15 +80,23 @@ def perplexity(
         "stride"; "samples" are windows.
 
     Raises:
-        InvalidArgument: The model is no causal language model, a length is out of range, or the text has fewer than two
-            tokens.
+        InvalidArgument: The model is no causal language model, a length is out of range, or `ids` are fewer than two,
+            or no token ids of the model.
     """
     known = task_of(task, model, example=example)
     if not isinstance(known, CausalLM):
         raise InvalidArgument(f"{type(model).__name__} is no causal language model, which perplexity is measured of")
-    ids = torch.as_tensor(ids).flatten()
-    if ids.is_floating_point() or len(ids) < 2:
+    try:
+        ids = torch.as_tensor(ids).flatten()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidArgument(f"token ids are whole numbers: {error}") from error
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or len(ids) < 2:
         raise InvalidArgument(f"perplexity needs two token ids or more, not {len(ids)} of {ids.dtype}")
+    ids = ids.long()
+    config: Any = getattr(model, "config", None)
+    words = config.get_text_config().vocab_size if hasattr(config, "get_text_config") else None
+    if words is not None and not (int(ids.min()) >= 0 and int(ids.max()) < words):
+        raise InvalidArgument(f"token ids of this model are 0 to {words - 1}, not {int(ids.min())} to {int(ids.max())}")
     most = most_tokens(model)
     if context is None:
         context = min(CONTEXT, most or CONTEXT)
@@ -97,6 +105,6 @@ def perplexity(
         raise InvalidArgument(f"context is 2 to {most or 'any number of'} tokens for this model, not {context}")
     if not 1 <= stride <= context:
         raise InvalidArgument(f"stride is 1 to {context} tokens, the context, not {stride}")
-    windows = Windows(ids.long(), context, stride, known.ignore_index)
+    windows = Windows(ids, context, stride, known.ignore_index)
     found = evaluate(model, windows, task=known, example=example)
     return {**found, "tokens": windows.scored, "context": context, "stride": stride}

@@ -19,6 +19,7 @@ from ..errors import InvalidArgument
 from ..nn.input_moments import input_moments
 from ..nn.quantize import check_finite
 from ..nn.rounded_weights import RoundedWeights
+from ..nn.split_experts import stack_and_expert
 from ..pack import PackedTensor, pack_weight
 from ..quantizers.gptq import Factor
 from ..quantizers.weight_grid import WeightGrid, weight_grid
@@ -110,44 +111,54 @@ def round_weights(
     if not taken:
         raise InvalidArgument("the calibration data are empty")
     known = task_of(task, model, example=example)
-    rounded = RoundedWeights(folder, f"1 {rounding} {digest_of(taken)}", nearest=rounding == "nearest")
+    # all of the model: what a layer reads depends on the layers before it
+    settings = "" if folder is None else f"2 {rounding} {digest_of(taken, model.state_dict())}"
+    rounded = RoundedWeights(folder, settings, nearest=rounding == "nearest")
     layers = [layer for layer in graph if layer.name in choices]
-    marks = {layer.name: digest_of(model.get_submodule(layer.name).weight) for layer in layers}
-    left = [x for x in layers if not (resume and rounded.has(x, choices[x.name], marks[x.name]))]
+    left = _left(model, layers, {x.name for x in layers if not (resume and rounded.has(x, choices[x.name]))})
     with tqdm(total=len(layers), initial=len(layers) - len(left), desc="weights", unit="layer", leave=False) as bar:
 
-        def store(layer: LayerSpec, moments: Tensor | None, factors: Iterable[Factor] | None) -> None:
+        def store(
+            layer: LayerSpec, moments: Tensor | None = None, factors: Iterable[Factor] | None = None, unreached: int = 0
+        ) -> None:
             weight = model.get_submodule(layer.name).weight.detach()
             found = round_weight(weight, layer, choices[layer.name], moments, factors)
-            rounded.add(layer, found, marks[layer.name])
+            rounded.add(layer, found, unreached)
             bar.update()
 
         there = {layer.name: layer for layer in left}
         # of a task with a mask, which positions count
         for part in input_moments(model, left, taken, known.forward, diagonal=rounding != "gptq", mask=known.mask):
             factor: tuple[int, Factor] | None = None
-            rounded.unreached |= part.unreached
             for layer in part.layers:
-                moments = part.moments.get(layer.name)
+                moments, unreached = part.moments.get(layer.name), part.unreached.get(layer.name, 0)
                 if moments is None or rounding != "gptq":
-                    store(layer, moments, None)
+                    store(layer, moments, None, unreached)
                 elif moments.dim() == 3:  # of experts: one after the other
-                    store(layer, moments.diagonal(dim1=1, dim2=2), map(Factor, moments))
+                    store(layer, moments.diagonal(dim1=1, dim2=2), map(Factor, moments), unreached)
                 else:
                     if factor is None or factor[0] != id(moments):  # layers that read one tensor stand together
                         factor = (id(moments), Factor(moments))
                     store(layer, moments.diagonal(), (factor[1],))
                 del there[layer.name]
         for layer in there.values():  # convolutions and tables
-            store(layer, None, None)
+            store(layer)
     if rounded.unreached:
         logger.warning(
-            "%d experts of %d stacks were reached by no token of the batches: they are rounded by what the other "
+            "no token of the batches reached %d matrices of experts (of %s): they are rounded by what the other "
             "experts of their stack read",
             sum(rounded.unreached.values()),
-            len(rounded.unreached),
+            ", ".join([*rounded.unreached][:3]) + (", …" if len(rounded.unreached) > 3 else ""),
         )
     return rounded
+
+
+def _left(model: nn.Module, layers: Sequence[LayerSpec], missing: set[str]) -> list[LayerSpec]:
+    """The layers to round: those that are missing, and the other experts of their stacks, since one that no token
+    reached is rounded by what these read."""
+    stacks = {x.name: part[0] for x in layers if (part := stack_and_expert(model, x.name))}
+    again = {stacks[name] for name in missing if name in stacks}
+    return [x for x in layers if x.name in missing or stacks.get(x.name) in again]
 
 
 def round_weight(
@@ -201,10 +212,12 @@ def _compensated(rows: Tensor, grids: Sequence[WeightGrid], factors: Iterable[Fa
 
 
 def digest_of(*trees: Any) -> str:
-    """24 characters that stand for the values of all tensors, by SHA-256."""
+    """24 characters that stand for the values of all tensors and numbers, by SHA-256."""
     digest = hashlib.sha256()
-    for tensor in tree_leaves(trees):
-        if isinstance(tensor, Tensor):
-            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for leaf in tree_leaves(trees):
+        if isinstance(leaf, Tensor):
+            digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+            digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(leaf, (int, float, str)):
+            digest.update(f"{leaf!r} ".encode())
     return digest.hexdigest()[:24]

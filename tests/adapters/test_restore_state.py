@@ -55,3 +55,15 @@ def test_a_packed_file_is_loaded_into_a_copy(change, tmp_path):
     mpq.save_pretrained(tmp_path)
     loaded = HubMPQ.from_pretrained(tmp_path, module=net(change))
     assert torch.equal(loaded.model(X), mpq.model(X))
+
+
+def test_a_copy_may_share_the_memory_of_parameters():
+    """They are Parameters of its own: tied ones stay one, and flags, gradients and devices are each model's own."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model[1].weight = model[0].weight
+    twin = copied(model, model.parameters())
+    assert twin[1].weight is twin[0].weight
+    assert twin[0].weight.data_ptr() == model[0].weight.data_ptr()
+    assert twin[2].running_mean.data_ptr() != model[2].running_mean.data_ptr()
+    twin.requires_grad_(False).double()
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())

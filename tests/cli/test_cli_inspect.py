@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from transformers import ViTConfig
+from transformers import MixtralConfig, ViTConfig
 
 
 def test_resnet18_without_weights_or_network(run, monkeypatch):
@@ -51,3 +51,18 @@ def test_a_packed_folder_by_its_header(run, packed, monkeypatch):
     assert tree["usage"]["size"] == (packed / "model.mpq.safetensors").stat().st_size
     assert set(tree["policy"]["bits"]) == {row["name"] for row in tree["layers"]}
     assert "conv1.3" in run("inspect", packed).stdout
+    for option in (["--pin", "fc=none"], ["--exclude", "fc"], ["--target", "gguf"], ["--per-expert"]):
+        refused = run("inspect", packed, *option)
+        assert refused.exit_code == 2
+        assert f"its policy is made: {option[0]} is of float models" in refused.stderr
+
+
+def test_experts_one_by_one(run, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 2, "num_key_value_heads": 2}
+    MixtralConfig(
+        vocab_size=48, num_hidden_layers=1, num_local_experts=4, architectures=["MixtralForCausalLM"], **sizes
+    ).save_pretrained(tmp_path)
+    trees = [json.loads(run("inspect", tmp_path, "--json", *more).stdout) for more in ((), ("--per-expert",))]
+    names = [[layer["name"] for layer in tree["layers"] if ".experts." in layer["name"]] for tree in trees]
+    assert names[1] == [f"{stack}.{i}" for stack in names[0] for i in range(4)]
+    assert trees[0]["macs"] == trees[1]["macs"]

@@ -74,7 +74,7 @@ def test_blocks_hold_the_same_weights(bits, zeros):
     [
         ("llama", {"tie_word_embeddings": True}),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e4}}),
-        ("mistral", {"num_key_value_heads": 1}),
+        ("mistral", {"num_key_value_heads": 1, "sliding_window": None}),
         ("qwen2", {}),
         ("qwen3", {"head_dim": 128}),  # transformers' reader knows no other
     ],
@@ -135,6 +135,53 @@ def test_other_architectures_have_a_tensor_type_file(tmp_path):
     assert not (tmp_path / "out" / FILE).exists()
 
 
+SCALED = {"factor": 8.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **SCALED}},
+            "rotary embeddings of type 'llama3'",
+        ),
+        ("qwen2", {"rope_parameters": {"rope_type": "yarn", **SCALED}}, "rotary embeddings of type 'yarn'"),
+        ("llama", {"hidden_act": "gelu"}, "activation 'gelu'"),
+        ("mistral", {"sliding_window": 128}, "a window of 128 tokens"),
+        (
+            "qwen2",
+            {"sliding_window": 128, "use_sliding_window": True, "max_window_layers": 1},
+            "a window of 128 tokens",
+        ),
+    ],
+)
+def test_models_that_it_does_not_write_have_a_tensor_type_file(tmp_path, kind, changes, said):
+    folder = build(tmp_path / "float", kind, max_position_embeddings=512, **changes)
+    mpq = HubMPQ.from_pretrained(folder, target="gguf").apply_policy("W4")
+    assert "GGUF file" not in mpq.usage().amounts
+    with pytest.raises(InvalidArgument, match="limit weight_bits"):
+        mpq.check_reachable(size="W4")
+    with pytest.warns(UserWarning, match=f"{said} is not written as GGUF"):
+        mpq.export(tmp_path / "out", "gguf")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [TENSOR_TYPES]
+    assert r"^blk\.0\.attn_q\.weight$=q4_0" in (tmp_path / "out" / TENSOR_TYPES).read_text()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_float_experts_are_no_q8_0_in_a_tensor_type_file(tmp_path, kind):
+    sizes = {"num_local_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+    folder = build(tmp_path / "float", kind, **sizes)
+    mpq = HubMPQ.from_pretrained(folder, target="gguf", exclude=["*experts*"]).apply_policy("W4")
+    with pytest.warns(UserWarning, match=r"OUT.gguf Q8_0"):
+        mpq.export(tmp_path / "out", "gguf")
+    lines = (tmp_path / "out" / TENSOR_TYPES).read_text().split()
+    assert len(lines) == len(set(lines))
+    for block in range(2):
+        for part in ("gate", "up", "down"):
+            assert rf"^blk\.{block}\.ffn_{part}_exps\.weight$=f16" in lines
+
+
 def test_what_it_cannot_say_is_refused_in_words(tmp_path, monkeypatch):
     mpq = HubMPQ.from_pretrained(build(tmp_path / "float"), weight_only=True)
     mpq.apply_policy("W4")
@@ -144,9 +191,6 @@ def test_what_it_cannot_say_is_refused_in_words(tmp_path, monkeypatch):
     with pytest.raises(HubMPQError, match="weights alone"):
         mpq.export(tmp_path / "out", "gguf")
     mpq = HubMPQ.from_pretrained(tmp_path / "float", target="gguf").apply_policy("W4")
-    mpq.model.config.rope_parameters = {"rope_type": "yarn", "factor": 2.0}
-    with pytest.raises(HubMPQError, match="'yarn'"):
-        mpq.export(tmp_path / "out", "gguf")
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(HubMPQError, match=r"pip install \"hub-mpq\[gguf\]\""):
         mpq.export(tmp_path / "out", "gguf")
@@ -181,6 +225,29 @@ def test_the_tokenizer_is_in_the_file(tmp_path):
     assert kinds[299] == int(gguf.TokenType.UNUSED)
     read = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file=FILE)
     assert read("the mat 12")["input_ids"] == fast("the mat 12")["input_ids"]
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "$A </s>", "<s> $A </s>", "$A"])
+def test_llama_cpp_adds_the_tokens_that_the_tokenizer_adds(tmp_path, template):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(["<s>", "</s>", "<pad>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 256), ("</s>", 257)]
+    )
+    folder = build(tmp_path / "float", vocab_size=258)  # the model has no row for <pad>
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    HubMPQ.from_pretrained(folder, target="gguf").apply_policy("W4").export(tmp_path / "out", "gguf")
+    reader = gguf.GGUFReader(tmp_path / "out" / FILE)
+    assert reader.get_field("tokenizer.ggml.add_bos_token").contents() == ("<s>" in template)
+    assert reader.get_field("tokenizer.ggml.add_eos_token").contents() == ("</s>" in template)
+    assert reader.get_field("tokenizer.ggml.tokens").contents()[256:] == ["<s>", "</s>"]
+    assert reader.get_field("tokenizer.ggml.padding_token_id") is None
 
 
 def test_a_packed_model_is_still_for_its_target(tmp_path):

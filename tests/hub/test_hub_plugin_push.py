@@ -1,5 +1,7 @@
 """A model that AutoModel loaded packed pushes the same bytes, in one commit, with a fresh float copy."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -62,3 +64,29 @@ def test_a_float_repo_that_is_quantized_while_it_is_loaded_keeps_its_commit(hub,
     commit = HfApi().model_info("me/float").sha
     assert model.hf_quantizer.manifest.revision == commit
     assert HubMPQ.from_pretrained("me/float").graph.revision == commit
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+def test_experts_that_are_decisions_of_their_own_are_pushed_and_pulled(hub, tmp_path, kind):
+    """Also the float copy, whose experts stand as transformers reads them."""
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(num_hidden_layers=1, num_experts_per_tok=2, **sizes)
+    config.update({"intermediate_size": 48, "moe_intermediate_size": 48, "num_local_experts": 4, "num_experts": 4})
+    cls = getattr(transformers, f"{kind}ForCausalLM")
+    cls(config).save_pretrained(tmp_path / "float")
+    ids = torch.arange(12)[None]
+    mpq = HubMPQ.from_pretrained(tmp_path / "float", weight_only=True, per_expert=True)
+    mpq.quantize(weight_bits=3.0, train=[{"input_ids": ids}], epochs=0, candidates=(2, 4), validate=False)
+    repo = f"me/experts-{kind.lower()}"  # caches know a repository by its name
+    mpq.push_to_hub(repo, token="write-token")
+    with torch.no_grad():
+        wanted = mpq(input_ids=ids).logits
+        assert torch.equal(HubMPQ.from_pretrained(repo)(input_ids=ids).logits, wanted)
+        assert torch.equal(transformers.AutoModelForCausalLM.from_pretrained(repo)(ids).logits, wanted)
+        (tmp_path / "plain").mkdir()
+        for name in ("config.json", FLOAT_COPY):
+            (tmp_path / "plain" / name).write_bytes(hub.store.content(repo)[name])
+        plain = json.loads((tmp_path / "plain" / "config.json").read_text())
+        plain.pop("quantization_config")
+        (tmp_path / "plain" / "config.json").write_text(json.dumps(plain))
+        torch.testing.assert_close(cls.from_pretrained(tmp_path / "plain")(ids).logits, wanted, rtol=1e-4, atol=1e-5)

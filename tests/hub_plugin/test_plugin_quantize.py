@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from hub_mpq import HubMPQ, LayerBits, MPQConfig, Policy
 from hub_mpq.core.files import PACKED
 from hub_mpq.errors import HubMPQError, InvalidArgument
-from hub_mpq.pack import read_manifest
+from hub_mpq.pack import read_manifest, write_indicators
 
 
 def test_a_level_gives_what_hub_mpq_gives(bert, tmp_path):
@@ -86,6 +86,32 @@ def test_a_budget_in_groups(tmp_path):
     for more in ({"group_size": 7}, {"rounding": "awq"}):
         with pytest.raises(InvalidArgument):
             MPQConfig("W4", **more)
+
+
+@pytest.mark.filterwarnings("ignore:no calibration")
+def test_a_budget_is_met_by_stored_scores_of_several_group_sizes(tmp_path):
+    model, _ = build("llama")
+    model.save_pretrained(tmp_path / "float")
+    batches = [{"input_ids": (torch.arange(24).view(2, 12) * k) % 50} for k in (1, 3, 5)]
+    mpq = HubMPQ.from_pretrained(tmp_path / "float", weight_only=True)
+    mpq.quantize(size="W4", group_size=[None, 16], train=batches, epochs=0, validate=False)
+    write_indicators(tmp_path / "float" / "indicators.safetensors", mpq.scores)
+
+    def load(**more):
+        return type(model).from_pretrained(tmp_path / "float", quantization_config=MPQConfig(**more))
+
+    # its inputs of fixed layers are quantized, those of `mpq` are not
+    whole = HubMPQ.from_pretrained(tmp_path / "float")
+    limit = int(whole.usage("W3g16A32")["size"])
+    for size, more in ((limit, {}), (limit - 200, {}), (limit, {"group_size": 16})):
+        found = load(size=size, **more)
+        policy = found.hf_quantizer.manifest.policy
+        sizes = {policy.bits[x.name].group_size for x in mpq.graph.searched}
+        assert sizes == ({16} if more else {None, 16})
+        found.save_pretrained(tmp_path / "packed")
+        assert size - 200 < (tmp_path / "packed" / PACKED).stat().st_size <= size
+    with pytest.raises(InvalidArgument, match="no score at these candidates"):
+        load(size=limit, group_size=32)
 
 
 @pytest.mark.filterwarnings("ignore:no calibration")

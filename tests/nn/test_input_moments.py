@@ -230,6 +230,40 @@ def test_padding_does_not_count():
         torch.testing.assert_close(h, plain(read[name], kept), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["OPT", "Qwen2Moe", "DeepseekV3"])
+def test_padding_does_not_count_where_positions_have_another_form(name):
+    """OPT's and shared experts' matrices read the tokens of all samples in one axis, kv_b_proj with an axis of one."""
+    import transformers
+
+    latent = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}
+    own = {
+        "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+        "Qwen2Moe": {
+            "num_key_value_heads": 2,
+            "num_experts": 4,
+            "moe_intermediate_size": 40,
+            "shared_expert_intermediate_size": 40,
+        },
+        "DeepseekV3": {**latent, "num_key_value_heads": 4, "first_k_dense_replace": 2},
+    }[name]
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = getattr(transformers, f"{name}Config")(**{**text, "num_hidden_layers": 2, "pad_token_id": 0, **own})
+    net = seeded(lambda: getattr(transformers, f"{name}ForCausalLM")(config))
+    found = []
+    for other in (0, 5):  # what the padding holds
+        batches = tokens()
+        for batch in batches:
+            batch["attention_mask"] = (torch.arange(16)[None] < torch.arange(4, 12)[:, None]).long()
+            batch["input_ids"] = torch.where(batch["attention_mask"] == 1, batch["input_ids"], other)
+        mpq = HubMPQ.from_module(net, batches[0])
+        task = task_of(None, net, batches[0])
+        parts = input_moments(mpq.float_model, mpq.graph, batches, task.forward, mask=task.mask)
+        found.append({layer: h for part in parts for layer, h in part.moments.items()})
+    assert len(found[0]) > 8
+    for layer, h in found[0].items():
+        assert torch.allclose(h, found[1][layer], rtol=1e-4, atol=1e-6 * float(h.abs().max())), layer
+
+
 def test_positions_bound_what_is_read():
     batches = [draw(500, 6, seed=i) for i in range(3)]
     _, parts, read = parts_of(seeded(lambda: Chain("plain")), batches, positions=300)

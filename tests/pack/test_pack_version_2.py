@@ -149,6 +149,16 @@ def test_a_header_that_lies_is_refused(file, old, new, words):
         read_packed(changed(file[0], old, new))
 
 
+def test_a_count_that_is_not_that_of_the_shape_is_refused(file):
+    """It would be memory that is taken and never filled."""
+    path, tensors, manifest = file
+    first, *rest = manifest.graph.layers
+    graph = replace(manifest.graph, layers=(replace(first, weight_count=2**60), *rest))
+    write_packed(path, tensors, replace(manifest, graph=graph))
+    with pytest.raises(PackedFormat, match="weight_count disagrees"):
+        read_packed(path)
+
+
 def test_a_policy_gives_no_groups_to_convolutions(file):
     bits = {**file[2].policy.bits, "depthwise": LayerBits(3, 4, 32)}
     with pytest.raises(InvalidArgument, match="'depthwise' is a conv2d"):

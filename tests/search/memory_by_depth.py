@@ -63,6 +63,7 @@ def measured(depth):
     return found | {"scores": peak(scored)}
 
 
-torch.manual_seed(0)
-measured(2)
-print(json.dumps([measured(int(depth)) for depth in sys.argv[1:]]))
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    measured(2)
+    print(json.dumps([measured(int(depth)) for depth in sys.argv[1:]]))

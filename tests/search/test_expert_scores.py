@@ -109,7 +109,7 @@ def test_every_scorer_scores_stacks(strategy):
     mpq = HubMPQ(replace(mpq.source), weight_only=True)
     scores = mpq.train_scores([{**batch, "labels": batch["input_ids"]}], strategy=strategy, steps=0, candidates=(2, 4))
     for layer in mpq.graph.searched:
-        row = mpq._score_table(mpq.graph, None, None)[0][layer.name]
+        row = mpq.score_table()[0][layer.name]
         assert len(row) == 2
         assert all(torch.isfinite(torch.tensor(score)) for score in row.values())
     assert scores.strategy == strategy

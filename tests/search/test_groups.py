@@ -14,6 +14,7 @@ from hub_mpq.cost.size import layer_nbytes
 from hub_mpq.errors import InvalidArgument
 from hub_mpq.search.candidates import resolve_candidates
 from hub_mpq.search.measure import PolicyMeter
+from hub_mpq.search.policy_search import inferred_policy, longest_header
 from hub_mpq.search.scores import candidates_of, equal_scores, score_table
 from hub_mpq.search.sensitivity import LEAST, monotone
 from hub_mpq.tasks import task_of
@@ -132,7 +133,7 @@ def test_fine_tuning_trains_scales_of_groups(tmp_path):
     assert mpq.result.strategy == "limpq"
     layer = mpq.model.model.layers[0].mlp.up_proj
     assert type(layer.weight_quantizer).__name__ == "GroupedLSQ"
-    assert float(layer.weight_quantizer.shift.abs().max()) > 0
+    assert float(layer.weight_quantizer.shift.detach().abs().max()) > 0
     mpq.save_pretrained(tmp_path)
     back = HubMPQ.from_pretrained(tmp_path, module=decoder())
     with torch.no_grad():
@@ -162,7 +163,7 @@ def test_scores_of_widths_serve_one_group_size_and_cannot_tell_two():
     assert candidates_of(table) == one
     assert equal_scores(mpq.graph, one)[names[0]].keys() == table[names[0]].keys()
     two = resolve_candidates(mpq.graph, Candidates((2, 3), (32,)), [16, 32])
-    with pytest.raises(InvalidArgument, match="can't choose among group sizes"):
+    with pytest.raises(InvalidArgument, match="can't choose among them"):
         score_table(scores, mpq.graph, two)
     with pytest.raises(InvalidArgument, match="several group sizes"):
         mpq.train_scores(BATCHES, strategy="gradient", candidates=Candidates((2, 3), (32,), (16, 32)))
@@ -185,8 +186,14 @@ def test_levels_in_words():
         with pytest.raises(InvalidArgument):
             LayerBits.parse(text)
     assert str(Budget(size="W4", bitops="W4g32A8").with_groups(128, False)) == "bitops W4g32A8, size W4g128zA32"
+    assert str(Budget(activation_peak="A4", size="W1").with_groups(None, False)) == "size W1, activation_peak A4"
     with pytest.raises(InvalidArgument, match="a group size is"):
         Candidates((4,), (32,), (True,))
+    assert Candidates((4,), (32,), 16) == Candidates([4], [32], [16])
+    assert Candidates((4,), (32,), None) == Candidates((4,), (32,), [])
+    for wrong in ((4,), ("4",), ((4,), 32)):
+        with pytest.raises(InvalidArgument, match="a list of widths"):
+            Candidates(*wrong)
 
 
 @pytest.mark.parametrize(
@@ -196,14 +203,17 @@ def test_levels_in_words():
         ({"rounding": "awq", "train": BATCHES}, "'gptq' or 'nearest'"),
         ({"group_size": 7, "train": BATCHES}, "a group size is"),
         ({"group_size": "128", "train": BATCHES}, "a group size is"),
+        ({"group_size": 128.0, "train": BATCHES}, "not 128.0"),
         ({"rounding": "gptq", "per_channel": False, "train": BATCHES}, "a scale for each output channel"),
+        ({"group_size": [None, 16], "strategy": "limpq", "train": BATCHES}, "can't choose among them"),
+        ({"group_size": [None, 16], "epochs": 1, "train": BATCHES}, "can't choose among them"),
     ],
 )
 def test_what_cannot_be_costs_no_work(more, words, monkeypatch):
     monkeypatch.setattr("hub_mpq.model.round_weights", None)
     monkeypatch.setattr("hub_mpq.model.train_scores", None)
     with pytest.raises(InvalidArgument, match=words):
-        loaded().quantize(weight_bits=4.0, epochs=0, **more)
+        loaded().quantize(**{"weight_bits": 4.0, "epochs": 0, **more})
 
 
 def test_the_policy_is_told_with_its_groups():
@@ -240,3 +250,105 @@ def test_a_search_measures_what_apply_policy_would_make():
             found, mask = task.divergence(mpq.model(**batch), mpq.float_model(**batch), None)
             values.append(found[mask])
     assert row.divergence == pytest.approx(float(torch.cat(values).double().mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["dq", "bsq"])
+def test_widths_that_training_settles_on_have_the_groups_asked_for(strategy):
+    mpq = HubMPQ.from_module(decoder(), BATCHES[0])
+    mpq.quantize(
+        strategy=strategy, train=BATCHES, epochs=0, indicator_options={"steps": 1}, group_size=16, symmetric=False
+    )
+    found = {(mpq.policy.bits[x.name].group_size, mpq.policy.bits[x.name].symmetric) for x in mpq.graph.searched}
+    assert found == {(16, False)}
+    fixed = {str(mpq.policy.bits[x.name]) for x in mpq.graph if x.fixed}
+    assert fixed == {"W8A8", "W8A32"}
+
+
+@pytest.mark.parametrize("target", [None, "vllm"])
+def test_a_later_search_speaks_of_the_groups_that_were_scored(target, tmp_path):
+    """A level and candidates without groups stand for them, in search, pareto and check_reachable alike."""
+    decoder(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    mpq = HubMPQ.from_pretrained(tmp_path, weight_only=True, target=target)
+    mpq.quantize(size="W4", group_size=32, train=BATCHES, epochs=0, validate=False)
+    assert mpq.search(size="W4").policy == mpq.policy
+    names = [x.name for x in mpq.graph.searched]
+    narrow = mpq.search(size="W4", candidates=[3, 4])
+    assert {str(narrow.policy.bits[name]) for name in names} == {"W4g32A32"}
+    mpq.check_reachable(size="W3", candidates=[3])  # with the scales of groups it takes all of that
+    front = mpq.pareto("weight_bits", 3, size="W4", candidates=[3, 4])
+    assert front[-1].policy == narrow.policy
+    table, _ = mpq.score_table(candidates=[3])
+    assert {bits for row in table.values() for bits in row} == {LayerBits(3, 32, 32)}
+
+
+@pytest.mark.parametrize(("sizes", "first"), [([None, 32], "W4"), ([32, None], "W4g32")])
+def test_a_level_is_of_the_first_group_size_that_is_asked_for(sizes, first, tmp_path):
+    """Also where a target's menu has an order of its own."""
+    decoder(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    mpq = HubMPQ.from_pretrained(tmp_path, target="vllm")
+    mpq.quantize(size="W4", group_size=sizes, train=BATCHES, epochs=0, candidates=[4, 5], validate=False)
+    assert mpq.result.details["budget"] == f"size {LayerBits.parse(first) if 'g' in first else first}"
+
+
+def test_plain_widths_stand_for_themselves_where_they_were_scored():
+    mpq = loaded()
+    mpq.quantize(size="W4", group_size=[None, 16], train=BATCHES, epochs=0, validate=False)
+    table, _ = mpq.score_table(candidates=[3])
+    assert {bits for row in table.values() for bits in row} == {LayerBits(3, 32)}
+
+
+def test_a_front_counts_the_bytes_of_a_targets_file(tmp_path):
+    decoder(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    mpq = HubMPQ.from_pretrained(tmp_path, target="gguf", exclude=["lm_head"])
+    mpq.quantize(size="W4", group_size=32, train=BATCHES, epochs=0, validate=False)
+    limit = mpq.result.usage["GGUF file"]
+    front = mpq.pareto("weight_bits", 3, size="W4")
+    assert front[-1].usage["GGUF file"] == limit < mpq.usage("W5")["GGUF file"]
+    with pytest.raises(InvalidArgument, match="a front over size"):
+        mpq.pareto("size", 3)
+
+
+def test_weights_that_were_rounded_otherwise_are_not_trained_on(tmp_path):
+    """The policy is the same, so the state of the first run has the place of the second's."""
+    args = {"size": "W4", "train": BATCHES, "group_size": 16, "candidates": [4], "steps": 2, "validate": False}
+    for rounding in ("gptq", "nearest"):
+        found, fresh = loaded(), loaded()
+        states = {"checkpoint_dir": tmp_path, "resume": True, "finetune_options": {"checkpoint_every": 1}}
+        found.quantize(**args, **states, rounding=rounding)
+        fresh.quantize(**args, rounding=rounding)
+        a, b = found.model.state_dict(), fresh.model.state_dict()
+        assert found.policy == fresh.policy
+        assert all(torch.equal(a[key], b[key]) for key in b)
+
+
+@pytest.mark.parametrize("strategy", ["gradient", "mse"])
+def test_scores_say_in_which_groups_they_were_measured(strategy):
+    """Also where nothing is rounded first: a later search is of the same grids, and the report has the divergences."""
+    mpq = HubMPQ.from_module(decoder(), BATCHES[0])
+    mpq.quantize(
+        bitops="W4A6",
+        **{"train": BATCHES, "epochs": 0, "strategy": strategy, "validate": False},
+        **{"group_size": 16, "symmetric": False},
+    )
+    names = [x.name for x in mpq.graph.searched]
+    assert {bits.of_weight.with_groups(16, False) == bits.of_weight for n in names for bits in mpq.scores.pairs[n]} == {
+        True
+    }
+    assert mpq.search(bitops="W4A6").policy == mpq.policy
+    assert " kl" in mpq.report().splitlines()[1]
+
+
+def test_the_longest_header_has_zero_points_where_any_choice_has_them():
+    graph = HubMPQ.from_module(decoder(), BATCHES[0], weight_only=True).graph
+    row = dict.fromkeys(map(LayerBits.parse, ("W4g32zA32", "W8g32A32", "W8A32", "W2zA32")), 1.0)
+    longest = longest_header(Policy.uniform(graph, "W2A32"), {graph.searched[0].name: row})
+    assert str(longest.bits[graph.searched[0].name]) == "W4g32zA32"
+
+
+def test_inferred_widths_are_of_the_menu():
+    graph = HubMPQ.from_module(decoder(), BATCHES[0], weight_only=True).graph
+    widths = {x.name: f"W{2 + i % 2}A32" for i, x in enumerate(graph.searched)}
+    menu = Candidates(activation=(32,), menu=(LayerBits.parse("W2g16zA32"), LayerBits.parse("W3g16A32")))
+    scores = Indicators({}, {}, provenance={"inferred": widths, "strategy": "dq"})
+    policy = inferred_policy(graph, scores, dict.fromkeys(widths, menu))
+    assert {str(policy.bits[name]) for name in widths} == {"W2g16zA32", "W3g16A32"}

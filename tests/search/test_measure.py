@@ -1,15 +1,18 @@
 """Measuring a policy on the one copy of all widths gives what the applied policy gives."""
 
 import copy
+import errno
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from hub_mpq import HubMPQ, Policy
 from hub_mpq.core import LayerBits
 from hub_mpq.errors import InvalidArgument
 from hub_mpq.search.candidates import resolve_candidates
+from hub_mpq.search.kept_outputs import KeptOutputs
 from hub_mpq.search.measure import PolicyMeter
 from hub_mpq.tasks import task_of
 
@@ -140,3 +143,60 @@ def test_both_networks_draw_the_same_random_numbers_and_nobody_elses():
     assert torch.equal(fine, again)
     assert float(fine.mean()) < 0.01
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_outputs_that_are_not_kept_are_computed_again(net, data, monkeypatch):
+    """Those beyond the limit, and those that find the disk full."""
+    held = [data.tensors[0][48:70], data.tensors[0][70:]]
+    mpq = HubMPQ.from_module(net, X[:1], task="classification")
+    candidates = resolve_candidates(mpq.graph, WIDTHS)
+
+    def measured():
+        meter = PolicyMeter(net, mpq.graph, candidates, [data.tensors[0][:16]], task="classification")
+        values = [meter.measure(mixed(mpq.graph, seed), held) for seed in (0, 1)]
+        return torch.cat(values), meter.forwards
+
+    kept, forwards = measured()
+    with monkeypatch.context() as patch:
+        patch.setattr("hub_mpq.search.kept_outputs.LIMIT", 22 * 5 * 4)  # the first batch's
+        again = measured()
+        assert torch.equal(again[0], kept)
+        assert again[1] == forwards + 1
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(KeptOutputs, "_written", full)
+    again = measured()
+    assert torch.equal(again[0], kept)
+    assert again[1] == forwards + 2
+
+
+def test_kept_outputs_come_back_as_they_were():
+    kept, batch = KeptOutputs(), object()
+    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    parts = {
+        "t": logits.t(),
+        "half": logits.bfloat16(),
+        "ids": torch.arange(4),
+        "none": None,
+        "of": (2, torch.ones(())),
+    }
+    kept.add(batch, parts | {"empty": torch.ones(0, 2)})
+    back = kept.get(batch)
+    assert back["none"] is None
+    assert back["of"][0] == 2
+    assert back["empty"].shape == (0, 2)
+    for name in ("t", "half", "ids"):
+        assert back[name].dtype == parts[name].dtype
+        assert torch.equal(back[name], parts[name])
+    assert torch.equal(back["of"][1], torch.ones(()))
+    output = transformers.modeling_outputs.MaskedLMOutput(logits=logits)
+    kept.add(again := object(), output)
+    assert type(kept.get(again)) is type(output)
+    assert torch.equal(kept.get(again).logits, logits)
+    kept.add(other := object(), {"logits": logits, "object": object()})
+    assert kept.get(other) is None
+    folder = kept._folder
+    del kept
+    assert not folder.exists()

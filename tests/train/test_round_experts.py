@@ -80,14 +80,17 @@ def test_compensated_experts_are_nearer_to_the_float_model():
     assert found["gptq"] < found["nearest"]
 
 
-def test_experts_that_no_token_reaches_are_told(caplog):
+def test_experts_that_no_token_reaches_are_told(caplog, tmp_path):
     net, batch = moe("Mixtral")
     mpq = HubMPQ.from_module(net, {"input_ids": batch["input_ids"][:1]})
     few = {"input_ids": batch["input_ids"][:1, :1]}  # one token reaches two of four experts
-    with caplog.at_level(logging.WARNING):
-        rounded = round_weights(mpq.float_model, mpq.graph, {name: (LayerBits(4, 32),) for name in NAMES}, [few])
-    assert rounded.unreached == dict.fromkeys(NAMES, 2)
-    assert "8 experts of 4 stacks were reached by no token" in caplog.text
+    of = mpq.float_model, mpq.graph, {name: (LayerBits(4, 32),) for name in NAMES}, [few]
+    for resume in (False, True):  # also of layers that were rounded before an interruption
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            rounded = round_weights(*of, folder=tmp_path, resume=resume)
+        assert rounded.unreached == dict.fromkeys(NAMES, 2)
+        assert "no token of the batches reached 8 matrices of experts" in caplog.text
 
 
 def test_a_stack_is_read_from_the_disk_once_for_all_its_experts(monkeypatch):

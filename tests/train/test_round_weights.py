@@ -7,7 +7,7 @@ import torch
 from text_toys import decoder
 from torch import nn
 
-from hub_mpq import HubMPQ
+from hub_mpq import HubMPQ, Policy
 from hub_mpq.adapters import from_module
 from hub_mpq.core import LayerBits
 from hub_mpq.errors import HubMPQError, InvalidArgument
@@ -129,7 +129,7 @@ def test_what_an_interrupted_run_left_is_taken_over(mpq, tmp_path, monkeypatch):
             assert all(torch.equal(a[k], b[k]) for k in a), layer.name
 
 
-@pytest.mark.parametrize("change", ["weight", "batches", "rounding", "choices", "torn", "not asked for"])
+@pytest.mark.parametrize("change", ["weight", "norm", "batches", "rounding", "choices", "torn", "not asked for"])
 def test_files_of_another_run_are_not_taken_over(mpq, tmp_path, monkeypatch, change):
     net, batches, rounding, levels = copy.deepcopy(mpq.float_model), BATCHES, "gptq", ["W3A32"]
     folder = tmp_path / "r"
@@ -137,6 +137,9 @@ def test_files_of_another_run_are_not_taken_over(mpq, tmp_path, monkeypatch, cha
     if change == "weight":
         with torch.no_grad():
             net.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+    elif change == "norm":  # of no layer, but other layers read what it makes
+        with torch.no_grad():
+            net.model.norm.weight[0] += 1e-3
     elif change == "batches":
         batches = [{"input_ids": batch["input_ids"].flip(1)} for batch in BATCHES]
     elif change == "rounding":
@@ -153,9 +156,15 @@ def test_files_of_another_run_are_not_taken_over(mpq, tmp_path, monkeypatch, cha
         net, mpq.graph, choices(mpq, *levels), batches, folder=folder, rounding=rounding, resume=resume
     )
     searched = {x.name for x in mpq.graph.searched}
-    assert set(done) >= ({"model.layers.0.mlp.up_proj"} if change == "weight" else searched)
-    assert len(done) == (1 if change == "weight" else len(searched) if change == "choices" else len(mpq.graph))
+    assert set(done) >= searched
+    assert len(done) == (len(searched) if change == "choices" else len(mpq.graph))
     assert found.packed("model.layers.0.mlp.up_proj", LayerBits(3, 32)).num_bits == 3
+
+
+def test_a_digest_is_of_tensors_and_lists():
+    made = [module.digest_of(x) for x in (IDS, IDS + 1, IDS.tolist(), (IDS + 1).tolist(), IDS.float(), IDS.flatten())]
+    assert len(set(made)) == len(made)
+    assert module.digest_of({"a": IDS}) == module.digest_of([IDS.clone()])
 
 
 def test_a_full_disk_is_one_sentence(mpq, tmp_path):
@@ -187,7 +196,7 @@ def test_what_cannot_be_is_said(mpq):
     net = copy.deepcopy(mpq.float_model)
     net.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(InvalidArgument, match="NaN"):
-        apply_policy(net, mpq.graph, mpq.policy, BATCHES, rounding="gptq")
+        apply_policy(net, mpq.graph, Policy.uniform(mpq.graph, "W4A32"), BATCHES, rounding="gptq")
 
 
 def test_choices_of_a_shared_weight_are_its_owners():
