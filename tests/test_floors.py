@@ -15,7 +15,7 @@ FLOOR = {
     **dict.fromkeys(["adapters", "tasks"], 4),
     "train": 5,
     **dict.fromkeys(["search", "export"], 6),
-    **dict.fromkeys(["report", "plot"], 7),
+    **dict.fromkeys(["runtime", "report", "plot"], 7),
     **dict.fromkeys(["hub", "data"], 8),
     "model": 9,
     "demo": 10,

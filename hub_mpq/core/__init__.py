@@ -9,7 +9,7 @@ from .library import Library, libraries, register_library
 from .limit import Limit, Reduction, Value, limits, register_limit
 from .options import Engine, FinetuneOptions, IndicatorOptions
 from .result import Measurement, Policy, PredictionCheck, SearchResult, Usage, Validation
-from .runtime import Runtime, register_runtime, runtimes
+from .runtime import Runtime, RuntimeLayers, register_runtime, runtimes
 from .target import Target, register_target, targets
 from .task import register_task, tasks
 from .tensor import QuantSpec
@@ -36,6 +36,7 @@ __all__ = [
     "QuantSpec",
     "Reduction",
     "Runtime",
+    "RuntimeLayers",
     "SearchResult",
     "Target",
     "Usage",

@@ -2,42 +2,80 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
 
-from .layer import LayerGraph, LayerSpec
+from .bits import LayerBits
+from .layer import LayerSpec
 from .registry import Registry
-from .result import Policy
 
 
-class Runtime(Protocol):
-    """A program or a library that executes a policy.
+@dataclass(frozen=True)
+class RuntimeLayers:
+    """What a runtime does with each quantized layer of a model.
+
+    Args:
+        runtime: Name of the runtime.
+        integer: Names of the layers that compute in integers.
+        float: {name: why it computes in float}.
+    """
+
+    runtime: str
+    integer: tuple[str, ...]
+    float: Mapping[str, str] = field(default_factory=dict)
+
+
+class Runtime(ABC):
+    """A library that executes quantized models.
 
     Attributes:
         name: Name of the runtime, as `runtime=` and `--runtime`.
+        generates: Whether models that it runs can `generate`.
     """
 
     name: str
+    generates: ClassVar[bool] = False
 
     def available(self) -> str | None:
         """Why the runtime cannot be used on this machine, in a few words; None when it can."""
+        return None
 
-    def menu(self, layer: LayerSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(weight widths, activation widths) that it runs natively and exactly for a layer; 32 is float."""
+    @abstractmethod
+    def menu(self, layer: LayerSpec) -> tuple[LayerBits, ...]:
+        """All widths at which it computes a layer in integers and exactly on this CPU, ascending; () where none."""
 
-    def build(self, model: Any, graph: LayerGraph, example: Any) -> Any:
+    @abstractmethod
+    def build(self, model: Any, example: Any) -> tuple[Any, RuntimeLayers]:
         """A module with the forward of `model` that computes on this runtime.
 
         Args:
-            model: The quantized network (an nn.Module).
-            graph: Its layers.
-            example: One sample, as the network takes it.
+            model: The quantized network (an nn.Module), with quantizers or packed; it stays as it is.
+            example: One batch, a tuple of positional arguments or a mapping of keyword arguments. Batch and length of
+                later calls may differ.
+
+        Returns:
+            (the module, an object of the model's class or of a subclass where that has a meaning; its layers).
+
+        Raises:
+            HubMPQError: The model cannot run here, with the reason.
         """
 
-    def certificate(self, model: Any, graph: LayerGraph, policy: Policy) -> dict[str, Any]:
-        """What shows that the built module is the same model, JSON values only."""
+    @abstractmethod
+    def observe(self, module: Any, batch: Any) -> Iterable[Any]:
+        """What each layer that computes in integers got and gave in one run, to compare with the exact result.
+
+        Args:
+            module: As `build` made it.
+            batch: As `example` of `build`.
+
+        Returns:
+            A `hub_mpq.runtime.certificate.LayerRun` for each layer.
+        """
 
 
-runtimes: Registry[Runtime] = Registry("runtime")
+runtimes: Registry[Runtime] = Registry("runtime", "hub_mpq.runtime")
 """All runtimes."""
 
 R = TypeVar("R", bound=Runtime)

@@ -1,0 +1,13 @@
+"""What runs a quantized model: every runtime of the package, and what they have in common."""
+
+from __future__ import annotations
+
+from ..core import register_runtime
+from .build import to_runtime
+from .onednn import Onednn
+from .torch_reference import Torch
+
+for _runtime in (Torch, Onednn):
+    register_runtime(_runtime())
+
+__all__ = ["to_runtime"]

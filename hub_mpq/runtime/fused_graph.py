@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -15,56 +14,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..adapters.restore_state import copied
+from .fused_layer import Activation, FusedLayer
 from .integer_layer import Grid, IntegerLayer
 
 NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
-"""Their evaluated form is one factor and one summand a channel; timm's BatchNormAct2d, a subclass, has an activation."""
-
-
-@dataclass(frozen=True)
-class Activation:
-    """What an integer layer applies to its output.
-
-    Args:
-        name: "relu", "clip", "gelu", "hardswish" or "silu".
-        low, high: Of "clip".
-        approximate: Of "gelu", as in torch.
-    """
-
-    name: str
-    low: float = 0.0
-    high: float = 0.0
-    approximate: str = "none"
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.name == "clip":
-            return x.clamp(self.low, self.high)
-        if self.name == "gelu":
-            return F.gelu(x, approximate=self.approximate)
-        return {"relu": F.relu, "hardswish": F.hardswish, "silu": F.silu}[self.name](x)
-
-
-@dataclass(eq=False)
-class FusedLayer:
-    """One integer layer with what it takes along.
-
-    Args:
-        layer: The layer, a BatchNorm behind it folded in.
-        norm: Name of the BatchNorm that is folded in, or "".
-        activation: Applied after the sum, or None.
-        adds: Whether a second input is added.
-        overwrites: Whether nobody else reads that second input any more.
-        output: The grid that every reader of the output has; None: float32.
-        shape: Of the input, of the example.
-    """
-
-    layer: IntegerLayer
-    norm: str = ""
-    activation: Activation | None = None
-    adds: bool = False
-    overwrites: bool = False
-    output: Grid | None = None
-    shape: tuple[int, ...] = ()
+"""Evaluated, one factor and one summand a channel. BatchNormAct2d of timm, a subclass, has an activation too."""
 
 
 class _Tracer(fx.Tracer):
@@ -202,7 +156,7 @@ class FusedGraph:
         graph.eliminate_dead_code()
 
     def _out_of_place(self, node: fx.Node) -> None:
-        """Make an operation that overwrites its input into one that does not: who reads the input later reads its output."""
+        """Replace an operation that overwrites its input; who reads the input later reads the output."""
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
         if module is not None and getattr(module, "inplace", False):
             module.inplace = False
@@ -306,7 +260,9 @@ class FusedGraph:
 
     def _coded_by(self, node: fx.Node, kept: set[fx.Node]) -> bool:
         """Whether the layer before puts out codes."""
-        return any(tail is node.args[0] and n in kept and plan.output is not None for n, (plan, tail, _) in self.fused.items())
+        return any(
+            tail is node.args[0] and n in kept and plan.output is not None for n, (plan, tail, _) in self.fused.items()
+        )
 
     def _set_outputs(self, kept: set[fx.Node]) -> None:
         """Let the layers that compute in integers put out codes, where all readers are such layers of one grid."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
+from ..core import LayerBits, LayerSpec
 from ..core.layer_kind import layer_kinds
 from ..nn.layers import convolution_of
 from ..nn.packed import PackedLayer
@@ -83,6 +85,41 @@ class IntegerLayer:
         """
         old = 0 if self.bias is None else self.bias * factor
         return replace(self, scale=self.scale * factor, bias=old + bias)
+
+
+def inexact_sums(layer: IntegerLayer, saturates: bool) -> str | None:
+    """Why the sums of a layer would not be exact; None when they are.
+
+    Args:
+        layer: The layer, with its stored codes.
+        saturates: Whether the engine adds two products in 16 bits, as the instructions of CPUs without VNNI do.
+    """
+    if layer.largest_sum() > INT32:
+        return "sums of its products can exceed 32 bits"
+    if saturates and layer.largest_pair() > INT16:
+        widths = f"{layer.grid.bits}-bit inputs and {layer.weight_bits}-bit weights"
+        return f"on a CPU without VNNI, sums of two products of {widths} saturate"
+    return None
+
+
+def integer_menu(layer: LayerSpec, saturates: bool) -> tuple[LayerBits, ...]:
+    """All widths at which no codes whatever make a layer's sums inexact, ascending.
+
+    Args:
+        layer: The layer.
+        saturates: As for `inexact_sums`.
+    """
+    if layer.kind not in ("conv2d", "linear", "conv1d"):
+        return ()
+    outputs = layer.weight_shape[1 if layer.kind == "conv1d" else 0]
+    products = prod(layer.weight_shape) // outputs  # that one output adds up
+    pairs = [LayerBits(w, a) for w in range(1, 9) for a in range(1, 9)]
+
+    def exact(bits: LayerBits) -> bool:
+        largest = 2 ** (bits.weight - 1) * (2**bits.activation - 1)
+        return products * largest <= INT32 and not (saturates and min(products, 2) * largest > INT16)
+
+    return tuple(sorted(bits for bits in pairs if exact(bits)))
 
 
 def layer_form(module: nn.Module) -> str | None:

@@ -7,18 +7,21 @@ import timeit
 import weakref
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..adapters.restore_state import copied_structure
+from ..core import LayerBits, LayerSpec, Runtime, RuntimeLayers
 from ..errors import HubMPQError
 from ..nn.layers import first_operand, replace_layer
-from .fused_graph import Activation, FusedGraph, FusedLayer
-from .integer_layer import INT16, INT32, Grid, IntegerLayer, integer_layers
-from .rebuilt import Layers, of_class
+from .certificate import LayerRun
+from .fused_graph import FusedGraph
+from .fused_layer import Activation, FusedLayer
+from .integer_layer import Grid, IntegerLayer, inexact_sums, integer_layers, integer_menu
+from .rebuilt import not_on_cpu, of_class, run
 
 MAGIC = 1.5 * 2.0**23
 """Added to a small float32 it leaves no bits behind the point, and the integer in the lowest ones."""
@@ -55,11 +58,7 @@ def saturates() -> bool:
 
 def inexact(layer: IntegerLayer) -> str | None:
     """Why a layer's sums would not be exact here; None when they are."""
-    if layer.largest_sum() > INT32:
-        return "sums of its products can exceed 32 bits"
-    if saturates() and layer.largest_pair() > INT16:
-        return f"without VNNI, sums of two products of {layer.grid.bits}-bit inputs and {layer.weight_bits}-bit weights saturate"
-    return None
+    return inexact_sums(layer, saturates())
 
 
 def _post(activation: Activation | None, output: Grid | None) -> tuple[str, list[Any], str, int | None]:
@@ -235,17 +234,7 @@ def both_ways(plan: FusedLayer, coded: bool, rounds: int = 7) -> tuple[float, fl
     return min(a for a, _ in found), min(b for _, b in found)
 
 
-def _placed(model: nn.Module) -> str | None:
-    """Why a model cannot run here as it is."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type != "cpu":
-            return f"the model is on {tensor.device.type}"
-        if tensor.is_floating_point() and tensor.dtype in (torch.float16, torch.bfloat16):
-            return f"the model computes in {str(tensor.dtype).removeprefix('torch.')}"
-    return None
-
-
-class Onednn:
+class Onednn(Runtime):
     """torch's own int8 operators on an x86 CPU, in this process.
 
     Convolutions take BatchNorm, activation and residual sum along where torch.fx can trace the network; else each layer
@@ -253,6 +242,7 @@ class Onednn:
     """
 
     name = "onednn"
+    generates: ClassVar[bool] = True
 
     def available(self) -> str | None:
         if platform.machine().lower() not in ("x86_64", "amd64"):
@@ -261,23 +251,55 @@ class Onednn:
             return "this build of torch has no oneDNN"
         return None
 
-    def build(self, model: nn.Module, example: tuple[Any, ...] | None) -> tuple[nn.Module, Layers]:
-        if (why := _placed(model)) is not None:
+    def menu(self, layer: LayerSpec) -> tuple[LayerBits, ...]:
+        return integer_menu(layer, saturates())
+
+    def build(self, model: nn.Module, example: Any) -> tuple[nn.Module, RuntimeLayers]:
+        if (why := not_on_cpu(model)) is not None:
             raise HubMPQError(f"runtime {self.name!r}: {why}")
         layers, kept = integer_layers(model)
         for name in [n for n, layer in layers.items() if inexact(layer)]:
             kept[name] = inexact(layers.pop(name)) or ""
-        if example is not None:
+        if isinstance(example, tuple):
+            engine = _Engine()
             try:
-                engine = _Engine()
                 graph = FusedGraph(model, layers, example, engine)
-            except Exception:
-                return _exchange(model, layers), Layers(self.name, tuple(layers), kept)
+            except Exception:  # what torch.fx raises for a network that it cannot trace is of no one type
+                return _exchange(model, layers), RuntimeLayers(self.name, tuple(layers), kept)
             built = graph.build()
             told = {n: f"faster so: {1e3 * b:.3f} against {1e3 * a:.3f} ms" for n, (a, b) in engine.slower.items()}
             integer = tuple(n for n in layers if n not in told)
-            return of_class(model, built, {"graph": built}), Layers(self.name, integer, kept | told)
-        return _exchange(model, layers), Layers(self.name, tuple(layers), kept)
+            return of_class(model, built, {"graph": built}), RuntimeLayers(self.name, integer, kept | told)
+        return _exchange(model, layers), RuntimeLayers(self.name, tuple(layers), kept)
+
+    def observe(self, module: nn.Module, batch: Any) -> list[LayerRun]:
+        runs: list[LayerRun] = []
+        sources: dict[int, tuple[Tensor, Tensor]] = {}
+        given: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
+
+        def coded(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            sources[id(out)] = (args[0].clone(), out)  # the output is held so that its id stays its own
+
+        def before(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            given[layer] = (args[0], args[1].clone() if len(args) > 1 else None)  # a summand may be overwritten
+
+        def after(layer: Any, args: tuple[Any, ...], out: Tensor) -> None:
+            codes, summand = given.pop(layer)
+            source = sources.get(id(codes), (None,))[0]
+            runs.append(LayerRun(layer.plan, codes, out.clone(), summand, source))
+
+        hooks = []
+        for part in module.modules():
+            if isinstance(part, Codes):
+                hooks.append(part.register_forward_hook(coded))
+            elif isinstance(part, OnednnLayer):
+                hooks += [part.register_forward_pre_hook(before), part.register_forward_hook(after)]
+        try:
+            run(module, batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return runs
 
 
 def _exchange(model: nn.Module, layers: dict[str, IntegerLayer]) -> nn.Module:

@@ -3,26 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-
-
-@dataclass(frozen=True)
-class Layers:
-    """What a runtime does with each quantized layer.
-
-    Args:
-        runtime: Name of the runtime.
-        integer: Names of the layers that compute in integers.
-        float: {name: why it computes in float}.
-    """
-
-    runtime: str
-    integer: tuple[str, ...]
-    float: Mapping[str, str] = field(default_factory=dict)
 
 
 def of_class(model: nn.Module, forward: Callable[..., Any], modules: Mapping[str, nn.Module]) -> nn.Module:
@@ -42,10 +26,32 @@ def of_class(model: nn.Module, forward: Callable[..., Any], modules: Mapping[str
     dtype, device = torch.float32, torch.device("cpu")
     made = {"forward": run, "dtype": property(lambda _: dtype), "device": property(lambda _: device)}
     cls = type(parent.__name__, (parent,), {"__module__": parent.__module__, "__doc__": parent.__doc__, **made})
-    out: nn.Module = cls.__new__(cls)
+    out: nn.Module = nn.Module.__new__(cls)
     nn.Module.__init__(out)
     tensors = {"_parameters", "_buffers", "_modules"}
     out.__dict__.update({k: v for k, v in vars(model).items() if k not in tensors and k not in out.__dict__})
     for name, module in modules.items():
         out.add_module(name, module)
     return out.eval()
+
+
+def not_on_cpu(model: nn.Module) -> str | None:
+    """Why a model cannot run on an engine for CPUs as it is; None when it can."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type != "cpu":
+            return f"the model is on {tensor.device.type}"
+        if tensor.is_floating_point() and tensor.dtype in (torch.float16, torch.bfloat16):
+            return f"the model computes in {str(tensor.dtype).removeprefix('torch.')}"
+    return None
+
+
+def as_batch(example: Any) -> Any:
+    """A batch as positional or keyword arguments; None for none."""
+    if example is None or isinstance(example, (tuple, Mapping)):
+        return example
+    return (example,)
+
+
+def run(module: nn.Module, batch: Any) -> Any:
+    """The output of a module for a batch as `as_batch` gives it."""
+    return module(**batch) if isinstance(batch, Mapping) else module(*batch)

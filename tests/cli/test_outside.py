@@ -284,7 +284,10 @@ class Named:
 
 @pytest.mark.parametrize(
     ("register", "registry", "sort", "known"),
-    [(register_task, tasks, "task", "classification, .*mine"), (register_runtime, runtimes, "runtime", "mine")],
+    [
+        (register_task, tasks, "task", "classification, .*mine"),
+        (register_runtime, runtimes, "runtime", "torch, .*mine"),
+    ],
 )
 def test_tasks_and_runtimes_are_found_by_name(register, registry, sort, known):
     mine = register(Named("mine"))
