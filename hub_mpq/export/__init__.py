@@ -10,7 +10,6 @@ from torch import nn
 
 from ..errors import InvalidArgument
 from ..pack import Manifest
-from . import targets as targets  # registers them
 from .compressed_tensors import COMPRESSED_TENSORS, check_exportable, export_compressed, exportable, unequal_inputs
 from .gguf import export_gguf
 from .onnx import export_onnx

@@ -1,10 +1,9 @@
-"""The targets of the package: what each program that others run can take."""
+"""The target of vLLM: what it takes of a compressed-tensors file."""
 
 from __future__ import annotations
 
 from ..core import FLOAT_BITS, LayerBits, LayerGraph, LayerSpec
-from ..core.target import Target, register_target
-from .gguf_types import GGUF
+from ..core.target import Target
 
 GROUP_SIZES = (None, 32, 64, 128)
 
@@ -35,7 +34,3 @@ class VLLM(Target):
             f"{stored[0]} is written dequantized, in float: compressed-tensors loads no packed embedding or tied head; "
             f"leave it float with exclude=[{stored[0]!r}].",
         )
-
-
-for _target in (VLLM, GGUF):
-    register_target(_target())

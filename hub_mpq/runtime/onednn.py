@@ -254,6 +254,9 @@ class Onednn(Runtime):
     def menu(self, layer: LayerSpec) -> tuple[LayerBits, ...]:
         return integer_menu(layer, saturates())
 
+    def portable_menu(self, layer: LayerSpec) -> tuple[LayerBits, ...]:
+        return integer_menu(layer, saturates=True)
+
     def build(self, model: nn.Module, example: Any) -> tuple[nn.Module, RuntimeLayers]:
         if (why := not_on_cpu(model)) is not None:
             raise HubMPQError(f"runtime {self.name!r}: {why}")
