@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..adapters.restore_state import copied
+from ..adapters.restore_state import copied_structure
 from .fused_layer import Activation, FusedLayer
 from .integer_layer import Grid, IntegerLayer
 
@@ -127,7 +127,7 @@ class FusedGraph:
     def __init__(
         self, model: nn.Module, layers: Mapping[str, IntegerLayer], example: tuple[Any, ...], engine: Engine
     ) -> None:
-        net = copied(model).eval()
+        net = copied_structure(model).eval()
         self.module = fx.GraphModule(net, _Tracer(layers).trace(net))
         self.layers, self.engine = layers, engine
         self.modules = dict(self.module.named_modules())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import timeit
 import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -185,10 +186,11 @@ class SharedCodes(Codes):
 
 
 class _Engine:
-    """Fills a fused graph with these modules; measures which layers are faster in float32."""
+    """Fills a fused graph with these modules; measures which layers are faster in float32, one of a kind once."""
 
     def __init__(self) -> None:
         self.slower: dict[str, tuple[float, float]] = {}
+        self._measured: dict[Any, tuple[float, float]] = {}
 
     def takes(self, plan: FusedLayer, activation: Activation) -> bool:
         if plan.adds:
@@ -196,10 +198,19 @@ class _Engine:
         return activation.name != "gelu" or not plan.layer.convolution
 
     def in_integers(self, plan: FusedLayer, coded: bool) -> bool:
-        seconds = both_ways(plan, coded)
+        layer = plan.layer
+        kind = (tuple(layer.weight.shape), layer.stride, layer.padding, layer.dilation, layer.groups)
+        key = (*kind, plan.shape, plan.activation and plan.activation.name, coded, plan.output is None)
+        if key not in self._measured:
+            self._measured[key] = both_ways(plan, coded)
+        seconds = self._measured[key]
         if seconds[0] > seconds[1]:
-            self.slower[plan.layer.name] = seconds
+            self.slower[layer.name] = seconds
         return seconds[0] <= seconds[1]
+
+    def told(self) -> dict[str, str]:
+        """{layer that computes in float: why}."""
+        return {n: f"faster so: {1e3 * b:.3f} against {1e3 * a:.3f} ms" for n, (a, b) in self.slower.items()}
 
     def layer(self, plan: FusedLayer) -> nn.Module:
         return OnednnLayer(plan)
@@ -260,17 +271,12 @@ class Onednn(Runtime):
         layers, kept = integer_layers(model)
         for name in [n for n, layer in layers.items() if inexact(layer)]:
             kept[name] = inexact(layers.pop(name)) or ""
-        if isinstance(example, tuple):
-            engine = _Engine()
-            try:
-                graph = FusedGraph(model, layers, example, engine)
-            except Exception:  # what torch.fx raises for a network that it cannot trace is of no one type
-                return _exchange(model, layers), RuntimeLayers(self.name, tuple(layers), kept)
-            built = graph.build()
-            told = {n: f"faster so: {1e3 * b:.3f} against {1e3 * a:.3f} ms" for n, (a, b) in engine.slower.items()}
-            integer = tuple(n for n in layers if n not in told)
-            return of_class(model, built, {"graph": built}), RuntimeLayers(self.name, integer, kept | told)
-        return _exchange(model, layers), RuntimeLayers(self.name, tuple(layers), kept)
+        engine = _Engine()
+        built = None if not isinstance(example, tuple) else _fused(model, layers, example, engine)
+        if built is None:
+            built = _exchanged(model, layers, example, engine)
+        integer = tuple(name for name in layers if name not in engine.slower)
+        return built, RuntimeLayers(self.name, integer, kept | engine.told())
 
     def observe(self, module: nn.Module, batch: Any) -> list[LayerRun]:
         runs: list[LayerRun] = []
@@ -302,11 +308,56 @@ class Onednn(Runtime):
         return runs
 
 
-def _exchange(model: nn.Module, layers: dict[str, IntegerLayer]) -> nn.Module:
-    """A copy of a model with integer layers in place of the quantized ones; other weights are shared."""
+def _fused(
+    model: nn.Module, layers: dict[str, IntegerLayer], example: tuple[Any, ...], engine: _Engine
+) -> nn.Module | None:
+    """The network as one graph; None where torch.fx cannot trace it."""
+    try:
+        graph = FusedGraph(model, layers, example, engine)
+    except Exception:  # what torch.fx raises for a network that it cannot trace is of no one type
+        return None
+    built = graph.build()
+    return of_class(model, built, {"graph": built})
+
+
+def _exchanged(model: nn.Module, layers: dict[str, IntegerLayer], example: Any, engine: _Engine) -> nn.Module:
+    """A copy of a model with integer layers in place of the quantized ones; other weights are shared.
+
+    Args:
+        model: The model.
+        layers: Its integer layers.
+        example: A batch, by which layers that are faster in float are found; None: all compute in integers.
+        engine: What measures.
+    """
     net = copied_structure(model).eval()
+    shapes = {} if example is None else _input_shapes(net, layers, example)
     shared: dict[Grid, SharedCodes] = {}
     for name, layer in layers.items():
-        codes = shared.setdefault(layer.grid, SharedCodes(layer.grid))
-        replace_layer(net, name, Exchanged(OnednnLayer(FusedLayer(layer)), codes))
+        plan = FusedLayer(layer, shape=shapes.get(name, ()))
+        if not plan.shape or engine.in_integers(plan, False):
+            codes = shared.setdefault(layer.grid, SharedCodes(layer.grid))
+            replace_layer(net, name, Exchanged(OnednnLayer(plan), codes))
+        else:
+            replace_layer(net, name, Exchanged(FloatLayer(plan), None))
     return net
+
+
+def _input_shapes(net: nn.Module, layers: Iterable[str], example: Any) -> dict[str, tuple[int, ...]]:
+    """{layer: shape of its first input} in one run."""
+    found: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            found.setdefault(name, tuple(first_operand(args, kwargs).shape))
+
+        return hook
+
+    modules = dict(net.named_modules(remove_duplicate=False))
+    hooks = [modules[name].register_forward_pre_hook(note(name), with_kwargs=True) for name in layers]
+    try:
+        with torch.no_grad():
+            run(net, example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
