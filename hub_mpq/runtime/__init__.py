@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from ..core import register_runtime
-from .build import to_runtime
+from .build import certify, to_runtime
+from .certificate import Certificate
 from .onednn import Onednn
 from .torch_reference import Torch
 
 for _runtime in (Torch, Onednn):
     register_runtime(_runtime())
 
-__all__ = ["to_runtime"]
+__all__ = ["Certificate", "certify", "to_runtime"]

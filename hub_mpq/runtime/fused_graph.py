@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..adapters.restore_state import copied_structure
-from .fused_layer import Activation, FusedLayer
+from .fused_layer import Activation, FusedLayer, affine
 from .integer_layer import Grid, IntegerLayer
 
 NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
@@ -71,15 +71,6 @@ def _nothing(module: nn.Module) -> bool:
 
 def _is_add(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in (operator.add, torch.add) and not node.kwargs
-
-
-@torch.no_grad()
-def affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """(factor, summand) of each channel of an evaluated BatchNorm."""
-    rstd = (norm.running_var.double() + norm.eps).rsqrt()
-    factor = rstd if norm.weight is None else norm.weight.double() * rstd
-    shift = -norm.running_mean.double() * factor
-    return factor.float(), (shift if norm.bias is None else norm.bias.double() + shift).float()
 
 
 class Engine(Protocol):
