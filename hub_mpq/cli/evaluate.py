@@ -48,7 +48,11 @@ def evaluate(
         models.tell_corrupt(loader)
     if not is_main():
         return
-    show.emit(as_json, {"model": model, "quantized": mpq.policy is not None, **models.runs_on(mpq), **figures}, figures_line(figures))
+    show.emit(
+        as_json,
+        {"model": model, "quantized": mpq.policy is not None, **models.runs_on(mpq), **figures},
+        figures_line(figures),
+    )
 
 
 def demo(

@@ -34,13 +34,16 @@ class Codes(nn.Module):
     def __init__(self, grid: Grid) -> None:
         super().__init__()
         self.grid = grid
-        self.start = torch.tensor(MAGIC + grid.zero_point)
+        self.odd = grid.zero_point % 2  # an even number is added before rounding, so that ties go to the same side
+        low = MAGIC - self.odd
+        self.register_buffer("start", torch.tensor(low + grid.zero_point), persistent=False)
         self.inverse = 1.0 / grid.scale
-        self.low, self.high = MAGIC, MAGIC + grid.top
+        self.low, self.high = low, low + grid.top
 
     def forward(self, x: Tensor) -> Tensor:
         shifted = torch.add(self.start, x, alpha=self.inverse).clamp_(self.low, self.high)
-        return shifted.view(torch.int32).to(torch.uint8)
+        codes = shifted.view(torch.int32).to(torch.uint8)
+        return codes.add_(1) if self.odd else codes
 
     def extra_repr(self) -> str:
         return str(self.grid)
@@ -85,7 +88,9 @@ class OnednnLayer(nn.Module):
     def __init__(self, plan: FusedLayer) -> None:
         super().__init__()
         layer = plan.layer
-        self.plan, self.layer = plan, layer
+        # the operator has packed codes of its own
+        self.plan = replace(plan, layer=replace(layer, weight=layer.weight.new_empty(0)))
+        self.shape = layer.weight.shape
         self.name, self.scalars, self.algorithm, self.cut = _post(plan.activation, plan.output)
         self.dtype = torch.float32 if plan.output is None else torch.uint8
         self.out_scale = 1.0 if plan.output is None else plan.output.scale
@@ -102,10 +107,11 @@ class OnednnLayer(nn.Module):
             self.packed = torch.ops.onednn.qlinear_prepack(layer.weight, None)
 
     def forward(self, x: Tensor, summand: Tensor | None = None) -> Tensor:
-        grid = self.layer.grid
+        layer = self.plan.layer
+        grid = layer.grid
         head = (x, grid.scale, grid.zero_point, self.packed, self.scale, self.zero)
         out = (self.out_scale, self.out_zero, self.dtype)
-        if self.layer.convolution:
+        if layer.convolution:
             if summand is None:
                 y = torch.ops.onednn.qconv2d_pointwise(
                     *head, self.bias, *self.convolution, *out, self.name, self.scalars, self.algorithm
@@ -131,7 +137,10 @@ class FloatLayer(nn.Module):
     def __init__(self, plan: FusedLayer) -> None:
         super().__init__()
         layer = plan.layer
-        self.plan, self.layer = plan, layer
+        self.plan, self.shape = (
+            replace(plan, layer=replace(layer, weight=layer.weight.new_empty(0))),
+            layer.weight.shape,
+        )
         self.low, self.high = -float(layer.grid.zero_point), float(layer.grid.top - layer.grid.zero_point)
         axes = (-1,) + (1,) * (layer.weight.dim() - 1)
         # the scale of the input is in the weight: the input is integers
@@ -140,8 +149,8 @@ class FloatLayer(nn.Module):
         self.register_buffer("bias", layer.bias, persistent=False)
 
     def forward(self, x: Tensor, summand: Tensor | None = None) -> Tensor:
-        x = x.mul(1.0 / self.layer.grid.scale).round_().clamp_(self.low, self.high)
-        layer = self.layer
+        layer = self.plan.layer
+        x = x.mul(1.0 / layer.grid.scale).round_().clamp_(self.low, self.high)
         if layer.convolution:
             y = F.conv2d(x, self.weight, self.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
         else:
@@ -160,9 +169,8 @@ class Exchanged(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight: some models look at its type, or multiply with it themselves."""
-        layer = self.layer.layer
-        return layer.weight * layer.scale.view((-1,) + (1,) * (layer.weight.dim() - 1))
+        """Stands for the weight of models that look at its type or its shape; it has no values (NaN)."""
+        return torch.full((), torch.nan).expand(self.layer.shape)
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -178,8 +186,11 @@ class SharedCodes(Codes):
         self._last: tuple[Any, int, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._last is not None and self._last[0]() is x and self._last[1] == x._version:
-            return self._last[2]
+        if x.is_inference():  # it does not tell whether it was overwritten
+            return super().forward(x)
+        last = self._last
+        if last is not None and last[0]() is x and last[1] == x._version:
+            return last[2]
         codes = super().forward(x)
         self._last = (weakref.ref(x), x._version, codes)
         return codes
