@@ -48,11 +48,8 @@ def evaluate(
         models.tell_corrupt(loader)
     if not is_main():
         return
-    show.emit(
-        as_json,
-        {"model": model, "quantized": mpq.policy is not None, **models.runs_on(mpq), **figures},
-        figures_line(figures),
-    )
+    tree = {"model": model, "quantized": mpq.policy is not None, **models.runs_on(mpq), **figures}
+    show.emit(as_json, tree, figures_line(figures))
 
 
 def demo(

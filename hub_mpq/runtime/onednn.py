@@ -82,15 +82,18 @@ def _post(activation: Activation | None, output: Grid | None) -> tuple[str, list
     return {None: "none", "relu": "relu", "hardswish": "hardswish", "silu": "swish"}[name], [], "", top
 
 
+def _without_codes(plan: FusedLayer) -> FusedLayer:
+    """The same plan without the codes of the weight, of which a module has a form of its own."""
+    return replace(plan, layer=replace(plan.layer, weight=plan.layer.weight.new_empty(0)))
+
+
 class OnednnLayer(nn.Module):
     """An integer layer: codes of the input [, summand] to float32 or to codes."""
 
     def __init__(self, plan: FusedLayer) -> None:
         super().__init__()
         layer = plan.layer
-        # the operator has packed codes of its own
-        self.plan = replace(plan, layer=replace(layer, weight=layer.weight.new_empty(0)))
-        self.shape = layer.weight.shape
+        self.plan, self.shape = _without_codes(plan), layer.weight.shape
         self.name, self.scalars, self.algorithm, self.cut = _post(plan.activation, plan.output)
         self.dtype = torch.float32 if plan.output is None else torch.uint8
         self.out_scale = 1.0 if plan.output is None else plan.output.scale
@@ -137,10 +140,7 @@ class FloatLayer(nn.Module):
     def __init__(self, plan: FusedLayer) -> None:
         super().__init__()
         layer = plan.layer
-        self.plan, self.shape = (
-            replace(plan, layer=replace(layer, weight=layer.weight.new_empty(0))),
-            layer.weight.shape,
-        )
+        self.plan, self.shape = _without_codes(plan), layer.weight.shape
         self.low, self.high = -float(layer.grid.zero_point), float(layer.grid.top - layer.grid.zero_point)
         axes = (-1,) + (1,) * (layer.weight.dim() - 1)
         # the scale of the input is in the weight: the input is integers
@@ -170,7 +170,8 @@ class Exchanged(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Stands for the weight of models that look at its type or its shape; it has no values (NaN)."""
-        return torch.full((), torch.nan).expand(self.layer.shape)
+        shape: torch.Size = self.layer.shape
+        return torch.full((), torch.nan).expand(shape)
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
