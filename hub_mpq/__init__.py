@@ -27,6 +27,7 @@ _LAZY = {
     "HubMPQError": "errors",
     "MPQConfig": "hub.plugin",
     "set_resident": "nn.packed",
+    "to_runtime": "runtime",
 }
 
 __all__ = ["__version__", *sorted(_LAZY)]  # noqa: PLE0604
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from .hub.plugin import MPQConfig as MPQConfig
     from .model import HubMPQ as HubMPQ
     from .nn.packed import set_resident as set_resident
+    from .runtime import to_runtime as to_runtime
     from .search.strategy import SearchStrategy as SearchStrategy
     from .search.strategy import register_strategy as register_strategy
     from .solve import solve_table as solve_table

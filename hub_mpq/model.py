@@ -59,6 +59,7 @@ from .nn.packing import base_nbytes
 from .nn.rounded_weights import RoundedWeights
 from .pack import Manifest, read_indicators, write_indicators
 from .report import measurements, report
+from .runtime import Certificate, certify, to_runtime
 from .search.candidates import (
     CandidatesLike,
     check_one_grid,
@@ -166,6 +167,7 @@ class HubMPQ(nn.Module):
         per_expert: bool = False,
         pretrained: bool = True,
         resident: str | None = None,
+        runtime: str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
@@ -199,23 +201,31 @@ class HubMPQ(nn.Module):
             resident: Of a packed model of transformers: "packed" or "float", the form in which weights are kept in
                 memory by layers that only run, see `hub_mpq.set_resident`. None: float weights behind quantizers, which
                 can be trained.
+            runtime: Of a packed model: what runs it, see `to_runtime`; "auto" for the best here. The model then
+                only runs. None: float weights behind quantizers, which can be trained, saved and published.
             revision: Branch, tag or commit.
             token: As for huggingface_hub.
             local_files_only: Ask nothing of the network.
             kwargs: Go to timm or transformers, such as checkpoint_path.
 
         Raises:
-            InvalidArgument: The model is packed, and it is said what of it is to be quantized; or resident= is of
-                another model.
+            InvalidArgument: The model is packed, and it is said what of it is to be quantized; or resident= or runtime=
+                is of another model.
+            HubMPQError: The model cannot be had, or the runtime cannot be used here.
         """
         where: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
         folder = packed_folder(model_id, **where) if pretrained else None
         if folder is not None:
             choices = {"fixed": fixed, "exclude": tuple(exclude), "weight_only": weight_only}
             refuse_choices(model_id, **choices, tie_fused=tie_fused, target=target, per_expert=per_expert)
-            return cls._of_folder(folder, module, task, resident, kwargs)
-        if resident is not None:
-            raise InvalidArgument(f"resident= is for packed models, and {str(model_id)!r} is none")
+            out = cls._of_folder(folder, module, task, resident, kwargs)
+            if runtime is not None:
+                out.model = out.to_runtime(runtime)
+                out.source = replace(out.source, model=out.model)  # the other one's memory is free again
+            return out
+        for name, value in {"resident": resident, "runtime": runtime}.items():
+            if value is not None:
+                raise InvalidArgument(f"{name}= is for packed models, and {str(model_id)!r} is none")
         kwargs |= {key: value for key, value in {**where, "per_expert": per_expert}.items() if value}
         source = adapters.load(str(model_id), pretrained=pretrained, exclude=exclude, **kwargs)
         out = cls(source, task=task, fixed=fixed, weight_only=weight_only, tie_fused=tie_fused, target=target)
@@ -267,7 +277,7 @@ class HubMPQ(nn.Module):
         out.policy, out._float, out.home = manifest.policy, (), folder
         out.scores = read_folder_indicators(folder)
         out.metrics = {k: dict(v) for k, v in manifest.provenance.get("metrics", {}).items()}
-        out.history = {k: dict(v) for k, v in manifest.provenance.items() if k in ("search", "finetune")}
+        out.history = {k: dict(v) for k, v in manifest.provenance.items() if k in ("search", "finetune", "runtimes")}
         if resident is None:  # transformers itself loaded the other
             out._tell_transformers()
         return out
@@ -658,10 +668,12 @@ class HubMPQ(nn.Module):
             raise HubMPQError("there is no policy yet; call quantize or apply_policy first")
         if any(packed_layers(self.model)):
             raise HubMPQError("packed layers are not trained; load the folder without resident=")
+        self._check_whole()
         teacher = self._float[0] if self._float else None
         self.metrics.pop("quantized", None)  # they were the model's before
         log = finetune(self.model, train, chosen, teacher=teacher, engine=engine, **self._told(task))
         self.seconds["finetune"] = log.seconds
+        self.history.pop("runtimes", None)  # so were these
         self.history["finetune"] = {**chosen.changed(), "steps": log.steps, "samples": log.samples}
         return log
 
@@ -700,6 +712,40 @@ class HubMPQ(nn.Module):
         figures = perplexity(self.model, ids, context=context, stride=stride, **told)
         self.metrics["quantized" if self.policy is not None else "float"] = figures
         return figures
+
+    def to_runtime(self, name: str = "auto", *, example: Any = None, allow_inexact: bool = False) -> nn.Module:
+        """The quantized model on a runtime: a module with the same forward that computes in integers.
+
+        Args:
+            name, allow_inexact: As in `hub_mpq.to_runtime`.
+            example: One batch of the sizes that speed matters at; None: the model's example input, one sample.
+
+        Returns:
+            The module; its `runtime_layers` says what became of each layer.
+
+        Raises:
+            InvalidArgument: An unknown runtime, or there is no policy yet.
+            HubMPQError: The runtime cannot be used here, or what it computes is not the same model.
+        """
+        self._check_whole()
+        return to_runtime(self.model, name, self._example if example is None else example, allow_inexact=allow_inexact)
+
+    def certify(self, module: nn.Module, batches: Iterable[Any], *, task: TaskLike = None) -> Certificate:
+        """Measure whether a module of `to_runtime` is the same model as this one.
+
+        Args:
+            module: What `to_runtime` made of this model.
+            batches: Batches as in `evaluate`, with labels or without. Their first is what the layers are compared on.
+            task: As in `evaluate`.
+
+        Returns:
+            Per layer the largest error, rounding flips and saturations, and the metrics of the task; it is recorded and
+            stands in the card that `push_to_hub` writes.
+        """
+        self._check_whole()
+        found = certify(self.model, module, batches, **self._told(task))
+        self.history.setdefault("runtimes", {})[found.runtime] = found.summary()
+        return found
 
     def quantize(
         self,
@@ -973,6 +1019,7 @@ class HubMPQ(nn.Module):
         """
         if self.policy is None:
             raise HubMPQError("there is no policy yet; call quantize or apply_policy before saving")
+        self._check_whole()
         source = self.source
         extra = local_preprocess(self.home, source.library, self.graph.input_shape)
         return save_folder(folder, self.model, self._manifest(self.policy), source.config, self.scores, extra)
@@ -1026,9 +1073,15 @@ class HubMPQ(nn.Module):
         """
         if self.policy is None:
             raise HubMPQError("there is no policy yet; call quantize or apply_policy before exporting")
+        self._check_whole()
         source = self.source
         example = placed(source.example, self.model)
         return export(folder, format, self.model, self._manifest(self.policy), source.config, example)
+
+    def _check_whole(self) -> None:
+        """Raise HubMPQError for a model that a runtime has in a form of its own."""
+        if (layers := getattr(self.model, "runtime_layers", None)) is not None:
+            raise HubMPQError(f"it was loaded with runtime={layers.runtime!r} and only runs; load it without runtime=")
 
     def _tell_transformers(self) -> None:
         """So that `mpq.model.save_pretrained` writes the packed format and transformers' Trainer trains `mpq.model`."""

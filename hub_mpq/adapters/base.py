@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from ..core import LayerGraph
 from ..errors import HubMPQError, is_connection_error
+from ..nn.types import device_of
 from .forward import Example
 
 
@@ -50,7 +51,7 @@ def noise(*shape: int, like: nn.Module) -> Tensor:
 
 def placed(example: Example, model: nn.Module) -> Any:
     """The example on the device of the model."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, example)
 
 

@@ -29,11 +29,15 @@ def evaluate(
             min=1, help="Tokens from one window to the next; fewer than --context score each token with more before it."
         ),
     ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(help="What runs a packed folder: auto, torch, onednn, openvino, onnxruntime or bit_serial."),
+    ] = None,
     as_json: o.Json = False,
 ) -> None:
     """The metrics of the model's task on labelled images, or a causal language model's perplexity by token on text, of
     a float model or a packed folder."""
-    mpq = models.load(model, loading)
+    mpq = models.load(model, loading, runtime=runtime)
     if models.reads_text(mpq):
         figures = mpq.perplexity(data, context=context, stride=stride)
     else:
@@ -44,7 +48,8 @@ def evaluate(
         models.tell_corrupt(loader)
     if not is_main():
         return
-    show.emit(as_json, {"model": model, "quantized": mpq.policy is not None, **figures}, figures_line(figures))
+    tree = {"model": model, "quantized": mpq.policy is not None, **models.runs_on(mpq), **figures}
+    show.emit(as_json, tree, figures_line(figures))
 
 
 def demo(

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from ..model import HubMPQ
 
 
-def load(model: str, options: ModelOptions, *, meta: bool = False) -> HubMPQ:
-    """The model of a command. meta: its skeleton without weights or network; else on the GPU when there is one."""
+def load(model: str, options: ModelOptions, *, meta: bool = False, runtime: str | None = None) -> HubMPQ:
+    """The model of a command. meta: its skeleton without weights or network; else on the GPU when there is one.
+    runtime: what runs it; it then stays on the CPU."""
     kwargs = model_args_of(options.model_arg)
     if options.task is not None:
         tasks.get(options.task)  # an unknown name must not cost a model's loading first
@@ -35,6 +36,8 @@ def load(model: str, options: ModelOptions, *, meta: bool = False) -> HubMPQ:
     }
     if options.library is not None:
         kwargs["library"] = options.library
+    if runtime is not None:
+        kwargs["runtime"] = runtime
     if options.per_expert:
         kwargs["per_expert"] = True
     if options.input_size is not None:
@@ -53,9 +56,16 @@ def load(model: str, options: ModelOptions, *, meta: bool = False) -> HubMPQ:
         kwargs["checkpoint_path"] = options.checkpoint_path
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of weights that no file gives (--no-pretrained, a new head): the same when a run goes on
-        return place(
-            HubMPQ.from_pretrained(model, pretrained=options.pretrained, exclude=exclude, **searched, **kwargs)
-        )
+        mpq = HubMPQ.from_pretrained(model, pretrained=options.pretrained, exclude=exclude, **searched, **kwargs)
+        return mpq if runtime not in (None, "torch") else place(mpq)
+
+
+def runs_on(mpq: HubMPQ) -> dict[str, Any]:
+    """What runs the model, and how many layers it computes in integers; {} for torch without a runtime."""
+    layers = getattr(mpq.model, "runtime_layers", None)
+    if layers is None:
+        return {}
+    return {"runtime": layers.runtime, "integer_layers": len(layers.integer), "float_layers": len(layers.float)}
 
 
 def place(mpq: HubMPQ) -> HubMPQ:

@@ -311,6 +311,7 @@ def _making(manifest: Manifest, facts: CardFacts) -> str:
     stages = {"indicators": facts.indicators, **{k: provenance[k] for k in ("search", "finetune") if k in provenance}}
     for title, tree in stages.items():
         rows += [(f"{title}: {key}", _plain(value)) for key, value in tree.items() if _short(value)]
+    rows += [(f"runtime {name}", _certificate(tree)) for name, tree in provenance.get("runtimes", {}).items()]
     rows += [(f"seconds: {key}", f"{value:.3g}") for key, value in facts.seconds.items()]
     table = "\n".join(["| | |", "|---|---|", *(f"| {code(k)} | {code(v)} |" for k, v in rows)])
     if not exportable(manifest):
@@ -319,6 +320,27 @@ def _making(manifest: Manifest, facts: CardFacts) -> str:
     recipe = llm_compressor_recipe(manifest).replace("`", "'")
     told = "The same widths as a recipe for llm-compressor (scales and rounding are then its own):"
     return "\n\n".join([table, told, f"```yaml\n{recipe}\n```"])
+
+
+def _certificate(tree: Mapping[str, Any]) -> str:
+    """One line of what was measured of a runtime."""
+    metrics = tree["metrics"]
+    figures = [
+        f"{key} {metrics['runtime'][key]:.4g} (reference {value:.4g})"
+        for key, value in metrics["reference"].items()
+        if key not in NO_MEASURE and key in metrics["runtime"]
+    ]
+    return ", ".join(
+        [
+            "the same model" if tree["exact"] else "not the same model",
+            f"{tree['integer layers']} layers in integers and {tree['float layers']} in float",
+            f"largest error of a layer {tree['largest error']:.1e}",
+            f"codes one step off {tree['codes one step off']:.1e}",
+            f"values wrong {tree['values wrong']}",
+            *figures,
+            f"on {tree['machine']}",
+        ]
+    )
 
 
 def _short(value: object) -> bool:

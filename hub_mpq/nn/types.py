@@ -6,6 +6,7 @@ change.
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from ..core.layer_kind import LayerKind, layer_kinds
@@ -24,6 +25,11 @@ _FAMILIES: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.EmbeddingBag, "bags of embeddings have no quantized form"),
     (nn.Bilinear, "bilinear layers have no quantized form"),
 )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's Parameters are, or its buffers when it has none; the CPU for a model of neither."""
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
 def type_name(module: nn.Module) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from ..core import register_runtime, register_target
 from ..export.gguf_types import GGUF
 from ..export.targets import VLLM
-from .build import to_runtime
+from .build import certify, to_runtime
+from .certificate import Certificate
 from .onednn import Onednn
 from .targets import runtime_targets
 from .torch_reference import Torch
@@ -15,4 +16,4 @@ for _runtime in (Torch, Onednn):
 for _target in (VLLM(), GGUF(), *runtime_targets()):
     register_target(_target)
 
-__all__ = ["to_runtime"]
+__all__ = ["Certificate", "certify", "to_runtime"]

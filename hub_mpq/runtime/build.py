@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -9,7 +10,12 @@ from torch import nn
 
 from ..core import RuntimeLayers, runtimes
 from ..errors import HubMPQError, InvalidArgument
-from .certificate import certificate, check_layers
+from ..nn.types import device_of
+from ..tasks import TaskLike, task_of, to_device
+from ..tasks.batch import evaluating
+from ..train.batches import first_batch
+from ..train.evaluate import evaluate
+from .certificate import Certificate, certificate, check_layers
 from .integer_layer import layer_form
 from .rebuilt import as_batch
 
@@ -49,15 +55,25 @@ def to_runtime(model: nn.Module, name: str = "auto", example: Any = None, *, all
     batch = as_batch(example)
     module, layers = runtime.build(model, batch)
     setattr(module, LAYERS, layers)
+    if not runtime.generates and hasattr(module, "generate"):
+        module.generate = _refuse_to_generate(name)  # type: ignore[assignment]
     if layers.integer and batch is not None and not allow_inexact:
         with torch.no_grad():
-            found = certificate(layers, check_layers(runtime.observe(module, batch)))
+            found = certificate(layers, check_layers(runtime.observe(module, batch), model))
         if not found.exact:
             raise HubMPQError(
                 f"runtime {name!r} does not compute the same model: {found.reasons[0]}; allow_inexact=True takes it "
                 "all the same"
             )
     return module
+
+
+def _refuse_to_generate(name: str) -> Callable[..., Any]:
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        able = " or ".join(repr(runtime.name) for runtime in runtimes if runtime.generates)
+        raise HubMPQError(f"runtime {name!r} does not generate; take {able}")
+
+    return generate
 
 
 def _auto(model: nn.Module, example: Any) -> nn.Module:
@@ -70,3 +86,39 @@ def _auto(model: nn.Module, example: Any) -> nn.Module:
         kept: RuntimeLayers = getattr(module, LAYERS)
         setattr(module, LAYERS, RuntimeLayers("torch", (), dict.fromkeys(kept.float, str(error))))
         return module
+
+
+def certify(
+    model: nn.Module, module: nn.Module, batches: Iterable[Any], *, task: TaskLike = None, example: Any = None
+) -> Certificate:
+    """Measure whether a module of `to_runtime` is the same model.
+
+    Args:
+        model: The quantized network that it was made from.
+        module: The module.
+        batches: Batches with labels or without; they are read several times. The layers are compared on the first, the
+            metrics of the task on all; without labels, how often both say the same.
+        task: What the model is for; None to find out.
+        example: As in `hub_mpq.train.evaluate`.
+
+    Raises:
+        InvalidArgument: The module was not made by `to_runtime`.
+    """
+    layers = getattr(module, LAYERS, None)
+    if layers is None:
+        raise InvalidArgument(f"this {type(module).__name__} was not made by to_runtime: there is nothing to certify")
+    first = to_device(first_batch(batches), device_of(model))
+    known = task_of(task, model, first, example)
+    args, kwargs = known.inputs(first)
+    if args and kwargs:
+        raise InvalidArgument("batches with both positional and keyword arguments cannot be certified; give a dict")
+    with torch.no_grad(), evaluating(module):
+        checks = check_layers(runtimes.get(layers.runtime).observe(module, kwargs or args), model)
+    told: dict[str, Any] = {"task": task, "example": example}
+    if known.labels(first) is not None:
+        metrics = {"reference": evaluate(model, batches, **told), "runtime": evaluate(module, batches, **told)}
+    else:
+        found = evaluate(module, batches, reference=model, **told)
+        same = {"agreement": 100.0} if "agreement" in found else {}
+        metrics = {"reference": {**same, "samples": found["samples"]}, "runtime": found}
+    return certificate(layers, checks, metrics)

@@ -7,16 +7,17 @@ output on the runtime is compared with the exact result, integers added up in fl
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import RuntimeLayers
-from .fused_layer import FusedLayer
-from .integer_layer import Grid
+from .fused_layer import FusedLayer, affine
+from .integer_layer import Grid, integer_layers
+from .machine import machine
 
 LARGEST_ERROR = 1e-5
 """Of a float32 output, relative to the largest output of the layer."""
@@ -101,6 +102,20 @@ class Certificate:
         """JSON values only."""
         return {"exact": self.exact, **asdict(self), "reasons": list(self.reasons)}
 
+    def summary(self) -> dict[str, Any]:
+        """What a card says of it, JSON values only."""
+        whole = self.total
+        return {
+            "exact": self.exact,
+            "machine": machine(),
+            "integer layers": len(self.layers),
+            "float layers": len(self.float),
+            "largest error": whole.error,
+            "codes one step off": whole.flips / whole.codes if whole.codes else 0.0,
+            "values wrong": whole.wrong,
+            "metrics": {of: dict(found) for of, found in self.metrics.items()},
+        }
+
     def __str__(self) -> str:
         whole = self.total
         share = whole.flips / whole.codes if whole.codes else 0.0
@@ -151,12 +166,22 @@ def _check_codes(codes: Tensor, want: Tensor) -> LayerCheck:
     return LayerCheck(flips=int((off == 1).sum()), wrong=int((off > 1).sum()), codes=codes.numel())
 
 
-def check_layers(runs: Iterable[LayerRun]) -> dict[str, LayerCheck]:
-    """{layer: its check}, layers that run several times together."""
+def check_layers(runs: Iterable[LayerRun], model: nn.Module) -> dict[str, LayerCheck]:
+    """{layer: its check}, layers that run several times together.
+
+    Args:
+        runs: What a runtime observed. Plans need not hold the codes of the weights.
+        model: The quantized network that the runtime's module was made from.
+    """
+    layers, _ = integer_layers(model)
     found: dict[str, LayerCheck] = {}
     for run in runs:
-        name = run.plan.layer.name
-        found[name] = found.get(name, LayerCheck()) | check_layer(run)
+        name, plan = run.plan.layer.name, run.plan
+        layer = layers[name]
+        if plan.norm:
+            layer = layer.times(*affine(model.get_submodule(plan.norm)))
+        check = check_layer(replace(run, plan=replace(plan, layer=layer)))
+        found[name] = found.get(name, LayerCheck()) | check
     return found
 
 

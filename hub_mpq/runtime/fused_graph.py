@@ -6,15 +6,15 @@ Only what is computed anyway moves into a layer; values are those of the layers 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..adapters.restore_state import copied
-from .fused_layer import Activation, FusedLayer
+from ..adapters.restore_state import copied_structure
+from .fused_layer import Activation, FusedLayer, affine
 from .integer_layer import Grid, IntegerLayer
 
 NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
@@ -29,21 +29,19 @@ class _Tracer(fx.Tracer):
         self.layers = layers
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return (
-            module_qualified_name in self.layers
-            or isinstance(m, NORMS)
-            or type(m).__module__.startswith("hub_mpq.")
-            or super().is_leaf_module(m, module_qualified_name)
-        )
+        if module_qualified_name in self.layers or isinstance(m, NORMS) or type(m).__module__.startswith("hub_mpq."):
+            return True
+        inside = any(name.startswith(f"{module_qualified_name}.") for name in self.layers)
+        return not inside and super().is_leaf_module(m, module_qualified_name)
 
 
 def activation_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> Activation | None:
     """The activation that a node computes, if it is one that integer layers can take along."""
     if node.op == "call_module":
         return _of_module(modules[str(node.target)])
-    if node.op == "call_function" and node.target in (F.relu, torch.relu, F.relu_, torch.relu_):
+    if node.op == "call_function" and node.target in (F.relu, torch.relu):
         return Activation("relu")
-    if node.op == "call_method" and node.target in ("relu", "relu_"):
+    if node.op == "call_method" and node.target == "relu":
         return Activation("relu")
     if node.op == "call_function" and node.target is F.gelu:
         return Activation("gelu", approximate=node.kwargs.get("approximate", "none"))
@@ -64,6 +62,17 @@ def _of_module(module: nn.Module) -> Activation | None:
     return None
 
 
+_OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
+    F.relu_: F.relu,
+    torch.relu_: torch.relu,
+    **{getattr(operator, f"i{name}"): getattr(operator, name) for name in ("add", "sub", "mul", "truediv")},
+}
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
 def _nothing(module: nn.Module) -> bool:
     """Whether an evaluated module passes its input through."""
     return type(module) is nn.Identity or (isinstance(module, nn.modules.dropout._DropoutNd) and not module.training)
@@ -71,15 +80,6 @@ def _nothing(module: nn.Module) -> bool:
 
 def _is_add(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in (operator.add, torch.add) and not node.kwargs
-
-
-@torch.no_grad()
-def affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """(factor, summand) of each channel of an evaluated BatchNorm."""
-    rstd = (norm.running_var.double() + norm.eps).rsqrt()
-    factor = rstd if norm.weight is None else norm.weight.double() * rstd
-    shift = -norm.running_mean.double() * factor
-    return factor.float(), (shift if norm.bias is None else norm.bias.double() + shift).float()
 
 
 class Engine(Protocol):
@@ -127,7 +127,7 @@ class FusedGraph:
     def __init__(
         self, model: nn.Module, layers: Mapping[str, IntegerLayer], example: tuple[Any, ...], engine: Engine
     ) -> None:
-        net = copied(model).eval()
+        net = copied_structure(model).eval()
         self.module = fx.GraphModule(net, _Tracer(layers).trace(net))
         self.layers, self.engine = layers, engine
         self.modules = dict(self.module.named_modules())
@@ -160,10 +160,14 @@ class FusedGraph:
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
         if module is not None and getattr(module, "inplace", False):
             module.inplace = False
-        elif node.op == "call_function" and node.target is operator.iadd:
-            node.target = operator.add
-        elif node.op == "call_method" and node.target == "relu_":
-            node.target = "relu"
+        elif node.op == "call_function" and node.kwargs.get("inplace"):
+            node.kwargs = {**node.kwargs, "inplace": False}
+        elif node.op == "call_function" and node.target in _OUT_OF_PLACE:
+            node.target = _OUT_OF_PLACE[node.target]
+        elif node.op == "call_method" and str(node.target).endswith("_") and hasattr(Tensor, str(node.target)[:-1]):
+            node.target = str(node.target)[:-1]
+        elif node.op != "call_module" and (node.target is operator.setitem or _name(node).endswith("_")):
+            raise NotImplementedError(f"{_name(node)} overwrites a tensor")
         else:
             return
         order = {n: i for i, n in enumerate(node.graph.nodes)}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -54,3 +56,12 @@ class FusedLayer:
     overwrites: bool = False
     output: Grid | None = None
     shape: tuple[int, ...] = ()
+
+
+@torch.no_grad()
+def affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """(factor, summand) of each channel of an evaluated BatchNorm."""
+    rstd = (norm.running_var.double() + norm.eps).rsqrt()
+    factor = rstd if norm.weight is None else norm.weight.double() * rstd
+    shift = -norm.running_mean.double() * factor
+    return factor.float(), (shift if norm.bias is None else norm.bias.double() + shift).float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import timeit
 import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -33,13 +34,16 @@ class Codes(nn.Module):
     def __init__(self, grid: Grid) -> None:
         super().__init__()
         self.grid = grid
-        self.start = torch.tensor(MAGIC + grid.zero_point)
+        self.odd = grid.zero_point % 2  # an even number is added before rounding, so that ties go to the same side
+        low = MAGIC - self.odd
+        self.register_buffer("start", torch.tensor(low + grid.zero_point), persistent=False)
         self.inverse = 1.0 / grid.scale
-        self.low, self.high = MAGIC, MAGIC + grid.top
+        self.low, self.high = low, low + grid.top
 
     def forward(self, x: Tensor) -> Tensor:
         shifted = torch.add(self.start, x, alpha=self.inverse).clamp_(self.low, self.high)
-        return shifted.view(torch.int32).to(torch.uint8)
+        codes = shifted.view(torch.int32).to(torch.uint8)
+        return codes.add_(1) if self.odd else codes
 
     def extra_repr(self) -> str:
         return str(self.grid)
@@ -78,13 +82,18 @@ def _post(activation: Activation | None, output: Grid | None) -> tuple[str, list
     return {None: "none", "relu": "relu", "hardswish": "hardswish", "silu": "swish"}[name], [], "", top
 
 
+def _without_codes(plan: FusedLayer) -> FusedLayer:
+    """The same plan without the codes of the weight, of which a module has a form of its own."""
+    return replace(plan, layer=replace(plan.layer, weight=plan.layer.weight.new_empty(0)))
+
+
 class OnednnLayer(nn.Module):
     """An integer layer: codes of the input [, summand] to float32 or to codes."""
 
     def __init__(self, plan: FusedLayer) -> None:
         super().__init__()
         layer = plan.layer
-        self.plan, self.layer = plan, layer
+        self.plan, self.shape = _without_codes(plan), layer.weight.shape
         self.name, self.scalars, self.algorithm, self.cut = _post(plan.activation, plan.output)
         self.dtype = torch.float32 if plan.output is None else torch.uint8
         self.out_scale = 1.0 if plan.output is None else plan.output.scale
@@ -101,10 +110,11 @@ class OnednnLayer(nn.Module):
             self.packed = torch.ops.onednn.qlinear_prepack(layer.weight, None)
 
     def forward(self, x: Tensor, summand: Tensor | None = None) -> Tensor:
-        grid = self.layer.grid
+        layer = self.plan.layer
+        grid = layer.grid
         head = (x, grid.scale, grid.zero_point, self.packed, self.scale, self.zero)
         out = (self.out_scale, self.out_zero, self.dtype)
-        if self.layer.convolution:
+        if layer.convolution:
             if summand is None:
                 y = torch.ops.onednn.qconv2d_pointwise(
                     *head, self.bias, *self.convolution, *out, self.name, self.scalars, self.algorithm
@@ -130,7 +140,7 @@ class FloatLayer(nn.Module):
     def __init__(self, plan: FusedLayer) -> None:
         super().__init__()
         layer = plan.layer
-        self.plan, self.layer = plan, layer
+        self.plan, self.shape = _without_codes(plan), layer.weight.shape
         self.low, self.high = -float(layer.grid.zero_point), float(layer.grid.top - layer.grid.zero_point)
         axes = (-1,) + (1,) * (layer.weight.dim() - 1)
         # the scale of the input is in the weight: the input is integers
@@ -139,8 +149,8 @@ class FloatLayer(nn.Module):
         self.register_buffer("bias", layer.bias, persistent=False)
 
     def forward(self, x: Tensor, summand: Tensor | None = None) -> Tensor:
-        x = x.mul(1.0 / self.layer.grid.scale).round_().clamp_(self.low, self.high)
-        layer = self.layer
+        layer = self.plan.layer
+        x = x.mul(1.0 / layer.grid.scale).round_().clamp_(self.low, self.high)
         if layer.convolution:
             y = F.conv2d(x, self.weight, self.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
         else:
@@ -159,9 +169,9 @@ class Exchanged(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight: some models look at its type, or multiply with it themselves."""
-        layer = self.layer.layer
-        return layer.weight * layer.scale.view((-1,) + (1,) * (layer.weight.dim() - 1))
+        """Stands for the weight of models that look at its type or its shape; it has no values (NaN)."""
+        shape: torch.Size = self.layer.shape
+        return torch.full((), torch.nan).expand(shape)
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -177,18 +187,22 @@ class SharedCodes(Codes):
         self._last: tuple[Any, int, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._last is not None and self._last[0]() is x and self._last[1] == x._version:
-            return self._last[2]
+        if x.is_inference():  # it does not tell whether it was overwritten
+            return super().forward(x)
+        last = self._last
+        if last is not None and last[0]() is x and last[1] == x._version:
+            return last[2]
         codes = super().forward(x)
         self._last = (weakref.ref(x), x._version, codes)
         return codes
 
 
 class _Engine:
-    """Fills a fused graph with these modules; measures which layers are faster in float32."""
+    """Fills a fused graph with these modules; measures which layers are faster in float32, one of a kind once."""
 
     def __init__(self) -> None:
         self.slower: dict[str, tuple[float, float]] = {}
+        self._measured: dict[Any, tuple[float, float]] = {}
 
     def takes(self, plan: FusedLayer, activation: Activation) -> bool:
         if plan.adds:
@@ -196,10 +210,19 @@ class _Engine:
         return activation.name != "gelu" or not plan.layer.convolution
 
     def in_integers(self, plan: FusedLayer, coded: bool) -> bool:
-        seconds = both_ways(plan, coded)
+        layer = plan.layer
+        kind = (tuple(layer.weight.shape), layer.stride, layer.padding, layer.dilation, layer.groups)
+        key = (*kind, plan.shape, plan.activation and plan.activation.name, coded, plan.output is None)
+        if key not in self._measured:
+            self._measured[key] = both_ways(plan, coded)
+        seconds = self._measured[key]
         if seconds[0] > seconds[1]:
-            self.slower[plan.layer.name] = seconds
+            self.slower[layer.name] = seconds
         return seconds[0] <= seconds[1]
+
+    def told(self) -> dict[str, str]:
+        """{layer that computes in float: why}."""
+        return {n: f"faster so: {1e3 * b:.3f} against {1e3 * a:.3f} ms" for n, (a, b) in self.slower.items()}
 
     def layer(self, plan: FusedLayer) -> nn.Module:
         return OnednnLayer(plan)
@@ -263,17 +286,12 @@ class Onednn(Runtime):
         layers, kept = integer_layers(model)
         for name in [n for n, layer in layers.items() if inexact(layer)]:
             kept[name] = inexact(layers.pop(name)) or ""
-        if isinstance(example, tuple):
-            engine = _Engine()
-            try:
-                graph = FusedGraph(model, layers, example, engine)
-            except Exception:  # what torch.fx raises for a network that it cannot trace is of no one type
-                return _exchange(model, layers), RuntimeLayers(self.name, tuple(layers), kept)
-            built = graph.build()
-            told = {n: f"faster so: {1e3 * b:.3f} against {1e3 * a:.3f} ms" for n, (a, b) in engine.slower.items()}
-            integer = tuple(n for n in layers if n not in told)
-            return of_class(model, built, {"graph": built}), RuntimeLayers(self.name, integer, kept | told)
-        return _exchange(model, layers), RuntimeLayers(self.name, tuple(layers), kept)
+        engine = _Engine()
+        built = None if not isinstance(example, tuple) else _fused(model, layers, example, engine)
+        if built is None:
+            built = _exchanged(model, layers, example, engine)
+        integer = tuple(name for name in layers if name not in engine.slower)
+        return built, RuntimeLayers(self.name, integer, kept | engine.told())
 
     def observe(self, module: nn.Module, batch: Any) -> list[LayerRun]:
         runs: list[LayerRun] = []
@@ -305,11 +323,56 @@ class Onednn(Runtime):
         return runs
 
 
-def _exchange(model: nn.Module, layers: dict[str, IntegerLayer]) -> nn.Module:
-    """A copy of a model with integer layers in place of the quantized ones; other weights are shared."""
+def _fused(
+    model: nn.Module, layers: dict[str, IntegerLayer], example: tuple[Any, ...], engine: _Engine
+) -> nn.Module | None:
+    """The network as one graph; None where torch.fx cannot trace it."""
+    try:
+        graph = FusedGraph(model, layers, example, engine)
+    except Exception:  # what torch.fx raises for a network that it cannot trace is of no one type
+        return None
+    built = graph.build()
+    return of_class(model, built, {"graph": built})
+
+
+def _exchanged(model: nn.Module, layers: dict[str, IntegerLayer], example: Any, engine: _Engine) -> nn.Module:
+    """A copy of a model with integer layers in place of the quantized ones; other weights are shared.
+
+    Args:
+        model: The model.
+        layers: Its integer layers.
+        example: A batch, by which layers that are faster in float are found; None: all compute in integers.
+        engine: What measures.
+    """
     net = copied_structure(model).eval()
+    shapes = {} if example is None else _input_shapes(net, layers, example)
     shared: dict[Grid, SharedCodes] = {}
     for name, layer in layers.items():
-        codes = shared.setdefault(layer.grid, SharedCodes(layer.grid))
-        replace_layer(net, name, Exchanged(OnednnLayer(FusedLayer(layer)), codes))
+        plan = FusedLayer(layer, shape=shapes.get(name, ()))
+        if not plan.shape or engine.in_integers(plan, False):
+            codes = shared.setdefault(layer.grid, SharedCodes(layer.grid))
+            replace_layer(net, name, Exchanged(OnednnLayer(plan), codes))
+        else:
+            replace_layer(net, name, Exchanged(FloatLayer(plan), None))
     return net
+
+
+def _input_shapes(net: nn.Module, layers: Iterable[str], example: Any) -> dict[str, tuple[int, ...]]:
+    """{layer: shape of its first input} in one run."""
+    found: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            found.setdefault(name, tuple(first_operand(args, kwargs).shape))
+
+        return hook
+
+    modules = dict(net.named_modules(remove_duplicate=False))
+    hooks = [modules[name].register_forward_pre_hook(note(name), with_kwargs=True) for name in layers]
+    try:
+        with torch.no_grad():
+            run(net, example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

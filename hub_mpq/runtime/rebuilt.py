@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ def of_class(model: nn.Module, forward: Callable[..., Any], modules: Mapping[str
     """
     parent = type(model)
 
+    @wraps(parent.forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             return forward(*args, **kwargs)

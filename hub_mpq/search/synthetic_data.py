@@ -15,6 +15,7 @@ from ..adapters.count import storage_key
 from ..adapters.forward import call
 from ..adapters.restore_state import state_restored
 from ..nn.layers import first_operand
+from ..nn.types import device_of
 from ..tasks import to_device
 
 STEPS = 20
@@ -210,14 +211,10 @@ def _runs(model: nn.Module, batch: Any) -> bool:
     """Whether a model takes a batch as it stands."""
     try:
         with state_restored(model), _Lookups(model, []):
-            call(model, to_device(batch, _device(model)))
+            call(model, to_device(batch, device_of(model)))
     except Exception:  # a model may raise anything on numbers or sizes that it doesn't expect
         return False
     return True
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
 def _drawn(model: nn.Module, example: Any, seed: int) -> Any:
@@ -273,7 +270,7 @@ def _match_statistics(model: nn.Module, norms: list[nn.modules.batchnorm._BatchN
         spread = x.var(axes, unbiased=False).clamp_min(1e-8).sqrt() / sigma - 1
         losses.append(mean.square().mean() + spread.square().mean())
 
-    x = batch.to(_device(model)).requires_grad_(True)
+    x = batch.to(device_of(model)).requires_grad_(True)
     optimizer = torch.optim.Adam([x], lr=0.1)
     with state_restored(model), torch.enable_grad():
         handles = [norm.register_forward_pre_hook(hook, with_kwargs=True) for norm in norms]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..core.task import tasks
 from ..errors import InvalidArgument
+from ..nn.types import device_of
 from .batch import arguments_of, evaluating, inner, to_device, tree_leaves_of
 from .heads import Heads, leaves
 from .outputs import squeezed, tensors_in
@@ -77,8 +78,7 @@ def task_of(task: TaskLike, model: nn.Module, batch: Any = None, example: Any = 
     numbers = isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()
     if labels is None or (name and numbers):
         return plain  # type: ignore[no-any-return]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    batch = to_device(batch, device)
+    batch = to_device(batch, device_of(model))
     with evaluating(model):
         output = any_labels.forward(model, batch)
     first = next(iter(tree_leaves_of(any_labels.inputs(batch), Tensor)), None)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import HubMPQError, InvalidArgument
+from ..nn.types import device_of
 from ..tasks import Task, TaskLike, task_of, to_device
 from ..tasks.batch import evaluating
 from ..tasks.task import Sums
@@ -49,7 +50,7 @@ def evaluate(
     """
     from huggingface_hub.utils import tqdm
 
-    device = next(model.parameters()).device
+    device = device_of(model)
     sums: Sums = {}
     samples = 0.0
     known: Task | None = None
@@ -103,7 +104,7 @@ def measure(
     """{metric: (sum, count)} of one batch. A model that draws random numbers in its forward draws those of `seed`, and
     so does the reference. whole: as `Task.whole` gave it."""
     labels = task.labels(batch)
-    device = next(model.parameters()).device
+    device = device_of(model)
     with fixed_draws(device, seed):
         output = task.forward(model, batch, labelled=labels is not None)
     if labels is not None:
