@@ -994,7 +994,7 @@ class HubMPQ(nn.Module):
             text += "".join(f"\n{note}" for note in notes)
         if self.policy is not None and exportable(self._manifest(self.policy)):
             text += (
-                "\nweights alone are quantized, in Linear and Embedding layers: "
+                "\nall quantized layers are Linear or Embedding layers: "
                 f'push_to_hub(…, format="{COMPRESSED_TENSORS}") '
                 "publishes it so that transformers needs no hub-mpq"
             )
@@ -1042,8 +1042,8 @@ class HubMPQ(nn.Module):
             repo_id: "owner/name".
             private, revision, create_pr, token: As in `hub_mpq.hub.publish.publish`.
             float_copy: Dequantized weights too, that plain timm or transformers load (None: for their models, yes).
-            format: "mpq"; "compressed-tensors" publishes weight-only transformers policies so that nobody needs this
-                package.
+            format: "mpq"; "compressed-tensors" publishes policies of transformers models over Linear and Embedding
+                layers so that nobody needs this package.
             card: license, base_model, pipeline_tag, dataset, eval_task, trained_on, message.
         """
         check_repo_id(repo_id)

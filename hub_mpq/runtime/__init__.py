@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..core import register_runtime, register_target
 from ..export.gguf_types import GGUF
-from ..export.targets import VLLM
+from ..export.vllm import VLLM
 from .build import certify, to_runtime
 from .certificate import Certificate
 from .onednn import Onednn
