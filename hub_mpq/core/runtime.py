@@ -46,11 +46,6 @@ class Runtime(ABC):
     def menu(self, layer: LayerSpec) -> tuple[LayerBits, ...]:
         """All widths at which it computes a layer in integers and exactly on this CPU, ascending; () where none."""
 
-    def portable_menu(self, layer: LayerSpec) -> tuple[LayerBits, ...]:
-        """What of `menu` is the same on every x86 CPU, whether or not the runtime can be used on this one: the menu of
-        the target of that name. By default without W8A8, whose sums saturate on CPUs without VNNI."""
-        return tuple(bits for bits in self.menu(layer) if (bits.weight, bits.activation) != (8, 8))
-
     @abstractmethod
     def build(self, model: Any, example: Any) -> tuple[Any, RuntimeLayers]:
         """A module with the forward of `model` that computes on this runtime.

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from ..core import FLOAT_BITS, LayerBits, LayerGraph, LayerSpec, Runtime, runtimes
 from ..core.target import Target
+from .integer_layer import integer_menu
 
 _CONTAINERS = "Below 8 bits it takes the time and memory of 8 bits: fewer bits save bytes of the file alone."
 NOTES = {
@@ -24,34 +25,37 @@ NOTES = {
         _CONTAINERS,
     ),
     "bit_serial": (
-        "A bit-serial product fuses nothing behind it.",
-        "Time grows with the product of the two widths, so W1A1, W1A2 and W2A2 are what makes a layer faster.",
+        "A bit-serial layer computes the BatchNorm and ReLU behind it together with its product.",
+        "Time grows with the product of the two widths: only the narrowest pairs, such as W1A1, make a layer faster.",
     ),
 }
 """{runtime: what it fuses, and what bits below 8 buy}: the runtimes that are targets."""
+EXACT_WITHOUT_VNNI = ("bit_serial",)
+"""The runtimes whose sums saturate on no CPU."""
 
 
 class RuntimeTarget(Target):
     """A runtime, at widths that it computes in integers exactly on every x86 CPU.
 
     A policy is made on one machine and runs on others, so the menu is always that of a CPU without VNNI: W8A8, whose
-    sums saturate there, is not in it. Layers whose input stays float in any case (embeddings, experts) run in float,
-    and have every width of the weight.
+    sums saturate there, is not in it. Neither such a CPU nor the runtime has to be at hand. Layers whose input stays
+    float in any case (embeddings, experts) run in float, and have every width of the weight.
 
     Args:
         runtime: The runtime.
         notes: What a user of it should know, one sentence each.
+        saturates: Whether its sums saturate on CPUs without VNNI.
     """
 
     weight_only: ClassVar[bool] = False
 
-    def __init__(self, runtime: Runtime, notes: tuple[str, ...] = ()) -> None:
-        self.runtime, self.name, self._notes = runtime, runtime.name, notes
+    def __init__(self, runtime: Runtime, notes: tuple[str, ...] = (), *, saturates: bool = True) -> None:
+        self.runtime, self.name, self.saturates, self._notes = runtime, runtime.name, saturates, notes
 
     def menu(self, layer: LayerSpec) -> tuple[LayerBits, ...]:
         if layer.weight_only:
             return tuple(LayerBits(width, FLOAT_BITS) for width in range(1, 9))
-        return self.runtime.portable_menu(layer)
+        return integer_menu(layer, self.saturates)
 
     def notes(self, graph: LayerGraph) -> tuple[str, ...]:
         out = list(self._notes)
@@ -66,5 +70,7 @@ class RuntimeTarget(Target):
 
 
 def runtime_targets() -> Iterator[RuntimeTarget]:
-    """A target for each runtime that is registered and has notes."""
-    return (RuntimeTarget(runtime, NOTES[runtime.name]) for runtime in runtimes if runtime.name in NOTES)
+    """A target for each registered runtime that has notes."""
+    for runtime in runtimes:
+        if (notes := NOTES.get(runtime.name)) is not None:
+            yield RuntimeTarget(runtime, notes, saturates=runtime.name not in EXACT_WITHOUT_VNNI)

@@ -31,10 +31,10 @@ def timm_net(name: str, size: int = 32, **kwargs: Any) -> nn.Module:
         return seen_data(net, noise(16, 3, size, size))
 
 
-def quantized(net: nn.Module, level: str, x: Tensor | dict[str, Tensor]) -> HubMPQ:
+def quantized(net: nn.Module, level: str, x: Tensor | dict[str, Tensor], **kwargs: Any) -> HubMPQ:
     """A network at one level; `x` calibrates it and is the example."""
     one = {k: v[:1] for k, v in x.items()} if isinstance(x, dict) else x[:1]
-    return HubMPQ.from_module(net, one).apply_policy(level, [x])
+    return HubMPQ.from_module(net, one, **kwargs).apply_policy(level, [x])
 
 
 def bert(**kwargs: Any) -> nn.Module:

@@ -21,6 +21,8 @@ from hub_mpq.core import runtimes
 from hub_mpq.errors import HubMPQError, InvalidArgument
 from hub_mpq.runtime import onednn
 from hub_mpq.runtime.certificate import certificate, check_layers
+from hub_mpq.runtime.exchanged import Codes, SharedCodes
+from hub_mpq.runtime.in_process import _Engine
 from hub_mpq.runtime.integer_layer import Grid
 
 if runtimes.get("onednn").available() is not None:
@@ -30,7 +32,7 @@ if runtimes.get("onednn").available() is not None:
 @pytest.fixture(autouse=True)
 def integers(monkeypatch):
     """Every layer that can computes in integers, whatever is faster on this machine."""
-    monkeypatch.setattr(onednn, "both_ways", lambda plan, coded: (0.0, 1.0))
+    monkeypatch.setattr(_Engine, "_both_ways", lambda self, plan, coded: (0.0, 1.0))
 
 
 def checked(mpq, module, batch):
@@ -70,6 +72,7 @@ NETS = {
     "relu6": (lambda: timm_net("mobilenetv2_035"), 32),
     "vit": (lambda: timm_net("vit_tiny_patch16_224", img_size=32), 32),
     "convnext": (lambda: timm_net("convnext_atto"), 32),
+    "same padding": (lambda: timm_net("tf_mobilenetv3_small_minimal_100"), 33),
 }
 
 
@@ -111,7 +114,7 @@ def test_another_size_of_the_image():
 
 def test_layers_between_which_no_float_is_needed_keep_codes():
     x = noise(4, 3, 32, 32)
-    module = quantized(timm_net("resnet18"), "W4A4", x).to_runtime("onednn")
+    module = quantized(timm_net("resnet18"), "W4A4", x, fixed={"*": None}).to_runtime("onednn")
     layers = [part for part in module.modules() if isinstance(part, onednn.OnednnLayer)]
     assert sum(layer.plan.output is not None for layer in layers) == 8, "conv1 of every block is read by conv2 alone"
     assert sum(layer.plan.adds for layer in layers) == 8, "the residual sums"
@@ -126,7 +129,7 @@ def test_its_memory_is_that_of_the_codes():
     floats = sum(4 * layer.shape.numel() for layer in layers)
     held = sum(layer.packed.numel() for layer in layers)  # int8
     held += sum(t.numel() * t.element_size() for layer in layers for t in layer.buffers())
-    assert all(layer.plan.layer.weight.numel() == 0 for layer in layers)
+    assert all(layer.plan.layer.weight.is_meta for layer in layers)
     assert held <= 0.3 * floats
 
 
@@ -135,11 +138,11 @@ def test_ties_fall_on_the_side_of_the_reference(zero):
     grid = Grid(0.5, zero, 4)
     x = torch.arange(-40, 41) * 0.25
     want = (x / 0.5).round().add(zero).clamp(0, 15)
-    assert torch.equal(onednn.Codes(grid)(x), want.to(torch.uint8))
+    assert torch.equal(Codes(grid)(x), want.to(torch.uint8))
 
 
 def test_codes_are_shared_until_the_tensor_is_overwritten():
-    codes, x = onednn.SharedCodes(Grid(0.1, 3, 8)), noise(4, 5)
+    codes, x = SharedCodes(Grid(0.1, 3, 8)), noise(4, 5)
     first = codes(x)
     assert codes(x) is first
     x += 1
@@ -170,10 +173,10 @@ import json, sys, torch
 from torch import nn
 from hub_mpq import HubMPQ
 from hub_mpq.errors import HubMPQError
-from hub_mpq.runtime import onednn
+from hub_mpq.runtime import in_process, onednn
 
 onednn.inexact = lambda layer: None
-onednn.both_ways = lambda plan, coded: (0.0, 1.0)
+in_process._Engine._both_ways = lambda self, plan, coded: (0.0, 1.0)
 net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)).eval()
 nn.init.ones_(net[0].weight)
 x = torch.rand(4, 64, generator=torch.Generator().manual_seed(0)) + 1
@@ -205,7 +208,7 @@ def test_saturation_is_seen_when_it_happens():
 
 def test_a_wrong_layer_is_found():
     x = noise(4, 3, 32, 32)
-    mpq = quantized(timm_net("resnet18"), "W4A4", x)
+    mpq = quantized(timm_net("resnet18"), "W4A4", x, fixed={"*": None})
     module = mpq.to_runtime("onednn")
     layer = next(m for m in module.modules() if isinstance(m, onednn.OnednnLayer) and m.plan.output is None)
     layer.scale[0] *= 1.0001
@@ -314,8 +317,26 @@ def test_a_network_that_cannot_be_traced_has_its_layers_exchanged():
             return self.block(y if y.sum() > 0 else -y)
 
     x = noise(2, 3, 6, 6)
-    mpq = quantized(Branch().eval(), "W4A4", x)
+    mpq = quantized(Branch().eval(), "W4A4", x, fixed={"*": None})
     module = mpq.to_runtime("onednn")
     assert not hasattr(module, "graph")
-    assert {"block.linear1", "block.linear2"} <= set(module.runtime_layers.integer)
+    assert set(module.runtime_layers.integer) == set(mpq.graph.names)
     assert checked(mpq, module, (x,)).exact
+
+
+def test_a_layer_that_the_example_does_not_reach_stays_float():
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.spare = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x, more=None):
+            y = self.a(x).relu()
+            return y if more is None else self.spare(y + more)
+
+    x = noise(4, 6)
+    mpq = HubMPQ.from_module(Spare().eval(), (x[:1], x[:1]), fixed={"*": None}).apply_policy("W4A4", [((x, x),)])
+    for example in (x, {"x": x}):
+        module = mpq.to_runtime("onednn", example=example)
+        assert module.runtime_layers.integer == ("a",)
+        assert module.runtime_layers.float == {"spare": "it did not run on the example"}

@@ -13,14 +13,16 @@ from typer.testing import CliRunner
 
 from hub_mpq import Candidates, HubMPQ, LayerBits, Policy
 from hub_mpq.cli import app
-from hub_mpq.core import LayerSpec, runtimes, targets
+from hub_mpq.core import LayerGraph, LayerSpec, runtimes, targets
 from hub_mpq.core.bits import nearest
 from hub_mpq.errors import InvalidArgument
 from hub_mpq.runtime import onednn
+from hub_mpq.runtime.integer_layer import inexact_sums, integer_layers
 from hub_mpq.runtime.targets import NOTES, RuntimeTarget
 
 LINEAR = LayerSpec("x", "linear", (64, 96), 1, 64 * 96, 96)
 DEPTHWISE = LayerSpec("x", "conv2d", (8, 1, 1, 1), 1, 8, 8)
+CONVOLUTION = LayerSpec("x", "conv2d", (8, 16, 3, 3), 1, 8 * 144, 16)
 EMBEDDING = LayerSpec("x", "embedding", (64, 96), 0, 64 * 96, 1)
 ALL = {LayerBits(w, a) for w in range(1, 9) for a in range(1, 9)}
 W8A8 = LayerBits(8, 8)
@@ -49,11 +51,14 @@ def test_the_menu_is_the_same_on_every_cpu(target, saturates):
 
 
 def test_each_runtime_that_computes_in_integers_is_a_target():
-    found = {x.name for x in targets if isinstance(x, RuntimeTarget)}
-    assert found == {x.name for x in runtimes if x.menu(LINEAR)}
-    assert "torch" not in found
-    assert found <= set(NOTES)
-    assert [x.name for x in targets][:2] == ["vllm", "gguf"]
+    found = [x for x in targets if isinstance(x, RuntimeTarget)]
+    assert {x.name for x in found} == {x.name for x in runtimes} - {"torch"}
+    assert targets.names()[:2] == ["vllm", "gguf"]
+    for one in found:
+        assert one.notes(LayerGraph("x", None, "timm", (3, 8, 8), (LINEAR,)))[:2] == NOTES[one.name]
+        if one.runtime.available() is None:  # what it offers, the runtime can compute here
+            for layer in (LINEAR, DEPTHWISE, CONVOLUTION):
+                assert set(one.menu(layer)) <= set(one.runtime.menu(layer))
 
 
 def test_targets_import_no_engine():
@@ -188,18 +193,15 @@ def test_notes_tell_what_this_cpu_could_do(target, saturates, net, monkeypatch):
     assert "cannot be used on this machine: it is no x86 CPU." in " ".join(target.notes(graph))
 
 
-def test_the_policy_runs_in_integers_in_every_layer_without_vnni(net, data, train, monkeypatch):
+def test_the_policy_runs_in_integers_in_every_layer_without_vnni(net, data):
     """Fails for a default policy, whose first and last layers are W8A8, and holds for one of the target."""
-    if (why := onednn.Onednn().available()) is not None:
-        pytest.skip(why)
-    monkeypatch.setattr(onednn, "saturates", lambda: True)
     kept = {}
     for target in (None, "onednn"):
         mpq = HubMPQ.from_module(net, torch.zeros(1, 1, 8, 8), target=target)
         mpq.apply_policy("W8A8", DataLoader(data, 32))
-        layers, why = onednn.integer_layers(mpq.model)
+        layers, why = integer_layers(mpq.model)
         assert not why
-        kept[target] = [name for name, layer in layers.items() if onednn.inexact(layer)]
+        kept[target] = [name for name, layer in layers.items() if inexact_sums(layer, saturates=True)]
     assert set(kept[None]) >= {"0"}
     assert kept["onednn"] == []
 
