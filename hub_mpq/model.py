@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import adapters
 from ._version import __version__
 from .adapters import Source, norm_of
-from .adapters.base import placed
+from .adapters.base import likely_example, placed
 from .adapters.restore_state import copied
 from .core import (
     FLOAT_BITS,
@@ -722,7 +722,10 @@ class HubMPQ(nn.Module):
             HubMPQError: The runtime cannot be used here, or what it computes is not the same model.
         """
         self._check_whole()
-        return to_runtime(self.model, name, self._example if example is None else example, allow_inexact=allow_inexact)
+        example = self._example if example is None else example
+        if not isinstance(example, Tensor) and not example:  # of a network that was passed to from_pretrained
+            example = likely_example(self.model, self.graph.input_shape)
+        return to_runtime(self.model, name, example, allow_inexact=allow_inexact)
 
     def certify(self, module: nn.Module, batches: Iterable[Any], *, task: TaskLike = None) -> Certificate:
         """Measure whether a module of `to_runtime` is the same model as this one.
