@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from ..core import register_runtime
+from .bit_serial import BitSerial
 from .build import certify, to_runtime
 from .certificate import Certificate
 from .onednn import Onednn
 from .torch_reference import Torch
 
-for _runtime in (Torch, Onednn):
+for _runtime in (Torch, Onednn, BitSerial):
     register_runtime(_runtime())
 
 __all__ = ["Certificate", "certify", "to_runtime"]

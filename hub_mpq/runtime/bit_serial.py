@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib.util import find_spec
 from math import prod
-from typing import Any
 
 import numpy as np
 import torch

@@ -1,10 +1,10 @@
 """Sums of products of codes by AND and popcount of their bit planes, compiled by Numba when they are first called.
 
-EBS's binary decomposition (`hub_mpq.quantizers.binary_decomposition` is its definition): Σ 2^(i+j)·popcount(W_i AND X_j)
-over the planes of both operands, packed in 64-bit words. The planes of the weight have signs: two's complement, so that
-signed codes need no plane and no sum of their own. Only ±1 is one plane u, w = 2u − 1, and the sum of the activations'
-codes. The zero point of the activations comes back as one number for each output. How the loops are blocked is our
-construction.
+EBS's binary decomposition, whose definition is `hub_mpq.quantizers.binary_decomposition`: the sum of
+2^(i+j) · popcount(W_i AND X_j) over the planes of both operands, here packed in 64-bit words. The planes of the weight
+have signs (two's complement), so that signed codes need no correction. Only ±1 is one plane u, w = 2u − 1, and the sum
+of the activations' codes. The zero point of the activations is one number for each output. How the loops are blocked is
+our construction.
 """
 
 from __future__ import annotations
