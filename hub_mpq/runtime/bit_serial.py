@@ -80,15 +80,15 @@ class BitSerialLayer(nn.Module):
         blocked = words(planes).unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3)  # [groups, outputs, planes, words]
         blocked = F.pad(blocked, (0, 0, 0, 0, 0, -blocked.shape[1] % LANES)).unflatten(1, (-1, LANES))
         zero = layer.grid.zero_point
-        border = torch.tensor([zero >> j & 1 for j in range(layer.grid.bits)])
-        self.channels = self.shape[1]
+        self.channels = self.shape[1]  # of one group
+        # the words of neighbouring pixels lie side by side: packed once and copied for each place of the kernel
+        self.adjacent = self.channels % WORD == 0 and layer.groups == 1 and layer.dilation[1] == 1
         scale = layer.scale * layer.grid.scale
         bias = torch.zeros_like(scale) if layer.bias is None else layer.bias
         for name, tensor in {
             "weight": blocked.permute(0, 1, 3, 4, 2).contiguous(),
             "factors": torch.tensor(factors),
             "constant": (-zero * rows.long().sum(1)).int(),
-            "border": words(border[:, None].expand(-1, self.channels)),
             "scale": scale,
             "bias": bias.float(),
         }.items():
@@ -116,8 +116,8 @@ class BitSerialLayer(nn.Module):
             leading, shape, window = x.shape[:-1], (1, 1, 1, 1), (1, 1, 1, 1, 0, 0, 1, 1)
             codes = x
         flat = codes.contiguous().view(-1).numpy()
-        pixels = flat.size // channels
-        size = (layer.grid.bits, pixels, layer.groups, self.border.shape[1])
+        pixels, count = (flat.size // channels, channels // WORD) if self.adjacent else (0, 0)
+        size = (layer.grid.bits, pixels, count)
         planes = np.empty(prod(size) + SLACK, np.uint64)[: prod(size)].reshape(size)
         out = x.new_empty((*leading, outputs), dtype=torch.float32 if self.plan.output is None else torch.uint8)
         made, none = out.view(-1).numpy(), np.empty(0, np.float32)
@@ -126,14 +126,14 @@ class BitSerialLayer(nn.Module):
         compiled = kernels()
 
         def pack(start: int, stop: int) -> None:
-            compiled.pack(flat, self.channels, planes, start, stop)
+            compiled.pack(flat, planes, start, stop)
 
-        weight, border = (tensor.numpy().view(np.uint64) for tensor in (self.weight, self.border))
         rest = [tensor.numpy() for tensor in (self.constant, self.scale, self.bias)]
 
         def multiply(start: int, stop: int) -> None:
             compiled.multiply(
-                *(planes, border, shape, window, self.channels, weight, self.factors.numpy(), self.one_bit),
+                *(flat, layer.grid.zero_point, planes, shape, window, self.channels),
+                *(self.weight.numpy().view(np.uint64), self.factors.numpy(), self.one_bit),
                 *(*rest, added, self.cut, self.grid, *written, start, stop),
             )
 

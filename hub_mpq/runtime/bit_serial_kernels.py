@@ -259,73 +259,52 @@ def kernels() -> SimpleNamespace:
     jit = numba.njit(nogil=True, boundscheck=False, error_model="numpy")
 
     @jit  # type: ignore[untyped-decorator]
-    def pack(codes: Any, channels: int, planes: Any, start: int, stop: int) -> None:
-        """Planes [bits, pixels, groups, words] of codes uint8 [pixels · groups · channels], pixels start … stop."""
-        bits, _, groups, count = planes.shape
-        rest = channels % 64
-        last = (np.uint64(1) << np.uint64(rest)) - np.uint64(1) if rest else ~np.uint64(0)
+    def pack(codes: Any, planes: Any, start: int, stop: int) -> None:
+        """Planes [bits, pixels, words] of codes uint8 [pixels · words · 64], pixels start … stop."""
+        bits, _, count = planes.shape
         for p in range(start, stop):
-            for g in range(groups):
-                at = (p * groups + g) * channels
-                for q in range(count):
-                    mask = last if q == count - 1 else ~np.uint64(0)
-                    place = at + 64 * q
-                    if place + 64 <= codes.size:
-                        for j in range(bits):
-                            planes[j, p, g, q] = pack_word(codes, place, j) & mask
-                    else:
-                        for j in range(bits):
-                            word = np.uint64(0)
-                            for c in range(min(64, channels - 64 * q)):
-                                word |= np.uint64((codes[place + c] >> j) & 1) << np.uint64(c)
-                            planes[j, p, g, q] = word
-
-    @jit  # type: ignore[untyped-decorator]
-    def append(x: Any, row: int, bit: int, end: int, source: Any, at: int, count: int) -> None:
-        """Put the bits of `count` words into a row of zeros that ends at `end`, from a bit on."""
-        place, shift = row + (bit >> 6), np.uint64(bit & 63)
-        for q in range(count):
-            x[np.uintp(place + q)] |= source[np.uintp(at + q)] << shift
-            if shift and place + q + 1 < end:
-                x[np.uintp(place + q + 1)] |= source[np.uintp(at + q)] >> (np.uint64(64) - shift)
+            for q in range(count):
+                for j in range(bits):
+                    planes[j, p, q] = pack_word(codes, 64 * (p * count + q), j)
 
     @jit  # type: ignore[untyped-decorator]
     def gather(
-        planes: Any, border: Any, sizes: Any, shape: Any, window: Any, first: int, rows: int, g: int, x: Any
+        codes: Any, zero: int, planes: Any, sizes: Any, shape: Any, window: Any, first: int, rows: int, g: int, x: Any
     ) -> None:
         """Planes of all that some output pixels of group g read, into x."""
         pixels, groups, bits, count, channels, length, step = sizes
         height, width, out_height, out_width = shape
         kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, step_h, step_w = window
-        adjacent = channels % 64 == 0 and groups == 1 and step_w == 1
+        read = np.zeros(64 * length, np.uint8)
         image, left = first // (out_height * out_width), first % (out_height * out_width)
         line, column = left // out_width, left % out_width
         for r in range(rows):
             top, side = line * stride_h - pad_h, column * stride_w - pad_w
+            corner = (image * height + top) * width + side
             inside = top >= 0 and top + (kernel_h - 1) * step_h < height and side >= 0
-            inside = inside and side + (kernel_w - 1) * step_w < width
-            for j in range(bits):
-                source = (j * pixels + (image * height + top) * width + side) * groups * count + g * count
-                goal = j * step + r * length
-                if adjacent and inside:
+            if pixels and inside and side + kernel_w <= width:
+                for j in range(bits):
                     for dy in range(kernel_h):
+                        source = (j * pixels + corner + dy * step_h * width) * count
+                        goal = j * step + r * length + dy * kernel_w * count
                         for q in range(0, kernel_w * count, SLACK):
-                            copy_words(
-                                planes, source + dy * step_h * width * count + q, x, goal + dy * kernel_w * count + q
-                            )
-                    continue
-                for k in range(length):
-                    x[np.uintp(goal + k)] = 0
+                            copy_words(planes, source + q, x, goal + q)
+            else:
+                goal = 0
                 for dy in range(kernel_h):
                     for dx in range(kernel_w):
                         y, z = dy * step_h, dx * step_w
-                        bit = (dy * kernel_w + dx) * channels
                         if 0 <= top + y < height and 0 <= side + z < width:
-                            append(
-                                x, goal, bit, goal + length, planes, source + (y * width + z) * groups * count, count
-                            )
+                            source = ((corner + y * width + z) * groups + g) * channels
+                            for c in range(channels):
+                                read[np.uintp(goal + c)] = codes[np.uintp(source + c)]
                         else:
-                            append(x, goal, bit, goal + length, border, j * count, count)
+                            for c in range(channels):
+                                read[np.uintp(goal + c)] = zero
+                        goal += channels
+                for k in range(length):
+                    for j in range(bits):
+                        x[np.uintp(j * step + r * length + k)] = pack_word(read, 64 * k, j)
             column += 1
             if column == out_width:
                 line, column = line + 1, 0
@@ -391,8 +370,9 @@ def kernels() -> SimpleNamespace:
 
     @jit  # type: ignore[untyped-decorator]
     def multiply(
+        codes: Any,
+        zero: int,
         planes: Any,
-        border: Any,
         shape: Any,
         window: Any,
         channels: int,
@@ -406,15 +386,16 @@ def kernels() -> SimpleNamespace:
         cut: Any,
         grid: Any,
         out: Any,
-        codes: Any,
+        out_codes: Any,
         start: int,
         stop: int,
     ) -> None:
         """Output pixels start … stop, all outputs.
 
         Args:
-            planes: Of the input, uint64 [bits, pixels, groups, words].
-            border: Of the zero point, uint64 [bits, words].
+            codes: Of the input, uint8 [pixels · groups · channels].
+            zero: Its zero point.
+            planes: Of the input, uint64 [bits, pixels, words]; no pixels where they are made as they are read.
             shape: (height, width, output height, output width).
             window: (kernel, stride, padding, dilation), each for both axes.
             channels: Of one group.
@@ -426,21 +407,21 @@ def kernels() -> SimpleNamespace:
             summand: float32 [pixels · outputs], or of no size.
             cut: (low, high) of the float32 result.
             grid: (1 / scale, zero point, top) of the codes of the output.
-            out, codes: float32 and uint8 [pixels · outputs]; the one that has a size is written.
+            out, out_codes: float32 and uint8 [pixels · outputs]; the one that has a size is written.
         """
         groups, blocks, weight_planes, length, _ = weight.shape
-        bits, pixels, _, count = planes.shape
+        bits, pixels, count = planes.shape
         outputs, wide = scale.size // groups, blocks * LANES
         x = np.zeros(bits * (BLOCK * length + SLACK), np.uint64)
         sums = np.empty(BLOCK * wide, np.int32)
-        flat_weight, flat_planes, flat_border = weight.ravel(), planes.ravel(), border.ravel()
+        flat_weight, flat_planes = weight.ravel(), planes.ravel()
         terms = (constant, scale, bias)
         step_x, step_w = BLOCK * length + SLACK, length * LANES
         sizes = (pixels, groups, bits, count, channels, length, step_x)
         for first in range(start, stop, BLOCK):
             rows = min(BLOCK, stop - first)
             for g in range(groups):
-                gather(flat_planes, flat_border, sizes, shape, window, first, rows, g, x)
+                gather(codes, zero, flat_planes, sizes, shape, window, first, rows, g, x)
                 begin(sums, wide, x, sizes, rows, one_bit)
                 for b in range(blocks):
                     for r in range(0, rows, ROWS):
@@ -451,6 +432,6 @@ def kernels() -> SimpleNamespace:
                                 x_at = j * step_x + r * length
                                 add_counts(sums, at, wide, flat_weight, w_at, x, x_at, length, factors[i] << j)
                 goal = first * scale.size + g * outputs
-                finish(sums, wide, rows, goal, g * outputs, outputs, terms, summand, cut, grid, out, codes)
+                finish(sums, wide, rows, goal, g * outputs, outputs, terms, summand, cut, grid, out, out_codes)
 
     return SimpleNamespace(pack=pack, multiply=multiply)
