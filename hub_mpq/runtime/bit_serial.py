@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import LayerBits, LayerSpec
-from .bit_serial_kernels import BLOCK, LANES, SLACK, kernels
+from .bit_serial_kernels import BLOCK, kernels
+from .bit_serial_vectors import LANES, SLACK
 from .exchanged import without_codes
 from .fused_layer import Activation, FusedLayer
 from .in_process import InProcess
