@@ -215,7 +215,7 @@ def test_words_start_at_the_lowest_bit():
 
 
 def test_menu_has_every_pair_where_sums_fit():
-    small = BitSerial().menu(LayerSpec("a", "conv2d", (64, 64, 3, 3), 1))
+    small = BitSerial().menu(LayerSpec("a", "conv2d", (64, 64, 3, 3), 1, 64 * 64 * 9, 1))
     assert small == tuple(sorted(LayerBits(w, a) for w in WIDTHS for a in WIDTHS))
 
 
