@@ -40,8 +40,8 @@ class Codes(nn.Module):
 
 
 def without_codes(plan: FusedLayer) -> FusedLayer:
-    """The same plan without the codes of the weight, of which a module has a form of its own."""
-    return replace(plan, layer=replace(plan.layer, weight=plan.layer.weight.new_empty(0)))
+    """The same plan without the codes of the weight, of which a module has a form of its own; their shape stays."""
+    return replace(plan, layer=replace(plan.layer, weight=plan.layer.weight.to("meta")))
 
 
 class FloatLayer(nn.Module):
@@ -62,6 +62,7 @@ class FloatLayer(nn.Module):
         layer = self.plan.layer
         x = x.mul(1.0 / layer.grid.scale).round_().clamp_(self.low, self.high)
         if layer.convolution:
+            x = layer.padded(x)
             y = F.conv2d(x, self.weight, self.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
         else:
             y = F.linear(x, self.weight, self.bias)

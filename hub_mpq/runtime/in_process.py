@@ -20,7 +20,7 @@ from .exchanged import Codes, Exchanged, FloatLayer, SharedCodes
 from .fused_graph import FusedGraph
 from .fused_layer import Activation, FusedLayer
 from .integer_layer import Grid, IntegerLayer, integer_layers
-from .rebuilt import not_on_cpu, of_class, run
+from .rebuilt import not_on_cpu, of_class, run, weights_on_grid
 
 
 class InProcess(Runtime):
@@ -54,8 +54,10 @@ class InProcess(Runtime):
         built = None if not isinstance(example, tuple) else _fused(model, layers, example, engine)
         if built is None:
             built = _exchanged(model, layers, example, engine)
-        integer = tuple(name for name in layers if name not in engine.slower)
-        return built, RuntimeLayers(self.name, integer, kept | engine.told())
+        weights_on_grid(built)  # of the layers that are left
+        made = {part.plan.layer.name for part in built.modules() if isinstance(part, self.layer_class)}
+        unseen = dict.fromkeys(layers.keys() - made - engine.slower.keys(), "it did not run on the example")
+        return built, RuntimeLayers(self.name, tuple(filter(made.__contains__, layers)), kept | engine.told() | unseen)
 
     def observe(self, module: nn.Module, batch: Any) -> list[LayerRun]:
         runs: list[LayerRun] = []
@@ -173,6 +175,8 @@ def _exchanged(model: nn.Module, layers: dict[str, IntegerLayer], example: Any, 
     shapes = {} if example is None else _input_shapes(net, layers, example)
     shared: dict[Grid, SharedCodes] = {}
     for name, layer in layers.items():
+        if example is not None and name not in shapes:
+            continue
         plan = FusedLayer(layer, shape=shapes.get(name, ()))
         if not plan.shape or engine.in_integers(plan, False):
             codes = shared.setdefault(layer.grid, SharedCodes(layer.grid))

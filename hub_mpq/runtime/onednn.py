@@ -74,6 +74,7 @@ class OnednnLayer(nn.Module):
     def forward(self, x: Tensor, summand: Tensor | None = None) -> Tensor:
         layer = self.plan.layer
         grid = layer.grid
+        x = layer.padded(x, grid.zero_point)
         head = (x, grid.scale, grid.zero_point, self.packed, self.scale, self.zero)
         out = (self.out_scale, self.out_zero, self.dtype)
         if layer.convolution:
