@@ -5,13 +5,14 @@ from __future__ import annotations
 from ..core import register_runtime, register_target
 from ..export.gguf_types import GGUF
 from ..export.vllm import VLLM
+from .bit_serial import BitSerial
 from .build import certify, to_runtime
 from .certificate import Certificate
 from .onednn import Onednn
 from .targets import runtime_targets
 from .torch_reference import Torch
 
-for _runtime in (Torch, Onednn):
+for _runtime in (Torch, Onednn, BitSerial):
     register_runtime(_runtime())
 for _target in (VLLM(), GGUF(), *runtime_targets()):
     register_target(_target)
