@@ -9,10 +9,12 @@ from .bit_serial import BitSerial
 from .build import certify, to_runtime
 from .certificate import Certificate
 from .onednn import Onednn
+from .onnxruntime import OnnxRuntime
+from .openvino import OpenVINO
 from .targets import runtime_targets
 from .torch_reference import Torch
 
-for _runtime in (Torch, Onednn, BitSerial):
+for _runtime in (Torch, Onednn, OpenVINO, OnnxRuntime, BitSerial):
     register_runtime(_runtime())
 for _target in (VLLM(), GGUF(), *runtime_targets()):
     register_target(_target)
