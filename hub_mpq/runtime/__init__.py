@@ -5,10 +5,24 @@ from __future__ import annotations
 from ..core import register_runtime
 from .build import certify, to_runtime
 from .certificate import Certificate
+from .latency import measure_latency, policy_latency
+from .latency_limit import MetLatency, check_table, meet_latency
 from .onednn import Onednn
+from .timing import Timing, time_calls
 from .torch_reference import Torch
 
 for _runtime in (Torch, Onednn):
     register_runtime(_runtime())
 
-__all__ = ["Certificate", "certify", "to_runtime"]
+__all__ = [
+    "Certificate",
+    "MetLatency",
+    "Timing",
+    "certify",
+    "check_table",
+    "measure_latency",
+    "meet_latency",
+    "policy_latency",
+    "time_calls",
+    "to_runtime",
+]
