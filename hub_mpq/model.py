@@ -676,6 +676,7 @@ class HubMPQ(nn.Module):
             raise HubMPQError("there is no policy yet; call quantize or apply_policy first")
         if any(packed_layers(self.model)):
             raise HubMPQError("packed layers are not trained; load the folder without resident=")
+        self._check_whole()
         teacher = self._float[0] if self._float else None
         self.metrics.pop("quantized", None)  # they were the model's before
         log = finetune(self.model, train, chosen, teacher=teacher, engine=engine, **self._told(task))
@@ -734,6 +735,7 @@ class HubMPQ(nn.Module):
             InvalidArgument: An unknown runtime, or there is no policy yet.
             HubMPQError: The runtime cannot be used here, or what it computes is not the same model.
         """
+        self._check_whole()
         return to_runtime(self.model, name, self._example if example is None else example, allow_inexact=allow_inexact)
 
     def certify(self, module: nn.Module, batches: Iterable[Any], *, task: TaskLike = None) -> Certificate:
@@ -748,6 +750,7 @@ class HubMPQ(nn.Module):
             Per layer the largest error, rounding flips and saturations, and the metrics of the task; it is recorded and
             stands in the card that `push_to_hub` writes.
         """
+        self._check_whole()
         found = certify(self.model, module, batches, **self._told(task))
         self.history.setdefault("runtimes", {})[found.runtime] = found.summary()
         return found
@@ -1082,6 +1085,7 @@ class HubMPQ(nn.Module):
         """
         if self.policy is None:
             raise HubMPQError("there is no policy yet; call quantize or apply_policy before saving")
+        self._check_whole()
         source = self.source
         extra = local_preprocess(self.home, source.library, self.graph.input_shape)
         return save_folder(folder, self.model, self._manifest(self.policy), source.config, self.scores, extra)
@@ -1135,9 +1139,15 @@ class HubMPQ(nn.Module):
         """
         if self.policy is None:
             raise HubMPQError("there is no policy yet; call quantize or apply_policy before exporting")
+        self._check_whole()
         source = self.source
         example = placed(source.example, self.model)
         return export(folder, format, self.model, self._manifest(self.policy), source.config, example)
+
+    def _check_whole(self) -> None:
+        """Raise HubMPQError for a model that a runtime has in a form of its own."""
+        if (layers := getattr(self.model, "runtime_layers", None)) is not None:
+            raise HubMPQError(f"it was loaded with runtime={layers.runtime!r} and only runs; load it without runtime=")
 
     def _tell_transformers(self) -> None:
         """So that `mpq.model.save_pretrained` writes the packed format and transformers' Trainer trains `mpq.model`."""
