@@ -81,8 +81,8 @@ def _layers(table: LatencyTable) -> str:
             _head(table.model, table, table.runtime),
             text_table(["layer", "quantized", "float"], rows),
             f"beside these layers: {human_seconds(table.constant)}",
-            f"whole model: {human_seconds(table.whole)} at the widest widths in integers, "
-            f"{human_seconds(table.float_seconds)} in float by torch",
+            f"whole model: {human_seconds(table.whole)} in integers, {human_seconds(table.whole_float)} in float, "
+            f"{human_seconds(table.float_model)} in float by torch",
         ]
     )
 

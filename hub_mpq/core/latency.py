@@ -22,9 +22,10 @@ FLOAT = "float"
 class LatencyTable:
     """Seconds of one call, layer by layer and width by width.
 
-    A policy takes factor · (constant + the sum of its layers' entries). Entries are of a layer by itself, from float32
-    to float32, so what layers that follow each other save (codes that stay int8 between them, a norm or an activation
-    taken along) and conversions between int8 and float layers are in the factor, which is measured on the whole model.
+    A policy takes the sum of its layers' entries and the constant. A layer is timed by itself, from float32 to float32;
+    what layers that follow each other save (codes that stay int8 between them, a norm or an activation taken along),
+    and conversions between int8 and float layers, are in two factors, for which the whole model is timed: once with all
+    layers in integers, once with all in float.
 
     Args:
         model: Its id.
@@ -35,13 +36,15 @@ class LatencyTable:
         engine: The library behind it with its version, "torch 2.14.0".
         batch_size: Samples in a call.
         threads: Threads that a call may use.
-        entries: {layer: {"W7A8": seconds, …, "float": seconds}}. "float" stands for widths that the runtime computes in
-            float: of a float input, of groups. Layers that are not named never compute in integers, and are a part of
-            the constant.
-        constant: Seconds of everything beside these layers: the whole model less its layers, at least 0.
-        factor: The whole model over the sum, 1 where the constant makes up the difference.
-        whole: Seconds of the whole model as it was measured, all layers at their widest integer widths.
-        float_seconds: Seconds of the float model in torch, measured in turn with `whole`.
+        entries: {layer: {"W7A8": seconds, …, "float": seconds}}, multiplied by the factors. "float" stands for a float
+            input and for groups; pairs of widths that the runtime computes in float have the same time. Layers that
+            are not named never compute in integers, and are a part of the constant.
+        constant: Seconds of everything beside these layers, at least 0.
+        factor: What the times of layers in integers were multiplied by.
+        float_factor: What those in float were multiplied by.
+        whole: Seconds of the whole model on the runtime, all layers of `entries` in integers at their widest widths.
+        whole_float: The same, all of them in float.
+        float_model: Seconds of the float model in torch, measured in turn with these.
         date: When, "2026-11-28".
         hub_mpq: Version of the package.
     """
@@ -57,8 +60,10 @@ class LatencyTable:
     entries: Mapping[str, Mapping[str, float]]
     constant: float
     factor: float
+    float_factor: float
     whole: float
-    float_seconds: float
+    whole_float: float
+    float_model: float
     date: str
     hub_mpq: str
 
@@ -75,7 +80,7 @@ class LatencyTable:
             f"input_shape is a list of whole numbers, not {_short(shape)}",
         )
         _check(_seconds(self.constant) or self.constant == 0, f"constant is {_short(self.constant)}")
-        for name in ("factor", "whole", "float_seconds"):
+        for name in ("factor", "float_factor", "whole", "whole_float", "float_model"):
             _check(_seconds(getattr(self, name)), f"{name} is {_short(getattr(self, name))}; it must be above zero")
         _check(isinstance(self.entries, Mapping), f"entries is {_short(self.entries)}")
         for layer, row in self.entries.items():
@@ -96,8 +101,15 @@ class LatencyTable:
         return row[str(bits)]
 
     def times(self, factor: float) -> LatencyTable:
-        """The same table, all times multiplied."""
-        return replace(self, factor=self.factor * factor)
+        """The same table, all times of policies multiplied."""
+        entries = {name: {key: factor * x for key, x in row.items()} for name, row in self.entries.items()}
+        return replace(
+            self,
+            entries=entries,
+            constant=factor * self.constant,
+            factor=factor * self.factor,
+            float_factor=factor * self.float_factor,
+        )
 
     def command(self, model: str = "") -> str:
         """The command that makes such a table."""

@@ -32,12 +32,10 @@ class Latency(Limit):
         self._known().check(graph)
 
     def of_layer(self, layer: LayerSpec, bits: LayerBits) -> float:
-        table = self._known()
-        return table.factor * table.seconds(layer.name, bits)
+        return self._known().seconds(layer.name, bits)
 
     def beside(self, graph: LayerGraph, base_bytes: int) -> float:
-        table = self._known()
-        return super().beside(graph, base_bytes) + table.factor * table.constant
+        return super().beside(graph, base_bytes) + self._known().constant
 
     def of_policy(self, graph: LayerGraph, policy: Policy, base_bytes: int) -> float | None:
         return None if self.table is None else super().of_policy(graph, policy, base_bytes)

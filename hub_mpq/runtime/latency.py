@@ -7,7 +7,7 @@ runtimes. It is timed from float32 to float32, with the conversions of its own i
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -94,11 +94,18 @@ def measure_latency(
         calls = _calls(net, [layer for layer in graph if menus[layer.name]], batch)
         kernels = {id(kernel): kernel for of in calls.values() for kernel in of}.values()
         _time_kernels(engine, list(kernels), menus, asked)
-        entries = {name: _sums(of) for name, of in calls.items()}
-        widest = Policy({x.name: x.fixed or x.fitted(_widest(menus[x.name], asked)) for x in graph}, graph.digest)
-        built, _ = build_at(net, graph, widest, engine, batch)
-        whole, plain = time_calls([partial(run, built, batch), partial(run, net, batch)], seconds=1.0)
-    table = LatencyTable(
+        rows = {name: _sums(of) for name, of in calls.items()}
+        widest = {name: _widest(menu, asked) for name, menu in menus.items()}
+        policies = [
+            Policy({x.name: x.fitted(bits[x.name]) for x in graph}, graph.digest)
+            for bits in (widest, {name: _outside(menu) for name, menu in menus.items()})
+        ]
+        wholes = [partial(run, build_at(net, graph, policy, engine, batch)[0], batch) for policy in policies]
+        whole, whole_float, plain = (x.seconds for x in time_calls([*wholes, partial(run, net, batch)], seconds=1.0))
+    layers, floats = sum(rows[n][str(widest[n])] for n in rows), sum(row[FLOAT] for row in rows.values())
+    constant = max(min(whole - layers, whole_float - floats), 0.0) if rows else whole
+    factor, float_factor = ((whole - constant) / layers, (whole_float - constant) / floats) if rows else (1.0, 1.0)
+    return LatencyTable(
         model=graph.model_id,
         graph_digest=graph.digest,
         input_shape=graph.input_shape,
@@ -107,18 +114,16 @@ def measure_latency(
         engine=engine.engine(),
         batch_size=batch_size,
         threads=threads,
-        entries=entries,
-        constant=0.0,
-        factor=1.0,
-        whole=whole.seconds,
-        float_seconds=plain.seconds,
+        entries={name: _scaled(row, menus[name], factor, float_factor) for name, row in rows.items()},
+        constant=constant,
+        factor=factor,
+        float_factor=float_factor,
+        whole=whole,
+        whole_float=whole_float,
+        float_model=plain,
         date=datetime.date.today().isoformat(),
         hub_mpq=__version__,
     )
-    layers = sum(table.seconds(name, bits) for name, bits in widest.bits.items())
-    if layers <= whole.seconds:
-        return replace(table, constant=whole.seconds - layers)
-    return replace(table, factor=whole.seconds / layers)
 
 
 def build_at(model: nn.Module, graph: LayerGraph, policy: Policy, engine: Runtime, batch: Any) -> tuple[nn.Module, Any]:
@@ -151,6 +156,20 @@ def _widest(menu: Iterable[LayerBits], asked: set[LayerBits]) -> LayerBits:
     """The widest pair of those that were asked for, or of all; W8A8 for a layer that never computes in integers."""
     pairs = [bits for bits in menu if bits in asked] or list(menu) or [LayerBits(8, 8)]
     return max(pairs, key=lambda bits: (bits.weight * bits.activation, bits.activation))
+
+
+def _outside(menu: Iterable[LayerBits]) -> LayerBits:
+    """Widths that are computed in float: W8A8 where it has to be, else a float input."""
+    return LayerBits(8, FLOAT_BITS) if LayerBits(8, 8) in menu else LayerBits(8, 8)
+
+
+def _scaled(
+    row: Mapping[str, float], menu: Iterable[LayerBits], factor: float, float_factor: float
+) -> dict[str, float]:
+    """The entries of a layer: its times by the factors, and pairs of widths outside the menu in float."""
+    plain = float_factor * row[FLOAT]
+    outside = {str(bits): plain for bits in PAIRS if bits not in menu}
+    return {key: factor * x for key, x in row.items() if key != FLOAT} | outside | {FLOAT: plain}
 
 
 def _calls(net: nn.Module, layers: Iterable[LayerSpec], batch: Any) -> dict[str, list[_Kernel]]:
@@ -190,14 +209,13 @@ def _time_kernels(
 
     for kernel in tqdm(kernels, desc=f"layers on {engine.name}", unit="kernel", leave=False, disable=None):
         menu = menus[kernel.layer.name]
-        timed = [b for b in menu if b in asked] if engine.time_by_width else [_widest(menu, asked)]
-        outside = LayerBits(8, 8) if LayerBits(8, 8) not in menu else LayerBits(8, FLOAT_BITS)
-        calls = [_alone(kernel, bits, engine) for bits in (*timed, outside)]
+        widest = _widest(menu, asked)
+        timed = [bits for bits in menu if bits in asked] or [widest] if engine.time_by_width else [widest]
+        calls = [_alone(kernel, bits, engine) for bits in (*timed, _outside(menu))]
         *found, plain = (timing.seconds for timing in time_calls(calls))
-        of = dict.fromkeys(map(str, menu), found[0]) if not engine.time_by_width else {}
-        of |= {str(bits): seconds for bits, seconds in zip(timed, found, strict=True)}
-        of |= {str(bits): plain for bits in PAIRS if bits not in menu}
-        kernel.seconds = {**of, FLOAT: plain}
+        alike = () if engine.time_by_width else menu
+        kernel.seconds = {str(bits): found[0] for bits in alike} | {FLOAT: plain}
+        kernel.seconds |= {str(bits): seconds for bits, seconds in zip(timed, found, strict=True)}
 
 
 def _alone(kernel: _Kernel, bits: LayerBits, engine: Runtime) -> Any:
