@@ -37,7 +37,8 @@ task = tasks.TASKS[sys.argv[2]]
 net = {} if sys.argv[2] == "minilm" else {"module": task.build().model}
 mpq = HubMPQ.from_pretrained(f"me/{sys.argv[2]}", runtime=sys.argv[3], **net)
 layers = mpq.model.runtime_layers
-print(json.dumps([task.measure(mpq)[1], len(layers.integer), len(layers.float)]))
+items, figure = task.measure(mpq)
+print(json.dumps([items, figure, len(layers.integer), len(layers.float)]))
 """
 
 
@@ -53,7 +54,7 @@ def run(name: str) -> list[list[Any]]:
     train = list(islice(task.train(0), 16))
     mpq.train_scores(train, strategy="gradient", candidates=level.widths)
     mpq.apply_policy(mpq.search(**task.budget(LEVELS[name])).policy, train)
-    reference = task.measure(mpq)[1]
+    own, reference = task.measure(mpq)
     held = list(islice(task.held(), 4))
     rows = []
     names = [runtime.name for runtime in runtimes if runtime.available() is None]
@@ -72,14 +73,22 @@ def run(name: str) -> list[list[Any]]:
             )
             if done.returncode:
                 raise SystemExit(f"{name} on {runtime}: {done.stderr[-2000:]}")
-            figure, integer, floats = json.loads(done.stdout.splitlines()[-1])
+            items, figure, integer, floats = json.loads(done.stdout.splitlines()[-1])
             whole = found.total
             share = whole.flips / whole.codes if whole.codes else 0.0
             verdict = "yes" if found.exact else found.reasons[0]
             out.append([name, runtime, f"{integer} of {integer + floats}", f"{whole.error:.1e}", f"{share:.1e}"])
-            out[-1] += [verdict, f"{figure:.2f}", f"{reference:.2f}"]
+            out[-1] += [verdict, f"{figure:.2f}", f"{reference:.2f}", _changed(items, own)]
             print("| " + " | ".join(map(str, out[-1])) + " |", flush=True)
     return out
+
+
+def _changed(items: list[Any], own: list[Any]) -> str:
+    """How many items only the pulled model, and only the reference, answers rightly; "" where items are no answers."""
+    if not isinstance(own[0], float):
+        return ""
+    pairs = list(zip(items, own, strict=True))
+    return f"{sum(a > b for a, b in pairs)}, {sum(a < b for a, b in pairs)} of {len(pairs)}"
 
 
 def main() -> None:
@@ -88,7 +97,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     head = ["model", "runtime", "layers in integers", "largest error", "codes one step off", "the same model"]
-    head += ["pulled", "reference"]
+    head += ["pulled", "reference", "images gained, lost"]
     with hub.loopback():
         print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
         for name in args.model or LEVELS:
