@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import adapters
 from ._version import __version__
 from .adapters import Source, norm_of
-from .adapters.base import placed
+from .adapters.base import likely_example, placed
 from .adapters.restore_state import copied
 from .core import (
     FLOAT_BITS,
@@ -34,6 +34,7 @@ from .core import (
     FinetuneOptions,
     IndicatorOptions,
     Indicators,
+    LatencyTable,
     LayerBits,
     LayerGraph,
     Policy,
@@ -57,9 +58,20 @@ from .hub.remote import check_repo_id
 from .nn.packed import packed_layers
 from .nn.packing import base_nbytes
 from .nn.rounded_weights import RoundedWeights
+from .nn.types import device_of
 from .pack import Manifest, read_indicators, write_indicators
-from .report import measurements, report
-from .runtime import Certificate, certify, to_runtime
+from .report import latency_line, measurements, report
+from .runtime import (
+    Certificate,
+    MetLatency,
+    Timing,
+    certify,
+    check_table,
+    measure_latency,
+    meet_latency,
+    policy_latency,
+    to_runtime,
+)
 from .search.candidates import (
     CandidatesLike,
     check_one_grid,
@@ -110,7 +122,7 @@ class HubMPQ(nn.Module):
         policy: The policy applied; None until there is one.
         result: The search that found it, with its proof; None for a policy that was given.
         metrics: {"float" | "quantized": figures}.
-        history: How the quantized model came to be: {"search" | "finetune": facts}.
+        history: How the quantized model came to be: {"search" | "finetune" | "latency" | "runtimes": facts}.
         seconds: {stage: wall time}.
         task: What the model is for, a `Task` or its name; None: found out from the model and the batches.
         target: The `Target` that policies are made for, or None.
@@ -277,7 +289,9 @@ class HubMPQ(nn.Module):
         out.policy, out._float, out.home = manifest.policy, (), folder
         out.scores = read_folder_indicators(folder)
         out.metrics = {k: dict(v) for k, v in manifest.provenance.get("metrics", {}).items()}
-        out.history = {k: dict(v) for k, v in manifest.provenance.items() if k in ("search", "finetune", "runtimes")}
+        out.history = {
+            k: dict(v) for k, v in manifest.provenance.items() if k in ("search", "finetune", "latency", "runtimes")
+        }
         if resident is None:  # transformers itself loaded the other
             out._tell_transformers()
         return out
@@ -455,7 +469,7 @@ class HubMPQ(nn.Module):
             InfeasibleBudget: No policy meets the budget; it reports the minimum of each limit.
         """
         graph = self._pinned(fixed)
-        whole = self._for_target(Budget.of(budget, limits) or Budget(), graph)
+        whole = self._budget_here(Budget.of(budget, limits) or Budget(), graph)
         _check_seconds(validate_seconds)
         scored = self._scored(graph, alpha, self._scored_candidates(graph, candidates))
         whole = whole.with_groups(*first_groups(scored.candidates))
@@ -503,7 +517,7 @@ class HubMPQ(nn.Module):
             strategy: The one that is going to search; None: with the scores that are there, if any.
         """
         graph = self._pinned(fixed)
-        whole = self._for_target(Budget.of(budget, limits) or Budget(), graph)
+        whole = self._budget_here(Budget.of(budget, limits) or Budget(), graph)
         if self.scores is not None and (strategy is None or self._serves(strategy, graph)):
             scored = self._scored(graph, None, self._scored_candidates(graph, candidates))
             scored.optimum(whole.with_groups(*first_groups(scored.candidates)))
@@ -543,7 +557,7 @@ class HubMPQ(nn.Module):
         scored = self._scored(graph, alpha, self._scored_candidates(graph, candidates))
         others = Budget.of(budget, limits)
         if others is not None:
-            others = self._for_target(others, graph).with_groups(*first_groups(scored.candidates))
+            others = self._budget_here(others, graph).with_groups(*first_groups(scored.candidates))
         if limit == "size" and self.target is not None and self.target.own_size:
             raise InvalidArgument(
                 f"a front over size is of the packed file, not of the {self.target.own_size}: run over weight_bits"
@@ -728,7 +742,10 @@ class HubMPQ(nn.Module):
             HubMPQError: The runtime cannot be used here, or what it computes is not the same model.
         """
         self._check_whole()
-        return to_runtime(self.model, name, self._example if example is None else example, allow_inexact=allow_inexact)
+        example = self._example if example is None else example
+        if not isinstance(example, Tensor) and not example:  # of a network that was passed to from_pretrained
+            example = likely_example(self.model, self.graph.input_shape)
+        return to_runtime(self.model, name, example, allow_inexact=allow_inexact)
 
     def certify(self, module: nn.Module, batches: Iterable[Any], *, task: TaskLike = None) -> Certificate:
         """Measure whether a module of `to_runtime` is the same model as this one.
@@ -829,7 +846,7 @@ class HubMPQ(nn.Module):
             candidates = self._learned_widths(graph, held if indicators is None else indicators, strategy)
         candidates = self._candidates(graph, candidates, group_size, symmetric)
         if whole is not None:
-            whole = self._for_target(whole, graph)
+            whole = self._budget_here(whole, graph)
             whole = whole.with_groups(*first_groups(candidates, check_group_sizes(group_size)))
         alone = weights_alone(graph, candidates)
         if rounding is None and alone and per_channel and train is not None and not tuned and world()[1] == 1:
@@ -884,13 +901,16 @@ class HubMPQ(nn.Module):
             if kept is not None:
                 on_main(partial(write_indicators, kept, self._scores()))
         # of several processes one searches and measures: a time limit could end them at other policies
-        result = None
+        result = met = None
         if whole is not None:
             scored = self._scored(graph, alpha, candidates)
             more = {"seconds": validate_seconds, "per_channel": per_channel, "rounded": rounded, **self._told(task)}
-            result = on_main(
-                partial(search_measured, scored, self.float_model, whole, validate, train=train, val=val, **more)
-            )
+            search = partial(search_measured, scored, self.float_model, validate=validate, train=train, val=val, **more)
+            if "latency" in whole.limits:
+                met = on_main(partial(self._meet_latency, scored, search, whole))
+                result = met.result
+            else:
+                result = on_main(partial(search, budget=whole))
             self._note(result)
         policy = result.policy if result else inferred_policy(graph, self._scores(), candidates)
         # fine-tuning starts from the float BatchNorm (LIMPQ) and re-estimates at its end
@@ -898,6 +918,8 @@ class HubMPQ(nn.Module):
             rounded = None
         self._quantize_at(policy, graph, train, 4, per_channel, not tuned, task, rounded=rounded)
         self.result = result
+        if met is not None:
+            self.history["latency"] = met.facts()
         self._tell_transformers()
         if train is not None and tuned:
             if checkpoint_dir:
@@ -908,6 +930,58 @@ class HubMPQ(nn.Module):
         if val is not None:
             self.evaluate(val, task=task)
         return self
+
+    def measure_latency(
+        self, runtime: str = "onednn", *, batch_size: int = 1, threads: int = 1, candidates: CandidatesLike = None
+    ) -> LatencyTable:
+        """Time each layer on a runtime, at the widths that it computes in integers and in float, and the whole model.
+
+        The table is what `latency=` is met by: `quantize(latency="5ms", latency_table=table)`. It holds for this
+        machine, runtime, batch, threads and input size. `hub_mpq.write_latency_table` writes it.
+
+        Args:
+            runtime: As in `to_runtime`; not "auto".
+            batch_size: Samples in a call.
+            threads: Threads that a call may use.
+            candidates: Widths to time on a runtime whose time depends on them (bit_serial); None: 1 to 8. Others
+                compute all widths by one kernel, which is timed once.
+
+        Raises:
+            InvalidArgument: A number is below 1, or an unknown runtime.
+            HubMPQError: The runtime cannot be used here, or the model was loaded from packed weights.
+        """
+        more: dict[str, Any] = {}
+        if candidates is not None:
+            chosen = resolve_candidates(self.graph, candidates).values()
+            fixed = [x.fixed for x in self.graph if x.fixed is not None]
+            more["widths"] = {LayerBits(w, a) for c in chosen for w in c.weight for a in c.activation}.union(fixed)
+        return measure_latency(
+            *(self._on_cpu(), self.graph, self.source.example),
+            **{"runtime": runtime, "batch_size": batch_size, "threads": threads, **more},
+        )
+
+    def _on_cpu(self) -> nn.Module:
+        """The float model where runtimes need it."""
+        net = self.float_model
+        return net if device_of(net).type == "cpu" else copied(net).cpu()
+
+    def _meet_latency(self, scored: ScoredLayers, search: Any, budget: Budget) -> MetLatency:
+        """The table is corrected by the optimum's time first: measuring policies for their accuracy takes longer."""
+        net, known = self._on_cpu(), {}
+        table: Any = budget.latency_table
+        example = placed(self.source.example, net)
+
+        def measure(policy: Policy) -> Timing:
+            key = tuple(sorted(policy.bits.items()))
+            if key not in known:
+                known[key] = policy_latency(net, scored.graph, table, example, policy)
+            return known[key]
+
+        began = time.perf_counter()
+        met = meet_latency(scored.optimum, budget, measure)
+        final = meet_latency(lambda corrected: search(budget=corrected), met.budget, measure)
+        self.seconds["latency"] = time.perf_counter() - began
+        return replace(final, searches=met.searches + final.searches)
 
     def _rounded(
         self,
@@ -999,6 +1073,8 @@ class HubMPQ(nn.Module):
         text = report(graph, self.policy, usage, self.metrics, self.seconds, expected, unit)
         if self.result is not None and (measured := measurements(self.result)):
             text += f"\n{measured}"
+        if (latency := self.history.get("latency")) is not None:
+            text += f"\n{latency_line(latency)}"
         if self.target is not None:
             alone = ": weights alone are quantized" if self.target.weight_only else ""
             notes = [f"made for {self.target.name}{alone}", *self.target.notes(graph)]
@@ -1163,6 +1239,12 @@ class HubMPQ(nn.Module):
         bits = self.target.levels(self.graph, {x.name: policy.bits[x.name] for x in self.graph.searched})
         return Policy({x.name: x.fixed or bits[x.name] for x in self.graph}, self.graph.digest)
 
+    def _budget_here(self, budget: Budget, graph: LayerGraph) -> Budget:
+        """A budget in terms of the target; InvalidArgument where its latency table is of something else."""
+        if budget.latency_table is not None:
+            check_table(budget.latency_table, graph, None if self.target is None else self.target.name)
+        return self._for_target(budget, graph)
+
     def _for_target(self, budget: Budget, graph: LayerGraph) -> Budget:
         """A budget whose `size` speaks of the target's file, as a cost of the target's name."""
         size, target = budget.limits.get("size"), self.target
@@ -1175,7 +1257,8 @@ class HubMPQ(nn.Module):
             level = {x.name: x.fixed or target.level(x, size) for x in graph}
             size = beside + sum(table[name][str(bits)] for name, bits in level.items())
         given = {name: value for name, value in budget.given.items() if name != "size"}
-        return Budget(**given, costs={**budget.costs, target.own_size: (size, table, beside)})
+        costs = {**budget.costs, target.own_size: (size, table, beside)}
+        return Budget(**given, **{**budget.tables, "costs": costs})
 
     @cached_property
     def _beside_target(self) -> int | None:

@@ -207,6 +207,8 @@ class Command:
                 for limit in limits:
                     described = typer.Option(help=limit.help or f"{limit.label}.", rich_help_panel="Budget")
                     yield _row(limit.name, Annotated[Text, described], None, name, limit.name, False)
+                described = typer.Option(help="What `hub-mpq bench` measured, for --latency.", rich_help_panel="Budget")
+                yield _row("latency_table", Annotated[File, described], None, name, "latency_table", False)
             elif kind is not None:
                 yield from _fields(kind, group, name)
             else:

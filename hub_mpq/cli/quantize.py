@@ -120,6 +120,8 @@ def _limits_inputs(budget: Budget) -> bool:
     """Whether a budget says how inputs are to be quantized: by a level that names their width, or by what it limits."""
     levels = [value for value in budget.limits.values() if isinstance(value, LayerBits)]
     named = any(level.activation != FLOAT_BITS for level in levels)
+    if budget.latency_table is not None:
+        return True  # layers with float inputs compute in float
     return named or any("activation" in limits.get(name).level_parts for name in budget.limits)
 
 
