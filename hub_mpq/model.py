@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import adapters
 from ._version import __version__
 from .adapters import Source, norm_of
-from .adapters.base import placed
+from .adapters.base import likely_example, placed
 from .adapters.restore_state import copied
 from .core import (
     FLOAT_BITS,
@@ -144,7 +144,11 @@ class HubMPQ(nn.Module):
         self.source = source
         task_of(task, source.model)  # an unknown name is a mistake of this call
         self.task = task
-        self.weight_only = weight_only or self.target is not None
+        if weight_only and self.target is not None and not self.target.weight_only:
+            raise InvalidArgument(
+                f"target {self.target.name!r} computes in integers; weight_only=True keeps inputs float"
+            )
+        self.weight_only = weight_only or (self.target is not None and self.target.weight_only)
         self.graph: LayerGraph = source.graph
         self.graph = self._pinned(fixed)
         if tie_fused or (self.target is not None and self.target.tied):
@@ -198,9 +202,11 @@ class HubMPQ(nn.Module):
             weight_only: All inputs stay float, fixed layers' too.
             tie_fused: Layers of one module that read one input (q, k, v; gate, up) share the weight width, as runtimes
                 that fuse them (vLLM) need.
-            target: What policies are made for: "vllm" (compressed-tensors), "gguf" (llama.cpp), or a `Target`. Weights
-                alone are quantized, layers take what its menu has of what is asked for, its ties hold, and `size` is
-                in bytes of its file where these are others than the packed file's. None: hub_mpq's own file.
+            target: What policies are made for. "onednn", "openvino", "onnxruntime", "bit_serial": a runtime, at widths
+                that it computes in integers exactly on every x86 CPU, so that W7A8 stands for W8A8. "vllm"
+                (compressed-tensors), "gguf" (llama.cpp): weights alone are quantized. Or a `Target`. Layers take
+                what its menu has of what is asked for, its ties hold, and `size` is in bytes of its file where these
+                are others than the packed file's. None: hub_mpq's own file.
             per_expert: Each expert of a mixture-of-experts model has widths and scores of its own. False: one decision
                 for each stack of experts. A packed model has what it was made with.
             pretrained: Fetch the published weights.
@@ -420,7 +426,7 @@ class HubMPQ(nn.Module):
         if value is None:
             if self.target is None:
                 return None
-            value = candidates_of(pairs) if pairs else scored_candidates(scores, graph, weight_only=True)
+            value = candidates_of(pairs) if pairs else scored_candidates(scores, graph, weight_only=self.weight_only)
         return self._candidates(graph, in_scored_groups(resolve_candidates(graph, value), pairs))
 
     def _scores(self) -> Indicators:
@@ -736,7 +742,10 @@ class HubMPQ(nn.Module):
             HubMPQError: The runtime cannot be used here, or what it computes is not the same model.
         """
         self._check_whole()
-        return to_runtime(self.model, name, self._example if example is None else example, allow_inexact=allow_inexact)
+        example = self._example if example is None else example
+        if not isinstance(example, Tensor) and not example:  # of a network that was passed to from_pretrained
+            example = likely_example(self.model, self.graph.input_shape)
+        return to_runtime(self.model, name, example, allow_inexact=allow_inexact)
 
     def certify(self, module: nn.Module, batches: Iterable[Any], *, task: TaskLike = None) -> Certificate:
         """Measure whether a module of `to_runtime` is the same model as this one.
@@ -1056,11 +1065,12 @@ class HubMPQ(nn.Module):
         if (latency := self.history.get("latency")) is not None:
             text += f"\n{latency_line(latency)}"
         if self.target is not None:
-            notes = [f"made for {self.target.name}: weights alone are quantized", *self.target.notes(graph)]
+            alone = ": weights alone are quantized" if self.target.weight_only else ""
+            notes = [f"made for {self.target.name}{alone}", *self.target.notes(graph)]
             text += "".join(f"\n{note}" for note in notes)
         if self.policy is not None and exportable(self._manifest(self.policy)):
             text += (
-                "\nweights alone are quantized, in Linear and Embedding layers: "
+                "\nall quantized layers are Linear or Embedding layers: "
                 f'push_to_hub(…, format="{COMPRESSED_TENSORS}") '
                 "publishes it so that transformers needs no hub-mpq"
             )
@@ -1108,8 +1118,8 @@ class HubMPQ(nn.Module):
             repo_id: "owner/name".
             private, revision, create_pr, token: As in `hub_mpq.hub.publish.publish`.
             float_copy: Dequantized weights too, that plain timm or transformers load (None: for their models, yes).
-            format: "mpq"; "compressed-tensors" publishes weight-only transformers policies so that nobody needs this
-                package.
+            format: "mpq"; "compressed-tensors" publishes policies of transformers models over Linear and Embedding
+                layers so that nobody needs this package.
             card: license, base_model, pipeline_tag, dataset, eval_task, trained_on, message.
         """
         check_repo_id(repo_id)
@@ -1196,22 +1206,27 @@ class HubMPQ(nn.Module):
         return {"task": self.task if task is None else task, "example": self._example}
 
     def _pinned(self, fixed: Pins | None) -> LayerGraph:
-        """The graph with layers pinned or freed for one call."""
-        graph = self.graph.with_fixed(fixed) if fixed else self.graph
+        """The graph with layers pinned or freed for one call, at widths that the target has."""
+        graph, target = self.graph.with_fixed(fixed) if fixed else self.graph, self.target
+        if target is None and not self.weight_only:
+            return graph
+        pinned = {x.name: x.fixed for x in graph if x.fixed is not None}
         if self.weight_only:
-            pinned = {x.name: x.fixed.of_weight for x in graph if x.fixed is not None}
-            if self.target is not None:
-                pinned = {name: self.target.level(graph[name], bits) for name, bits in pinned.items()}
-            graph = graph.with_fixed({glob.escape(name): bits for name, bits in pinned.items()})
-        return graph
+            pinned = {name: bits.of_weight for name, bits in pinned.items()}
+        if target is not None:
+            if not target.weight_only:  # a pin of the user is refused, a default is fitted
+                for name in {name for pattern in fixed or () for name in graph.match(pattern)} & set(pinned):
+                    target.check_layer(graph[name], pinned[name])
+            pinned = target.levels(graph, pinned)
+        return graph.with_fixed({glob.escape(name): bits for name, bits in pinned.items()})
 
     def _uniform(self, level: LayerBits | str, group_size: int | None = None, symmetric: bool = True) -> Policy:
         """A level in all searched layers; with a target what its menu has for it."""
         policy = Policy.uniform(self.graph, level).with_groups(self.graph, group_size, symmetric)
         if self.target is None:
             return policy
-        bits = {x.name: x.fixed or self.target.level(x, policy.bits[x.name]) for x in self.graph}
-        return Policy(bits, self.graph.digest)
+        bits = self.target.levels(self.graph, {x.name: policy.bits[x.name] for x in self.graph.searched})
+        return Policy({x.name: x.fixed or bits[x.name] for x in self.graph}, self.graph.digest)
 
     def _budget_here(self, budget: Budget, graph: LayerGraph) -> Budget:
         """A budget in terms of the target; InvalidArgument where its latency table is of something else."""

@@ -109,7 +109,7 @@ class ModelOptions(Options):
     pin: list[str] | None = option(None, "PATTERN=W8A8 keeps layers at widths, PATTERN=none searches them. Repeatable.")
     weight_only: bool = option(False, "All inputs stay float.")
     tie_fused: bool = option(False, "Layers of one input (q, k, v) share a width, as in vLLM.")
-    target: str | None = option(None, "What the policy is made for: vllm or gguf.")
+    target: str | None = option(None, "What the policy is made for: a runtime (onednn, …), vllm or gguf.")
     per_expert: bool = option(False, "Each expert of a stack has widths of its own.")
 
 

@@ -73,7 +73,7 @@ def quantize(
             raise InvalidArgument("--data and --text are both what is trained on; give one of them")
         if tuning.steps is None and invocation.get_parameter_source("epochs").name == "DEFAULT":  # type: ignore[union-attr]
             tuning = replace(tuning, epochs=0)
-        if budget is not None and not _limits_inputs(budget):
+        if budget is not None and loading.target is None and not _limits_inputs(budget):
             loading = replace(loading, weight_only=True)
     mpq = models.load(model, loading)
     if text is not None and not models.reads_text(mpq):

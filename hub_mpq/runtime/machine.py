@@ -13,12 +13,24 @@ def machine() -> str:
     return f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
+def has_vnni() -> bool:
+    """Whether this CPU adds products of 8-bit integers in 32 bits.
+
+    An x86 CPU does with AVX-VNNI or AVX-512 VNNI, every other kind does. False where an x86 CPU does not tell.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return bool({"avx512_vnni", "avx_vnni"} & set(_cpuinfo("flags").split()))
+
+
 def _processor() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(key: str) -> str:
+    """What Linux says of the first core; "" where it says nothing."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
+            return next((line.partition(":")[2].strip() for line in file if line.startswith(key)), "")
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return ""

@@ -21,6 +21,7 @@ from ..core import (
     SearchResult,
     Usage,
 )
+from ..core.bits import nearest
 from ..core.limit import fixed_of
 from ..cost import CostTable, all_limits, layer_bitops
 from ..cost.size import layer_nbytes
@@ -108,6 +109,8 @@ def search_policy(
 def inferred_policy(graph: LayerGraph, indicators: Indicators, candidates: Mapping[str, Candidates]) -> Policy:
     """The policy that a strategy's training settled on, with the candidates' groups and zero points.
 
+    A pair of widths that the menu of a target lacks becomes the nearest one, see `hub_mpq.core.bits.nearest`.
+
     Raises InvalidArgument for a strategy that needs a budget.
     """
     found = indicators.inferred
@@ -118,7 +121,8 @@ def inferred_policy(graph: LayerGraph, indicators: Indicators, candidates: Mappi
     searched = {layer.name for layer in graph.searched}
     if not searched <= set(found) or any(found[name].weight == FLOAT_BITS for name in searched):
         raise InvalidArgument("the widths that the scores say training settled on are not those of this model")
-    grouped = {name: candidates[name].grouped(found[name])[0] for name in searched}
+    grouped = {n: next(iter(candidates[n].grouped(found[n])), nearest(candidates[n].pairs, found[n])) for n in searched}
+    grouped = graph.with_shared_weights(grouped)
     return Policy({x.name: x.fixed or grouped[x.name] for x in graph}, graph.digest)
 
 

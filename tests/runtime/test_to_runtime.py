@@ -181,3 +181,30 @@ def test_generation_is_refused_where_there_is_none():
             module.generate(batch["input_ids"], max_new_tokens=2)
     finally:
         runtimes.unregister("mine")
+
+
+def test_a_network_of_ones_own_runs_as_one_graph(net, tmp_path):
+    """Its packed file does not hold an example input."""
+    x = noise(8, 1, 8, 8)
+    quantized(net, "W4A4", x).save_pretrained(tmp_path / "packed")
+    mpq = HubMPQ.from_pretrained(tmp_path / "packed", module=net, runtime="auto")
+    assert mpq.model.runtime_layers.runtime == "torch" or hasattr(mpq.model, "graph")
+    want = HubMPQ.from_pretrained(tmp_path / "packed", module=net)(x)
+    assert (mpq(x) - want).norm() < 0.05 * want.norm()
+
+
+def test_a_network_whose_input_is_not_known_has_its_layers_exchanged(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x, y):
+            return self.b(self.a(x).relu() + y)
+
+    net, x = Two().eval(), noise(4, 6)
+    first = HubMPQ.from_module(net, (x[:1], x[:1])).apply_policy("W4A4", [((x, x),)])
+    first.save_pretrained(tmp_path / "packed")
+    mpq = HubMPQ.from_pretrained(tmp_path / "packed", module=net, runtime="auto")
+    want = HubMPQ.from_pretrained(tmp_path / "packed", module=net)(x, x)
+    assert (mpq(x, x) - want).norm() < 0.05 * want.norm()

@@ -1,0 +1,213 @@
+"""What the runtimes have in common that hand the whole network to an engine, as an ONNX graph."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_unflatten
+
+from ..core import LayerBits, LayerSpec, Runtime, RuntimeLayers
+from ..errors import HubMPQError, InvalidArgument
+from ..export.onnx import OnnxGraph, missing_packages, onnx_graph
+from .certificate import LayerRun
+from .fused_layer import FusedLayer
+from .integer_layer import IntegerLayer, inexact_sums, integer_layers, integer_menu
+from .rebuilt import not_on_cpu, of_class
+
+Session = Callable[[Mapping[str, Tensor]], list[Tensor]]
+"""Runs a graph: its inputs by name to its outputs."""
+
+_DEFAULTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "attention_mask": torch.ones_like,
+    "token_type_ids": torch.zeros_like,
+}
+"""What a transformers model takes for an input that is not given."""
+_NETWORK = "engine_network"
+_REFUSED = ("output_attentions", "output_hidden_states")
+
+
+@dataclass(eq=False)
+class _Inputs:
+    """The arguments of a forward as inputs of a graph.
+
+    Args:
+        signature: Of the forward.
+        names: The graph's inputs.
+    """
+
+    signature: inspect.Signature
+    names: tuple[str, ...] = ()
+
+    def bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """{parameter: what is given for it}, without None."""
+        found = dict(self.signature.bind(*args, **kwargs).arguments)
+        for parameter in self.signature.parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                found |= found.pop(parameter.name, {})
+        return {name: value for name, value in found.items() if value is not None}
+
+    def feeds(self, bound: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The graph's inputs."""
+        given = {name: value for name, value in bound.items() if isinstance(value, Tensor)}
+        if unknown := [name for name in given if name not in self.names]:
+            raise HubMPQError(f"{unknown[0]!r} was not in the example that this runtime was built for")
+        for name in self.names:
+            if name not in given and name in _DEFAULTS and "input_ids" in given:
+                given[name] = _DEFAULTS[name](given["input_ids"])
+        if missing := [name for name in self.names if name not in given]:
+            raise HubMPQError(f"{missing[0]!r} is missing: it was in the example that this runtime was built for")
+        return given
+
+
+@dataclass(eq=False)
+class EngineNetwork:
+    """The forward of a model, computed by an engine.
+
+    Args:
+        inputs: What the arguments are to the graph.
+        session: What runs it.
+        output: What makes the forward's output of the graph's.
+        example: Inputs that the graph is traced with.
+        graph: The graph, until it was used once more: it holds all weights a second time.
+        model: The model that it was made from, as long as it is there.
+        plans: {layer that computes in integers: it, without the codes of its weight}.
+        floats: The layers that the graph has in float.
+    """
+
+    inputs: _Inputs
+    session: Session
+    output: Callable[[list[Tensor]], Any]
+    example: dict[str, Tensor]
+    graph: OnnxGraph | None
+    model: Callable[[], nn.Module | None]
+    plans: dict[str, FusedLayer]
+    floats: frozenset[str]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self.inputs.bound(args, kwargs)
+        if asked := [name for name in _REFUSED if bound.get(name)]:
+            raise HubMPQError(f"this runtime returns the outputs of its example; {asked[0]}=True is not among them")
+        out = self.output(self.session(self.inputs.feeds(bound)))
+        return out.to_tuple() if bound.get("return_dict") is False and hasattr(out, "to_tuple") else out
+
+    def take_graph(self) -> OnnxGraph:
+        """The graph, traced anew where it was taken before.
+
+        Raises:
+            HubMPQError: The model that it was made from is gone.
+        """
+        graph, self.graph = self.graph, None
+        if graph is not None:
+            return graph
+        if (model := self.model()) is None:
+            raise HubMPQError("the model that this one was made from is gone, and its graph with it")
+        return onnx_graph(model, self.example, self.floats)
+
+
+def network_of(module: nn.Module) -> EngineNetwork:
+    """What an engine's module computes by."""
+    network: EngineNetwork = module.__dict__[_NETWORK]
+    return network
+
+
+class EngineRuntime(Runtime):
+    """A runtime that hands the whole network to an engine for CPUs."""
+
+    @abstractmethod
+    def session(self, graph: OnnxGraph, outputs: tuple[str, ...] = ()) -> tuple[Session, frozenset[str]]:
+        """What runs a graph.
+
+        Args:
+            graph: The graph.
+            outputs: Further tensors of it to return, behind its own outputs.
+
+        Returns:
+            (it, the layers all of whose calls it computes in integers).
+        """
+
+    @abstractmethod
+    def saturates(self) -> bool:
+        """Whether the engine adds two products in 16 bits on this CPU."""
+
+    def available(self) -> str | None:
+        return missing_packages()
+
+    def menu(self, layer: LayerSpec) -> tuple[LayerBits, ...]:
+        return integer_menu(layer, self.saturates())
+
+    def build(self, model: nn.Module, example: Any) -> tuple[nn.Module, RuntimeLayers]:
+        if (why := not_on_cpu(model)) is not None:
+            raise HubMPQError(f"runtime {self.name!r}: {why}")
+        if example is None:
+            raise InvalidArgument(f"runtime {self.name!r} traces the model: give example=, one batch")
+        layers, kept = integer_layers(model)
+        for name, layer in layers.items():
+            if (why := inexact_sums(layer, self.saturates())) is not None:
+                kept[name] = why
+        floats = frozenset(kept)
+        inputs, given = _example(model, example)
+        graph = onnx_graph(model, given, floats)
+        session, integer = self.session(graph)
+        for name in [name for name in layers if name not in floats | integer]:
+            kept[name] = "the engine computes it in float" if graph.calls.get(name) else "it was not called"
+        plans = {name: _plan(layer) for name, layer in layers.items() if name in integer}
+        network = EngineNetwork(inputs, session, _output(graph), given, graph, weakref.ref(model), plans, floats)
+        built = of_class(model, network, {})
+        built.__dict__[_NETWORK] = network
+        return built, RuntimeLayers(self.name, tuple(plans), kept)
+
+    def observe(self, module: nn.Module, batch: Any) -> list[LayerRun]:
+        """As the interface says, by a second session of the same graph with the layers' inputs and outputs as further
+        outputs. The products are the same; BatchNorm, activations and sums behind them are then computed apart."""
+        network = network_of(module)
+        args, kwargs = ((), batch) if isinstance(batch, Mapping) else (batch, {})
+        feeds = network.inputs.feeds(network.inputs.bound(args, kwargs))
+        graph = network.take_graph()
+        calls = [(plan, call) for name, plan in network.plans.items() for call in graph.calls[name]]
+        names = tuple(dict.fromkeys(name for _, call in calls for name in (call.values, call.output)))
+        session, _ = self.session(graph, names)
+        found = dict(zip(names, session(feeds)[-len(names) :], strict=True)) if names else {}
+        return [LayerRun(plan, _codes(found[call.values], plan), found[call.output]) for plan, call in calls]
+
+
+def _codes(values: Tensor, plan: FusedLayer) -> Tensor:
+    grid = plan.layer.grid
+    return (values.double() / grid.scale).round().add_(grid.zero_point)
+
+
+def _plan(layer: IntegerLayer) -> FusedLayer:
+    return FusedLayer(replace(layer, weight=layer.weight.new_empty(0)))
+
+
+def _example(model: nn.Module, example: Any) -> tuple[_Inputs, dict[str, Tensor]]:
+    """(how arguments become inputs, the inputs of the example, with those that a later call may have)."""
+    inputs = _Inputs(inspect.signature(model.forward))
+    args, kwargs = ((), example) if isinstance(example, Mapping) else (example, {})
+    given = inputs.bound(args, kwargs)
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise HubMPQError(f"{name!r} of the example is a {type(value).__name__}, and engines take tensors only")
+    if "input_ids" in given:
+        known = {"attention_mask", *(("token_type_ids",) if hasattr(model.config, "type_vocab_size") else ())}
+        for name in (known & inputs.signature.parameters.keys()) - given.keys():
+            given[name] = _DEFAULTS[name](given["input_ids"])
+    inputs.names = tuple(given)
+    return inputs, given
+
+
+def _output(graph: OnnxGraph) -> Callable[[list[Tensor]], Any]:
+    """What makes the output of the forward of the graph's outputs."""
+    structure, leaves = graph.structure, graph.leaves  # not the graph, which holds the weights
+
+    def output(found: list[Tensor]) -> Any:
+        tensors = iter(found)
+        return tree_unflatten([next(tensors) if leaf is None else leaf[0] for leaf in leaves], structure)
+
+    return output
