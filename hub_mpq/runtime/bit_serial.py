@@ -159,7 +159,7 @@ class BitSerialLayer(nn.Module):
 class BitSerial(InProcess):
     """Products of bit planes, whose cost grows with the product of both widths: for 1- and 2-bit layers."""
 
-    name = "bit_serial"
+    name, package, time_by_width = "bit_serial", "numba", True
     layer_class = BitSerialLayer
 
     def available(self) -> str | None:

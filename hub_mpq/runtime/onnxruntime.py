@@ -36,7 +36,7 @@ def _session(content: bytes, optimized: Path | None = None) -> Any:
 class OnnxRuntime(EngineRuntime):
     """ONNX Runtime's CPU provider, from the graph in memory."""
 
-    name = "onnxruntime"
+    name = package = "onnxruntime"
 
     def available(self) -> str | None:
         try:
