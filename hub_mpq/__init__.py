@@ -22,6 +22,8 @@ _LAZY = {
     "register_task": "core",
     **dict.fromkeys(["Runtime", "register_runtime"], "core"),
     **dict.fromkeys(["Target", "register_target"], "core"),
+    **dict.fromkeys(["LatencyTable", "read_latency_table"], "core"),
+    "write_latency_table": "pack",
     **dict.fromkeys(["SearchStrategy", "register_strategy"], "search.strategy"),
     "solve_table": "solve",
     "HubMPQError": "errors",
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from .core import FinetuneOptions as FinetuneOptions
     from .core import IndicatorOptions as IndicatorOptions
     from .core import Indicators as Indicators
+    from .core import LatencyTable as LatencyTable
     from .core import LayerBits as LayerBits
     from .core import LayerGraph as LayerGraph
     from .core import LayerKind as LayerKind
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from .core import Runtime as Runtime
     from .core import SearchResult as SearchResult
     from .core import Target as Target
+    from .core import read_latency_table as read_latency_table
     from .core import register_layer_kind as register_layer_kind
     from .core import register_library as register_library
     from .core import register_limit as register_limit
@@ -58,6 +62,7 @@ if TYPE_CHECKING:
     from .hub.plugin import MPQConfig as MPQConfig
     from .model import HubMPQ as HubMPQ
     from .nn.packed import set_resident as set_resident
+    from .pack import write_latency_table as write_latency_table
     from .runtime import to_runtime as to_runtime
     from .search.strategy import SearchStrategy as SearchStrategy
     from .search.strategy import register_strategy as register_strategy

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import adapters
 from ._version import __version__
 from .adapters import Source, norm_of
-from .adapters.base import placed
+from .adapters.base import likely_example, placed
 from .adapters.restore_state import copied
 from .core import (
     FLOAT_BITS,
@@ -34,6 +34,7 @@ from .core import (
     FinetuneOptions,
     IndicatorOptions,
     Indicators,
+    LatencyTable,
     LayerBits,
     LayerGraph,
     Policy,
@@ -57,9 +58,20 @@ from .hub.remote import check_repo_id
 from .nn.packed import packed_layers
 from .nn.packing import base_nbytes
 from .nn.rounded_weights import RoundedWeights
+from .nn.types import device_of
 from .pack import Manifest, read_indicators, write_indicators
-from .report import measurements, report
-from .runtime import Certificate, certify, to_runtime
+from .report import latency_line, measurements, report
+from .runtime import (
+    Certificate,
+    MetLatency,
+    Timing,
+    certify,
+    check_table,
+    measure_latency,
+    meet_latency,
+    policy_latency,
+    to_runtime,
+)
 from .search.candidates import (
     CandidatesLike,
     check_one_grid,
@@ -110,7 +122,7 @@ class HubMPQ(nn.Module):
         policy: The policy applied; None until there is one.
         result: The search that found it, with its proof; None for a policy that was given.
         metrics: {"float" | "quantized": figures}.
-        history: How the quantized model came to be: {"search" | "finetune": facts}.
+        history: How the quantized model came to be: {"search" | "finetune" | "latency" | "runtimes": facts}.
         seconds: {stage: wall time}.
         task: What the model is for, a `Task` or its name; None: found out from the model and the batches.
         target: The `Target` that policies are made for, or None.
@@ -132,7 +144,11 @@ class HubMPQ(nn.Module):
         self.source = source
         task_of(task, source.model)  # an unknown name is a mistake of this call
         self.task = task
-        self.weight_only = weight_only or self.target is not None
+        if weight_only and self.target is not None and not self.target.weight_only:
+            raise InvalidArgument(
+                f"target {self.target.name!r} computes in integers; weight_only=True keeps inputs float"
+            )
+        self.weight_only = weight_only or (self.target is not None and self.target.weight_only)
         self.graph: LayerGraph = source.graph
         self.graph = self._pinned(fixed)
         if tie_fused or (self.target is not None and self.target.tied):
@@ -186,9 +202,11 @@ class HubMPQ(nn.Module):
             weight_only: All inputs stay float, fixed layers' too.
             tie_fused: Layers of one module that read one input (q, k, v; gate, up) share the weight width, as runtimes
                 that fuse them (vLLM) need.
-            target: What policies are made for: "vllm" (compressed-tensors), "gguf" (llama.cpp), or a `Target`. Weights
-                alone are quantized, layers take what its menu has of what is asked for, its ties hold, and `size` is
-                in bytes of its file where these are others than the packed file's. None: hub_mpq's own file.
+            target: What policies are made for. "onednn", "openvino", "onnxruntime", "bit_serial": a runtime, at widths
+                that it computes in integers exactly on every x86 CPU, so that W7A8 stands for W8A8. "vllm"
+                (compressed-tensors), "gguf" (llama.cpp): weights alone are quantized. Or a `Target`. Layers take
+                what its menu has of what is asked for, its ties hold, and `size` is in bytes of its file where these
+                are others than the packed file's. None: hub_mpq's own file.
             per_expert: Each expert of a mixture-of-experts model has widths and scores of its own. False: one decision
                 for each stack of experts. A packed model has what it was made with.
             pretrained: Fetch the published weights.
@@ -271,7 +289,9 @@ class HubMPQ(nn.Module):
         out.policy, out._float, out.home = manifest.policy, (), folder
         out.scores = read_folder_indicators(folder)
         out.metrics = {k: dict(v) for k, v in manifest.provenance.get("metrics", {}).items()}
-        out.history = {k: dict(v) for k, v in manifest.provenance.items() if k in ("search", "finetune", "runtimes")}
+        out.history = {
+            k: dict(v) for k, v in manifest.provenance.items() if k in ("search", "finetune", "latency", "runtimes")
+        }
         if resident is None:  # transformers itself loaded the other
             out._tell_transformers()
         return out
@@ -406,7 +426,7 @@ class HubMPQ(nn.Module):
         if value is None:
             if self.target is None:
                 return None
-            value = candidates_of(pairs) if pairs else scored_candidates(scores, graph, weight_only=True)
+            value = candidates_of(pairs) if pairs else scored_candidates(scores, graph, weight_only=self.weight_only)
         return self._candidates(graph, in_scored_groups(resolve_candidates(graph, value), pairs))
 
     def _scores(self) -> Indicators:
@@ -449,7 +469,7 @@ class HubMPQ(nn.Module):
             InfeasibleBudget: No policy meets the budget; it reports the minimum of each limit.
         """
         graph = self._pinned(fixed)
-        whole = self._for_target(Budget.of(budget, limits) or Budget(), graph)
+        whole = self._budget_here(Budget.of(budget, limits) or Budget(), graph)
         _check_seconds(validate_seconds)
         scored = self._scored(graph, alpha, self._scored_candidates(graph, candidates))
         whole = whole.with_groups(*first_groups(scored.candidates))
@@ -497,7 +517,7 @@ class HubMPQ(nn.Module):
             strategy: The one that is going to search; None: with the scores that are there, if any.
         """
         graph = self._pinned(fixed)
-        whole = self._for_target(Budget.of(budget, limits) or Budget(), graph)
+        whole = self._budget_here(Budget.of(budget, limits) or Budget(), graph)
         if self.scores is not None and (strategy is None or self._serves(strategy, graph)):
             scored = self._scored(graph, None, self._scored_candidates(graph, candidates))
             scored.optimum(whole.with_groups(*first_groups(scored.candidates)))
@@ -537,7 +557,7 @@ class HubMPQ(nn.Module):
         scored = self._scored(graph, alpha, self._scored_candidates(graph, candidates))
         others = Budget.of(budget, limits)
         if others is not None:
-            others = self._for_target(others, graph).with_groups(*first_groups(scored.candidates))
+            others = self._budget_here(others, graph).with_groups(*first_groups(scored.candidates))
         if limit == "size" and self.target is not None and self.target.own_size:
             raise InvalidArgument(
                 f"a front over size is of the packed file, not of the {self.target.own_size}: run over weight_bits"
@@ -662,6 +682,7 @@ class HubMPQ(nn.Module):
             raise HubMPQError("there is no policy yet; call quantize or apply_policy first")
         if any(packed_layers(self.model)):
             raise HubMPQError("packed layers are not trained; load the folder without resident=")
+        self._check_whole()
         teacher = self._float[0] if self._float else None
         self.metrics.pop("quantized", None)  # they were the model's before
         log = finetune(self.model, train, chosen, teacher=teacher, engine=engine, **self._told(task))
@@ -720,7 +741,11 @@ class HubMPQ(nn.Module):
             InvalidArgument: An unknown runtime, or there is no policy yet.
             HubMPQError: The runtime cannot be used here, or what it computes is not the same model.
         """
-        return to_runtime(self.model, name, self._example if example is None else example, allow_inexact=allow_inexact)
+        self._check_whole()
+        example = self._example if example is None else example
+        if not isinstance(example, Tensor) and not example:  # of a network that was passed to from_pretrained
+            example = likely_example(self.model, self.graph.input_shape)
+        return to_runtime(self.model, name, example, allow_inexact=allow_inexact)
 
     def certify(self, module: nn.Module, batches: Iterable[Any], *, task: TaskLike = None) -> Certificate:
         """Measure whether a module of `to_runtime` is the same model as this one.
@@ -734,6 +759,7 @@ class HubMPQ(nn.Module):
             Per layer the largest error, rounding flips and saturations, and the metrics of the task; it is recorded and
             stands in the card that `push_to_hub` writes.
         """
+        self._check_whole()
         found = certify(self.model, module, batches, **self._told(task))
         self.history.setdefault("runtimes", {})[found.runtime] = found.summary()
         return found
@@ -817,7 +843,7 @@ class HubMPQ(nn.Module):
         graph = self._pinned(fixed)
         candidates = self._candidates(graph, candidates, group_size, symmetric)
         if whole is not None:
-            whole = self._for_target(whole, graph)
+            whole = self._budget_here(whole, graph)
             whole = whole.with_groups(*first_groups(candidates, check_group_sizes(group_size)))
         alone = weights_alone(graph, candidates)
         if rounding is None and alone and per_channel and train is not None and not tuned and world()[1] == 1:
@@ -872,13 +898,16 @@ class HubMPQ(nn.Module):
             if kept is not None:
                 on_main(partial(write_indicators, kept, self._scores()))
         # of several processes one searches and measures: a time limit could end them at other policies
-        result = None
+        result = met = None
         if whole is not None:
             scored = self._scored(graph, alpha, candidates)
             more = {"seconds": validate_seconds, "per_channel": per_channel, "rounded": rounded, **self._told(task)}
-            result = on_main(
-                partial(search_measured, scored, self.float_model, whole, validate, train=train, val=val, **more)
-            )
+            search = partial(search_measured, scored, self.float_model, validate=validate, train=train, val=val, **more)
+            if "latency" in whole.limits:
+                met = on_main(partial(self._meet_latency, scored, search, whole))
+                result = met.result
+            else:
+                result = on_main(partial(search, budget=whole))
             self._note(result)
         policy = result.policy if result else inferred_policy(graph, self._scores(), candidates)
         # fine-tuning starts from the float BatchNorm (LIMPQ) and re-estimates at its end
@@ -886,6 +915,8 @@ class HubMPQ(nn.Module):
             rounded = None
         self._quantize_at(policy, graph, train, 4, per_channel, not tuned, task, rounded=rounded)
         self.result = result
+        if met is not None:
+            self.history["latency"] = met.facts()
         self._tell_transformers()
         if train is not None and tuned:
             if checkpoint_dir:
@@ -896,6 +927,58 @@ class HubMPQ(nn.Module):
         if val is not None:
             self.evaluate(val, task=task)
         return self
+
+    def measure_latency(
+        self, runtime: str = "onednn", *, batch_size: int = 1, threads: int = 1, candidates: CandidatesLike = None
+    ) -> LatencyTable:
+        """Time each layer on a runtime, at the widths that it computes in integers and in float, and the whole model.
+
+        The table is what `latency=` is met by: `quantize(latency="5ms", latency_table=table)`. It holds for this
+        machine, runtime, batch, threads and input size. `hub_mpq.write_latency_table` writes it.
+
+        Args:
+            runtime: As in `to_runtime`; not "auto".
+            batch_size: Samples in a call.
+            threads: Threads that a call may use.
+            candidates: Widths to time on a runtime whose time depends on them (bit_serial); None: 1 to 8. Others
+                compute all widths by one kernel, which is timed once.
+
+        Raises:
+            InvalidArgument: A number is below 1, or an unknown runtime.
+            HubMPQError: The runtime cannot be used here, or the model was loaded from packed weights.
+        """
+        more: dict[str, Any] = {}
+        if candidates is not None:
+            chosen = resolve_candidates(self.graph, candidates).values()
+            fixed = [x.fixed for x in self.graph if x.fixed is not None]
+            more["widths"] = {LayerBits(w, a) for c in chosen for w in c.weight for a in c.activation}.union(fixed)
+        return measure_latency(
+            *(self._on_cpu(), self.graph, self.source.example),
+            **{"runtime": runtime, "batch_size": batch_size, "threads": threads, **more},
+        )
+
+    def _on_cpu(self) -> nn.Module:
+        """The float model where runtimes need it."""
+        net = self.float_model
+        return net if device_of(net).type == "cpu" else copied(net).cpu()
+
+    def _meet_latency(self, scored: ScoredLayers, search: Any, budget: Budget) -> MetLatency:
+        """The table is corrected by the optimum's time first: measuring policies for their accuracy takes longer."""
+        net, known = self._on_cpu(), {}
+        table: Any = budget.latency_table
+        example = placed(self.source.example, net)
+
+        def measure(policy: Policy) -> Timing:
+            key = tuple(sorted(policy.bits.items()))
+            if key not in known:
+                known[key] = policy_latency(net, scored.graph, table, example, policy)
+            return known[key]
+
+        began = time.perf_counter()
+        met = meet_latency(scored.optimum, budget, measure)
+        final = meet_latency(lambda corrected: search(budget=corrected), met.budget, measure)
+        self.seconds["latency"] = time.perf_counter() - began
+        return replace(final, searches=met.searches + final.searches)
 
     def _rounded(
         self,
@@ -979,12 +1062,15 @@ class HubMPQ(nn.Module):
         text = report(graph, self.policy, usage, self.metrics, self.seconds, expected, unit)
         if self.result is not None and (measured := measurements(self.result)):
             text += f"\n{measured}"
+        if (latency := self.history.get("latency")) is not None:
+            text += f"\n{latency_line(latency)}"
         if self.target is not None:
-            notes = [f"made for {self.target.name}: weights alone are quantized", *self.target.notes(graph)]
+            alone = ": weights alone are quantized" if self.target.weight_only else ""
+            notes = [f"made for {self.target.name}{alone}", *self.target.notes(graph)]
             text += "".join(f"\n{note}" for note in notes)
         if self.policy is not None and exportable(self._manifest(self.policy)):
             text += (
-                "\nweights alone are quantized, in Linear and Embedding layers: "
+                "\nall quantized layers are Linear or Embedding layers: "
                 f'push_to_hub(…, format="{COMPRESSED_TENSORS}") '
                 "publishes it so that transformers needs no hub-mpq"
             )
@@ -1009,6 +1095,7 @@ class HubMPQ(nn.Module):
         """
         if self.policy is None:
             raise HubMPQError("there is no policy yet; call quantize or apply_policy before saving")
+        self._check_whole()
         source = self.source
         extra = local_preprocess(self.home, source.library, self.graph.input_shape)
         return save_folder(folder, self.model, self._manifest(self.policy), source.config, self.scores, extra)
@@ -1031,8 +1118,8 @@ class HubMPQ(nn.Module):
             repo_id: "owner/name".
             private, revision, create_pr, token: As in `hub_mpq.hub.publish.publish`.
             float_copy: Dequantized weights too, that plain timm or transformers load (None: for their models, yes).
-            format: "mpq"; "compressed-tensors" publishes weight-only transformers policies so that nobody needs this
-                package.
+            format: "mpq"; "compressed-tensors" publishes policies of transformers models over Linear and Embedding
+                layers so that nobody needs this package.
             card: license, base_model, pipeline_tag, dataset, eval_task, trained_on, message.
         """
         check_repo_id(repo_id)
@@ -1062,9 +1149,15 @@ class HubMPQ(nn.Module):
         """
         if self.policy is None:
             raise HubMPQError("there is no policy yet; call quantize or apply_policy before exporting")
+        self._check_whole()
         source = self.source
         example = placed(source.example, self.model)
         return export(folder, format, self.model, self._manifest(self.policy), source.config, example)
+
+    def _check_whole(self) -> None:
+        """Raise HubMPQError for a model that a runtime has in a form of its own."""
+        if (layers := getattr(self.model, "runtime_layers", None)) is not None:
+            raise HubMPQError(f"it was loaded with runtime={layers.runtime!r} and only runs; load it without runtime=")
 
     def _tell_transformers(self) -> None:
         """So that `mpq.model.save_pretrained` writes the packed format and transformers' Trainer trains `mpq.model`."""
@@ -1113,22 +1206,33 @@ class HubMPQ(nn.Module):
         return {"task": self.task if task is None else task, "example": self._example}
 
     def _pinned(self, fixed: Pins | None) -> LayerGraph:
-        """The graph with layers pinned or freed for one call."""
-        graph = self.graph.with_fixed(fixed) if fixed else self.graph
+        """The graph with layers pinned or freed for one call, at widths that the target has."""
+        graph, target = self.graph.with_fixed(fixed) if fixed else self.graph, self.target
+        if target is None and not self.weight_only:
+            return graph
+        pinned = {x.name: x.fixed for x in graph if x.fixed is not None}
         if self.weight_only:
-            pinned = {x.name: x.fixed.of_weight for x in graph if x.fixed is not None}
-            if self.target is not None:
-                pinned = {name: self.target.level(graph[name], bits) for name, bits in pinned.items()}
-            graph = graph.with_fixed({glob.escape(name): bits for name, bits in pinned.items()})
-        return graph
+            pinned = {name: bits.of_weight for name, bits in pinned.items()}
+        if target is not None:
+            if not target.weight_only:  # a pin of the user is refused, a default is fitted
+                for name in {name for pattern in fixed or () for name in graph.match(pattern)} & set(pinned):
+                    target.check_layer(graph[name], pinned[name])
+            pinned = target.levels(graph, pinned)
+        return graph.with_fixed({glob.escape(name): bits for name, bits in pinned.items()})
 
     def _uniform(self, level: LayerBits | str, group_size: int | None = None, symmetric: bool = True) -> Policy:
         """A level in all searched layers; with a target what its menu has for it."""
         policy = Policy.uniform(self.graph, level).with_groups(self.graph, group_size, symmetric)
         if self.target is None:
             return policy
-        bits = {x.name: x.fixed or self.target.level(x, policy.bits[x.name]) for x in self.graph}
-        return Policy(bits, self.graph.digest)
+        bits = self.target.levels(self.graph, {x.name: policy.bits[x.name] for x in self.graph.searched})
+        return Policy({x.name: x.fixed or bits[x.name] for x in self.graph}, self.graph.digest)
+
+    def _budget_here(self, budget: Budget, graph: LayerGraph) -> Budget:
+        """A budget in terms of the target; InvalidArgument where its latency table is of something else."""
+        if budget.latency_table is not None:
+            check_table(budget.latency_table, graph, None if self.target is None else self.target.name)
+        return self._for_target(budget, graph)
 
     def _for_target(self, budget: Budget, graph: LayerGraph) -> Budget:
         """A budget whose `size` speaks of the target's file, as a cost of the target's name."""
@@ -1142,7 +1246,8 @@ class HubMPQ(nn.Module):
             level = {x.name: x.fixed or target.level(x, size) for x in graph}
             size = beside + sum(table[name][str(bits)] for name, bits in level.items())
         given = {name: value for name, value in budget.given.items() if name != "size"}
-        return Budget(**given, costs={**budget.costs, target.own_size: (size, table, beside)})
+        costs = {**budget.costs, target.own_size: (size, table, beside)}
+        return Budget(**given, **{**budget.tables, "costs": costs})
 
     @cached_property
     def _beside_target(self) -> int | None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .core import LayerGraph, Policy, SearchResult, Usage, human, limits
+from .core import LayerGraph, Policy, SearchResult, Usage, human, human_seconds, limits
 from .cost.bitops import float_bitops, layer_bitops
 from .cost.size import layer_nbytes
 
@@ -109,3 +109,15 @@ def measurements(result: SearchResult) -> str:
     if result.check is not None:
         lines.append(str(result.check))
     return "\n".join(lines)
+
+
+def latency_line(facts: Mapping[str, Any]) -> str:
+    """What was measured of a policy that was searched for under a latency."""
+    measured, spread, limit, predicted = (
+        human_seconds(facts[key]) for key in ("measured", "spread", "limit", "predicted")
+    )
+    threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
+    return (
+        f"latency: {measured} ± {spread} measured on {facts['runtime']} (batch {facts['batch_size']}, {threads}, "
+        f"{facts['machine']}); limit {limit}, predicted {predicted}"
+    )

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hub_mpq import Candidates, HubMPQ
+from hub_mpq.nn.types import device_of
 from hub_mpq.tasks import Classification, to_device
 from hub_mpq.train import Finetune, fit
 
@@ -87,7 +88,7 @@ def _top1(loader: Iterable[Any]) -> Callable[[HubMPQ], tuple[list[Any], float]]:
     @torch.no_grad()
     def measure(mpq: HubMPQ) -> tuple[list[Any], float]:
         mpq.eval()
-        device = next(mpq.parameters()).device
+        device = device_of(mpq)
         batches = (to_device(batch, device) for batch in loader)
         items = torch.cat([(mpq(x).argmax(-1) == y).float().mul(100) for x, y in batches]).tolist()
         return items, float(np.mean(items))

@@ -16,6 +16,7 @@ from ..core import LayerGraph
 from ..errors import HubMPQError, is_connection_error
 from ..nn.types import device_of
 from .forward import Example
+from .restore_state import state_restored
 
 
 @dataclass
@@ -47,6 +48,22 @@ def noise(*shape: int, like: nn.Module) -> Tensor:
     """Standard normal values on the CPU, the same each time, in the dtype of the model's Parameters."""
     weight = next((p for p in like.parameters() if p.is_floating_point()), torch.empty(0))
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+
+
+def likely_example(model: nn.Module, shape: tuple[int, ...]) -> Any:
+    """One sample for a network of which only the shape of its input is known; None where it takes something else.
+
+    Args:
+        model: The network.
+        shape: Of its input, without the batch axis.
+    """
+    example = placed((noise(1, *shape, like=model),), model)
+    try:
+        with state_restored(model):
+            model(*example)
+    except Exception:  # a network may raise anything on what it does not expect
+        return None
+    return example
 
 
 def placed(example: Example, model: nn.Module) -> Any:

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from .._version import __version__
 from ..errors import HubMPQError
-from . import evaluate, hub, indicators, inspect, launch, quantize, solving
+from . import bench, evaluate, hub, indicators, inspect, launch, quantize, solving
 from .options import Command
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -77,7 +77,7 @@ def _options(
 
 _COMMANDS = (
     *(inspect.inspect, indicators.indicators, solving.search, solving.solve, solving.pareto),
-    *(quantize.quantize, quantize.finetune, evaluate.evaluate, evaluate.demo),
+    *(quantize.quantize, quantize.finetune, evaluate.evaluate, bench.bench, evaluate.demo),
 )
 for _command in _COMMANDS:
     app.command()(Command(_command))

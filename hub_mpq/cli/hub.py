@@ -26,7 +26,7 @@ def push(
     revision: Annotated[o.Text, typer.Option(help="Branch to publish on, made if it is missing.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     float_copy: FloatCopy = None,
-    format: Annotated[str, typer.Option(help="mpq, or compressed-tensors: weight-only transformers models.")] = "mpq",
+    format: Annotated[str, typer.Option(help="mpq, or compressed-tensors, for transformers models.")] = "mpq",
     license: Annotated[o.Text, typer.Option(help="Licence of the float model, where it is not found.")] = None,
     base_model: Annotated[o.Text, typer.Option(help="Hub id of the float model, where it is not known.")] = None,
     pipeline_tag: Annotated[o.Text, typer.Option(help="Task of the model, where it is not known.")] = None,

@@ -109,7 +109,7 @@ class ModelOptions(Options):
     pin: list[str] | None = option(None, "PATTERN=W8A8 keeps layers at widths, PATTERN=none searches them. Repeatable.")
     weight_only: bool = option(False, "All inputs stay float.")
     tie_fused: bool = option(False, "Layers of one input (q, k, v) share a width, as in vLLM.")
-    target: str | None = option(None, "What the policy is made for: vllm or gguf.")
+    target: str | None = option(None, "What the policy is made for: a runtime (onednn, …), vllm or gguf.")
     per_expert: bool = option(False, "Each expert of a stack has widths of its own.")
 
 
@@ -207,6 +207,8 @@ class Command:
                 for limit in limits:
                     described = typer.Option(help=limit.help or f"{limit.label}.", rich_help_panel="Budget")
                     yield _row(limit.name, Annotated[Text, described], None, name, limit.name, False)
+                described = typer.Option(help="What `hub-mpq bench` measured, for --latency.", rich_help_panel="Budget")
+                yield _row("latency_table", Annotated[File, described], None, name, "latency_table", False)
             elif kind is not None:
                 yield from _fields(kind, group, name)
             else:

@@ -73,7 +73,7 @@ def quantize(
             raise InvalidArgument("--data and --text are both what is trained on; give one of them")
         if tuning.steps is None and invocation.get_parameter_source("epochs").name == "DEFAULT":  # type: ignore[union-attr]
             tuning = replace(tuning, epochs=0)
-        if budget is not None and not _limits_inputs(budget):
+        if budget is not None and loading.target is None and not _limits_inputs(budget):
             loading = replace(loading, weight_only=True)
     mpq = models.load(model, loading)
     if text is not None and not models.reads_text(mpq):
@@ -120,6 +120,8 @@ def _limits_inputs(budget: Budget) -> bool:
     """Whether a budget says how inputs are to be quantized: by a level that names their width, or by what it limits."""
     levels = [value for value in budget.limits.values() if isinstance(value, LayerBits)]
     named = any(level.activation != FLOAT_BITS for level in levels)
+    if budget.latency_table is not None:
+        return True  # layers with float inputs compute in float
     return named or any("activation" in limits.get(name).level_parts for name in budget.limits)
 
 

@@ -47,6 +47,7 @@ def proof_line(result: Any) -> str:
 def front_table(results: Sequence[Any]) -> str:
     """One row a point."""
     names = [limit.name for limit in limits if limit.over == "sum" and not limit.at_least]
+    names = [name for name in names if all(name in result.usage.amounts for result in results)]
     rows = [
         [*(amount(name, r.usage[name]) for name in names), f"{r.objective:.6g}", f"{r.seconds:.3f}"] for r in results
     ]

@@ -3,6 +3,7 @@
 from .bits import FLOAT_BITS, Candidates, LayerBits, check_width
 from .budget import Budget
 from .indicators import Indicators
+from .latency import LatencyTable, read_latency_table
 from .layer import FloatOp, LayerGraph, LayerSpec, matching
 from .layer_kind import LayerKind, layer_kinds, register_layer_kind
 from .library import Library, libraries, register_library
@@ -13,7 +14,7 @@ from .runtime import Runtime, RuntimeLayers, register_runtime, runtimes
 from .target import Target, register_target, targets
 from .task import register_task, tasks
 from .tensor import QuantSpec
-from .units import human, parse_bytes, parse_count, parse_ratio
+from .units import human, human_seconds, parse_bytes, parse_count, parse_ratio, parse_seconds
 
 __all__ = [
     "FLOAT_BITS",
@@ -24,6 +25,7 @@ __all__ = [
     "FloatOp",
     "IndicatorOptions",
     "Indicators",
+    "LatencyTable",
     "LayerBits",
     "LayerGraph",
     "LayerKind",
@@ -44,6 +46,7 @@ __all__ = [
     "Value",
     "check_width",
     "human",
+    "human_seconds",
     "layer_kinds",
     "libraries",
     "limits",
@@ -51,6 +54,8 @@ __all__ = [
     "parse_bytes",
     "parse_count",
     "parse_ratio",
+    "parse_seconds",
+    "read_latency_table",
     "register_layer_kind",
     "register_library",
     "register_limit",

@@ -111,6 +111,25 @@ class LayerBits:
         )
 
 
+def nearest(choices: Iterable[LayerBits], bits: LayerBits) -> LayerBits:
+    """The choice that a level stands for [our construction]: the one that lacks the fewest bits of its widths.
+
+    Of several the one with the fewest bits to spare, then with the narrower weight (it has a scale for each output
+    channel, and the file becomes smaller), then with the level's groups and zero points.
+
+    Args:
+        choices: At least one.
+        bits: The level, such as W8A8.
+    """
+
+    def distance(b: LayerBits) -> tuple[int, int, int, bool, bool]:
+        steps = (bits.weight - b.weight, bits.activation - b.activation)
+        lacks, spare = sum(max(n, 0) for n in steps), sum(max(-n, 0) for n in steps)
+        return lacks, spare, b.weight, b.group_size != bits.group_size, b.symmetric != bits.symmetric
+
+    return min(sorted(choices), key=distance)
+
+
 def _widths(values: Iterable[int], *, allow_float: bool = False) -> tuple[int, ...]:
     if not isinstance(values, Iterable) or isinstance(values, str):
         raise InvalidArgument(f"candidates are a list of widths such as [2, 3, 4], not {values!r}")
@@ -130,8 +149,9 @@ class Candidates:
         activation: Widths of the input; (32,): it stays float, only weights are searched.
         group_size: Group sizes of the weight, see `LayerBits`; the solver chooses where there are several.
         symmetric: False: with zero points.
-        menu: Of a `Target`: all that the weight may become, in place of `weight`, `group_size` and `symmetric`, which
-            then say what it holds. None: every width with every group size.
+        menu: Of a `Target`: all that the layer may become, in place of `weight`, `group_size` and `symmetric`, which
+            then say what it holds. Where it names widths of the input, these pairs and no others, in place of
+            `activation` too. None: every width with every group size.
     """
 
     weight: tuple[int, ...] = (2, 3, 4, 5, 6)
@@ -142,11 +162,13 @@ class Candidates:
 
     def __post_init__(self) -> None:
         if self.menu is not None:
-            menu = tuple(sorted({bits.of_weight for bits in self.menu}))
+            menu = tuple(sorted(set(self.menu)))
             object.__setattr__(self, "menu", menu)
             object.__setattr__(self, "weight", tuple(bits.weight for bits in menu))
             object.__setattr__(self, "group_size", tuple(bits.group_size for bits in menu))
             object.__setattr__(self, "symmetric", all(bits.symmetric for bits in menu))
+            if inputs := {bits.activation for bits in menu} - {FLOAT_BITS}:
+                object.__setattr__(self, "activation", tuple(inputs))
         object.__setattr__(self, "weight", _widths(self.weight))
         object.__setattr__(self, "group_size", check_group_sizes(self.group_size))
         object.__setattr__(self, "activation", _widths(self.activation, allow_float=True))
@@ -155,14 +177,22 @@ class Candidates:
     def weights(self) -> tuple[LayerBits, ...]:
         """All that the weight may become, ascending; inputs do not count."""
         if self.menu is not None:
-            return self.menu
+            return tuple(sorted({bits.of_weight for bits in self.menu}))
         return tuple(sorted({bits for width in self.weight for bits in self.grouped(LayerBits(width, FLOAT_BITS))}))
 
+    @property
+    def pairs(self) -> tuple[LayerBits, ...]:
+        """All that the layer may become, ascending."""
+        if self.menu is not None and any(bits.activation != FLOAT_BITS for bits in self.menu):
+            return self.menu
+        return tuple(sorted(replace(bits, activation=a) for bits in self.weights for a in self.activation))
+
     def grouped(self, bits: LayerBits) -> tuple[LayerBits, ...]:
-        """The same widths with each of the group sizes, and of a menu with its zero points."""
-        if self.menu is not None:
-            return tuple(replace(b, activation=bits.activation) for b in self.menu if b.weight == bits.weight)
-        return tuple(bits.with_groups(size, self.symmetric) for size in self.group_size)
+        """The same widths with each of the group sizes, and of a menu with its zero points; () where it lacks them."""
+        if self.menu is None:
+            return tuple(bits.with_groups(size, self.symmetric) for size in self.group_size)
+        found = self.weights if bits.activation == FLOAT_BITS else self.pairs
+        return tuple(b for b in found if (b.weight, b.activation) == (bits.weight, bits.activation))
 
     @property
     def grids(self) -> tuple[tuple[int | None, bool], ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -11,10 +12,16 @@ from typing import Any
 
 from ..errors import InvalidArgument
 from .bits import LayerBits
+from .latency import LatencyTable, read_latency_table
 from .limit import Value, limits
 
 Cost = tuple[float, Mapping[str, Mapping[str, float]]] | tuple[float, Mapping[str, Mapping[str, float]], float]
 Costs = Mapping[str, Cost]
+
+NO_TABLE = (
+    "latency= needs the times of this model's layers on a runtime: `hub-mpq bench MODEL --runtime R -o table.json` "
+    "measures them, then latency_table='table.json' (--latency-table table.json)"
+)
 
 
 @dataclass(frozen=True, init=False)
@@ -31,12 +38,14 @@ class Budget:
         weight_bits: Mean bits of the searched layers' weights, each weight counted once.
         activation_memory: Bytes of all quantized inputs of one sample together ("200KB"), or a level ("A4").
         activation_peak: Bytes of the largest quantized input of one sample, or a level ("A4").
+        latency: Seconds of one call ("5ms") on the machine, runtime, batch and threads of `latency_table`.
+        latency_table: Times of the layers, of `HubMPQ.measure_latency` or `hub-mpq bench`: a table or its file.
         costs: {name: (maximum, {layer: {"W4A4": cost}})}: costs of your own, such as measured milliseconds. A third
             member, (maximum, table, constant), is what everything but the layers costs, which counts too.
         others: Limits that were added by `register_limit`, by name.
 
     Raises:
-        InvalidArgument: No limit is given, one is unknown, or one cannot be parsed.
+        InvalidArgument: No limit is given, one is unknown or cannot be parsed, or `latency` comes without a table.
 
     Example:
         >>> Budget(bitops="W4A4", size="5.7MB")
@@ -46,6 +55,7 @@ class Budget:
     """The limits as they were written."""
     limits: Mapping[str, Value]
     """{name: the amount or the level that was parsed}."""
+    latency_table: LatencyTable | None
     costs: Costs
 
     def __init__(
@@ -57,25 +67,35 @@ class Budget:
         weight_bits: str | float | None = None,
         activation_memory: str | float | None = None,
         activation_peak: str | float | None = None,
+        latency: str | float | None = None,
+        latency_table: LatencyTable | str | os.PathLike[str] | None = None,
         costs: Costs | None = None,
         **others: str | float | None,
     ) -> None:
         own = {"bitops": bitops, "size": size, "compression": compression, "weight_bits": weight_bits}
         own |= {"activation_memory": activation_memory, "activation_peak": activation_peak}
+        own |= {"latency": latency}
         given = {name: value for name, value in (own | others).items() if value is not None}
         for name in others:
             if name not in limits:
                 raise InvalidArgument(f"no option or limit {name!r}; the limits are {', '.join(limits.names())}, costs")
-        if not given and not costs:
+        if latency is not None and latency_table is None:
+            raise InvalidArgument(NO_TABLE)
+        if not given and not costs and latency_table is None:
             raise InvalidArgument('no budget given: name at least one limit, for example bitops="W4A4"')
         if clash := sorted(set(costs or ()) & set(limits.names())):
             raise InvalidArgument(f"cost {clash[0]!r} has the name of a limit")
         for name, cost in (costs or {}).items():
             if not _is_cost(cost):
                 raise InvalidArgument(f'cost {name!r} is (maximum, {{layer: {{"W4A4": cost}}}}), not {str(cost)[:60]}')
+        if isinstance(latency_table, (str, os.PathLike)):
+            latency_table = read_latency_table(latency_table)
+        if latency_table is not None and not isinstance(latency_table, LatencyTable):
+            raise InvalidArgument(f"latency_table is a LatencyTable or its file, not {str(latency_table)[:60]}")
         parsed = {name: limits.get(name).parse(value) for name, value in given.items()}
         object.__setattr__(self, "given", MappingProxyType(given))
         object.__setattr__(self, "limits", MappingProxyType(parsed))
+        object.__setattr__(self, "latency_table", latency_table)
         object.__setattr__(self, "costs", MappingProxyType(dict(costs or {})))
 
     @classmethod
@@ -93,35 +113,41 @@ class Budget:
             raise InvalidArgument(f"a budget is a Budget or a mapping of limits, not {budget!r}")
         if isinstance(budget, cls) and not named:
             return budget
-        own = {**budget.given, "costs": budget.costs} if isinstance(budget, Budget) else dict(budget or {})
+        own = {**budget.given, **budget.tables} if isinstance(budget, Budget) else dict(budget or {})
         whole = {**own, **named}
-        known = {*limits.names(), "costs"}
+        known = {*limits.names(), "costs", "latency_table"}
         if set(whole) <= known and all(value is None or value == {} for value in whole.values()):
             return None
         return cls(**whole)
 
     def replaced(self, name: str, value: str | float) -> Budget:
         """The same budget with one limit set to another value."""
-        return type(self)(**{**self.given, name: value}, costs=self.costs)
+        return type(self)(**{**self.given, **self.tables, name: value})
+
+    @property
+    def tables(self) -> dict[str, Any]:
+        """{keyword: what the budget brings beside its limits}: `costs` and `latency_table`."""
+        return {"costs": self.costs, "latency_table": self.latency_table}
 
     def with_groups(self, group_size: int | None, symmetric: bool = True) -> Budget:
         """The same budget, its levels with groups and zero points where they name neither."""
-        given = dict(self.given)
+        given: dict[str, Any] = dict(self.given)
         for name, value in self.limits.items():
             if isinstance(value, LayerBits) and not value.grouped:
                 level = value.with_groups(group_size, symmetric)
                 given[name] = given[name] if level == value else str(level)
-        return type(self)(**given, costs=self.costs)
+        return type(self)(**given, **self.tables)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _made, (dict(self.given), dict(self.costs))  # a read-only mapping cannot be copied or pickled
+        # a read-only mapping cannot be copied or pickled
+        return _made, (dict(self.given), {**self.tables, "costs": dict(self.costs)})
 
     def __str__(self) -> str:
         return ", ".join([f"{name} {value}" for name, value in self.given.items()] + list(self.costs))
 
 
-def _made(given: Mapping[str, Any], costs: Costs) -> Budget:
-    return Budget(**given, costs=costs)
+def _made(given: Mapping[str, Any], tables: Mapping[str, Any]) -> Budget:
+    return Budget(**given, **tables)
 
 
 def _is_cost(value: object) -> bool:

@@ -175,6 +175,15 @@ class LayerGraph:
         """A graph in which all layers that read one tensor take one activation width."""
         return replace(self, layers=tuple(replace(layer, activation_tie=layer.buffer) for layer in self.layers))
 
+    def with_shared_weights(self, bits: Mapping[str, LayerBits]) -> dict[str, LayerBits]:
+        """Widths of layers, in which an embedding has the weight width of the layer that shares its weight."""
+        out = dict(bits)
+        for layer in self.layers:
+            owner = layer.weight_owner
+            if owner in out and layer.name in out and not layer.weight_only and self[owner].weight_only:
+                out[owner] = out[layer.name].of_weight
+        return out
+
     def at(self, bits: Mapping[str, LayerBits]) -> LayerGraph:
         """The graph with its fixed layers at the widths of a policy, which may be others than the graph's own."""
         layers = (x if x.fixed is None else replace(x, fixed=bits[x.name]) for x in self.layers)

@@ -91,6 +91,9 @@ class Limit(ABC):
     def amount(self, value: str | float) -> float:
         """The absolute amount that someone wrote; InvalidArgument when it is none."""
 
+    def check(self, graph: LayerGraph) -> None:  # noqa: B027 (most limits are of any model)
+        """InvalidArgument for a limit that is of another model, as a table of costs can be."""
+
     @abstractmethod
     def of_layer(self, layer: LayerSpec, bits: LayerBits) -> float:
         """What one layer costs at these widths."""
@@ -163,15 +166,16 @@ limits: Registry[Limit] = Registry("limit", "hub_mpq.cost")
 
 
 _TAKEN = """
-alpha as_json asymmetric batch_size bf16 budget calibration candidates channels_last checkpoint_dir checkpoint_every
-checkpoint_path chunk_length class_map cls compile context costs cpu create_pr cycles cyclic_bits data distill ema
-engine epochs exclude export file finetune_options fixed float_copy folder format format_version fsdp gradient_bits
-gradient_checkpointing gradient_quantizer group_size help indicator_epochs indicator_options indicator_steps indicators
-input_size invocation json kwargs library limit limits local_files_only log_every log_with lr max_corrupt model
-model_arg named optimizer others output overwrite per_channel per_expert pin plot points policy pretrained processes
-quant_method reestimate_norms repo resident resume revision rounding scale_lr searched_bitops seed self smoothing steps
-strategy strategy_option strategy_options stride symmetric sync_batch_norm target task text tie_fused time_limit train
-val validate validate_seconds version weight_decay weight_only workers
+allow_inexact alpha as_json asymmetric batch_size bf16 budget calibration candidates channels_last checkpoint_dir
+checkpoint_every checkpoint_path chunk_length class_map cls compile context costs cpu create_pr cycles cyclic_bits data
+distill ema engine epochs example exclude export file finetune_options fixed float_copy folder format format_version
+fsdp gradient_bits gradient_checkpointing gradient_quantizer group_size help indicator_epochs indicator_options
+indicator_steps indicators input_size invocation json kwargs latency_table library limit limits local_files_only
+log_every log_with lr max_corrupt model model_arg named optimizer others output overwrite per_channel per_expert pin
+plot points policy pretrained processes quant_method reestimate_norms repo resident resume revision rounding runtime
+scale_lr searched_bitops seed self smoothing steps strategy strategy_option strategy_options stride symmetric
+sync_batch_norm target task text threads tie_fused time_limit train val validate validate_seconds version weight_decay
+weight_only workers
 """
 RESERVED = frozenset(_TAKEN.split())
 """Names of arguments and options that stand beside the limits, which no limit can have."""

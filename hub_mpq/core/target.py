@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 from ..errors import InvalidArgument
-from .bits import FLOAT_BITS, Candidates, LayerBits
+from .bits import FLOAT_BITS, Candidates, LayerBits, nearest
 from .layer import LayerGraph, LayerSpec
 from .registry import Registry
 from .result import Policy
 
+_FLOAT = LayerBits(FLOAT_BITS, FLOAT_BITS)
+
 
 class Target(ABC):
-    """A program, or a file format, that a policy is made for. Weights alone are quantized for it.
+    """A program, or a file format, that a policy is made for.
 
     A target that restricts nothing but widths needs `name` and `menu`.
 
     Attributes:
         name: Name of the target, as `target=` and `--target`.
+        weight_only: Weights alone are quantized for it.
         tied: Layers of one module that read one input (q, k, v; gate, up) are computed as one matrix, so their weights
             take one choice.
         own_size: What the file of the target is called in usage and reports, where its bytes are others than those of
@@ -26,11 +30,13 @@ class Target(ABC):
     """
 
     name: str
+    weight_only: ClassVar[bool] = True
     tied: ClassVar[bool] = False
     own_size: ClassVar[str] = ""
 
     def menu(self, layer: LayerSpec) -> tuple[LayerBits, ...]:
-        """All that a layer's weight may become, ascending; () where it has to stay float."""
+        """All that a layer may become, ascending; () where it has to stay float. Inputs are float (32 bits) in layers
+        whose weight alone is quantized."""
         raise NotImplementedError
 
     def nbytes(self, layer: LayerSpec, bits: LayerBits) -> int:
@@ -62,18 +68,21 @@ class Target(ABC):
         """The choice that a level such as "W4" stands for in a layer [our construction].
 
         It is the level itself where the menu has it. Else the narrowest width that is not narrower, or the widest
-        there is; of that width groups and zero points as asked, or else the first of the menu.
+        there is; of that width groups and zero points as asked, or else the first of the menu. Where a pair of widths
+        is missing, the weight is the narrower one: W7A8 stands for W8A8.
 
         Raises:
             InvalidArgument: The layer has to stay float.
         """
-        choices = self.checked_menu(layer)
-        if bits.of_weight in choices:
-            return bits.of_weight
-        width = next((b.weight for b in choices if b.weight >= bits.weight), choices[-1].weight)
-        alike = [b for b in choices if b.weight == width]
-        asked = [b for b in alike if b.group_size == bits.group_size] or alike
-        return next((b for b in asked if b.symmetric == bits.symmetric), asked[0])
+        return nearest(self.checked_menu(layer), self._of(layer, bits))
+
+    def levels(self, graph: LayerGraph, bits: Mapping[str, LayerBits]) -> dict[str, LayerBits]:
+        """`level` in several layers by name; an embedding whose weight another layer shares takes that one's width."""
+        return graph.with_shared_weights({name: self.level(graph[name], b) for name, b in bits.items()})
+
+    def _of(self, layer: LayerSpec, bits: LayerBits) -> LayerBits:
+        """What of a level this layer quantizes for this target."""
+        return bits.of_weight if self.weight_only or layer.weight_only else bits
 
     def candidates(self, layer: LayerSpec, asked: Candidates, *, all_widths: bool = False) -> Candidates:
         """What a layer may choose from: what was asked for, as far as the menu has it.
@@ -89,8 +98,11 @@ class Target(ABC):
         Raises:
             InvalidArgument: The layer has to stay float, or the menu has none of the widths.
         """
-        menu = self.checked_menu(layer)
-        found = [b for b in menu if (b in asked.menu if asked.menu else all_widths or b.weight in asked.weight)]
+        menu, alone = self.checked_menu(layer), self.weight_only or layer.weight_only
+        inputs = (FLOAT_BITS,) if alone else asked.activation
+        named = asked.weights if alone else asked.pairs
+        widths = [b for b in menu if b.weight in asked.weight and b.activation in inputs]
+        found = [b for b in menu if b in named] if asked.menu else list(menu) if all_widths else widths
         if not found:
             raise InvalidArgument(
                 f"target {self.name!r}: layer {layer.name!r} takes {_listed(menu)} bits, none of the candidates"
@@ -98,7 +110,7 @@ class Target(ABC):
         if asked.menu is None and (grouped := [b for b in found if b.group_size in asked.group_size]):
             zeros = {(b.weight, b.group_size) for b in grouped if not b.symmetric and not asked.symmetric}
             found = [b for b in grouped if b.symmetric != ((b.weight, b.group_size) in zeros)]
-        return Candidates(activation=(FLOAT_BITS,), menu=tuple(found))
+        return Candidates(activation=(FLOAT_BITS,) if self.weight_only else asked.activation, menu=tuple(found))
 
     def checked_menu(self, layer: LayerSpec) -> tuple[LayerBits, ...]:
         """The menu of a layer; InvalidArgument, with the way out, where it has to stay float."""
@@ -110,15 +122,21 @@ class Target(ABC):
             )
         return menu
 
+    def check_layer(self, layer: LayerSpec, bits: LayerBits) -> None:
+        """Raise InvalidArgument, naming the nearest choice, for widths of a layer that the target cannot run."""
+        menu = self.menu(layer)
+        if bits not in (*menu, _FLOAT):
+            instead = f"; the nearest is {nearest(menu, bits)}" if menu else ""
+            raise InvalidArgument(f"target {self.name!r} has no form of layer {layer.name!r} at {bits}{instead}")
+
     def check(self, graph: LayerGraph, policy: Policy) -> None:
         """Raise InvalidArgument, naming a layer, for a policy that the target cannot run."""
         tied: dict[str, tuple[str, LayerBits]] = {}
         for layer in graph:
             bits = policy.bits[layer.name]
-            if bits.activation != FLOAT_BITS:
+            if self.weight_only and bits.activation != FLOAT_BITS:
                 raise InvalidArgument(f"target {self.name!r} quantizes weights alone; layer {layer.name!r} is {bits}")
-            if bits.weight != FLOAT_BITS and bits not in self.menu(layer):
-                raise InvalidArgument(f"target {self.name!r} has no form of layer {layer.name!r} at {bits}")
+            self.check_layer(layer, bits)
             if self.tied and layer.activation_tie is not None:
                 first, same = tied.setdefault(layer.activation_tie, (layer.name, bits))
                 if same != bits:
@@ -128,7 +146,7 @@ class Target(ABC):
                     )
 
 
-targets: Registry[Target] = Registry("target", "hub_mpq.export")
+targets: Registry[Target] = Registry("target", "hub_mpq.runtime")
 """All targets."""
 
 T = TypeVar("T", bound=Target)
@@ -153,4 +171,7 @@ def register_target(target: T) -> T:
 
 
 def _listed(menu: tuple[LayerBits, ...]) -> str:
-    return ", ".join(map(str, sorted({b.weight for b in menu})))
+    if all(b.activation == FLOAT_BITS for b in menu):
+        return ", ".join(map(str, sorted({b.weight for b in menu})))
+    missing = {(w, a) for w in range(1, 9) for a in range(1, 9)} - {(b.weight, b.activation) for b in menu}
+    return "1 to 8" + (f", but for {', '.join(f'W{w}A{a}' for w, a in sorted(missing))}," if missing else "")

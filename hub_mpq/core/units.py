@@ -8,9 +8,10 @@ from collections.abc import Mapping
 
 from ..errors import InvalidArgument
 
-_NUMBER = re.compile(r"([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)")
+_NUMBER = re.compile(r"([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-zµ]*)")
 _COUNT = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15, "bitops": 1.0}
 _COUNT |= {f"{prefix}bitops": factor for prefix, factor in _COUNT.items() if prefix != "bitops"}
+_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
 _BYTES = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -42,6 +43,11 @@ def parse_bytes(value: str | float, what: str = "size") -> float:
     return _parse(value, _BYTES, what, "5.7MB")
 
 
+def parse_seconds(value: str | float, what: str = "latency") -> float:
+    """Parse "5ms" to 0.005. A plain number counts seconds; a string needs its unit (ns, us, ms, s)."""
+    return _parse(value, _SECONDS, what, "5ms")
+
+
 def parse_ratio(value: str | float, what: str = "compression") -> float:
     """A plain number; "12.2x" is one too."""
     try:
@@ -59,3 +65,11 @@ def human(amount: float) -> str:
         if abs(amount) >= factor:
             return f"{amount / factor:.3f}{unit}"
     return f"{amount:.4g}"
+
+
+def human_seconds(seconds: float) -> str:
+    """0.00512 → "5.12 ms"."""
+    for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if abs(seconds) >= factor:
+            return f"{seconds / factor:.4g} {unit}"
+    return f"{seconds / 1e-9:.4g} ns"

@@ -3,11 +3,12 @@
 from ..core import register_limit
 from .activations import ActivationMemory, ActivationPeak, activation_memory, activation_nbytes, activation_peak
 from .bitops import BitOps, bitops_breakdown, float_bitops, graph_bitops, layer_bitops, level_bitops
+from .latency import Latency
 from .size import Size
-from .table import CostTable, limits_of
+from .table import CostTable, all_limits, limits_of
 from .weights import Compression, WeightBits, mean_weight_bits, weight_bits
 
-for _limit in (BitOps, Size, Compression, WeightBits, ActivationMemory, ActivationPeak):
+for _limit in (BitOps, Size, Compression, WeightBits, ActivationMemory, ActivationPeak, Latency):
     register_limit(_limit)
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "activation_memory",
     "activation_nbytes",
     "activation_peak",
+    "all_limits",
     "bitops_breakdown",
     "float_bitops",
     "graph_bitops",

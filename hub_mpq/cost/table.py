@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ..core import Budget, LayerBits, LayerGraph, LayerSpec, Limit, Value, limits
 from ..errors import InvalidArgument
+from .latency import Latency
 
 
 class CostTable(Limit):
@@ -43,7 +44,16 @@ class CostTable(Limit):
         self.beside(graph, 0)
 
 
+def all_limits(budget: Budget | None) -> list[Limit]:
+    """Every registered limit, `latency` with the table of the budget, then the tables of costs."""
+    table = None if budget is None else budget.latency_table
+    own = [Latency(table) if type(limit) is Latency else limit for limit in limits]
+    costs = {} if budget is None else budget.costs
+    return [*own, *(CostTable(name, *rest) for name, (_, *rest) in costs.items())]
+
+
 def limits_of(budget: Budget) -> list[tuple[Limit, Value]]:
     """The limits of a budget with their values, the registered ones first, then the tables."""
-    named = [(limits.get(name), value) for name, value in budget.limits.items()]
-    return [*named, *((CostTable(name, *rest), float(cap)) for name, (cap, *rest) in budget.costs.items())]
+    known = {limit.name: limit for limit in all_limits(budget)}
+    caps = {name: float(cap) for name, (cap, *_) in budget.costs.items()}
+    return [(known[name], value) for name, value in {**budget.limits, **caps}.items()]

@@ -10,11 +10,11 @@ from torch import nn
 
 from ..errors import InvalidArgument
 from ..pack import Manifest
-from . import targets as targets  # registers them
-from .compressed_tensors import COMPRESSED_TENSORS, check_exportable, export_compressed, exportable, unequal_inputs
+from .compressed_tensors import COMPRESSED_TENSORS, check_exportable, export_compressed, exportable
 from .gguf import export_gguf
 from .onnx import export_onnx
 from .recipe import llm_compressor_recipe
+from .vllm import unequal_inputs, unread_inputs
 
 __all__ = [
     "COMPRESSED_TENSORS",
@@ -24,6 +24,7 @@ __all__ = [
     "exportable",
     "llm_compressor_recipe",
     "unequal_inputs",
+    "unread_inputs",
 ]
 
 
@@ -56,8 +57,8 @@ def export(
 
     Args:
         folder: Folder to write.
-        format: "compressed-tensors": model.safetensors and config.json for plain transformers and vLLM, of weight-only
-            policies of transformers models over Linear and Embedding layers; read with the extra of that name.
+        format: "compressed-tensors": model.safetensors and config.json for plain transformers and vLLM, of policies of
+            transformers models over Linear and Embedding layers, inputs included; read with the extra of that name.
             "gguf": model.gguf for llama.cpp, and tensor-types.txt for its llama-quantize, of policies made for
             target="gguf"; needs the extra "gguf".
             "onnx": model.onnx with QuantizeLinear and DequantizeLinear nodes; needs the extra "onnx".

@@ -13,7 +13,6 @@ from torch import nn
 
 from ..core import FLOAT_BITS, LayerGraph
 from ..core.library import libraries
-from ..core.target import targets
 from ..errors import HubMPQError
 from ..nn.packing import packed_tensors
 from ..pack import Manifest
@@ -106,14 +105,14 @@ def _gguf() -> None:
 def _check(manifest: Manifest) -> None:
     if not libraries.get(manifest.library).pretrained_models:
         raise HubMPQError(f"gguf is a format of transformers' models; this one is of {manifest.library}")
-    target, bits = targets.get("gguf"), manifest.policy.bits
+    bits = manifest.policy.bits
     if inputs := [name for name, level in bits.items() if level.activation != FLOAT_BITS]:
         raise HubMPQError(
             f"gguf holds weights alone; the policy quantizes the input of {inputs[0]!r}: load the float model with "
             'target="gguf"'
         )
     for layer in manifest.graph:
-        level, menu = bits[layer.name], target.menu(layer)
+        level, menu = bits[layer.name], tuple(types_of(layer))
         if level.weight != FLOAT_BITS and level not in menu:
             raise HubMPQError(
                 f"no GGUF type holds layer {layer.name!r} at {level}; it could be one of: "

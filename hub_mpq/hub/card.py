@@ -11,7 +11,7 @@ from ..core import FLOAT_BITS, LayerBits, Policy, human
 from ..core.files import FLOAT_COPY, INDICATORS, PACKED
 from ..core.library import libraries
 from ..cost.size import layer_nbytes
-from ..export import COMPRESSED_TENSORS, exportable, llm_compressor_recipe, unequal_inputs
+from ..export import COMPRESSED_TENSORS, exportable, llm_compressor_recipe, unequal_inputs, unread_inputs
 from ..pack import Manifest
 from ..search.policy_search import usage_of
 
@@ -259,7 +259,7 @@ def _loading(repo_id: str, manifest: Manifest, facts: CardFacts) -> str:
         )
     if exportable(manifest):
         parts.append(
-            "Weights alone are quantized, in Linear and Embedding layers: "
+            "All quantized layers are Linear or Embedding layers: "
             f'`push_to_hub(…, format="{COMPRESSED_TENSORS}")` publishes this policy so that transformers loads it '
             "without hub-mpq."
         )
@@ -280,12 +280,13 @@ def _compressed(alone: tuple[str, ...], manifest: Manifest, nbytes: Mapping[str,
     if len({max(width, 2) for width in widths}) > 1:
         parts.append(
             "Do not pass `dequantize=True`: transformers 5.23 then reads all layers at one width, and the weights are "
-            "wrong without a word."
+            "wrong without a word; inputs stay float."
         )
     unequal = unequal_inputs(manifest)
     parts.append(
         "vLLM computes layers that read one input as one matrix and needs one width for them, which "
         + (f"{len(unequal)} groups here do not have: it cannot load this repo." if unequal else "they have here.")
+        + (f" It cannot load the quantized inputs: {code(why)}." if (why := unread_inputs(manifest)) else "")
         + " No load by vLLM was tried."
     )
     if any(layer.kind == "embedding" for layer in manifest.graph):

@@ -58,8 +58,9 @@ def publish(
     private: None leaves a repo as it is and makes a new one public. revision: another branch than main, made if
     missing. create_pr: open a pull request instead; the repo must be there. float_copy: also dequantized weights that
     plain timm and transformers load, by default for their models. format: "mpq", or "compressed-tensors" for a
-    weight-only policy of a transformers model: transformers then reads it with that package and without this one, and
-    HubMPQ.from_pretrained does not. license, base_model, pipeline_tag: of the float model where they can't be found.
+    policy of a transformers model over Linear and Embedding layers: transformers then reads it with that package and
+    without this one, and HubMPQ.from_pretrained does not. license, base_model, pipeline_tag: of the float model where
+    they can't be found.
     dataset: what the figures were measured on; eval_task: its task, if it is a benchmark of the Hub.
     trained_on: data of the training. message: of the commit.
     model: the quantized model, to spare building it again. seconds: {stage: wall time} of its making.

@@ -111,6 +111,20 @@ def convolution_of(layer: Any) -> Convolution | None:
     return Convolution(layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
+def same_pads(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """What TensorFlow's SAME puts around an image, as torch.nn.functional.pad takes it.
+
+    Args:
+        size, kernel, stride, dilation: Two each, of height and width.
+    """
+    pads: list[int] = []
+    for axis in (1, 0):  # pad wants the last axis first
+        span = (-(-size[axis] // stride[axis]) - 1) * stride[axis] + (kernel[axis] - 1) * dilation[axis] + 1
+        pad = max(span - size[axis], 0)
+        pads += [pad // 2, pad - pad // 2]
+    return pads
+
+
 class QuantConv2d(nn.Conv2d):
     """2-d convolution, x [N, C, H, W]."""
 
@@ -135,12 +149,7 @@ class QuantConv2d(nn.Conv2d):
         x, weight = operands(self, x)
         if not self.same_padding:
             return self._conv_forward(x, weight, self.bias)
-        pads: list[int] = []
-        for axis in (1, 0):  # F.pad wants the last axis first
-            size, stride = x.shape[2 + axis], self.stride[axis]
-            span = (-(-size // stride) - 1) * stride + (self.kernel_size[axis] - 1) * self.dilation[axis] + 1
-            pad = max(span - size, 0)
-            pads += [pad // 2, pad - pad // 2]
+        pads = same_pads(x.shape[2:], self.kernel_size, self.stride, self.dilation)
         return F.conv2d(F.pad(x, pads), weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 

@@ -3,6 +3,7 @@
 from .bits import pack_bits, unpack_bits
 from .file import file_nbytes, header_nbytes, parse_manifest, read_manifest, read_packed, write_packed
 from .indicators import read_indicators, write_indicators
+from .latency_table import write_latency_table
 from .manifest import Manifest
 from .tensor import PackedTensor, empty_packed, pack_weight
 
@@ -20,5 +21,6 @@ __all__ = [
     "read_packed",
     "unpack_bits",
     "write_indicators",
+    "write_latency_table",
     "write_packed",
 ]

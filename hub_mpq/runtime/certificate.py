@@ -137,7 +137,7 @@ def exact_output(run: LayerRun) -> Tensor:
     x, weight = run.codes.double() - layer.grid.zero_point, layer.weight.double()
     axes = (-1, 1, 1) if layer.convolution else (-1,)
     if layer.convolution:
-        y = F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+        y = F.conv2d(layer.padded(x), weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
     else:
         y = F.linear(x, weight)
     y = y * (layer.scale.double() * layer.grid.scale).view(axes)

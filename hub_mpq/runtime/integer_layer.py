@@ -7,10 +7,11 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..core import LayerBits, LayerSpec
 from ..core.layer_kind import layer_kinds
-from ..nn.layers import convolution_of
+from ..nn.layers import convolution_of, same_pads
 from ..nn.packed import PackedLayer
 from ..nn.packing import packed_weight
 
@@ -44,6 +45,7 @@ class IntegerLayer:
         bias: float32 [out], or None.
         grid: Of the input.
         stride, padding, dilation, groups: Of a convolution; `stride` is None for a product.
+        same: Whether the input is padded to TensorFlow's SAME, by its size, before the convolution (`padded`).
     """
 
     name: str
@@ -56,6 +58,7 @@ class IntegerLayer:
     padding: tuple[int, ...] = (0, 0)
     dilation: tuple[int, ...] = (1, 1)
     groups: int = 1
+    same: bool = False
 
     @property
     def convolution(self) -> bool:
@@ -75,6 +78,17 @@ class IntegerLayer:
         ends = flat.sort(1).values
         count = min(2, flat.shape[1])
         return self.grid.top * int(max(ends[:, -count:].sum(1).max(), -ends[:, :count].sum(1).min()))
+
+    def padded(self, x: Tensor, zero: int = 0) -> Tensor:
+        """The input as the convolution wants it.
+
+        Args:
+            x: [N, C, H, W], codes or floats.
+            zero: What stands for zero in it.
+        """
+        if not self.same:
+            return x
+        return F.pad(x, same_pads(x.shape[2:], self.weight.shape[2:], self.stride, self.dilation), value=zero)
 
     def times(self, factor: Tensor, bias: Tensor) -> IntegerLayer:
         """The layer followed by output · factor + bias, as an evaluated BatchNorm is.
@@ -157,6 +171,9 @@ def integer_layer(name: str, module: nn.Module) -> IntegerLayer | str:
     layer = IntegerLayer(name, weight, packed.num_bits, scale, bias, found)
     if kind != "conv2d":
         return layer
+    if module.same_padding:
+        where = {"stride": module.stride, "dilation": module.dilation, "groups": module.groups}
+        return replace(layer, **where, padding=(0, 0), same=True)
     convolution = convolution_of(module)
     if convolution is None:
         return "the input is padded by a rule of its own"

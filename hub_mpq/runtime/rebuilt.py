@@ -7,7 +7,10 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ..nn.packed import packed_layers, set_resident
+from ..nn.quantize import quantized_layers
 
 
 def of_class(model: nn.Module, forward: Callable[..., Any], modules: Mapping[str, nn.Module]) -> nn.Module:
@@ -57,3 +60,27 @@ def as_batch(example: Any) -> Any:
 def run(module: nn.Module, batch: Any) -> Any:
     """The output of a module for a batch as `as_batch` gives it."""
     return module(**batch) if isinstance(batch, Mapping) else module(*batch)
+
+
+class _OnGrid(nn.Module):
+    """Stands in a layer's `weight_quantizer` when the weight is on its grid already."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+@torch.no_grad()
+def weights_on_grid(net: nn.Module) -> None:
+    """Put the weights of a network's quantized layers on their grids once, instead of at every call.
+
+    Args:
+        net: The network; its layers are changed, the Parameters that they had are not.
+    """
+    settled: dict[int, nn.Parameter] = {}  # layers that share a weight go on sharing it
+    for _, module in quantized_layers(net):
+        weight = module.weight
+        if id(weight) not in settled:
+            settled[id(weight)] = nn.Parameter(module.weight_quantizer(weight).detach(), requires_grad=False)
+        module._parameters["weight"], module.weight_quantizer = settled[id(weight)], _OnGrid()
+    if any(True for _ in packed_layers(net)):
+        set_resident(net, "float")

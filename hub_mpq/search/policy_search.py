@@ -20,10 +20,10 @@ from ..core import (
     Policy,
     SearchResult,
     Usage,
-    limits,
 )
+from ..core.bits import nearest
 from ..core.limit import fixed_of
-from ..cost import CostTable, layer_bitops, limits_of
+from ..cost import CostTable, all_limits, layer_bitops
 from ..cost.size import layer_nbytes
 from ..errors import InfeasibleBudget, InvalidArgument
 from .problem import build
@@ -43,9 +43,8 @@ def usage_of(graph: LayerGraph, policy: Policy, budget: Budget | None, base_byte
     there = graph.at(policy.bits)
     # base_bytes holds the fixed layers at the graph's own widths
     base_bytes += sum(_stored(layer, policy.bits[layer.name]) - _stored(layer, layer.fixed) for layer in graph)
-    tables = [limit for limit, _ in limits_of(budget) if isinstance(limit, CostTable)] if budget else []
     amounts: dict[str, float] = {}
-    for limit in (*limits, *tables):
+    for limit in all_limits(budget):
         amount = limit.of_policy(there, policy, base_bytes)
         if amount is not None:
             amounts[limit.name] = amount
@@ -110,6 +109,8 @@ def search_policy(
 def inferred_policy(graph: LayerGraph, indicators: Indicators, candidates: Mapping[str, Candidates]) -> Policy:
     """The policy that a strategy's training settled on, with the candidates' groups and zero points.
 
+    A pair of widths that the menu of a target lacks becomes the nearest one, see `hub_mpq.core.bits.nearest`.
+
     Raises InvalidArgument for a strategy that needs a budget.
     """
     found = indicators.inferred
@@ -120,15 +121,18 @@ def inferred_policy(graph: LayerGraph, indicators: Indicators, candidates: Mappi
     searched = {layer.name for layer in graph.searched}
     if not searched <= set(found) or any(found[name].weight == FLOAT_BITS for name in searched):
         raise InvalidArgument("the widths that the scores say training settled on are not those of this model")
-    grouped = {name: candidates[name].grouped(found[name])[0] for name in searched}
+    grouped = {n: next(iter(candidates[n].grouped(found[n])), nearest(candidates[n].pairs, found[n])) for n in searched}
+    grouped = graph.with_shared_weights(grouped)
     return Policy({x.name: x.fixed or grouped[x.name] for x in graph}, graph.digest)
 
 
-def _front_limit(name: str) -> Limit:
+def _front_limit(graph: LayerGraph, name: str, others: Budget | None) -> Limit:
     """The limit that a front runs over."""
-    usable = {limit.name: limit for limit in limits if limit.over == "sum" and not limit.at_least}
+    own = [limit for limit in all_limits(others) if not isinstance(limit, CostTable)]
+    usable = {limit.name: limit for limit in own if limit.over == "sum" and not limit.at_least}
     if name not in usable:
         raise InvalidArgument(f"a front can run over {', '.join(usable)}, not {name!r}")
+    usable[name].check(graph)
     return usable[name]
 
 
@@ -165,7 +169,7 @@ def pareto_front(
     """
     if points < 2:
         raise InvalidArgument(f"a front needs at least 2 points, not {points}")
-    across = _front_limit(limit)
+    across = _front_limit(graph, limit, others)
     low, high = _ends(graph, scores, across, base_bytes)
     results: list[SearchResult] = []
     budgets: list[Budget] = []

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..core import Budget, LayerBits, LayerGraph, Limit, Value
 from ..core.limit import fixed_of
-from ..cost import CostTable, limits_of
-from ..errors import InfeasibleBudget
+from ..cost import limits_of
+from ..errors import InfeasibleBudget, InvalidArgument
 from ..solve import Solution, solve_table
 from .scores import Scores
 from .tied_layers import merge_inputs
@@ -64,9 +64,10 @@ class Problem:
 def _checked_limits(graph: LayerGraph, budget: Budget) -> list[tuple[Limit, Value]]:
     """The limits of a budget; InvalidArgument for a table that does not fit the model."""
     found = limits_of(budget)
+    if not found:
+        raise InvalidArgument("a latency table alone limits nothing: name a limit, for example latency='5ms'")
     for limit, _ in found:
-        if isinstance(limit, CostTable):
-            limit.check(graph)
+        limit.check(graph)
     return found
 
 

@@ -50,11 +50,7 @@ def scored_candidates(indicators: Indicators, graph: LayerGraph, *, weight_only:
 def equal_scores(graph: LayerGraph, candidates: Mapping[str, Candidates]) -> Scores:
     """{searched layer: {widths: 0}} of all candidates: for a search that only asks whether a budget can be met."""
     return {
-        x.name: {
-            replace(weight, activation=activation): 0.0
-            for weight in candidates[x.name].weights
-            for activation in ((FLOAT_BITS,) if x.weight_only else candidates[x.name].activation)
-        }
+        x.name: dict.fromkeys(candidates[x.name].weights if x.weight_only else candidates[x.name].pairs, 0.0)
         for x in graph.searched
     }
 
@@ -97,11 +93,8 @@ def score_table(
         if candidates is not None:
             wanted = candidates[layer.name]
             row = _in_groups(layer.name, row, wanted)
-            row = {
-                bits: score
-                for bits, score in row.items()
-                if bits.of_weight in wanted.weights and bits.activation in (*wanted.activation, FLOAT_BITS)
-            }
+            there = {*wanted.pairs, *wanted.weights}
+            row = {bits: score for bits, score in row.items() if bits in there}
         if weight_only:
             row = {bits: score for bits, score in row.items() if bits.activation == FLOAT_BITS}
         if not row:
@@ -168,9 +161,8 @@ def candidates_of(scores: Scores) -> dict[str, Candidates]:
         )
         for name, row in scores.items()
     }
-    weights = {name: {bits.of_weight for bits in row} for name, row in scores.items()}
     return {
-        name: c if set(c.weights) == weights[name] else replace(c, menu=tuple(weights[name]))
+        name: c if set(c.pairs) == set(scores[name]) else replace(c, menu=tuple(scores[name]))
         for name, c in found.items()
     }
 

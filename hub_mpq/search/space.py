@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core import FLOAT_BITS, Budget, Candidates, LayerBits, LayerGraph, Policy
+from ..core import FLOAT_BITS, Budget, Candidates, LayerBits, LayerGraph, LayerSpec, Policy
 from ..core.limit import fixed_of
 from ..cost import limits_of
 from ..errors import HubMPQError, InvalidArgument
@@ -87,8 +87,8 @@ class SearchSpace:
         found = []
         for level in dict.fromkeys(bits.with_groups(*group) for bits in plain for group in groups):
             policy = Policy.uniform(self.graph, level)
-            if any(policy.bits[name].of_weight not in candidates[name].weights for name in names):
-                continue  # of group sizes that not all layers can choose
+            if any(policy.bits[x.name] not in _choices(x, candidates[x.name]) for x in self.graph.searched):
+                continue  # of group sizes, or a pair, that not all layers can choose
             part = self.fill(policy)
             if part is not None:
                 found.append((round(part, 9), level.weight * level.activation, level))
@@ -117,6 +117,10 @@ class SearchSpace:
         lognormal of deviation 1 [our construction]."""
         worth = {name: (float(np.exp(rng.normal())), float(np.exp(rng.normal()))) for name in self.scores}
         return self.solve(_power_of_noise(self.scores, worth), "min")
+
+
+def _choices(layer: LayerSpec, candidates: Candidates) -> tuple[LayerBits, ...]:
+    return candidates.weights if layer.weight_only else candidates.pairs
 
 
 def _power_of_noise(scores: Scores, worth: dict[str, tuple[float, float]]) -> Scores:

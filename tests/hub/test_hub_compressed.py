@@ -108,11 +108,26 @@ def test_versions_of_either_format_follow_each_other(hub, environment, tmp_path,
     assert not {MANIFEST, FLOAT_COPY} & set(hub.store.content(NAME))
 
 
-def test_what_it_cannot_say_is_refused_before_anything_is_sent(hub, float_folder):
-    mpq = HubMPQ.from_pretrained(float_folder).apply_policy("W4A8")
-    assert "needs no hub-mpq" not in mpq.report()
-    with pytest.raises(HubMPQError, match="weight_only=True"):
+def test_quantized_inputs_are_in_the_repo_and_the_card_says_who_reads_them(hub, environment, tmp_path, float_folder):
+    mpq = HubMPQ.from_pretrained(float_folder).apply_policy("W8A8", [{"input_ids": IDS}])
+    assert "needs no hub-mpq" in mpq.report()
+    mpq.push_to_hub(NAME, token="write-token", format="compressed-tensors")
+    with torch.no_grad():
+        assert plain(hub, environment, tmp_path, mpq(IDS)[0]) == "True"
+    assert "quantized inputs" not in hub.store.content(NAME)["README.md"].decode()
+    mpq.apply_policy("W4A4", [{"input_ids": IDS}])
+    with pytest.warns(UserWarning, match="vLLM does not"):
         mpq.push_to_hub(NAME, token="write-token", format="compressed-tensors")
+    with torch.no_grad():
+        assert plain(hub, environment, tmp_path, mpq(IDS)[0]) == "True"
+    text = hub.store.content(NAME)["README.md"].decode()
+    assert "It cannot load the quantized inputs: it computes integers of 8-bit inputs" in text
+    assert '"input_activations"' not in text
+    assert "input_activations: {" in text, "the recipe"
+
+
+def test_what_it_cannot_say_is_refused_before_anything_is_sent(hub, float_folder):
+    assert "needs no hub-mpq" not in timm_toy().report()
     with pytest.raises(HubMPQError, match="transformers models"):
         timm_toy().push_to_hub(NAME, token="write-token", format="compressed-tensors")
     mpq = HubMPQ.from_pretrained(float_folder, weight_only=True).apply_policy("W4")

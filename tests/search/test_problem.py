@@ -223,7 +223,7 @@ def test_front_is_monotone_and_ends_at_the_ends():
     assert used == sorted(used)
     assert objectives == sorted(objectives, reverse=True)
     with pytest.raises(InvalidArgument, match="front"):
-        pareto_front(graph, scores_of(graph), limit="latency", points=8, base_bytes=0)
+        pareto_front(graph, scores_of(graph), limit="speed", points=8, base_bytes=0)
     for limit in ("compression", "activation_peak"):  # a minimum, and a limit on one layer
         with pytest.raises(InvalidArgument, match=f"not '{limit}'"):
             pareto_front(graph, scores_of(graph), limit=limit, points=8, base_bytes=0)

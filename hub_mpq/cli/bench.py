@@ -1,0 +1,102 @@
+"""hub-mpq bench."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..core import human, human_seconds
+from ..errors import InvalidArgument
+from . import models, show
+from . import options as o
+from .resume import check_file
+
+if TYPE_CHECKING:
+    from ..core import LatencyTable
+    from ..runtime.bench import RuntimeBench
+
+
+def bench(
+    model: o.Model,
+    runtime: Annotated[
+        str, typer.Option(help="onednn, openvino, onnxruntime, bit_serial or torch.", show_default=False)
+    ],
+    loading: Annotated[o.ModelOptions, o.Group(without=("pin", "weight_only", "tie_fused", "target"))],
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples in a call.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that a call may use.")] = 1,
+    candidates: Annotated[
+        o.Text, typer.Option(help="Widths to time where each has its own time (bit_serial), such as 1,2,4; all if out.")
+    ] = None,
+    output: Annotated[
+        o.File, typer.Option("--output", "-o", help="File for the table of a float model (.json).", show_default=False)
+    ] = None,
+    overwrite: o.Overwrite = False,
+    as_json: o.Json = False,
+) -> None:
+    """Time a model on a runtime on this machine. Of a float model: each layer at each width, the table that --latency
+    needs. Of a packed folder: the whole against float, and whether it is the same model."""
+    packed = models.is_packed(model)
+    if packed and (output is not None or candidates is not None):
+        raise InvalidArgument(f"{model} is packed, and tables are of float models: leave --output and --candidates out")
+    if output is not None:
+        check_file(output, overwrite)
+    widths = o.candidates_of(candidates)
+    from ..runtime.latency import runtime_here
+
+    runtime_here(runtime)  # one that cannot be used must not cost a model's loading first
+    mpq = models.load(model, loading).to("cpu")
+    told: dict[str, Any] = {"batch_size": batch_size, "threads": threads}
+    if packed:
+        from ..runtime.bench import bench_runtime
+
+        found = bench_runtime(mpq.model, runtime, mpq.source.example, **told)
+        return show.emit(as_json, {"model": model, **found.to_json()}, _against_float(model, found))
+    table = mpq.measure_latency(runtime, candidates=widths, **told)
+    saved = ""
+    if output is not None:
+        from ..pack import write_latency_table
+
+        write_latency_table(output, table)
+        saved = f"\nsaved {output}; --latency AMOUNT --latency-table {output} searches within it"
+    show.emit(as_json, table.to_dict(), f"{_layers(table)}{saved}")
+
+
+def _head(model: str, of: LatencyTable | RuntimeBench, runtime: str) -> str:
+    threads = "1 thread" if of.threads == 1 else f"{of.threads} threads"
+    return f"{model} on {runtime} ({of.engine}), batch {of.batch_size}, {threads}, {of.machine}"
+
+
+def _layers(table: LatencyTable) -> str:
+    from ..report import table as text_table
+
+    rows = []
+    for name, row in table.entries.items():
+        times = sorted((seconds, key) for key, seconds in row.items() if key != "float")
+        ends = [f"{human_seconds(seconds)} ({key})" for seconds, key in (times[0], times[-1])]
+        same = times[0][0] == times[-1][0]
+        rows.append([name, human_seconds(times[0][0]) if same else " to ".join(ends), human_seconds(row["float"])])
+    return "\n".join(
+        [
+            _head(table.model, table, table.runtime),
+            text_table(["layer", "quantized", "float"], rows),
+            f"beside these layers: {human_seconds(table.constant)}",
+            f"whole model: {human_seconds(table.whole)} in integers, {human_seconds(table.whole_float)} in float, "
+            f"{human_seconds(table.float_model)} in float by torch",
+        ]
+    )
+
+
+def _against_float(model: str, found: RuntimeBench) -> str:
+    def time(timing: Any) -> str:
+        return f"{human_seconds(timing.seconds)} ± {human_seconds(timing.spread)}"
+
+    layers = found.layers
+    lines = [
+        _head(model, found, layers.runtime),
+        f"{layers.runtime}: {time(found.runtime)}; float in torch: {time(found.float)}; {found.speedup:.2f}× as fast",
+        f"{len(layers.integer)} layers compute in integers: {human(found.integer_nbytes)}B, in float32 "
+        f"{human(found.float_nbytes)}B",
+    ]
+    lines += [f"float: {name} ({why})" for name, why in layers.float.items()]
+    return "\n".join([*lines, str(found.certificate)])

@@ -1,0 +1,108 @@
+"""The modules that stand where the layers of a network were: its integer layers, their float form, their codes."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..nn.layers import first_operand
+from .fused_layer import FusedLayer
+from .integer_layer import Grid
+
+MAGIC = 1.5 * 2.0**23
+"""Added to a small float32 it leaves no bits behind the point, and the integer in the lowest ones."""
+
+
+class Codes(nn.Module):
+    """Float32 to the codes of a grid, uint8, rounded half to even."""
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+        self.odd = grid.zero_point % 2  # an even number is added before rounding, so that ties go to the same side
+        low = MAGIC - self.odd
+        self.register_buffer("start", torch.tensor(low + grid.zero_point), persistent=False)
+        self.inverse = 1.0 / grid.scale
+        self.low, self.high = low, low + grid.top
+
+    def forward(self, x: Tensor) -> Tensor:
+        shifted = torch.add(self.start, x, alpha=self.inverse).clamp_(self.low, self.high)
+        codes = shifted.view(torch.int32).to(torch.uint8)
+        return codes.add_(1) if self.odd else codes
+
+    def extra_repr(self) -> str:
+        return str(self.grid)
+
+
+def without_codes(plan: FusedLayer) -> FusedLayer:
+    """The same plan without the codes of the weight, of which a module has a form of its own; their shape stays."""
+    return replace(plan, layer=replace(plan.layer, weight=plan.layer.weight.to("meta")))
+
+
+class FloatLayer(nn.Module):
+    """The same layer computed in float32 on its grids: float32 [, summand] to float32."""
+
+    def __init__(self, plan: FusedLayer) -> None:
+        super().__init__()
+        layer = plan.layer
+        self.plan, self.shape = without_codes(plan), layer.weight.shape
+        self.low, self.high = -float(layer.grid.zero_point), float(layer.grid.top - layer.grid.zero_point)
+        axes = (-1,) + (1,) * (layer.weight.dim() - 1)
+        # the scale of the input is in the weight: the input is integers
+        weight = layer.weight.double() * layer.scale.double().view(axes) * layer.grid.scale
+        self.register_buffer("weight", weight.float(), persistent=False)
+        self.register_buffer("bias", layer.bias, persistent=False)
+
+    def forward(self, x: Tensor, summand: Tensor | None = None) -> Tensor:
+        layer = self.plan.layer
+        x = x.mul(1.0 / layer.grid.scale).round_().clamp_(self.low, self.high)
+        if layer.convolution:
+            x = layer.padded(x)
+            y = F.conv2d(x, self.weight, self.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+        else:
+            y = F.linear(x, self.weight, self.bias)
+        if summand is not None:
+            y += summand
+        return y if self.plan.activation is None else self.plan.activation(y)
+
+
+class Exchanged(nn.Module):
+    """An integer layer in the place of the layer that it was made from."""
+
+    def __init__(self, layer: nn.Module, codes: nn.Module | None) -> None:
+        super().__init__()
+        self.layer, self.codes = layer, codes
+
+    @property
+    def weight(self) -> Tensor:
+        """Stands for the weight of models that look at its type or its shape; it has no values (NaN)."""
+        shape: torch.Size = self.layer.shape
+        return torch.full((), torch.nan).expand(shape)
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = first_operand(args, kwargs)
+        return self.layer(x if self.codes is None else self.codes(x))
+
+
+class SharedCodes(Codes):
+    """Codes of a tensor that several layers read one after another: made once."""
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__(grid)
+        self._last: tuple[Any, int, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_inference():  # it does not tell whether it was overwritten
+            return super().forward(x)
+        last = self._last
+        if last is not None and last[0]() is x and last[1] == x._version:
+            return last[2]
+        codes = super().forward(x)
+        self._last = (weakref.ref(x), x._version, codes)
+        return codes
