@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,26 +19,11 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
 from ..errors import HubMPQError
 from ..pack import Manifest
 from ..pack.atomic import write_atomic
+from .onnx_calls import Call, find_calls, scope
 from .onnx_layers import OPSET, with_nodes
+from .onnx_norms import fold_norms
 
 FILE = "model.onnx"
-_SCOPES = "pkg.torch.onnx.name_scopes"
-
-
-class Call(NamedTuple):
-    """Names of tensors of one call of a layer with integer inputs and weights.
-
-    Args:
-        codes: Its input's codes, UINT8.
-        values: The same, dequantized.
-        product: Of convolution or matrix product.
-        output: With the bias.
-    """
-
-    codes: str
-    values: str
-    product: str
-    output: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,13 +80,14 @@ def export_onnx(
     return write_atomic(folder / FILE, [proto.SerializeToString()])
 
 
-def onnx_graph(model: nn.Module, example: Any, floats: Collection[str] = ()) -> OnnxGraph:
+def onnx_graph(model: nn.Module, example: Any, floats: Collection[str] = (), *, clip_codes: bool = False) -> OnnxGraph:
     """A quantized model as an ONNX graph in memory.
 
     Args:
         model: The network with its quantizers or packed weights, on the CPU.
         example: A tuple of positional arguments or a mapping of keyword arguments, tensors.
         floats: Layers to write in float, with the same values.
+        clip_codes: Clip inputs of fewer than 8 bits behind QuantizeLinear, not before it.
 
     Raises:
         HubMPQError: A package is missing, or the model can't be traced.
@@ -110,7 +96,7 @@ def onnx_graph(model: nn.Module, example: Any, floats: Collection[str] = ()) -> 
         raise HubMPQError(why)
     import onnx
 
-    net, kept = with_nodes(model, floats)
+    net, kept = with_nodes(model, floats, clip_codes=clip_codes)
     example = tree_map(lambda x: torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x, example)  # 1 is special
     args, kwargs = ((), dict(example)) if isinstance(example, Mapping) else (tuple(example), {})
     try:
@@ -133,7 +119,8 @@ def onnx_graph(model: nn.Module, example: Any, floats: Collection[str] = ()) -> 
     for part in (proto, proto.graph, *proto.graph.value_info, *proto.graph.initializer):
         del part.metadata_props[:]
         part.ClearField("doc_string")
-    calls = _calls(proto.graph)
+    folded = {output: scope(norm) for output, norm in fold_norms(proto.graph).items()}
+    calls = find_calls(proto.graph, folded)
     for node in proto.graph.node:
         del node.metadata_props[:]  # stack traces with paths of this machine
         node.ClearField("doc_string")
@@ -157,47 +144,6 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(disabled)
-
-
-_PRODUCTS = ("Conv", "MatMul", "Gemm")
-
-
-def _calls(graph: Any) -> dict[str, list[Call]]:
-    """{layer: its calls} of the layers with QuantizeLinear nodes, which are named as their outputs."""
-    made = {out: node for node in graph.node for out in node.output}
-    scopes = {id(node): _scope(node) for node in graph.node}
-    found: dict[str, list[Call]] = {}
-    for node in graph.node:
-        if node.op_type not in _PRODUCTS:
-            continue
-        x, weight = (_dequantized(made, name) for name in node.input[:2])
-        if x is None or weight is None or x.input[0] not in made:
-            continue
-        layer, call = scopes[id(node)]
-        out = node.output[0]
-        for user in graph.node:  # the bias of a product, added by a node of the same call
-            if out in user.input and scopes[id(user)] == (layer, call):
-                out = user.output[0]
-        found.setdefault(layer, []).append(Call(x.input[0], x.output[0], node.output[0], out))
-        made[x.input[0]].name = x.input[0]
-    return found
-
-
-def _scope(node: Any) -> tuple[str, str]:
-    """(name of the innermost module, name of the torch operation) that a node was made by."""
-    import ast
-
-    told = next((p.value for p in node.metadata_props if p.key == _SCOPES), "['', '']")
-    *modules, call = ast.literal_eval(told)
-    return modules[-1] if modules else "", call
-
-
-def _dequantized(made: Mapping[str, Any], name: str) -> Any:
-    """The DequantizeLinear that a tensor, or what it is a view of, comes from; None where it comes from none."""
-    node = made.get(name)
-    while node is not None and node.op_type in ("Transpose", "Reshape"):
-        node = made.get(node.input[0])
-    return node if node is not None and node.op_type == "DequantizeLinear" else None
 
 
 def _free(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
