@@ -421,7 +421,10 @@ def ticking(monkeypatch):
     runtimes.unregister("ticking")
 
 
-def test_each_width_is_timed_where_it_has_a_time_of_its_own(net, ticking):
+@pytest.mark.parametrize(("whole", "beside"), [(1.25, 1e-3), (0.8, 0.0)])
+def test_each_width_is_timed_where_it_has_a_time_of_its_own(net, ticking, whole, beside):
+    """The whole takes more than its layers, or less."""
+    ticking.whole, ticking.beside = whole, beside
     mpq = HubMPQ.from_module(net, torch.randn(1, 1, 8, 8))
     before = {k: v.clone() for k, v in net.state_dict().items()}
     threads = torch.get_num_threads()
@@ -437,6 +440,8 @@ def test_each_width_is_timed_where_it_has_a_time_of_its_own(net, ticking):
             one = 1e-6 * channels * (bits.weight * bits.activation if inside else 50)
             assert row[str(bits)] == pytest.approx(one * (table.factor if inside else table.float_factor), rel=1e-3)
         assert row["float"] == row["W8A8"]
+    assert (table.constant > 0) == (whole > 1)
+    assert whole > 1 or table.factor == pytest.approx(whole, rel=1e-3)
     widest = sum(row["W6A6"] for row in table.entries.values())
     assert table.constant + widest == pytest.approx(table.whole, rel=1e-9)
     floats = sum(row["float"] for row in table.entries.values())
