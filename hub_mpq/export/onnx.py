@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import os
 import warnings
@@ -19,7 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
 from ..errors import HubMPQError
 from ..pack import Manifest
 from ..pack.atomic import write_atomic
-from .onnx_calls import Call, find_calls, scope
+from .onnx_calls import Call, find_calls, rounded, scope
 from .onnx_layers import OPSET, with_nodes
 from .onnx_norms import fold_norms
 
@@ -33,6 +32,7 @@ class OnnxGraph:
     Args:
         proto: The ModelProto. A node that makes codes has the name of its output.
         calls: {layer with integer inputs and weights: its calls}.
+        widths: {layer with integer inputs and weights: bits of its weight and its input}.
         kept: {layer that no engine can compute in integers: why}.
         structure: Of what the forward returns, as torch's pytree.
         leaves: Of the structure: None for a tensor, in the order of the graph's outputs; else (the value,).
@@ -40,6 +40,7 @@ class OnnxGraph:
 
     proto: Any
     calls: dict[str, list[Call]]
+    widths: dict[str, tuple[int, int]]
     kept: dict[str, str]
     structure: TreeSpec
     leaves: list[tuple[Any] | None]
@@ -71,16 +72,42 @@ def export_onnx(
 ) -> int:
     """Write `model.onnx` (opset 21, batch size free) of a quantized model; returns its bytes.
 
+    Weights are INT8 and activations UINT8 at every width, in 256 levels, since that is what engines multiply in
+    integers: widths below 8 save no bytes here. Inputs of fewer than 8 bits are clipped before QuantizeLinear. The
+    values are the same as here, so only the float sums differ. A norm is folded into the convolution before it, which
+    lets ONNX Runtime compute that in integers, where this moves few codes: it rounds biases to steps of integer sums.
+    Warns of layers that stay float, and of such as can saturate on some CPUs.
+
     example: one sample, a tuple of positional arguments or a mapping of keyword arguments. Needs the extra "onnx".
     Raises HubMPQError when it is not installed, or when the model can't be traced.
     """
-    proto = onnx_graph(model, example).proto
+    graph = onnx_graph(model, example, keep_norms=True)
+    for what in _told(graph):
+        warnings.warn(what, stacklevel=2)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    return write_atomic(folder / FILE, [proto.SerializeToString()])
+    return write_atomic(folder / FILE, [graph.serialized()])
 
 
-def onnx_graph(model: nn.Module, example: Any, floats: Collection[str] = (), *, clip_codes: bool = False) -> OnnxGraph:
+def _told(graph: OnnxGraph) -> list[str]:
+    """What a runtime will make of a file, in sentences for warnings."""
+    found = []
+    reasons: dict[str, list[str]] = {}
+    for name, why in graph.kept.items():
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        found.append(f"ONNX: {len(names)} layers compute in float, {names[0]!r} first: {why}")
+    if wide := [name for name, bits in graph.widths.items() if bits == (8, 8)]:
+        found.append(
+            f"ONNX: sums of {len(wide)} layers of 8-bit weights and inputs, {wide[0]!r} first, can saturate on CPUs "
+            "without VNNI; W7A8 cannot"
+        )
+    return found
+
+
+def onnx_graph(
+    model: nn.Module, example: Any, floats: Collection[str] = (), *, clip_codes: bool = False, keep_norms: bool = False
+) -> OnnxGraph:
     """A quantized model as an ONNX graph in memory.
 
     Args:
@@ -88,6 +115,7 @@ def onnx_graph(model: nn.Module, example: Any, floats: Collection[str] = (), *, 
         example: A tuple of positional arguments or a mapping of keyword arguments, tensors.
         floats: Layers to write in float, with the same values.
         clip_codes: Clip inputs of fewer than 8 bits behind QuantizeLinear, not before it.
+        keep_norms: Keep the norms that an engine which rounds biases cannot do without.
 
     Raises:
         HubMPQError: A package is missing, or the model can't be traced.
@@ -96,7 +124,7 @@ def onnx_graph(model: nn.Module, example: Any, floats: Collection[str] = (), *, 
         raise HubMPQError(why)
     import onnx
 
-    net, kept = with_nodes(model, floats, clip_codes=clip_codes)
+    net, widths, kept = with_nodes(model, floats, clip_codes=clip_codes)
     example = tree_map(lambda x: torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x, example)  # 1 is special
     args, kwargs = ((), dict(example)) if isinstance(example, Mapping) else (tuple(example), {})
     try:
@@ -119,25 +147,27 @@ def onnx_graph(model: nn.Module, example: Any, floats: Collection[str] = (), *, 
     for part in (proto, proto.graph, *proto.graph.value_info, *proto.graph.initializer):
         del part.metadata_props[:]
         part.ClearField("doc_string")
-    folded = {output: scope(norm) for output, norm in fold_norms(proto.graph).items()}
+    kept_norms: list[str] = []
+    if keep_norms:
+        trial = type(proto)()
+        trial.CopyFrom(proto)
+        fold_norms(trial.graph)
+        kept_norms = rounded(find_calls(trial.graph, {}))
+    folded = {output: scope(norm) for output, norm in fold_norms(proto.graph, kept_norms).items()}
     calls = find_calls(proto.graph, folded)
     for node in proto.graph.node:
         del node.metadata_props[:]  # stack traces with paths of this machine
         node.ClearField("doc_string")
     onnx.checker.check_model(proto)
     constants = [None if isinstance(x, Tensor) else (x,) for x in leaves]
-    return OnnxGraph(proto, calls, kept, structure, constants)
+    return OnnxGraph(proto, calls, widths, kept, structure, constants)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No word of torch.onnx or of what it calls, on any stream: what goes wrong is raised."""
+    """No warning and no log line of torch.onnx or of what it calls: what goes wrong is raised."""
     disabled = logging.root.manager.disable
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)
         try:

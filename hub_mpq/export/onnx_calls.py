@@ -85,8 +85,9 @@ class _Index:
 
     def bias_error(self, conv: Any, x: Any, weight: Any) -> float:
         step = self.number(x.input[1]) * self.array(weight.input[1]).astype("float64")
-        steps = self.array(conv.input[2]) / step
-        return float((abs(steps - steps.round()) * step).mean())
+        bias, whole = self.array(conv.input[2]), step > 0
+        error = bias - (bias / (step + ~whole)).round() * step  # a channel without a scale gives its bias alone
+        return float(abs(error).mean())
 
     def dequantized(self, name: str) -> Any:
         """The DequantizeLinear that a tensor, or what it is a view of, comes from; None where it comes from none."""
@@ -117,6 +118,22 @@ class _Index:
         after = [reader for reader in self.readers.get(codes, []) if reader is not None]
         values = next((reader.output[0] for reader in after if reader.op_type == "DequantizeLinear"), "")
         return Requantized(codes, values, low, high, scale, int(zero_point))
+
+
+MOST_MOVED = 5e-4
+"""The largest share of codes that rounded biases may move."""
+
+
+def rounded(calls: Mapping[str, list[Call]]) -> list[str]:
+    """Convolutions whose biases move too many codes where an engine rounds them to steps of integer sums.
+
+    A bias that is off by a share of the step of the output moves that share of the codes.
+    """
+
+    def moves(call: Call) -> bool:
+        return call.requantized is not None and call.bias_error > MOST_MOVED * call.requantized.scale
+
+    return [name for name, each in calls.items() if any(map(moves, each))]
 
 
 def find_calls(graph: Any, folded: Mapping[str, str]) -> dict[str, list[Call]]:

@@ -112,7 +112,7 @@ class _IntegerRows(QuantEmbedding):
 @torch.no_grad()
 def with_nodes(
     model: nn.Module, floats: Collection[str] = (), *, clip_codes: bool = False
-) -> tuple[nn.Module, dict[str, str]]:
+) -> tuple[nn.Module, dict[str, tuple[int, int]], dict[str, str]]:
     """A copy of a quantized model that torch.onnx writes with QuantizeLinear and DequantizeLinear nodes.
 
     Args:
@@ -122,7 +122,8 @@ def with_nodes(
         clip_codes: See `onnx_graph`.
 
     Returns:
-        (the copy, {layer that no engine can compute in integers: why}).
+        (the copy, {layer with integer inputs and weights: bits of its weight and its input}, {layer that no engine can
+        compute in integers: why}).
     """
     net = copied_structure(model).eval()
     if hasattr(net, "config"):
@@ -134,11 +135,15 @@ def with_nodes(
     layers = [(name, module, kinds[type(module)]) for name, module in net.named_modules() if type(module) in kinds]
     contents = {name: (*_packed(module, kind.name), _grid(module)) for name, module, kind in layers}
     made: dict[Any, nn.Module] = {}  # a tied head shares its weight
+    widths: dict[str, tuple[int, int]] = {}
     kept: dict[str, str] = {}
     for name, module, kind in layers:
         packed, source, grid = contents[name]
-        if (why := _why_float(packed, grid)) is not None:
+        why = _why_float(packed, grid)
+        if why is not None and kind.name != "embedding":  # which has nothing to compute
             kept[name] = why
+        elif grid is not None:
+            widths[name] = packed.num_bits, grid[2]
         # an input whose grid has no form in ONNX is put on it by float operators
         in_float = name in floats or (why is not None and grid is not None)
         if (key := (source, in_float)) not in made:
@@ -155,7 +160,7 @@ def with_nodes(
             module.__class__ = _IntegerRows
         if kind.name in ("linear", "conv1d"):
             module.__class__ = _Product if kind.name == "linear" else _Conv1D
-    return net, kept
+    return net, widths, kept
 
 
 _KINDS = ("conv2d", "linear", "conv1d", "embedding")

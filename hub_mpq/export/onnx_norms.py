@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
+
+from .onnx_calls import scope
 
 _LOWEST = -128
 """INT8 has no value of the other sign for it."""
 
 
-def fold_norms(graph: Any) -> dict[str, Any]:
+def fold_norms(graph: Any, kept: Collection[str] = ()) -> dict[str, Any]:
     """Fold each BatchNormalization that alone reads a convolution with an integer weight of its own, in place.
 
     Where the factor of a channel is negative, its integers change sign, so that scales stay positive. A convolution
     with an integer of -128 in such a channel keeps its norm.
 
     Args:
-        graph: A GraphProto.
+        graph: A GraphProto with torch.onnx's metadata.
+        kept: Convolutions that keep their norm.
 
     Returns:
         {output of a convolution: the node of the norm that was folded into it}.
@@ -34,7 +38,7 @@ def fold_norms(graph: Any) -> dict[str, Any]:
     for norm in [node for node in graph.node if node.op_type == "BatchNormalization"]:
         conv = made.get(norm.input[0])
         weight = made.get(conv.input[1]) if conv is not None and conv.op_type == "Conv" else None
-        if weight is None or weight.op_type != "DequantizeLinear":
+        if weight is None or weight.op_type != "DequantizeLinear" or scope(conv) in kept:
             continue
         constants = [*norm.input[1:], *conv.input[2:], *weight.input]
         if readers[norm.input[0]] > 1 or readers[conv.input[1]] > 1 or not all(name in values for name in constants):

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ..export.onnx import OnnxGraph
-from ..export.onnx_calls import Call
-from .certificate import LARGEST_FLIPS
+from ..export.onnx_calls import Call, rounded
 from .engine import EngineRuntime, Session
 from .machine import has_vnni
 
@@ -53,17 +52,8 @@ class OnnxRuntime(EngineRuntime):
         return not has_vnni()
 
     def rounds(self, graph: OnnxGraph) -> dict[str, str]:
-        """Convolutions whose biases, which ONNX Runtime rounds to steps of their sums, would move too many codes.
-
-        A bias that is off by a share of the step of the output moves that share of the codes.
-        """
-        found = {}
-        for name, calls in graph.calls.items():
-            for call in calls:
-                after = call.requantized
-                if after is not None and call.bias_error > LARGEST_FLIPS / 2 * after.scale:
-                    found[name] = "its bias would be rounded too coarsely"
-        return found
+        """Convolutions whose biases, which ONNX Runtime rounds to steps of their sums, would move too many codes."""
+        return dict.fromkeys(rounded(graph.calls), "its bias would be rounded too coarsely")
 
     def session(self, graph: OnnxGraph, outputs: tuple[str, ...] = ()) -> tuple[Session, frozenset[str]]:
         with tempfile.TemporaryDirectory() as folder:  # ONNX Runtime tells what it made of a graph in a file only
