@@ -37,7 +37,7 @@ def _session(content: bytes, optimized: Path | None = None) -> Any:
 class OnnxRuntime(EngineRuntime):
     """ONNX Runtime's CPU provider, from the graph in memory."""
 
-    name = "onnxruntime"
+    name = package = "onnxruntime"
     clip_codes: ClassVar[bool] = True
 
     def available(self) -> str | None:

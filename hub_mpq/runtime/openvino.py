@@ -57,7 +57,7 @@ def _model(graph: OnnxGraph, outputs: tuple[str, ...] = ()) -> Any:
 class OpenVINO(EngineRuntime):
     """OpenVINO's CPU plugin, from the ONNX graph in memory; norms and activations are folded by it."""
 
-    name = "openvino"
+    name = package = "openvino"
 
     def available(self) -> str | None:
         try:
