@@ -183,8 +183,11 @@ class EngineRuntime(Runtime):
         return built, RuntimeLayers(self.name, tuple(plans), kept)
 
     def observe(self, module: nn.Module, batch: Any) -> list[LayerRun]:
-        """As the interface says, by a second session of the same graph with the layers' inputs and outputs as further
-        outputs. The products are the same; activations and sums behind them are then computed apart."""
+        """As the interface says, by a second session with the layers' inputs and outputs as further outputs.
+
+        Its graph is that of the module the first time, afterwards the model is traced anew. The products are the same;
+        where a layer's output stays float, the engine may compute activations and sums behind it apart.
+        """
         network = network_of(module)
         args, kwargs = ((), batch) if isinstance(batch, Mapping) else (batch, {})
         feeds = network.inputs.feeds(network.inputs.bound(args, kwargs))
