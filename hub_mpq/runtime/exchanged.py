@@ -14,6 +14,19 @@ from ..nn.layers import call_only, first_operand
 from .fused_layer import FusedLayer
 from .integer_layer import Grid
 
+_SIZES = (
+    "in_features",
+    "out_features",
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "nf",
+    "nx",
+)
 MAGIC = 1.5 * 2.0**23
 """Added to a small float32 it leaves no bits behind the point, and the integer in the lowest ones."""
 
@@ -89,6 +102,10 @@ class Exchanged(nn.Module):
     def bias(self) -> Tensor | None:
         """As the layer had it."""
         return self.layer.bias  # type: ignore[return-value]
+
+    def describe(self, layer: nn.Module) -> None:
+        """Take over the sizes by which models know a layer."""
+        vars(self).update({key: value for key, value in vars(layer).items() if key in _SIZES})
 
     def _apply(self, fn: Any, recurse: bool = True) -> Exchanged:
         """It stays in float32 and integers when the model around it is cast."""

@@ -227,7 +227,7 @@ class FusedGraph:
     def _norm(self, node: fx.Node, plan: FusedLayer) -> Any:
         """The BatchNorm that a node calls, if a layer can take it along, with its activation where it has one."""
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
-        if not _is_norm(module) or module.running_mean is None or plan.adds or not plan.layer.convolution:
+        if not _is_norm(module) or module.running_mean is None or plan.norm or plan.adds or not plan.layer.convolution:
             return None
         act = getattr(module, "act", None)
         if act is None or _nothing(act):

@@ -204,9 +204,11 @@ def _exchanged(model: nn.Module, layers: dict[str, IntegerLayer], example: Any, 
         plan = FusedLayer(layer, shape=shapes.get(name, ()))
         if not plan.shape or engine.in_integers(plan, False):
             codes = shared.setdefault(layer.grid, SharedCodes(layer.grid))
-            replace_layer(net, name, Exchanged(engine.layer(plan), codes))
+            new = Exchanged(engine.layer(plan), codes)
         else:
-            replace_layer(net, name, Exchanged(engine.float_layer(plan), None))
+            new = Exchanged(engine.float_layer(plan), None)
+        new.describe(net.get_submodule(name))
+        replace_layer(net, name, new)
     net.register_forward_hook(partial(_forget, tuple(shared.values())), always_call=True)
     return net
 

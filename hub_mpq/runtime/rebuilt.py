@@ -38,8 +38,8 @@ def of_class(model: nn.Module, forward: Callable[..., Any], modules: Mapping[str
     cls = type(parent.__name__, (parent,), {"__module__": parent.__module__, "__doc__": parent.__doc__, **made})
     out: nn.Module = nn.Module.__new__(cls)
     nn.Module.__init__(out)
-    tensors = {"_parameters", "_buffers", "_modules"}
-    out.__dict__.update({k: v for k, v in vars(model).items() if k not in tensors and k not in out.__dict__})
+    other = {"_parameters", "_buffers", "_modules", "forward", "_compiled_call_impl"}  # the latter call the model
+    out.__dict__.update({k: v for k, v in vars(model).items() if k not in other and k not in out.__dict__})
     for name, module in modules.items():
         out.add_module(name, module)
     return out.eval()

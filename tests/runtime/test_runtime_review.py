@@ -131,6 +131,11 @@ def test_a_norm_with_a_forward_of_its_own():
     check(seen_data(net, noise(8, 3, 8, 8)), noise(4, 3, 8, 8))
 
 
+def test_two_norms_in_a_row():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.ReLU())
+    check(seen_data(net, noise(8, 3, 8, 8)), noise(4, 3, 8, 8))
+
+
 def test_sums_that_broadcast():
     place = nn.Parameter(noise(1, 5, 8))
     check(Net(lambda s, x: s.b(F.relu(s.a(x) + s.place)), a=linear(), b=linear(), place=place), noise(4, 5, 8))
@@ -235,6 +240,27 @@ def test_the_encoder_of_torch():
     module = mpq.to_runtime("onednn")
     with torch.no_grad():
         assert (module(x) - mpq.model(x)).norm() < 0.02 * mpq.model(x).norm()
+
+
+def test_a_model_reads_the_sizes_of_its_layers():
+    def forward(s, x):
+        x = s.a(x) if x.sum() < 1e9 else x  # no graph
+        return s.b(F.relu(x)) * s.b.in_features + s.b.bias
+
+    check(Net(forward, a=linear(), b=linear()), noise(4, 8))
+
+
+@pytest.mark.parametrize("how", ["compiled", "forward of an instance"])
+def test_a_model_that_is_called_by_other_means(how):
+    mpq, x = network(), noise(4, 3, 8, 8)
+    want = mpq.model(x)
+    if how == "compiled":
+        mpq.model.compile(backend="eager")
+        mpq.model(x)
+    else:
+        mpq.model.forward = mpq.model.forward
+    found = mpq.to_runtime("onednn")(x)
+    assert (found - want).norm() < 0.02 * want.norm()
 
 
 def test_a_model_in_float64_is_refused():
