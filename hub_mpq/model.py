@@ -841,6 +841,9 @@ class HubMPQ(nn.Module):
         if indicators is not None and strategy and strategy_named(strategy).name != indicators.strategy:
             raise InvalidArgument(f"the indicators are of strategy {indicators.strategy!r}, not of {strategy!r}")
         graph = self._pinned(fixed)
+        if candidates is None:
+            held = None if self.weight_only else self.scores
+            candidates = self._learned_widths(graph, held if indicators is None else indicators, strategy)
         candidates = self._candidates(graph, candidates, group_size, symmetric)
         if whole is not None:
             whole = self._budget_here(whole, graph)
@@ -1018,6 +1021,14 @@ class HubMPQ(nn.Module):
         if found is None or found.strategy != strategy or not strategy_named(strategy).learned_once:
             return False
         return {layer.name for layer in graph.searched} <= {*found.weight, *found.pairs}
+
+    def _learned_widths(self, graph: LayerGraph, scores: Indicators | None, strategy: str | None) -> CandidatesLike:
+        """With a target: what scores of single widths were learned for, which may be less than its menu; else None."""
+        if self.target is None or scores is None or strategy not in (None, scores.strategy):
+            return None
+        if not {layer.name for layer in graph.searched} <= set(scores.weight):
+            return None
+        return scored_candidates(scores, graph, weight_only=self.weight_only)
 
     def _learn(
         self, graph: LayerGraph, train: Any, options: IndicatorOptions, candidates: CandidatesLike, **more: Any

@@ -42,6 +42,9 @@ ROWS += [f"{model} W7A8 batch 8 threads 1" for model in MODELS if model != "mini
 ROWS += [f"{model} W7A8 batch 1 threads 2" for model in MODELS]
 ROWS += [f"{model} W7A8 batch 8 threads 2" for model in MODELS if model != "minilm"]
 """MiniLM's batch is 16 × 128 tokens in every row."""
+AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+ROWS += [f"{model} W7A8 batch 1 threads 1 avx2" for model in MODELS]
+"""oneDNN and torch are kept from wider instructions; other engines do as they like, and are left out."""
 
 
 def network(name: str, batch: int) -> tuple[Any, Any]:
@@ -134,15 +137,19 @@ def run(row: str) -> dict[str, Any]:
     from hub_mpq.core import runtimes
     from hub_mpq.runtime.machine import machine
 
-    model, level, _, batch, _, threads = row.split()
+    model, level, _, batch, _, threads, *narrow = row.split()
     torch.set_num_threads(int(threads))
     net, x = network(model, int(batch))
-    sides = {name: side for name in FLOATS for name, side in _try(floats, net, x, int(threads), (name,)).items()}
+    sides = {
+        name: side
+        for name in (FLOATS[:1] if narrow else FLOATS)
+        for name, side in _try(floats, net, x, int(threads), (name,)).items()
+    }
     mpq = quantized(net, x, level)
     sides["fake-quantized"] = lambda: mpq.model(**x) if isinstance(x, dict) else mpq.model(x)
     layers: dict[str, Any] = {}
-    for name in RUNTIMES:
-        if name not in runtimes or runtimes.get(name).available() is not None:
+    for name in RUNTIMES[:1] if narrow else RUNTIMES:
+        if runtimes.get(name).available() is not None:
             continue
         module = mpq.to_runtime(name, example=x)
         told = module.runtime_layers
@@ -220,8 +227,8 @@ def main() -> None:
         return print({k: [round(x, 1) for x in v] for k, v in found["milliseconds"].items()}, found["layers"])
     for row in () if args.report else ROWS:
         if not (folder() / f"{row.replace(' ', '-')}.json").exists():
-            threads = row.split()[-1]
-            subprocess.run([sys.executable, __file__, "--row", row], env={**os.environ, "OMP_NUM_THREADS": threads})
+            given = {"OMP_NUM_THREADS": row.split()[5]} | (AVX2 if row.endswith("avx2") else {})
+            subprocess.run([sys.executable, __file__, "--row", row], env={**os.environ, **given})
     return report()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any, ClassVar, TypeVar
 
 from .bits import LayerBits
@@ -35,15 +34,13 @@ class Runtime(ABC):
         name: Name of the runtime, as `runtime=` and `--runtime`.
         generates: Whether models that it runs can `generate`.
         time_by_width: Whether a layer's time depends on its widths. False: one kernel computes all of the menu.
+        package: The distribution that computes, whose version figures are of.
     """
 
     name: str
     generates: ClassVar[bool] = False
     time_by_width: ClassVar[bool] = False
-
-    def engine(self) -> str:
-        """The library that computes, with its version, as figures need it; of a runtime in torch, torch's."""
-        return f"torch {version('torch')}"
+    package: ClassVar[str] = "torch"
 
     def available(self) -> str | None:
         """Why the runtime cannot be used on this machine, in a few words; None when it can."""

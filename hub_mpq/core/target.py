@@ -74,15 +74,12 @@ class Target(ABC):
         Raises:
             InvalidArgument: The layer has to stay float.
         """
-        return nearest(self.checked_menu(layer), self._of(layer, bits))
+        alone = self.weight_only or layer.weight_only
+        return nearest(self.checked_menu(layer), bits.of_weight if alone else bits)
 
     def levels(self, graph: LayerGraph, bits: Mapping[str, LayerBits]) -> dict[str, LayerBits]:
         """`level` in several layers by name; an embedding whose weight another layer shares takes that one's width."""
         return graph.with_shared_weights({name: self.level(graph[name], b) for name, b in bits.items()})
-
-    def _of(self, layer: LayerSpec, bits: LayerBits) -> LayerBits:
-        """What of a level this layer quantizes for this target."""
-        return bits.of_weight if self.weight_only or layer.weight_only else bits
 
     def candidates(self, layer: LayerSpec, asked: Candidates, *, all_widths: bool = False) -> Candidates:
         """What a layer may choose from: what was asked for, as far as the menu has it.

@@ -107,7 +107,7 @@ def export_compressed(
     library = libraries.get(manifest.library)
     state = float_copy_state(model, library)
     groups: dict[str, dict[str, Any]] = {}
-    tensors, int8, stored = packed_tensors(model, manifest), in_int8(manifest.policy), stored_bits(manifest.policy)
+    tensors, int8, stored = packed_tensors(model, manifest), in_int8(manifest), stored_bits(manifest)
     shared = {layer.weight_owner for layer in manifest.graph}
     if int8 and len(unlike := _unlike_scales(manifest, tensors)) > 1:
         warnings.warn(

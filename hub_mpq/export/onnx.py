@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,26 +18,11 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
 from ..errors import HubMPQError
 from ..pack import Manifest
 from ..pack.atomic import write_atomic
+from .onnx_calls import Call, find_calls, rounded, scope
 from .onnx_layers import OPSET, with_nodes
+from .onnx_norms import fold_norms
 
 FILE = "model.onnx"
-_SCOPES = "pkg.torch.onnx.name_scopes"
-
-
-class Call(NamedTuple):
-    """Names of tensors of one call of a layer with integer inputs and weights.
-
-    Args:
-        codes: Its input's codes, UINT8.
-        values: The same, dequantized.
-        product: Of convolution or matrix product.
-        output: With the bias.
-    """
-
-    codes: str
-    values: str
-    product: str
-    output: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +32,7 @@ class OnnxGraph:
     Args:
         proto: The ModelProto. A node that makes codes has the name of its output.
         calls: {layer with integer inputs and weights: its calls}.
+        widths: {layer with integer inputs and weights: bits of its weight and its input}.
         kept: {layer that no engine can compute in integers: why}.
         structure: Of what the forward returns, as torch's pytree.
         leaves: Of the structure: None for a tensor, in the order of the graph's outputs; else (the value,).
@@ -55,6 +40,7 @@ class OnnxGraph:
 
     proto: Any
     calls: dict[str, list[Call]]
+    widths: dict[str, tuple[int, int]]
     kept: dict[str, str]
     structure: TreeSpec
     leaves: list[tuple[Any] | None]
@@ -86,22 +72,50 @@ def export_onnx(
 ) -> int:
     """Write `model.onnx` (opset 21, batch size free) of a quantized model; returns its bytes.
 
+    Weights are INT8 and activations UINT8 at every width, in 256 levels, since that is what engines multiply in
+    integers: widths below 8 save no bytes here. Inputs of fewer than 8 bits are clipped before QuantizeLinear. The
+    values are the same as here, so only the float sums differ. A norm is folded into the convolution before it, which
+    lets ONNX Runtime compute that in integers, where this moves few codes: it rounds biases to steps of integer sums.
+    Warns of layers that stay float, and of such as can saturate on some CPUs.
+
     example: one sample, a tuple of positional arguments or a mapping of keyword arguments. Needs the extra "onnx".
     Raises HubMPQError when it is not installed, or when the model can't be traced.
     """
-    proto = onnx_graph(model, example).proto
+    graph = onnx_graph(model, example, keep_norms=True)
+    for what in _told(graph):
+        warnings.warn(what, stacklevel=2)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    return write_atomic(folder / FILE, [proto.SerializeToString()])
+    return write_atomic(folder / FILE, [graph.serialized()])
 
 
-def onnx_graph(model: nn.Module, example: Any, floats: Collection[str] = ()) -> OnnxGraph:
+def _told(graph: OnnxGraph) -> list[str]:
+    """What a runtime will make of a file, in sentences for warnings."""
+    found = []
+    reasons: dict[str, list[str]] = {}
+    for name, why in graph.kept.items():
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        found.append(f"ONNX: {len(names)} layers compute in float, {names[0]!r} first: {why}")
+    if wide := [name for name, bits in graph.widths.items() if bits == (8, 8)]:
+        found.append(
+            f"ONNX: sums of {len(wide)} layers of 8-bit weights and inputs, {wide[0]!r} first, can saturate on CPUs "
+            "without VNNI; W7A8 cannot"
+        )
+    return found
+
+
+def onnx_graph(
+    model: nn.Module, example: Any, floats: Collection[str] = (), *, clip_codes: bool = False, keep_norms: bool = False
+) -> OnnxGraph:
     """A quantized model as an ONNX graph in memory.
 
     Args:
         model: The network with its quantizers or packed weights, on the CPU.
         example: A tuple of positional arguments or a mapping of keyword arguments, tensors.
         floats: Layers to write in float, with the same values.
+        clip_codes: Clip inputs of fewer than 8 bits behind QuantizeLinear, not before it.
+        keep_norms: Keep the norms that an engine which rounds biases cannot do without.
 
     Raises:
         HubMPQError: A package is missing, or the model can't be traced.
@@ -110,7 +124,7 @@ def onnx_graph(model: nn.Module, example: Any, floats: Collection[str] = ()) -> 
         raise HubMPQError(why)
     import onnx
 
-    net, kept = with_nodes(model, floats)
+    net, widths, kept = with_nodes(model, floats, clip_codes=clip_codes)
     example = tree_map(lambda x: torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x, example)  # 1 is special
     args, kwargs = ((), dict(example)) if isinstance(example, Mapping) else (tuple(example), {})
     try:
@@ -133,71 +147,33 @@ def onnx_graph(model: nn.Module, example: Any, floats: Collection[str] = ()) -> 
     for part in (proto, proto.graph, *proto.graph.value_info, *proto.graph.initializer):
         del part.metadata_props[:]
         part.ClearField("doc_string")
-    calls = _calls(proto.graph)
+    kept_norms: list[str] = []
+    if keep_norms:
+        trial = type(proto)()
+        trial.CopyFrom(proto)
+        fold_norms(trial.graph)
+        kept_norms = rounded(find_calls(trial.graph, {}))
+    folded = {output: scope(norm) for output, norm in fold_norms(proto.graph, kept_norms).items()}
+    calls = find_calls(proto.graph, folded)
     for node in proto.graph.node:
         del node.metadata_props[:]  # stack traces with paths of this machine
         node.ClearField("doc_string")
     onnx.checker.check_model(proto)
     constants = [None if isinstance(x, Tensor) else (x,) for x in leaves]
-    return OnnxGraph(proto, calls, kept, structure, constants)
+    return OnnxGraph(proto, calls, widths, kept, structure, constants)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No word of torch.onnx or of what it calls, on any stream: what goes wrong is raised."""
+    """No warning and no log line of torch.onnx or of what it calls: what goes wrong is raised."""
     disabled = logging.root.manager.disable
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)
         try:
             yield
         finally:
             logging.disable(disabled)
-
-
-_PRODUCTS = ("Conv", "MatMul", "Gemm")
-
-
-def _calls(graph: Any) -> dict[str, list[Call]]:
-    """{layer: its calls} of the layers with QuantizeLinear nodes, which are named as their outputs."""
-    made = {out: node for node in graph.node for out in node.output}
-    scopes = {id(node): _scope(node) for node in graph.node}
-    found: dict[str, list[Call]] = {}
-    for node in graph.node:
-        if node.op_type not in _PRODUCTS:
-            continue
-        x, weight = (_dequantized(made, name) for name in node.input[:2])
-        if x is None or weight is None or x.input[0] not in made:
-            continue
-        layer, call = scopes[id(node)]
-        out = node.output[0]
-        for user in graph.node:  # the bias of a product, added by a node of the same call
-            if out in user.input and scopes[id(user)] == (layer, call):
-                out = user.output[0]
-        found.setdefault(layer, []).append(Call(x.input[0], x.output[0], node.output[0], out))
-        made[x.input[0]].name = x.input[0]
-    return found
-
-
-def _scope(node: Any) -> tuple[str, str]:
-    """(name of the innermost module, name of the torch operation) that a node was made by."""
-    import ast
-
-    told = next((p.value for p in node.metadata_props if p.key == _SCOPES), "['', '']")
-    *modules, call = ast.literal_eval(told)
-    return modules[-1] if modules else "", call
-
-
-def _dequantized(made: Mapping[str, Any], name: str) -> Any:
-    """The DequantizeLinear that a tensor, or what it is a view of, comes from; None where it comes from none."""
-    node = made.get(name)
-    while node is not None and node.op_type in ("Transpose", "Reshape"):
-        node = made.get(node.input[0])
-    return node if node is not None and node.op_type == "DequantizeLinear" else None
 
 
 def _free(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

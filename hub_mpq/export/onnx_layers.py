@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..adapters.restore_state import copied_structure
 from ..core.layer_kind import layer_kinds
-from ..nn.layers import QuantEmbedding, QuantLinear, first_operand, operands, replace_layer, scaled
+from ..nn.layers import QuantConv1D, QuantEmbedding, QuantLinear, first_operand, operands, replace_layer, scaled
 from ..nn.packed import PackedLayer, float_layer
 from ..nn.packing import packed_weight
 from ..nn.quantize import quantize_layer
@@ -52,19 +52,23 @@ class _FloatWeight(nn.Module):
 
 
 class _IntegerInput(nn.Module):
-    """Clip to the range of the width, then QuantizeLinear and DequantizeLinear."""
+    """QuantizeLinear and DequantizeLinear, with a Clip to the range of the width: before them, or of the codes between
+    them, which leaves QuantizeLinear next to what made the input."""
 
-    def __init__(self, scale: float, zero_point: int, bits: int) -> None:
+    def __init__(self, scale: float, zero_point: int, bits: int, clip_codes: bool) -> None:
         super().__init__()
-        self.low, self.high = -zero_point * scale, (2**bits - 1 - zero_point) * scale
+        self.top, self.clip_codes = 2**bits - 1, clip_codes
+        self.low, self.high = -zero_point * scale, (self.top - zero_point) * scale
         self.clip = bits < 8  # UINT8 itself saturates at 8 bits
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
         self.register_buffer("zero_point", torch.tensor(zero_point, dtype=torch.uint8))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.clip:
+        if self.clip and not self.clip_codes:
             x = x.clamp(self.low, self.high)
         q = _op("QuantizeLinear", (x, self.scale, self.zero_point), x, torch.uint8)
+        if self.clip and self.clip_codes:
+            q = q.clamp(0, self.top)
         return _op("DequantizeLinear", (q, self.scale, self.zero_point), x, torch.float32)
 
 
@@ -88,6 +92,14 @@ class _Product(QuantLinear):
         return y if self.bias is None else y + self.bias
 
 
+class _Conv1D(QuantConv1D):
+    """The same of GPT-2's layer."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x, weight = operands(self, first_operand(args, kwargs))
+        return x @ weight + self.bias
+
+
 class _IntegerRows(QuantEmbedding):
     """Takes rows of integers and multiplies them by their scale: the whole table is never float."""
 
@@ -98,16 +110,20 @@ class _IntegerRows(QuantEmbedding):
 
 
 @torch.no_grad()
-def with_nodes(model: nn.Module, floats: Collection[str] = ()) -> tuple[nn.Module, dict[str, str]]:
+def with_nodes(
+    model: nn.Module, floats: Collection[str] = (), *, clip_codes: bool = False
+) -> tuple[nn.Module, dict[str, tuple[int, int]], dict[str, str]]:
     """A copy of a quantized model that torch.onnx writes with QuantizeLinear and DequantizeLinear nodes.
 
     Args:
         model: The network with its quantizers or packed weights, on the CPU; it stays as it is, float tensors are
             shared.
         floats: Layers to write in float, with the same values.
+        clip_codes: See `onnx_graph`.
 
     Returns:
-        (the copy, {layer that no engine can compute in integers: why}).
+        (the copy, {layer with integer inputs and weights: bits of its weight and its input}, {layer that no engine can
+        compute in integers: why}).
     """
     net = copied_structure(model).eval()
     if hasattr(net, "config"):
@@ -119,16 +135,20 @@ def with_nodes(model: nn.Module, floats: Collection[str] = ()) -> tuple[nn.Modul
     layers = [(name, module, kinds[type(module)]) for name, module in net.named_modules() if type(module) in kinds]
     contents = {name: (*_packed(module, kind.name), _grid(module)) for name, module, kind in layers}
     made: dict[Any, nn.Module] = {}  # a tied head shares its weight
+    widths: dict[str, tuple[int, int]] = {}
     kept: dict[str, str] = {}
     for name, module, kind in layers:
         packed, source, grid = contents[name]
-        if (why := _why_float(packed, grid)) is not None:
+        why = _why_float(packed, grid)
+        if why is not None and kind.name != "embedding":  # which has nothing to compute
             kept[name] = why
+        elif grid is not None:
+            widths[name] = packed.num_bits, grid[2]
         # an input whose grid has no form in ONNX is put on it by float operators
         in_float = name in floats or (why is not None and grid is not None)
         if (key := (source, in_float)) not in made:
             made[key] = _weight(packed, kind, in_float)
-        inputs = None if grid is None else (_FloatInput if in_float else _IntegerInput)(*grid)
+        inputs = None if grid is None else _FloatInput(*grid) if in_float else _IntegerInput(*grid, clip_codes)
         if isinstance(module, PackedLayer):
             stand_in = nn.Parameter(torch.full((), torch.nan).expand(module.shape), requires_grad=False)
             replace_layer(
@@ -138,9 +158,9 @@ def with_nodes(model: nn.Module, floats: Collection[str] = ()) -> tuple[nn.Modul
             module.weight_quantizer, module.input_quantizer = made[key], inputs
         if kind.name == "embedding" and isinstance(made[key], _IntegerWeight):
             module.__class__ = _IntegerRows
-        if kind.name == "linear":
-            module.__class__ = _Product
-    return net, kept
+        if kind.name in ("linear", "conv1d"):
+            module.__class__ = _Product if kind.name == "linear" else _Conv1D
+    return net, widths, kept
 
 
 _KINDS = ("conv2d", "linear", "conv1d", "embedding")

@@ -25,7 +25,7 @@ def llm_compressor_recipe(manifest: Manifest) -> str:
     """
     shared = {layer.weight_owner for layer in manifest.graph}
     groups: dict[str, dict[str, list[str]]] = {}
-    schemes, stored = {}, stored_bits(manifest.policy)
+    schemes, stored = {}, stored_bits(manifest)
     for layer in manifest.graph:
         bits = stored[layer.name]
         if layer.kind == "embedding" or layer.name in shared or layer.weight_owner is not None or bits.weight > 8:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..core import FLOAT_BITS, LayerBits, LayerGraph, LayerSpec, Policy
+from ..core import FLOAT_BITS, LayerBits, LayerGraph, LayerSpec
 from ..core.target import Target
 from ..pack import Manifest
 
@@ -44,28 +44,12 @@ def unequal_inputs(manifest: Manifest) -> list[list[str]]:
 
     transformers computes them apart; vLLM as one matrix, and so reads a policy only where there is no such group.
     """
-    stored = stored_bits(manifest.policy)
+    stored = stored_bits(manifest)
     groups: dict[str, list[str]] = {}
     for layer in manifest.graph:
         if layer.activation_tie is not None:
             groups.setdefault(layer.activation_tie, []).append(layer.name)
     return [names for names in groups.values() if len({stored[name] for name in names}) > 1]
-
-
-def in_int8(policy: Policy) -> bool:
-    """Whether vLLM has kernels for the layers whose inputs are quantized: all have 8 bits, and weights with one scale
-    for each output channel. Their weights are then stored in 8 bits, whatever their width."""
-    inputs = [bits for bits in policy.bits.values() if bits.activation != FLOAT_BITS]
-    return bool(inputs) and all(bits.activation == 8 and not bits.grouped for bits in inputs)
-
-
-def stored_bits(policy: Policy) -> dict[str, LayerBits]:
-    """{layer: what it is stored as}: weights of at least 2 bits, or of 8 where inputs are `in_int8`."""
-    int8 = in_int8(policy)
-    return {
-        name: LayerBits(8, 8) if int8 and bits.activation != FLOAT_BITS else replace(bits, weight=max(bits.weight, 2))
-        for name, bits in policy.bits.items()
-    }
 
 
 def unread_inputs(manifest: Manifest) -> str | None:
@@ -75,6 +59,22 @@ def unread_inputs(manifest: Manifest) -> str | None:
     if heads := [layer.name for layer in inputs if layer.weight_owner is not None]:
         pin = f"fixed={{{heads[0]!r}: 'W{bits[heads[0]].weight}'}}"
         return f"{heads[0]!r} shares the weight of an embedding, and its input is quantized; {pin} leaves that float"
-    if inputs and not in_int8(manifest.policy):
+    if any(bits[layer.name].activation != 8 or bits[layer.name].grouped for layer in inputs):
         return "it computes integers of 8-bit inputs, and of weights with one scale for each output channel, alone"
     return None
+
+
+def in_int8(manifest: Manifest) -> bool:
+    """Whether inputs are quantized and vLLM has kernels for all of them; their layers' weights are then stored in 8
+    bits, whatever their width."""
+    inputs = any(bits.activation != FLOAT_BITS for bits in manifest.policy.bits.values())
+    return inputs and unread_inputs(manifest) is None
+
+
+def stored_bits(manifest: Manifest) -> dict[str, LayerBits]:
+    """{layer: what it is stored as}: weights of at least 2 bits, or of 8 where inputs are `in_int8`."""
+    int8 = in_int8(manifest)
+    return {
+        name: LayerBits(8, 8) if int8 and bits.activation != FLOAT_BITS else replace(bits, weight=max(bits.weight, 2))
+        for name, bits in manifest.policy.bits.items()
+    }

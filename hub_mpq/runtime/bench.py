@@ -14,10 +14,10 @@ from ..core import RuntimeLayers
 from ..nn.layers import call_only, replace_layer, take_over
 from ..nn.packed import float_layer, packed_layers
 from ..nn.quantize import quantized_layers
+from . import machine as here
 from .certificate import Certificate, certificate, check_layers
 from .integer_layer import integer_layers
 from .latency import runtime_here
-from .machine import machine
 from .rebuilt import run
 from .timing import Timing, batch_of, threads_of, time_calls
 
@@ -100,8 +100,8 @@ def bench_runtime(model: nn.Module, name: str, example: Any, *, batch_size: int 
     integers = [x.weight.nbytes + x.scale.nbytes + (0 if x.bias is None else x.bias.nbytes) for x in used]
     return RuntimeBench(
         layers=layers,
-        engine=engine.engine(),
-        machine=machine(),
+        engine=here.engine(engine),
+        machine=here.machine(),
         batch_size=batch_size,
         threads=threads,
         runtime=ours,

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib.util import find_spec
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from .in_process import InProcess
 from .integer_layer import IntegerLayer, inexact_sums, integer_menu
 
 WORD = 64
+_NO_FLOATS, _NO_CODES = np.empty(0, np.float32), np.empty(0, np.uint8)
 
 
 def words(bits: Tensor) -> Tensor:
@@ -72,6 +74,9 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
 class BitSerialLayer(nn.Module):
     """An integer layer by bit planes: codes of the input [, summand] to float32 or to codes."""
 
+    multiplied: tuple[Any, ...]
+    added: tuple[Any, ...]
+
     def __init__(self, plan: FusedLayer) -> None:
         super().__init__()
         layer = plan.layer
@@ -94,6 +99,9 @@ class BitSerialLayer(nn.Module):
             "bias": bias.float(),
         }.items():
             self.register_buffer(name, tensor, persistent=False)
+        # views: a tensor takes microseconds to become an array
+        self.multiplied = (self.weight.numpy().view(np.uint64), self.factors.numpy(), self.one_bit)
+        self.added = tuple(tensor.numpy() for tensor in (self.constant, self.scale, self.bias))
         activation, infinity = plan.activation, float("inf")
         low, high = -infinity, infinity
         if activation is not None:
@@ -107,39 +115,38 @@ class BitSerialLayer(nn.Module):
         layer = self.plan.layer
         outputs, channels = self.shape[0], self.channels * layer.groups
         if layer.convolution:
+            x = layer.padded(x, layer.grid.zero_point)
             batch, _, height, width = x.shape
             sides = [self._side(axis, x.shape[2 + axis]) for axis in (0, 1)]
             leading, shape = (batch, *sides), (height, width, *sides)
-            window = (*self.shape[2:], *layer.stride, *layer.padding, *layer.dilation)
+            window = (*self.shape[2:], *(layer.stride or ()), *layer.padding, *layer.dilation)
             codes = x.permute(0, 2, 3, 1)
             summand = None if summand is None else summand.permute(0, 2, 3, 1)
         else:
             leading, shape, window = x.shape[:-1], (1, 1, 1, 1), (1, 1, 1, 1, 0, 0, 1, 1)
             codes = x
-        flat = codes.contiguous().view(-1).numpy()
+        flat = codes.contiguous().numpy().reshape(-1)
         pixels, count = (flat.size // channels, channels // WORD) if self.adjacent else (0, 0)
         size = (layer.grid.bits, pixels, count)
         planes = np.empty(prod(size) + SLACK, np.uint64)[: prod(size)].reshape(size)
-        out = x.new_empty((*leading, outputs), dtype=torch.float32 if self.plan.output is None else torch.uint8)
-        made, none = out.view(-1).numpy(), np.empty(0, np.float32)
-        written = (made, np.empty(0, np.uint8)) if self.plan.output is None else (none, made)
-        added = none if summand is None else summand.contiguous().view(-1).numpy()
+        as_codes = self.plan.output is not None
+        out = torch.empty((*leading, outputs), dtype=torch.uint8 if as_codes else torch.float32)
+        made = out.numpy().reshape(-1)
+        written = (_NO_FLOATS, made) if as_codes else (made, _NO_CODES)
+        second = _NO_FLOATS if summand is None else summand.contiguous().numpy().reshape(-1)
         compiled = kernels()
 
         def pack(start: int, stop: int) -> None:
             compiled.pack(flat, planes, start, stop)
 
-        rest = [tensor.numpy() for tensor in (self.constant, self.scale, self.bias)]
-
         def multiply(start: int, stop: int) -> None:
             compiled.multiply(
-                *(flat, layer.grid.zero_point, planes, shape, window, self.channels),
-                *(self.weight.numpy().view(np.uint64), self.factors.numpy(), self.one_bit),
-                *(*rest, added, self.cut, self.grid, *written, start, stop),
+                *(flat, layer.grid.zero_point, planes, shape, window, self.channels, *self.multiplied),
+                *(*self.added, second, self.cut, self.grid, *written, start, stop),
             )
 
         _split(pack, pixels)
-        _split(multiply, len(made) // outputs)
+        _split(multiply, made.size // outputs)
         return out.permute(0, 3, 1, 2) if layer.convolution else out
 
     def _side(self, axis: int, length: int) -> int:
@@ -152,7 +159,7 @@ class BitSerialLayer(nn.Module):
 class BitSerial(InProcess):
     """Products of bit planes, whose cost grows with the product of both widths: for 1- and 2-bit layers."""
 
-    name = "bit_serial"
+    name, package, time_by_width = "bit_serial", "numba", True
     layer_class = BitSerialLayer
 
     def available(self) -> str | None:

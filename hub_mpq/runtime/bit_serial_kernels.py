@@ -31,7 +31,7 @@ def kernels() -> SimpleNamespace:
     to_float, to_sum, to_codes = vectors.to_float, vectors.to_sum, vectors.to_codes
     jit = numba.njit(nogil=True, boundscheck=False, error_model="numpy")
 
-    @jit  # type: ignore[untyped-decorator]
+    @jit
     def pack(codes: Any, planes: Any, start: int, stop: int) -> None:
         """Planes [bits, pixels, words] of codes uint8 [pixels · words · 64], pixels start … stop."""
         bits, _, count = planes.shape
@@ -40,7 +40,7 @@ def kernels() -> SimpleNamespace:
                 for j in range(bits):
                     planes[j, p, q] = pack_word(codes, 64 * (p * count + q), j)
 
-    @jit  # type: ignore[untyped-decorator]
+    @jit
     def gather(
         codes: Any, zero: int, planes: Any, sizes: Any, shape: Any, window: Any, first: int, rows: int, g: int, x: Any
     ) -> None:
@@ -84,7 +84,7 @@ def kernels() -> SimpleNamespace:
             if line == out_height:
                 image, line = image + 1, 0
 
-    @jit  # type: ignore[untyped-decorator]
+    @jit
     def begin(sums: Any, wide: int, x: Any, sizes: Any, rows: int, one_bit: bool) -> None:
         """Start sums at 0, or at minus the sum of the codes of each pixel."""
         _, _, bits, _, _, length, step = sizes
@@ -99,7 +99,7 @@ def kernels() -> SimpleNamespace:
             for o in range(r * wide, (r + 1) * wide):
                 sums[np.uintp(o)] = total
 
-    @jit  # type: ignore[untyped-decorator]
+    @jit
     def finish(
         sums: Any,
         wide: int,
@@ -141,7 +141,7 @@ def kernels() -> SimpleNamespace:
                     out[goal + o] = y
             goal += scale.size
 
-    @jit  # type: ignore[untyped-decorator]
+    @jit
     def multiply(
         codes: Any,
         zero: int,

@@ -23,8 +23,9 @@ def counts_words() -> bool:
     from llvmlite import binding
     from numba.core import config
 
-    if config.CPU_FEATURES is not None:  # by NUMBA_CPU_FEATURES
-        return "+avx512vpopcntdq" in config.CPU_FEATURES
+    chosen = vars(config).get("CPU_FEATURES")  # by NUMBA_CPU_FEATURES
+    if chosen is not None:
+        return "+avx512vpopcntdq" in chosen
     return bool(binding.get_host_cpu_features().get("avx512vpopcntdq"))
 
 
@@ -54,7 +55,7 @@ def intrinsics() -> SimpleNamespace:
         function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector.type, [vector.type]), name)
         return builder.call(function, [vector])
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def pack_word(typing: Any, codes: Any, at: Any, bit: Any) -> Any:
         """Bit `bit` of the 64 codes from `at` on, as one word."""
 
@@ -66,7 +67,7 @@ def intrinsics() -> SimpleNamespace:
 
         return types.uint64(codes, types.intp, types.intp), generate
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def add_counts(
         typing: Any, sums: Any, at: Any, stride: Any, weight: Any, w_at: Any, x: Any, x_at: Any, count: Any, factor: Any
     ) -> Any:
@@ -149,7 +150,7 @@ def intrinsics() -> SimpleNamespace:
 
     n, f = types.intp, types.float32
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def to_float(
         typing: Any,
         sums: Any,
@@ -170,7 +171,7 @@ def intrinsics() -> SimpleNamespace:
 
         return types.void(sums, n, constant, scale, bias, n, f, f, out, n), generate
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def to_sum(
         typing: Any,
         sums: Any,
@@ -195,7 +196,7 @@ def intrinsics() -> SimpleNamespace:
 
         return types.void(sums, n, constant, scale, bias, n, f, f, summand, out, n), generate
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def to_codes(
         typing: Any,
         sums: Any,
@@ -227,7 +228,7 @@ def intrinsics() -> SimpleNamespace:
 
         return types.void(sums, n, constant, scale, bias, n, f, f, f, f, f, codes, n), generate
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def copy_words(typing: Any, source: Any, at: Any, x: Any, goal: Any) -> Any:
         """SLACK words."""
 
@@ -239,7 +240,7 @@ def intrinsics() -> SimpleNamespace:
 
         return types.void(source, n, x, n), generate
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def count_bits(typing: Any, word: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return builder.ctpop(args[0])

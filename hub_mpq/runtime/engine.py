@@ -7,7 +7,7 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_unflatten
 from ..core import LayerBits, LayerSpec, Runtime, RuntimeLayers
 from ..errors import HubMPQError, InvalidArgument
 from ..export.onnx import OnnxGraph, missing_packages, onnx_graph
+from ..export.onnx_calls import Call
 from .certificate import LayerRun
-from .fused_layer import FusedLayer
-from .integer_layer import IntegerLayer, inexact_sums, integer_layers, integer_menu
+from .fused_layer import Activation, FusedLayer
+from .integer_layer import Grid, IntegerLayer, inexact_sums, integer_layers, integer_menu
 from .rebuilt import not_on_cpu, of_class
 
 Session = Callable[[Mapping[str, Tensor]], list[Tensor]]
@@ -79,6 +80,7 @@ class EngineNetwork:
         model: The model that it was made from, as long as it is there.
         plans: {layer that computes in integers: it, without the codes of its weight}.
         floats: The layers that the graph has in float.
+        clip_codes: As of the runtime.
     """
 
     inputs: _Inputs
@@ -89,6 +91,7 @@ class EngineNetwork:
     model: Callable[[], nn.Module | None]
     plans: dict[str, FusedLayer]
     floats: frozenset[str]
+    clip_codes: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = self.inputs.bound(args, kwargs)
@@ -108,7 +111,7 @@ class EngineNetwork:
             return graph
         if (model := self.model()) is None:
             raise HubMPQError("the model that this one was made from is gone, and its graph with it")
-        return onnx_graph(model, self.example, self.floats)
+        return onnx_graph(model, self.example, self.floats, clip_codes=self.clip_codes)
 
 
 def network_of(module: nn.Module) -> EngineNetwork:
@@ -118,7 +121,13 @@ def network_of(module: nn.Module) -> EngineNetwork:
 
 
 class EngineRuntime(Runtime):
-    """A runtime that hands the whole network to an engine for CPUs."""
+    """A runtime that hands the whole network to an engine for CPUs.
+
+    Attributes:
+        clip_codes: How it is given inputs of fewer than 8 bits, see `onnx_graph`.
+    """
+
+    clip_codes: ClassVar[bool] = False
 
     @abstractmethod
     def session(self, graph: OnnxGraph, outputs: tuple[str, ...] = ()) -> tuple[Session, frozenset[str]]:
@@ -135,6 +144,10 @@ class EngineRuntime(Runtime):
     @abstractmethod
     def saturates(self) -> bool:
         """Whether the engine adds two products in 16 bits on this CPU."""
+
+    def rounds(self, graph: OnnxGraph) -> dict[str, str]:
+        """{layer: why} of layers that the engine would not compute exactly for another reason than their sums."""
+        return {}
 
     def available(self) -> str | None:
         return missing_packages()
@@ -153,32 +166,55 @@ class EngineRuntime(Runtime):
                 kept[name] = why
         floats = frozenset(kept)
         inputs, given = _example(model, example)
-        graph = onnx_graph(model, given, floats)
+        graph = onnx_graph(model, given, floats, clip_codes=self.clip_codes)
+        if more := {name: why for name, why in self.rounds(graph).items() if name not in floats}:
+            kept |= more
+            floats |= more.keys()
+            graph = onnx_graph(model, given, floats, clip_codes=self.clip_codes)
         session, integer = self.session(graph)
         for name in [name for name in layers if name not in floats | integer]:
             kept[name] = "the engine computes it in float" if graph.calls.get(name) else "it was not called"
         plans = {name: _plan(layer) for name, layer in layers.items() if name in integer}
-        network = EngineNetwork(inputs, session, _output(graph), given, graph, weakref.ref(model), plans, floats)
+        network = EngineNetwork(
+            inputs, session, _output(graph), given, graph, weakref.ref(model), plans, floats, self.clip_codes
+        )
         built = of_class(model, network, {})
         built.__dict__[_NETWORK] = network
         return built, RuntimeLayers(self.name, tuple(plans), kept)
 
     def observe(self, module: nn.Module, batch: Any) -> list[LayerRun]:
-        """As the interface says, by a second session of the same graph with the layers' inputs and outputs as further
-        outputs. The products are the same; BatchNorm, activations and sums behind them are then computed apart."""
+        """As the interface says, by a second session with the layers' inputs and outputs as further outputs.
+
+        Its graph is that of the module the first time, afterwards the model is traced anew. The products are the same;
+        where a layer's output stays float, the engine may compute activations and sums behind it apart.
+        """
         network = network_of(module)
         args, kwargs = ((), batch) if isinstance(batch, Mapping) else (batch, {})
         feeds = network.inputs.feeds(network.inputs.bound(args, kwargs))
         graph = network.take_graph()
         calls = [(plan, call) for name, plan in network.plans.items() for call in graph.calls[name]]
-        names = tuple(dict.fromkeys(name for _, call in calls for name in (call.values, call.output)))
+        names = tuple(dict.fromkeys(name for _, call in calls for name in self._observed(call)))
         session, _ = self.session(graph, names)
         found = dict(zip(names, session(feeds)[-len(names) :], strict=True)) if names else {}
-        return [LayerRun(plan, _codes(found[call.values], plan), found[call.output]) for plan, call in calls]
+        return [self._run(plan, call, *(found[name] for name in self._observed(call))) for plan, call in calls]
+
+    def _observed(self, call: Call) -> tuple[str, str]:
+        """Names of the input and the output of a call: codes where it makes nothing else, so that it stays fused."""
+        after = call.requantized
+        if self.clip_codes:
+            return call.codes, call.output if after is None else after.codes
+        return call.values, call.output if after is None else after.values
+
+    def _run(self, plan: FusedLayer, call: Call, x: Tensor, output: Tensor) -> LayerRun:
+        plan, after, grid = replace(plan, norm=call.norm), call.requantized, plan.layer.grid
+        if after is not None:
+            plan.activation = Activation("clip", after.low, after.high)
+            plan.output = Grid(after.scale, after.zero_point, 8)
+            output = output if self.clip_codes else _codes(output, plan.output)
+        return LayerRun(plan, x if self.clip_codes else _codes(x, grid), output)
 
 
-def _codes(values: Tensor, plan: FusedLayer) -> Tensor:
-    grid = plan.layer.grid
+def _codes(values: Tensor, grid: Grid) -> Tensor:
     return (values.double() / grid.scale).round().add_(grid.zero_point)
 
 

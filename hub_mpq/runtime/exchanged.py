@@ -68,7 +68,10 @@ class FloatLayer(nn.Module):
         axes = (-1,) + (1,) * (layer.weight.dim() - 1)
         # the scale of the input is in the weight: the input is integers
         weight = layer.weight.double() * layer.scale.double().view(axes) * layer.grid.scale
-        self.register_buffer("weight", weight.float(), persistent=False)
+        weight = weight.float()
+        if layer.convolution:  # so is the output then, as those of integer layers are, and pooling is many times faster
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", layer.bias, persistent=False)
 
     def forward(self, x: Tensor, summand: Tensor | None = None) -> Tensor:

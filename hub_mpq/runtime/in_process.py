@@ -49,16 +49,15 @@ class InProcess(Runtime):
         if (why := not_on_cpu(model)) is not None:
             raise HubMPQError(f"runtime {self.name!r}: {why}")
         layers, kept = integer_layers(model)
-        for name in [n for n, layer in layers.items() if self.inexact(layer)]:
-            kept[name] = self.inexact(layers.pop(name)) or ""
         engine = _Engine(self)
         built = None if not isinstance(example, tuple) else _fused(model, layers, example, engine)
         if built is None:
             built = _exchanged(model, layers, example, engine)
         weights_on_grid(built)  # of the layers that are left
         made = {part.plan.layer.name for part in built.modules() if isinstance(part, self.layer_class)}
-        unseen = dict.fromkeys(layers.keys() - made - engine.slower.keys(), "it did not run on the example")
-        return built, RuntimeLayers(self.name, tuple(filter(made.__contains__, layers)), kept | engine.told() | unseen)
+        integer = tuple(name for name in layers if name in made - engine.floats.keys())
+        unseen = dict.fromkeys(layers.keys() - made - engine.floats.keys(), "it did not run on the example")
+        return built, RuntimeLayers(self.name, integer, kept | engine.floats | unseen)
 
     def observe(self, module: nn.Module, batch: Any) -> list[LayerRun]:
         runs: list[LayerRun] = []
@@ -91,11 +90,15 @@ class InProcess(Runtime):
 
 
 class _Engine:
-    """Fills a fused graph with a runtime's modules; measures which layers are faster in float32, one of a kind once."""
+    """Fills a fused graph with a runtime's modules; measures which layers are faster in float32, one of a kind once.
+
+    Attributes:
+        floats: {layer that computes in float: why}.
+    """
 
     def __init__(self, runtime: InProcess) -> None:
         self.runtime = runtime
-        self.slower: dict[str, tuple[float, float]] = {}
+        self.floats: dict[str, str] = {}
         self._measured: dict[Any, tuple[float, float]] = {}
 
     def takes(self, plan: FusedLayer, activation: Activation) -> bool:
@@ -103,19 +106,20 @@ class _Engine:
 
     def in_integers(self, plan: FusedLayer, coded: bool) -> bool:
         layer = plan.layer
+        if (why := self.runtime.inexact(layer)) is not None:
+            self.floats[layer.name] = why
+            return False
+        if not plan.shape:
+            return True
         kind = (tuple(layer.weight.shape), layer.stride, layer.padding, layer.dilation, layer.groups)
         widths = (layer.weight_bits, layer.grid.bits)
         key = (*kind, *widths, plan.shape, plan.activation and plan.activation.name, coded, plan.output is None)
         if key not in self._measured:
             self._measured[key] = self._both_ways(plan, coded)
-        seconds = self._measured[key]
-        if seconds[0] > seconds[1]:
-            self.slower[layer.name] = seconds
-        return seconds[0] <= seconds[1]
-
-    def told(self) -> dict[str, str]:
-        """{layer that computes in float: why}."""
-        return {n: f"faster so: {1e3 * b:.3f} against {1e3 * a:.3f} ms" for n, (a, b) in self.slower.items()}
+        integers, floats = self._measured[key]
+        if integers > floats:
+            self.floats[layer.name] = f"faster so: {1e3 * floats:.3f} against {1e3 * integers:.3f} ms"
+        return integers <= floats
 
     def layer(self, plan: FusedLayer) -> nn.Module:
         made: nn.Module = self.runtime.layer_class(plan)
@@ -202,7 +206,7 @@ def _exchanged(model: nn.Module, layers: dict[str, IntegerLayer], example: Any, 
         if example is not None and name not in shapes:
             continue
         plan = FusedLayer(layer, shape=shapes.get(name, ()))
-        if not plan.shape or engine.in_integers(plan, False):
+        if engine.in_integers(plan, False):
             codes = shared.setdefault(layer.grid, SharedCodes(layer.grid))
             new = Exchanged(engine.layer(plan), codes)
         else:

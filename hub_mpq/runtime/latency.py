@@ -23,7 +23,7 @@ from ..errors import HubMPQError, InvalidArgument
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs
 from ..nn.layers import first_operand
 from ..nn.quantize import quantize_to_policy
-from .machine import machine
+from . import machine as here
 from .rebuilt import run
 from .timing import Timing, batch_of, threads_of, time_calls
 
@@ -109,9 +109,9 @@ def measure_latency(
         model=graph.model_id,
         graph_digest=graph.digest,
         input_shape=graph.input_shape,
-        machine=machine(),
+        machine=here.machine(),
         runtime=runtime,
-        engine=engine.engine(),
+        engine=here.engine(engine),
         batch_size=batch_size,
         threads=threads,
         entries={name: _scaled(row, menus[name], factor, float_factor) for name, row in rows.items()},

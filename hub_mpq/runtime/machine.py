@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
+from ..core import Runtime
 
 
 def machine() -> str:
@@ -21,6 +24,14 @@ def has_vnni() -> bool:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
     return bool({"avx512_vnni", "avx_vnni"} & set(_cpuinfo("flags").split()))
+
+
+def engine(runtime: Runtime) -> str:
+    """What computes on a runtime, with its version, such as "openvino 2026.4.1"."""
+    try:
+        return f"{runtime.package} {version(runtime.package)}"
+    except PackageNotFoundError:  # a build of another name, such as onnxruntime-openvino
+        return runtime.package
 
 
 def _processor() -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..export.onnx import OnnxGraph
+from ..export.onnx_calls import Call, rounded
 from .engine import EngineRuntime, Session
 from .machine import has_vnni
 
@@ -36,7 +37,8 @@ def _session(content: bytes, optimized: Path | None = None) -> Any:
 class OnnxRuntime(EngineRuntime):
     """ONNX Runtime's CPU provider, from the graph in memory."""
 
-    name = "onnxruntime"
+    name = package = "onnxruntime"
+    clip_codes: ClassVar[bool] = True
 
     def available(self) -> str | None:
         try:
@@ -48,6 +50,10 @@ class OnnxRuntime(EngineRuntime):
     def saturates(self) -> bool:
         """By the flags of the CPU: its kernels cannot be told to do without instructions that are there."""
         return not has_vnni()
+
+    def rounds(self, graph: OnnxGraph) -> dict[str, str]:
+        """Convolutions whose biases, which ONNX Runtime rounds to steps of their sums, would move too many codes."""
+        return dict.fromkeys(rounded(graph.calls), "its bias would be rounded too coarsely")
 
     def session(self, graph: OnnxGraph, outputs: tuple[str, ...] = ()) -> tuple[Session, frozenset[str]]:
         with tempfile.TemporaryDirectory() as folder:  # ONNX Runtime tells what it made of a graph in a file only
@@ -66,6 +72,10 @@ def _in_integers(graph: OnnxGraph, path: Path) -> frozenset[str]:
     """The layers whose products all run in integers, by the graph that ONNX Runtime made."""
     import onnx
 
-    nodes = onnx.load(path, load_external_data=False).graph.node
-    done = {name for node in nodes if node.op_type in _PRODUCTS for name in node.output}
-    return frozenset(name for name, calls in graph.calls.items() if all({c.product, c.output} & done for c in calls))
+    nodes = [node for node in onnx.load(path, load_external_data=False).graph.node if node.op_type in _PRODUCTS]
+    done = {name for node in nodes for name in (*node.input, *node.output)}
+
+    def runs(call: Call) -> bool:
+        return bool({call.weight, call.product, call.output} & done)
+
+    return frozenset(name for name, calls in graph.calls.items() if all(map(runs, calls)))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import InvalidArgument
 from ..export.onnx import OnnxGraph
 from .engine import EngineRuntime, Session, network_of
+from .machine import has_vnni
 
 IR = "model.xml"
 _INTEGERS = ("u8", "i8")
@@ -56,7 +57,7 @@ def _model(graph: OnnxGraph, outputs: tuple[str, ...] = ()) -> Any:
 class OpenVINO(EngineRuntime):
     """OpenVINO's CPU plugin, from the ONNX graph in memory; norms and activations are folded by it."""
 
-    name = "openvino"
+    name = package = "openvino"
 
     def available(self) -> str | None:
         try:
@@ -66,7 +67,7 @@ class OpenVINO(EngineRuntime):
         return super().available()
 
     def saturates(self) -> bool:
-        return saturates()
+        return saturates() if self.available() is None else not has_vnni()
 
     def session(self, graph: OnnxGraph, outputs: tuple[str, ...] = ()) -> tuple[Session, frozenset[str]]:
         import openvino as ov

@@ -125,6 +125,7 @@ def test_a_tied_head_is_told_and_a_pin_leaves_its_input_float(tmp_path):
     config, _, told = export(mpq, tmp_path / "out")
     heads = [g for g in config["config_groups"].values() if g["targets"] == ["lm_head"]]
     assert [(g["weights"], g["format"], g["input_activations"]["num_bits"]) for g in heads] == [(None, "dense", 8)]
+    assert {g["format"] for g in config["config_groups"].values()} == {"dense", "pack-quantized"}
     assert any("fixed={'lm_head': 'W8'} leaves that float" in x for x in told)
     mpq = HubMPQ.from_pretrained(tmp_path / "float", fixed={"lm_head": "W8"}).apply_policy("W8A8", [inputs])
     config, _, told = export(mpq, tmp_path / "again")

@@ -29,10 +29,14 @@ def stored(folder):
     return types, [node.op_type for node in graph.node]
 
 
+SATURATES = "ignore:ONNX. sums of:UserWarning"
+
+
 @pytest.mark.parametrize(("level", "per_channel"), [("W1A2", True), ("W3A8", False), ("W5A7", True)])
 def test_a_network_of_convolutions(net, level, per_channel, tmp_path):
     mpq = HubMPQ.from_module(net, X[:1]).apply_policy(level, [X], per_channel=per_channel)
-    size = mpq.export(tmp_path, "onnx")
+    with pytest.warns(UserWarning, match=r"2 layers of 8-bit weights and inputs, '0' first, can saturate"):
+        size = mpq.export(tmp_path, "onnx")
     assert size == (tmp_path / "model.onnx").stat().st_size
     # the same integers and scales; float sums may differ in order, and an input of a quantizer that lies within
     # such a difference of a rounding border may move by one step of it
@@ -71,7 +75,8 @@ def from_a_tie(mpq, ids):
 
 def test_a_decoder_with_tied_head_of_any_length(tmp_path):
     case = pack(tmp_path, "gpt2", "W4A6")
-    size = case.mpq.export(tmp_path / "onnx", "onnx")
+    with pytest.warns(UserWarning, match="1 layers of 8-bit weights and inputs, 'lm_head' first, can saturate"):
+        size = case.mpq.export(tmp_path / "onnx", "onnx")
     assert size < 60_000
     first = case.inputs["input_ids"]
     pairs = (torch.cat([first, first.roll(i, 1)]) for i in range(1, 12))
@@ -85,3 +90,24 @@ def test_without_the_package_it_says_what_to_install(net, tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(HubMPQError, match=r"pip install 'hub-mpq\[onnx\]'"):
         mpq.export(tmp_path, "onnx")
+
+
+@pytest.mark.filterwarnings(SATURATES)
+def test_layers_that_stay_float_are_told(net, tmp_path):
+    mpq = HubMPQ.from_module(net, X[:1]).apply_policy("W4", [X])
+    with pytest.warns(UserWarning, match="3 layers compute in float, '3' first: the input stays float"):
+        mpq.export(tmp_path, "onnx")
+    assert torch.allclose(run(tmp_path, X), mpq(X), atol=1e-5)
+
+
+@pytest.mark.filterwarnings(SATURATES)
+def test_groups_of_weights_are_written_in_float(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(
+            torch.nn.Flatten(), *(torch.nn.Linear(a, b) for a, b in ((64, 16), (16, 16), (16, 4)))
+        )
+    mpq = HubMPQ.from_module(net.eval(), X[:1]).apply_policy("W4g8A8", [X])
+    with pytest.warns(UserWarning, match="first: groups of weights have scales of their own"):
+        mpq.export(tmp_path, "onnx")
+    assert torch.allclose(run(tmp_path, X), mpq(X), atol=1e-5)

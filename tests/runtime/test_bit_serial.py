@@ -1,26 +1,23 @@
 """Sums by bit planes are those of 64-bit integers, for every pair of widths; and models run on them."""
 
 import pytest
-import timm
 import torch
+from runtime_toys import bert, noise, quantized, timm_net, tokens
 from torch import nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertForSequenceClassification
 
-from hub_mpq import HubMPQ
 from hub_mpq.core import LayerBits, LayerSpec
 from hub_mpq.errors import HubMPQError
 from hub_mpq.quantizers.binary_decomposition import Codes, binary_conv2d, binary_linear
-from hub_mpq.runtime import certify, to_runtime
-from hub_mpq.runtime.certificate import LayerRun, check_layer
-
-pytest.importorskip("numba")
-
-from hub_mpq.runtime import bit_serial, bit_serial_vectors
+from hub_mpq.runtime import bit_serial, bit_serial_vectors, certify, to_runtime
 from hub_mpq.runtime.bit_serial import BitSerial, BitSerialLayer, weight_planes, words
+from hub_mpq.runtime.certificate import LayerRun, check_layer
 from hub_mpq.runtime.exchanged import Exchanged
 from hub_mpq.runtime.fused_layer import Activation, FusedLayer
 from hub_mpq.runtime.integer_layer import Grid, IntegerLayer
+
+pytest.importorskip("numba")
 
 WIDTHS = range(1, 9)
 
@@ -62,7 +59,9 @@ def product(layer, codes):
     if not layer.convolution:
         return (x @ weight.T).float()
     # float64 holds sums of these sizes exactly; torch has no integer convolution
-    y = F.conv2d(x.double(), weight.double(), None, layer.stride, layer.padding, layer.dilation, layer.groups)
+    y = F.conv2d(
+        layer.padded(x.double()), weight.double(), None, layer.stride, layer.padding, layer.dilation, layer.groups
+    )
     assert y.abs().max() < 2**53
     return y.long().float()
 
@@ -96,6 +95,7 @@ CONVOLUTIONS = {
     "dilation": (64, 8, 3, {"padding": (2, 2), "dilation": (2, 2)}),
     "dilation, one axis": (64, 8, 3, {"padding": (3, 1), "dilation": (3, 1)}),
     "pointwise": (40, 24, 1, {}),
+    "same": (64, 8, 3, {"same": True, "stride": (2, 2)}),
     "groups": (24, 18, 3, {"padding": (1, 1), "groups": 3}),
     "groups of words": (128, 16, 3, {"padding": (1, 1), "groups": 2}),
     "depthwise": (10, 10, 3, {"padding": (1, 1), "groups": 10}),
@@ -158,6 +158,7 @@ def test_other_popcounts_count_the_same(generator, monkeypatch):
     try:
         layer = layer_of(weights(3, (20, 64 * 70 + 3), generator), 3, 2, 1)  # more words than a byte's count can hold
         codes = inputs(2, (5, 64 * 70 + 3), generator)
+        codes[0], layer.weight[0] = 3, -1  # all bits of all planes
         assert torch.equal(BitSerialLayer(FusedLayer(layer))(codes), product(layer, codes))
     finally:
         bit_serial.kernels.cache_clear()
@@ -219,56 +220,43 @@ def test_menu_has_every_pair_where_sums_fit():
     assert small == tuple(sorted(LayerBits(w, a) for w in WIDTHS for a in WIDTHS))
 
 
-def test_a_timm_network(always_integers, generator):
-    torch.manual_seed(0)
-    net = timm.create_model("resnet18", num_classes=5).eval()
-    x = torch.randn(2, 3, 48, 48, generator=generator)
-    mpq = HubMPQ.from_module(net, x)
-    mpq.apply_policy("W2A2", [x])
-    module = to_runtime(mpq.model, "bit_serial", x)
-    assert len(module.runtime_layers.integer) == 21
+NETS = {"resnet18": 32, "mobilenetv2_050": 32, "tf_efficientnet_lite0": 32, "vit_tiny_patch16_224": 64}
+
+
+@pytest.mark.parametrize(("name", "size"), NETS.items())
+def test_timm_networks(always_integers, name, size):
+    net = timm_net(name, size, **({"img_size": size} if "vit" in name else {}))
+    mpq = quantized(net, "W2A2", noise(4, 3, size, size))
+    module = to_runtime(mpq.model, "bit_serial", noise(1, 3, size, size))
+    assert len(module.runtime_layers.integer) > 15
     assert not module.runtime_layers.float
-    found = certify(mpq.model, module, [torch.randn(3, 3, 40, 40, generator=generator)])
+    found = certify(mpq.model, module, [noise(3, 3, size, size, seed=1)])
     assert found.exact
     assert found.total.codes > 0
 
 
-def test_depthwise_and_clipped_networks(always_integers, generator):
-    torch.manual_seed(0)
-    net = timm.create_model("mobilenetv2_050", num_classes=5).eval()
-    x = torch.randn(2, 3, 32, 32, generator=generator)
-    mpq = HubMPQ.from_module(net, x)
-    mpq.apply_policy("W3A4", [x])
-    module = to_runtime(mpq.model, "bit_serial", x)
-    assert not module.runtime_layers.float
+def test_norms_activations_and_sums_go_into_the_layers(always_integers):
+    mpq = quantized(timm_net("resnet18"), "W1A1", noise(4, 3, 32, 32))
+    module = to_runtime(mpq.model, "bit_serial", noise(1, 3, 32, 32))
+    assert not any(isinstance(part, (nn.BatchNorm2d, nn.ReLU)) for part in module.modules())
+    plans = [part.plan for part in module.modules() if isinstance(part, BitSerialLayer)]
+    assert sum(plan.adds for plan in plans) == 8
+    assert any(plan.output is not None for plan in plans)
 
 
-def bert():
-    config = BertConfig(
-        vocab_size=50, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, num_labels=3
-    )
-    torch.manual_seed(0)
-    return BertForSequenceClassification(config).eval()
-
-
-def test_a_hugging_face_encoder(always_integers, generator):
-    model = bert()
-    batch = {"input_ids": torch.randint(50, (2, 9), generator=generator)}
-    mpq = HubMPQ.from_module(model, batch)
-    mpq.apply_policy("W1A2", [batch])
-    module = to_runtime(mpq.model, "bit_serial", batch)
-    assert type(module) is BertForSequenceClassification
+def test_a_hugging_face_encoder(always_integers):
+    mpq = quantized(bert(), "W1A2", tokens())
+    module = to_runtime(mpq.model, "bit_serial", tokens())
+    assert isinstance(module, BertForSequenceClassification)
     assert sum(isinstance(part, Exchanged) for part in module.modules()) == len(module.runtime_layers.integer) > 10
-    other = {"input_ids": torch.randint(50, (3, 5), generator=generator)}
-    assert module(**other).logits.shape == (3, 3)
+    assert certify(mpq.model, module, [tokens(3, 7)]).exact
 
 
 def test_layers_that_are_faster_in_float_compute_so(monkeypatch, generator):
     monkeypatch.setattr("hub_mpq.runtime.in_process._Engine._both_ways", lambda *_: (2.0, 1.0))
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
-    x = torch.randn(2, 3, 16, 16, generator=generator)
-    mpq = HubMPQ.from_module(net, x)
-    mpq.apply_policy("W2A2", [x])
+    x = noise(2, 3, 16, 16)
+    mpq = quantized(net, "W2A2", x)
     module = to_runtime(mpq.model, "bit_serial", x)
     assert not module.runtime_layers.integer
     torch.testing.assert_close(module(x), mpq.model(x))
@@ -277,8 +265,7 @@ def test_layers_that_are_faster_in_float_compute_so(monkeypatch, generator):
 def test_without_numba_it_says_what_to_install(monkeypatch, generator):
     monkeypatch.setattr(bit_serial, "find_spec", lambda _: None)
     net = nn.Sequential(nn.Linear(8, 8))
-    x = torch.randn(2, 8, generator=generator)
-    mpq = HubMPQ.from_module(net, x)
-    mpq.apply_policy("W2A2", [x])
+    x = noise(2, 8)
+    mpq = quantized(net, "W2A2", x)
     with pytest.raises(HubMPQError, match=r"hub-mpq\[bit-serial\]"):
         to_runtime(mpq.model, "bit_serial", x)

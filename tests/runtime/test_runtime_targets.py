@@ -136,6 +136,20 @@ def test_no_search_leaves_the_menu(net, train, strategy):
         assert all(W8A8 not in m.policy.bits.values() for m in mpq.result.measurements)
 
 
+def test_scores_that_were_learned_without_a_target_serve_it(net, train):
+    x = torch.zeros(1, 1, 8, 8)
+    plain = HubMPQ.from_module(net, x)
+    plain.train_indicators(train, steps=4)
+    for how in ("given", "held"):
+        mpq = HubMPQ.from_module(net, x, target="onednn")
+        mpq.scores = plain.scores if how == "held" else None
+        given = {"indicators": plain.scores} if how == "given" else {}
+        mpq.quantize(bitops="W4A4", train=train, epochs=0, validate=False, **given)
+        assert mpq.scores is plain.scores
+        assert {str(x.fixed) for x in mpq.graph if x.fixed} == {"W7A8"}
+        assert all(mpq.policy.bits[x.name].weight <= 6 for x in mpq.graph.searched)
+
+
 def test_what_training_settled_on_takes_the_nearest_pair(net):
     from hub_mpq.core import Indicators
     from hub_mpq.search.policy_search import inferred_policy
