@@ -263,6 +263,24 @@ def test_a_model_that_is_called_by_other_means(how):
     assert (found - want).norm() < 0.02 * want.norm()
 
 
+def test_inputs_that_are_not_numbers_are_told():
+    """The codes of an input have no NaN."""
+    mpq = network()
+    module = mpq.to_runtime("onednn")
+    x = noise(4, 3, 8, 8)
+    x[0, 0, 0, 0] = torch.nan
+    assert "layer '0' computes 1 values wrongly" in mpq.certify(module, [x]).reasons[0]
+
+
+def test_what_only_runs_has_no_file_to_report_of(tmp_path):
+    mpq = HubMPQ.from_pretrained("resnet18", pretrained=False, num_classes=3, input_size=(3, 32, 32))
+    mpq.apply_policy("W4A4", [noise(8, 3, 32, 32)]).save_pretrained(tmp_path / "packed")
+    pulled = HubMPQ.from_pretrained(tmp_path / "packed", runtime="onednn")
+    for asked in (pulled.report, pulled.usage, pulled.base_bytes):
+        with pytest.raises(HubMPQError, match="it was loaded with runtime='onednn' and only runs"):
+            asked()
+
+
 def test_a_model_in_float64_is_refused():
     x = noise(4, 3, 8, 8)
     net = network().model.double()
