@@ -6,7 +6,7 @@ import inspect
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +32,8 @@ _DEFAULTS: dict[str, Callable[[Tensor], Tensor]] = {
 """What a transformers model takes for an input that is not given."""
 _NETWORK = "engine_network"
 _REFUSED = ("output_attentions", "output_hidden_states")
+_IGNORED = ("return_dict", "use_cache", *_REFUSED)
+"""Arguments that are no tensors and change no number."""
 
 
 @dataclass(eq=False)
@@ -40,11 +42,13 @@ class _Inputs:
 
     Args:
         signature: Of the forward.
-        names: The graph's inputs.
+        dtypes: {input of the graph: its type}.
+        filled: The inputs that a call may leave out, see `_DEFAULTS`.
     """
 
     signature: inspect.Signature
-    names: tuple[str, ...] = ()
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    filled: tuple[str, ...] = ()
 
     def bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """{parameter: what is given for it}, without None."""
@@ -55,16 +59,38 @@ class _Inputs:
         return {name: value for name, value in found.items() if value is not None}
 
     def feeds(self, bound: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The graph's inputs."""
+        """The graph's inputs.
+
+        Raises:
+            HubMPQError: The graph, which was traced with an example, computes something else than what is asked for.
+        """
         given = {name: value for name, value in bound.items() if isinstance(value, Tensor)}
-        if unknown := [name for name in given if name not in self.names]:
+        if unknown := [name for name in given if name not in self.dtypes]:
             raise HubMPQError(f"{unknown[0]!r} was not in the example that this runtime was built for")
-        for name in self.names:
-            if name not in given and name in _DEFAULTS and "input_ids" in given:
+        for name in self.filled:
+            if name not in given and "input_ids" in given:
                 given[name] = _DEFAULTS[name](given["input_ids"])
-        if missing := [name for name in self.names if name not in given]:
+        if missing := [name for name in self.dtypes if name not in given]:
             raise HubMPQError(f"{missing[0]!r} is missing: it was in the example that this runtime was built for")
-        return given
+        for name, value in bound.items():
+            if name not in given and not self._as_traced(name, value):
+                raise HubMPQError(
+                    f"{name}={value!r:.40} was not in the example that this runtime was built for, and it takes tensors "
+                    "only"
+                )
+        return {name: self._typed(name, value) for name, value in given.items()}
+
+    def _as_traced(self, name: str, value: Any) -> bool:
+        """Whether an argument that is no tensor says what the graph does without it."""
+        if name in _IGNORED:
+            return True
+        default = self.signature.parameters[name].default if name in self.signature.parameters else None
+        return type(value) is type(default) and bool(value == default)
+
+    def _typed(self, name: str, value: Tensor) -> Tensor:
+        """A whole number or a mask in the type of the example; other types are the engine's to refuse."""
+        dtype = self.dtypes[name]
+        return value if value.is_floating_point() or dtype.is_floating_point else value.to(dtype)
 
 
 @dataclass(eq=False)
@@ -226,11 +252,12 @@ def _example(model: nn.Module, example: Any) -> tuple[_Inputs, dict[str, Tensor]
     for name, value in given.items():
         if not isinstance(value, Tensor):
             raise HubMPQError(f"{name!r} of the example is a {type(value).__name__}, and engines take tensors only")
-    if "input_ids" in given:
-        known = {"attention_mask", *(("token_type_ids",) if hasattr(model.config, "type_vocab_size") else ())}
-        for name in (known & inputs.signature.parameters.keys()) - given.keys():
+    if "input_ids" in given and (config := getattr(model, "config", None)) is not None:
+        known = {"attention_mask", *(("token_type_ids",) if hasattr(config, "type_vocab_size") else ())}
+        inputs.filled = tuple(sorted(known & inputs.signature.parameters.keys()))
+        for name in set(inputs.filled) - given.keys():
             given[name] = _DEFAULTS[name](given["input_ids"])
-    inputs.names = tuple(given)
+    inputs.dtypes = {name: value.dtype for name, value in given.items()}
     return inputs, given
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -74,12 +75,13 @@ class OpenVINO(EngineRuntime):
 
         compiled = ov.Core().compile_model(_model(graph, outputs), "CPU", _settings())
         request = compiled.create_infer_request()
-        count = len(compiled.outputs)
+        count, alone = len(compiled.outputs), threading.Lock()  # a request serves one caller at a time
 
         def run(feeds: Mapping[str, Tensor]) -> list[Tensor]:
             given = {name: x.detach().contiguous().numpy() for name, x in feeds.items()}
-            found = request.infer(given, share_inputs=True)
-            return [torch.from_numpy(found[i]) for i in range(count)]
+            with alone:
+                found = request.infer(given, share_inputs=True)
+                return [torch.from_numpy(found[i]) for i in range(count)]
 
         return run, _in_integers(graph, compiled.get_runtime_model())
 

@@ -1,0 +1,97 @@
+"""Calls that an engine was not traced for: from several threads, with other arguments, of other types and sizes."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from runtime_toys import noise, quantized
+from torch import nn
+
+from hub_mpq.errors import HubMPQError
+from hub_mpq.runtime import to_runtime
+
+pytest.importorskip("openvino")
+pytest.importorskip("onnxruntime")
+ENGINES = pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+
+
+class Scaled(nn.Module):
+    """An argument that is no tensor changes the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x, gain: float = 1.0):
+        return self.head(self.conv(x).relu().mean((2, 3))) * gain
+
+
+class Ids(nn.Module):
+    """Token ids without a config."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(50, 16)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.head(self.table(input_ids))
+
+
+@pytest.fixture(scope="module")
+def scaled():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return quantized(Scaled().eval(), "W4A4", noise(2, 3, 64, 64)).model
+
+
+@pytest.fixture(scope="module")
+def ids():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return quantized(Ids().eval(), "W4A4", torch.arange(14).view(2, 7)).model
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime", "onednn", "bit_serial"])
+def test_threads_get_their_own_outputs(engine, scaled):
+    if engine == "bit_serial":
+        pytest.importorskip("numba")
+    built = to_runtime(scaled, engine, noise(1, 3, 64, 64))
+    batches = [noise(4, 3, 64, 64, seed=i) for i in range(8)]
+    want, wrong = [built(x) for x in batches], []
+
+    def calls(i):
+        wrong.extend(i for _ in range(10) if not built(batches[i]).equal(want[i]))
+
+    threads = [threading.Thread(target=calls, args=(i,)) for i in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@ENGINES
+def test_an_argument_that_is_no_tensor_is_not_ignored(engine, scaled):
+    x = noise(2, 3, 64, 64)
+    built = to_runtime(scaled, engine, x)
+    assert built(x, 1.0).equal(built(x))
+    for args, words in (((x, 2.0), {}), ((x,), {"gain": 2.0}), ((x,), {"gain": [x]})):
+        with pytest.raises(HubMPQError, match="gain=.* was not in the example") as error:
+            built(*args, **words)
+        assert "\n" not in str(error.value)
+
+
+@ENGINES
+def test_token_ids_of_a_network_without_a_config(engine, ids):
+    x = torch.arange(14).view(2, 7)
+    built = to_runtime(ids, engine, x)
+    longer = torch.arange(27).view(3, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(built(longer), ids(longer))
+    assert built(longer.int()).equal(built(longer))
+    with pytest.raises(HubMPQError, match="'attention_mask' was not in the example"):
+        built(longer, torch.ones_like(longer))
