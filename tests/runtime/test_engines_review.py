@@ -80,7 +80,7 @@ def test_an_argument_that_is_no_tensor_is_not_ignored(engine, scaled):
     built = to_runtime(scaled, engine, x)
     assert built(x, 1.0).equal(built(x))
     for args, words in (((x, 2.0), {}), ((x,), {"gain": 2.0}), ((x,), {"gain": [x]})):
-        with pytest.raises(HubMPQError, match="gain=.* was not in the example") as error:
+        with pytest.raises(HubMPQError, match=r"gain=.* was not in the example") as error:
             built(*args, **words)
         assert "\n" not in str(error.value)
 
