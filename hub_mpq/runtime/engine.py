@@ -75,7 +75,7 @@ class _Inputs:
         for name, value in bound.items():
             if name not in given and not self._as_traced(name, value):
                 raise HubMPQError(
-                    f"{name}={value!r:.40} was not in the example that this runtime was built for, which takes tensors only"
+                    f"{name}={value!r:.40} was not in the example that this runtime was built for: it takes tensors"
                 )
         return {name: self._typed(name, value) for name, value in given.items()}
 
