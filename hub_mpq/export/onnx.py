@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import warnings
@@ -166,9 +167,9 @@ def onnx_graph(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No warning and no log line of torch.onnx or of what it calls: what goes wrong is raised."""
+    """No warning, log or (onnxscript 0.6) printed line of torch.onnx and what it calls: what goes wrong is raised."""
     disabled = logging.root.manager.disable
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)
         try:
