@@ -75,8 +75,8 @@ class _Inputs:
         for name, value in bound.items():
             if name not in given and not self._as_traced(name, value):
                 raise HubMPQError(
-                    f"{name}={value!r:.40} was not in the example that this runtime was built for, and it takes tensors "
-                    "only"
+                    f"{name}={value!r:.40} was not in the example that this runtime was built for, and that takes "
+                    "tensors only"
                 )
         return {name: self._typed(name, value) for name, value in given.items()}
 
@@ -95,7 +95,7 @@ class _Inputs:
 
 @dataclass(eq=False)
 class EngineNetwork:
-    """The forward of a model, computed by an engine.
+    """The forward of a model, computed by an engine; threads may call it.
 
     Args:
         inputs: What the arguments are to the graph.
@@ -123,7 +123,15 @@ class EngineNetwork:
         bound = self.inputs.bound(args, kwargs)
         if asked := [name for name in _REFUSED if bound.get(name)]:
             raise HubMPQError(f"this runtime returns the outputs of its example; {asked[0]}=True is not among them")
-        out = self.output(self.session(self.inputs.feeds(bound)))
+        feeds = self.inputs.feeds(bound)
+        try:
+            found = self.session(feeds)
+        except Exception as error:  # each engine has errors of its own for what its graph has no room for
+            raise HubMPQError(
+                f"the engine cannot compute {_told(feeds)}: this runtime was built for {_told(self.example)}, of which "
+                "only the batch and the number of tokens may change"
+            ) from error
+        out = self.output(found)
         return out.to_tuple() if bound.get("return_dict") is False and hasattr(out, "to_tuple") else out
 
     def take_graph(self) -> OnnxGraph:
@@ -193,6 +201,8 @@ class EngineRuntime(Runtime):
         floats = frozenset(kept)
         inputs, given = _example(model, example)
         graph = onnx_graph(model, given, floats, clip_codes=self.clip_codes)
+        if renamed := given.keys() - {x.name for x in graph.proto.graph.input}:
+            raise HubMPQError(f"runtime {self.name!r}: the model returns its input {min(renamed)!r} as it is")
         if more := {name: why for name, why in self.rounds(graph).items() if name not in floats}:
             kept |= more
             floats |= more.keys()
@@ -238,6 +248,11 @@ class EngineRuntime(Runtime):
             plan.output = Grid(after.scale, after.zero_point, 8)
             output = output if self.clip_codes else _codes(output, plan.output)
         return LayerRun(plan, x if self.clip_codes else _codes(x, grid), output)
+
+
+def _told(feeds: Mapping[str, Tensor]) -> str:
+    """Inputs in words."""
+    return ", ".join(f"{k} {list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for k, x in feeds.items())
 
 
 def _codes(values: Tensor, grid: Grid) -> Tensor:

@@ -76,9 +76,10 @@ class OpenVINO(EngineRuntime):
         compiled = ov.Core().compile_model(_model(graph, outputs), "CPU", _settings())
         request = compiled.create_infer_request()
         count, alone = len(compiled.outputs), threading.Lock()  # a request serves one caller at a time
+        read = {name for port in compiled.inputs for name in port.names}
 
         def run(feeds: Mapping[str, Tensor]) -> list[Tensor]:
-            given = {name: x.detach().contiguous().numpy() for name, x in feeds.items()}
+            given = {name: x.detach().contiguous().numpy() for name, x in feeds.items() if name in read}
             with alone:
                 found = request.infer(given, share_inputs=True)
                 return [torch.from_numpy(found[i]) for i in range(count)]

@@ -9,6 +9,7 @@ import torch
 from runtime_toys import noise, quantized
 from torch import nn
 
+from hub_mpq import HubMPQ
 from hub_mpq.errors import HubMPQError
 from hub_mpq.runtime import to_runtime
 
@@ -80,7 +81,7 @@ def test_an_argument_that_is_no_tensor_is_not_ignored(engine, scaled):
     built = to_runtime(scaled, engine, x)
     assert built(x, 1.0).equal(built(x))
     for args, words in (((x, 2.0), {}), ((x,), {"gain": 2.0}), ((x,), {"gain": [x]})):
-        with pytest.raises(HubMPQError, match="gain=.* was not in the example") as error:
+        with pytest.raises(HubMPQError, match=r"gain=.* was not in the example") as error:
             built(*args, **words)
         assert "\n" not in str(error.value)
 
@@ -95,3 +96,44 @@ def test_token_ids_of_a_network_without_a_config(engine, ids):
     assert built(longer.int()).equal(built(longer))
     with pytest.raises(HubMPQError, match="'attention_mask' was not in the example"):
         built(longer, torch.ones_like(longer))
+
+
+@ENGINES
+def test_what_the_graph_has_no_room_for_is_one_sentence(engine, scaled):
+    built = to_runtime(scaled, engine, noise(1, 3, 64, 64))
+    for x in (noise(1, 3, 32, 32), noise(3, 64, 64), noise(1, 3, 64, 64).bfloat16()):
+        with pytest.raises(HubMPQError, match=r"cannot compute x \[.*built for x \[1, 3, 64, 64\] float32") as error:
+            built(x)
+        assert "\n" not in str(error.value)
+    assert built(noise(0, 3, 64, 64)).shape == (0, 10)
+
+
+class Through(nn.Module):
+    """Returns one output twice, or its input as it is; does not read the other."""
+
+    def __init__(self, input_too):
+        super().__init__()
+        self.head, self.input_too = nn.Linear(16, 16), input_too
+
+    def forward(self, x, unread):
+        y = self.head(x)
+        return (y, x, y) if self.input_too else (y, y + 1, y)
+
+
+@ENGINES
+def test_outputs_that_are_one_tensor(engine):
+    x = noise(3, 16)
+    for input_too in (False, True):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = (
+                HubMPQ.from_module(Through(input_too).eval(), (x[:1], x[:1]))
+                .apply_policy("W4A4", [((x, x), None)])
+                .model
+            )
+        if input_too:
+            with pytest.raises(HubMPQError, match="the model returns its input 'x' as it is"):
+                to_runtime(model, engine, (x, x))
+        else:
+            with torch.no_grad():
+                torch.testing.assert_close(to_runtime(model, engine, (x, x))(x, x), model(x, x))
