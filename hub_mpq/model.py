@@ -1096,6 +1096,7 @@ class HubMPQ(nn.Module):
 
     def _base_bytes(self, graph: LayerGraph, table: Scores | None = None, model: nn.Module | None = None) -> int:
         """`base_bytes` at policies of a table's choices: the header tells inputs, groups and zero points."""
+        self._check_whole()
         model = model or (self._float[0] if self._float else self.model)
         policy = longest_header(Policy.uniform(graph, "W2A32" if self.weight_only else "W2A2"), table or {})
         return base_nbytes(model, self._manifest(policy, graph))

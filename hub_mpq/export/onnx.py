@@ -81,7 +81,7 @@ def export_onnx(
     example: one sample, a tuple of positional arguments or a mapping of keyword arguments. Needs the extra "onnx".
     Raises HubMPQError when it is not installed, or when the model can't be traced.
     """
-    graph = onnx_graph(model, example, keep_norms=True)
+    graph = onnx_graph(model, example, rounds=True)
     for what in _told(graph):
         warnings.warn(what, stacklevel=2)
     folder = Path(folder)
@@ -106,7 +106,7 @@ def _told(graph: OnnxGraph) -> list[str]:
 
 
 def onnx_graph(
-    model: nn.Module, example: Any, floats: Collection[str] = (), *, clip_codes: bool = False, keep_norms: bool = False
+    model: nn.Module, example: Any, floats: Collection[str] = (), *, clip_codes: bool = False, rounds: bool = False
 ) -> OnnxGraph:
     """A quantized model as an ONNX graph in memory.
 
@@ -115,7 +115,8 @@ def onnx_graph(
         example: A tuple of positional arguments or a mapping of keyword arguments, tensors.
         floats: Layers to write in float, with the same values.
         clip_codes: Clip inputs of fewer than 8 bits behind QuantizeLinear, not before it.
-        keep_norms: Keep the norms that an engine which rounds biases cannot do without.
+        rounds: Write it so that also an engine that rounds float biases and weights between quantized tensors, as ONNX
+            Runtime does, computes the same.
 
     Raises:
         HubMPQError: A package is missing, or the model can't be traced.
@@ -124,7 +125,7 @@ def onnx_graph(
         raise HubMPQError(why)
     import onnx
 
-    net, widths, kept = with_nodes(model, floats, clip_codes=clip_codes)
+    net, widths, kept = with_nodes(model, floats, clip_codes=clip_codes, rounds=rounds)
     example = tree_map(lambda x: torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x, example)  # 1 is special
     args, kwargs = ((), dict(example)) if isinstance(example, Mapping) else (tuple(example), {})
     try:
@@ -148,7 +149,7 @@ def onnx_graph(
         del part.metadata_props[:]
         part.ClearField("doc_string")
     kept_norms: list[str] = []
-    if keep_norms:
+    if rounds:
         trial = type(proto)()
         trial.CopyFrom(proto)
         fold_norms(trial.graph)

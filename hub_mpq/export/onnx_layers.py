@@ -73,7 +73,7 @@ class _IntegerInput(nn.Module):
 
 
 class _FloatInput(nn.Module):
-    """The same values by float operators, which no engine takes for a quantized input."""
+    """The same values by float operators: of a zero point that is no UINT8, or where codes would mislead an engine."""
 
     def __init__(self, scale: float, zero_point: int, bits: int) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class _IntegerRows(QuantEmbedding):
 
 @torch.no_grad()
 def with_nodes(
-    model: nn.Module, floats: Collection[str] = (), *, clip_codes: bool = False
+    model: nn.Module, floats: Collection[str] = (), *, clip_codes: bool = False, rounds: bool = False
 ) -> tuple[nn.Module, dict[str, tuple[int, int]], dict[str, str]]:
     """A copy of a quantized model that torch.onnx writes with QuantizeLinear and DequantizeLinear nodes.
 
@@ -119,7 +119,7 @@ def with_nodes(
         model: The network with its quantizers or packed weights, on the CPU; it stays as it is, float tensors are
             shared.
         floats: Layers to write in float, with the same values.
-        clip_codes: See `onnx_graph`.
+        clip_codes, rounds: See `onnx_graph`.
 
     Returns:
         (the copy, {layer with integer inputs and weights: bits of its weight and its input}, {layer that no engine can
@@ -144,11 +144,14 @@ def with_nodes(
             kept[name] = why
         elif grid is not None:
             widths[name] = packed.num_bits, grid[2]
-        # an input whose grid has no form in ONNX is put on it by float operators
+        # a float weight alone keeps engines from computing in integers
         in_float = name in floats or (why is not None and grid is not None)
         if (key := (source, in_float)) not in made:
             made[key] = _weight(packed, kind, in_float)
-        inputs = None if grid is None else _FloatInput(*grid) if in_float else _IntegerInput(*grid, clip_codes)
+        inputs = None
+        if grid is not None:
+            by_float = not 0 <= grid[1] <= 255 or (in_float and rounds)
+            inputs = _FloatInput(*grid) if by_float else _IntegerInput(*grid, clip_codes)
         if isinstance(module, PackedLayer):
             stand_in = nn.Parameter(torch.full((), torch.nan).expand(module.shape), requires_grad=False)
             replace_layer(

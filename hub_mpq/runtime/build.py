@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -56,8 +57,15 @@ def to_runtime(model: nn.Module, name: str = "auto", example: Any = None, *, all
     batch = as_batch(example)
     module, layers = runtime.build(model, batch)
     setattr(module, LAYERS, layers)
+    module.eval()  # also what was put into it
+    module.train = MethodType(_stay, module)  # type: ignore[method-assign]
     if not runtime.generates and hasattr(module, "generate"):
-        module.generate = _refuse_to_generate(name)  # type: ignore[assignment]
+        able = " or ".join(repr(runtime.name) for runtime in runtimes if runtime.generates)
+        module.generate = _refusal(f"runtime {name!r} does not generate; take {able}")  # type: ignore[assignment]
+    if hasattr(module, "save_pretrained"):
+        module.save_pretrained = _refusal(  # type: ignore[assignment]
+            f"what runtime {name!r} runs has no weights to save; save the model that it was made from"
+        )
     if layers.integer and batch is not None and not allow_inexact:
         with torch.no_grad():
             found = certificate(layers, check_layers(runtime.observe(module, batch), model))
@@ -69,12 +77,16 @@ def to_runtime(model: nn.Module, name: str = "auto", example: Any = None, *, all
     return module
 
 
-def _refuse_to_generate(name: str) -> Callable[..., Any]:
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        able = " or ".join(repr(runtime.name) for runtime in runtimes if runtime.generates)
-        raise HubMPQError(f"runtime {name!r} does not generate; take {able}")
+def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Stands in `train`: a module that only runs stays in evaluation mode, and with it norms that it shares."""
+    return module
 
-    return generate
+
+def _refusal(why: str) -> Callable[..., Any]:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise HubMPQError(why)
+
+    return refuse
 
 
 def _auto(model: nn.Module, example: Any) -> nn.Module:

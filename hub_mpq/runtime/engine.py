@@ -179,9 +179,9 @@ class EngineRuntime(Runtime):
     def saturates(self) -> bool:
         """Whether the engine adds two products in 16 bits on this CPU."""
 
-    def rounds(self, graph: OnnxGraph) -> dict[str, str]:
-        """{layer: why} of layers that the engine would not compute exactly for another reason than their sums."""
-        return {}
+    def why_float(self, graph: OnnxGraph, name: str) -> str:
+        """Why the engine computes a layer with integer inputs and weights in float."""
+        return "the engine computes it in float"
 
     def available(self) -> str | None:
         return missing_packages()
@@ -203,13 +203,9 @@ class EngineRuntime(Runtime):
         graph = onnx_graph(model, given, floats, clip_codes=self.clip_codes)
         if renamed := given.keys() - {x.name for x in graph.proto.graph.input}:
             raise HubMPQError(f"runtime {self.name!r}: the model returns its input {min(renamed)!r} as it is")
-        if more := {name: why for name, why in self.rounds(graph).items() if name not in floats}:
-            kept |= more
-            floats |= more.keys()
-            graph = onnx_graph(model, given, floats, clip_codes=self.clip_codes)
         session, integer = self.session(graph)
         for name in [name for name in layers if name not in floats | integer]:
-            kept[name] = "the engine computes it in float" if graph.calls.get(name) else "it was not called"
+            kept[name] = self.why_float(graph, name) if graph.calls.get(name) else "it was not called"
         plans = {name: _plan(layer) for name, layer in layers.items() if name in integer}
         network = EngineNetwork(
             inputs, session, _output(graph), given, graph, weakref.ref(model), plans, floats, self.clip_codes

@@ -10,10 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..nn.layers import first_operand
+from ..nn.layers import call_only, first_operand
 from .fused_layer import FusedLayer
 from .integer_layer import Grid
 
+_SIZES = (
+    "in_features",
+    "out_features",
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "nf",
+    "nx",
+)
 MAGIC = 1.5 * 2.0**23
 """Added to a small float32 it leaves no bits behind the point, and the integer in the lowest ones."""
 
@@ -31,7 +44,7 @@ class Codes(nn.Module):
         self.low, self.high = low, low + grid.top
 
     def forward(self, x: Tensor) -> Tensor:
-        shifted = torch.add(self.start, x, alpha=self.inverse).clamp_(self.low, self.high)
+        shifted = torch.add(self.start, x.float(), alpha=self.inverse).clamp_(self.low, self.high)
         codes = shifted.view(torch.int32).to(torch.uint8)
         return codes.add_(1) if self.odd else codes
 
@@ -63,14 +76,14 @@ class FloatLayer(nn.Module):
 
     def forward(self, x: Tensor, summand: Tensor | None = None) -> Tensor:
         layer = self.plan.layer
-        x = x.mul(1.0 / layer.grid.scale).round_().clamp_(self.low, self.high)
+        x = x.float().mul(1.0 / layer.grid.scale).round_().clamp_(self.low, self.high)
         if layer.convolution:
             x = layer.padded(x)
             y = F.conv2d(x, self.weight, self.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
         else:
             y = F.linear(x, self.weight, self.bias)
         if summand is not None:
-            y += summand
+            y = y + summand
         return y if self.plan.activation is None else self.plan.activation(y)
 
 
@@ -80,6 +93,7 @@ class Exchanged(nn.Module):
     def __init__(self, layer: nn.Module, codes: nn.Module | None) -> None:
         super().__init__()
         self.layer, self.codes = layer, codes
+        call_only(self)
 
     @property
     def weight(self) -> Tensor:
@@ -87,10 +101,24 @@ class Exchanged(nn.Module):
         shape: torch.Size = self.layer.shape
         return torch.full((), torch.nan).expand(shape)
 
+    @property
+    def bias(self) -> Tensor | None:
+        """As the layer had it."""
+        return self.layer.bias  # type: ignore[return-value]
+
+    def describe(self, layer: nn.Module) -> None:
+        """Take over the sizes by which models know a layer."""
+        vars(self).update({key: value for key, value in vars(layer).items() if key in _SIZES})
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Exchanged:
+        """It stays in float32 and integers when the model around it is cast."""
+        return self
+
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         x = first_operand(args, kwargs)
-        return self.layer(x if self.codes is None else self.codes(x))
+        with torch.autocast("cpu", enabled=False):
+            return self.layer(x if self.codes is None else self.codes(x))
 
 
 class SharedCodes(Codes):
@@ -101,7 +129,8 @@ class SharedCodes(Codes):
         self._last: tuple[Any, int, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_inference():  # it does not tell whether it was overwritten
+        # neither of these tells whether it was overwritten: the second is NumPy's or another program's memory
+        if x.is_inference() or not x.untyped_storage().resizable():
             return super().forward(x)
         last = self._last
         if last is not None and last[0]() is x and last[1] == x._version:
@@ -109,3 +138,7 @@ class SharedCodes(Codes):
         codes = super().forward(x)
         self._last = (weakref.ref(x), x._version, codes)
         return codes
+
+    def forget(self) -> None:
+        """Free the codes."""
+        self._last = None

@@ -12,13 +12,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..adapters.restore_state import copied_structure
 from .fused_layer import Activation, FusedLayer, affine
 from .integer_layer import Grid, IntegerLayer
 
 NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
-"""Evaluated, one factor and one summand a channel. BatchNormAct2d of timm, a subclass, has an activation too."""
+
+
+def _is_norm(module: nn.Module | None) -> bool:
+    """Whether a module, evaluated, is one factor and one summand a channel. Of the subclasses, which may compute
+    anything, timm's BatchNormAct2d alone is: it has an activation too."""
+    kind = type(module)
+    return kind in NORMS or (kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm."))
 
 
 class _Tracer(fx.Tracer):
@@ -29,7 +36,7 @@ class _Tracer(fx.Tracer):
         self.layers = layers
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if module_qualified_name in self.layers or isinstance(m, NORMS) or type(m).__module__.startswith("hub_mpq."):
+        if module_qualified_name in self.layers or _is_norm(m) or type(m).__module__.startswith("hub_mpq."):
             return True
         inside = any(name.startswith(f"{module_qualified_name}.") for name in self.layers)
         return not inside and super().is_leaf_module(m, module_qualified_name)
@@ -101,14 +108,30 @@ class Engine(Protocol):
         """A module from float32 to codes."""
 
 
-class _Shapes(fx.Interpreter):
-    """Notes the shape and dtype of every tensor of a run."""
+class _Tensors(fx.Interpreter):
+    """Notes the shape, dtype and memory of every tensor of a run."""
 
     def run_node(self, n: fx.Node) -> Any:
         out = super().run_node(n)
         if isinstance(out, Tensor):
             n.meta["shape"], n.meta["dtype"] = tuple(out.shape), out.dtype
+        n.meta["memory"] = {x.untyped_storage().data_ptr() for x in tree_leaves(out) if isinstance(x, Tensor)} - {0}
         return out
+
+
+def _cloned(example: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A network may overwrite its input."""
+    return tuple(tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, example))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two outputs hold the same tensors."""
+    pairs = zip(tree_leaves(one), tree_leaves(other), strict=False)
+    tensors = [(a, b) for a, b in pairs if isinstance(a, Tensor) or isinstance(b, Tensor)]
+    return all(
+        isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a.nan_to_num(), b.nan_to_num())
+        for a, b in tensors
+    )
 
 
 class FusedGraph:
@@ -131,10 +154,14 @@ class FusedGraph:
         self.module = fx.GraphModule(net, _Tracer(layers).trace(net))
         self.layers, self.engine = layers, engine
         self.modules = dict(self.module.named_modules())
-        self._fresh = {n for n, m in self.modules.items() if isinstance(m, (nn.ReLU, nn.MaxPool2d, *NORMS))}
-        self._clean()
+        self._fresh = {n for n, m in self.modules.items() if type(m) in (nn.ReLU, nn.MaxPool2d) or _is_norm(m)}
         with torch.no_grad():
-            _Shapes(self.module).run(*example)
+            want = net(*_cloned(example))
+            _Tensors(self.module).run(*_cloned(example))
+            self._clean()
+            found = _Tensors(self.module).run(*_cloned(example))
+        if not _equal(found, want):
+            raise NotImplementedError("its graph computes something else, a branch on a type perhaps")
         self.fused: dict[fx.Node, tuple[FusedLayer, fx.Node, fx.Node | None]] = {}
         self._sums: set[fx.Node] = set()
         self._coded: set[fx.Node] = set()
@@ -145,6 +172,7 @@ class FusedGraph:
 
     def _clean(self) -> None:
         graph = self.module.graph
+        self._overwriting = {n for n, m in self.modules.items() if getattr(m, "inplace", False)}
         for node in list(graph.nodes):
             if node.op == "call_function" and node.target is torch._assert:
                 graph.erase_node(node)
@@ -157,9 +185,8 @@ class FusedGraph:
 
     def _out_of_place(self, node: fx.Node) -> None:
         """Replace an operation that overwrites its input; who reads the input later reads the output."""
-        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
-        if module is not None and getattr(module, "inplace", False):
-            module.inplace = False
+        if node.op == "call_module" and node.target in self._overwriting:  # maybe not its first call
+            self.modules[node.target].inplace = False
         elif node.op == "call_function" and node.kwargs.get("inplace"):
             node.kwargs = {**node.kwargs, "inplace": False}
         elif node.op == "call_function" and node.target in _OUT_OF_PLACE:
@@ -171,6 +198,9 @@ class FusedGraph:
         else:
             return
         order = {n: i for i, n in enumerate(node.graph.nodes)}
+        shared = [n for n in order if n not in (node, node.args[0]) and n.meta["memory"] & node.args[0].meta["memory"]]
+        if any(order[n] < order[node] < order[user] for n in shared for user in n.users):
+            raise NotImplementedError(f"{_name(node)} overwrites a view, or a tensor that has one")
         node.args[0].replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node])
 
     def _follow(self, node: fx.Node) -> None:
@@ -197,7 +227,7 @@ class FusedGraph:
     def _norm(self, node: fx.Node, plan: FusedLayer) -> Any:
         """The BatchNorm that a node calls, if a layer can take it along, with its activation where it has one."""
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(module, NORMS) or module.running_mean is None or plan.adds or not plan.layer.convolution:
+        if not _is_norm(module) or module.running_mean is None or plan.norm or plan.adds or not plan.layer.convolution:
             return None
         act = getattr(module, "act", None)
         if act is None or _nothing(act):
@@ -240,12 +270,14 @@ class FusedGraph:
                 kept.discard(node)
         self._set_outputs(kept)
         graph = self.module.graph
+        for plan, tail, other in self.fused.values():
+            plan.overwrites = plan.overwrites and self._computed_last(tail, other)
         coded: dict[tuple[fx.Node, Grid], fx.Node] = {}
         for node, (plan, tail, other) in self.fused.items():
             source, grid = node.args[0], plan.layer.grid
             if node in kept and source not in self._coded:
                 if (source, grid) not in coded:
-                    name = self._add(f"codes_{len(coded)}", engine.codes(grid))
+                    name = self._add("codes", engine.codes(grid))
                     with graph.inserting_after(source):
                         coded[source, grid] = graph.call_module(name, (source,))
                 source = coded[source, grid]
@@ -277,7 +309,15 @@ class FusedGraph:
                 grids = {self.layers[str(r.target)].grid for r in readers}
                 plan.output = grids.pop() if len(grids) == 1 else None
 
+    def _computed_last(self, tail: fx.Node, summand: fx.Node | None) -> bool:
+        """Whether the other layers that read a summand are computed before: each is where what it takes along ends."""
+        readers = () if summand is None else [u for u in summand.users if u in self.fused]
+        return all(self._order[self.fused[u][1]] < self._order[tail] for u in readers)
+
     def _add(self, name: str, module: nn.Module) -> str:
+        """The name under which a module was added, one that nobody has: a layer may run twice."""
+        while hasattr(self.module, name := f"{name}_"):
+            pass
         self.module.add_submodule(name, module)
         return name
 

@@ -6,6 +6,7 @@ import timeit
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -122,6 +123,8 @@ class _Engine:
 
     def layer(self, plan: FusedLayer) -> nn.Module:
         made: nn.Module = self.runtime.layer_class(plan)
+        if plan.adds:
+            made.register_forward_pre_hook(_of_one_shape)
         return made
 
     def float_layer(self, plan: FusedLayer) -> nn.Module:
@@ -139,7 +142,11 @@ class _Engine:
             coded: Whether its input comes as codes where it computes in integers.
             rounds: The least of so many counts.
         """
-        x = torch.rand(plan.shape) * plan.layer.grid.scale * plan.layer.grid.top
+        x = (
+            torch.rand(plan.shape, generator=torch.Generator().manual_seed(0))
+            * plan.layer.grid.scale
+            * plan.layer.grid.top
+        )
         if x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         alone = replace(plan, adds=False)
@@ -152,6 +159,23 @@ class _Engine:
                 way()
             found = [[timeit.timeit(way, number=1) for way in ways] for _ in range(rounds)]
         return min(a for a, _ in found), min(b for _, b in found)
+
+
+def _of_one_shape(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Input and summand of a layer whose sum broadcasts: they had one shape in the example, of one sample perhaps."""
+    x, summand = args
+    plan = layer.plan.layer
+    shape = plan.output_shape(x.shape)
+    if summand.shape == shape:
+        return None
+    whole = torch.broadcast_shapes(shape, summand.shape)
+    own = 3 if plan.convolution else 1  # axes that no input can be repeated along
+    if whole[-own:] != shape[-own:]:
+        raise HubMPQError(
+            f"layer {plan.name!r} adds {tuple(summand.shape)} to its output, {tuple(shape)}; give an "
+            "example of this size"
+        )
+    return x.expand(*whole[:-own], *x.shape[-own:]), summand.expand(whole).contiguous()
 
 
 def _fused(
@@ -184,10 +208,19 @@ def _exchanged(model: nn.Module, layers: dict[str, IntegerLayer], example: Any, 
         plan = FusedLayer(layer, shape=shapes.get(name, ()))
         if engine.in_integers(plan, False):
             codes = shared.setdefault(layer.grid, SharedCodes(layer.grid))
-            replace_layer(net, name, Exchanged(engine.layer(plan), codes))
+            new = Exchanged(engine.layer(plan), codes)
         else:
-            replace_layer(net, name, Exchanged(engine.float_layer(plan), None))
+            new = Exchanged(engine.float_layer(plan), None)
+        new.describe(net.get_submodule(name))
+        replace_layer(net, name, new)
+    net.register_forward_hook(partial(_forget, tuple(shared.values())), always_call=True)
     return net
+
+
+def _forget(shared: Iterable[SharedCodes], *_: Any) -> None:
+    """A forward hook: codes are shared within one call."""
+    for codes in shared:
+        codes.forget()
 
 
 def _input_shapes(net: nn.Module, layers: Iterable[str], example: Any) -> dict[str, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -89,6 +90,22 @@ class IntegerLayer:
         if not self.same:
             return x
         return F.pad(x, same_pads(x.shape[2:], self.weight.shape[2:], self.stride, self.dilation), value=zero)
+
+    def output_shape(self, size: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the output.
+
+        Args:
+            size: Shape of the input.
+        """
+        if not self.convolution:
+            return (*size[:-1], len(self.weight))
+        kernel, sides = self.weight.shape[2:], size[-2:]
+        if self.same:
+            found = [-(-n // s) for n, s in zip(sides, self.stride, strict=True)]
+        else:
+            rules = zip(sides, kernel, self.stride, self.padding, self.dilation, strict=True)
+            found = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in rules]
+        return (*size[:-3], len(self.weight), *found)
 
     def times(self, factor: Tensor, bias: Tensor) -> IntegerLayer:
         """The layer followed by output · factor + bias, as an evaluated BatchNorm is.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import LayerBits, LayerSpec
+from ..nn.layers import take_over
 from .exchanged import without_codes
 from .fused_layer import Activation, FusedLayer
 from .in_process import InProcess
@@ -73,6 +74,8 @@ class OnednnLayer(nn.Module):
 
     def forward(self, x: Tensor, summand: Tensor | None = None) -> Tensor:
         layer = self.plan.layer
+        if layer.convolution and x.dim() == 3:  # one image without a batch axis
+            return self(x[None], None if summand is None else summand[None])[0]
         grid = layer.grid
         x = layer.padded(x, grid.zero_point)
         head = (x, grid.scale, grid.zero_point, self.packed, self.scale, self.zero)
@@ -92,9 +95,14 @@ class OnednnLayer(nn.Module):
             y = torch.ops.onednn.qlinear_pointwise(*head, self.bias, *out, self.name, self.scalars, self.algorithm)
         else:
             y = torch.ops.onednn.qlinear_pointwise.binary(
-                *head, summand, self.bias, *out, 1.0, 0, "add", 1.0, self.name, [], ""
+                *head, summand.contiguous(), self.bias, *out, 1.0, 0, "add", 1.0, self.name, [], ""
             )
         return y if self.cut is None else y.clamp_(max=self.cut)
+
+    def __deepcopy__(self, memo: Any) -> OnednnLayer:
+        """With the same weights: oneDNN's form of them cannot be copied, and nothing changes it."""
+        copied: OnednnLayer = take_over(type(self), self)
+        return copied
 
 
 class Onednn(InProcess):

@@ -90,8 +90,8 @@ class OpenVINO(EngineRuntime):
 def _in_integers(graph: OnnxGraph, runtime_model: Any) -> frozenset[str]:
     """The layers whose products all run in int8, by what the engine says of its own graph.
 
-    It keeps the names of the nodes that make codes, not those of all products. Of products that read the same codes all
-    must run in int8, or none counts.
+    It keeps the names of the nodes that make codes, not those of all products. Of the layers with integer weights that
+    read the same codes all must run in int8, or none counts.
     """
     readers: dict[str, list[bool]] = {}
     for node in runtime_model.get_ops():
@@ -102,7 +102,7 @@ def _in_integers(graph: OnnxGraph, runtime_model: Any) -> frozenset[str]:
     calls: dict[str, int] = {}
     for call in (call for each in graph.calls.values() for call in each):
         calls[call.codes] = calls.get(call.codes, 0) + 1
-    done = {code for code, count in calls.items() if readers.get(code, []) == [True] * count}
+    done = {code for code, count in calls.items() if sum(readers.get(code, [])) == count}
     return frozenset(name for name, each in graph.calls.items() if all(call.codes in done for call in each))
 
 

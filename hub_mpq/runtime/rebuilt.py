@@ -25,19 +25,29 @@ def of_class(model: nn.Module, forward: Callable[..., Any], modules: Mapping[str
 
     @wraps(parent.forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             return forward(*args, **kwargs)
 
     dtype, device = torch.float32, torch.device("cpu")
-    made = {"forward": run, "dtype": property(lambda _: dtype), "device": property(lambda _: device)}
+    made: dict[str, Any] = {
+        "forward": run,
+        "_apply": _stay,
+        "dtype": property(lambda _: dtype),
+        "device": property(lambda _: device),
+    }
     cls = type(parent.__name__, (parent,), {"__module__": parent.__module__, "__doc__": parent.__doc__, **made})
     out: nn.Module = nn.Module.__new__(cls)
     nn.Module.__init__(out)
-    tensors = {"_parameters", "_buffers", "_modules"}
-    out.__dict__.update({k: v for k, v in vars(model).items() if k not in tensors and k not in out.__dict__})
+    other = {"_parameters", "_buffers", "_modules", "forward", "_compiled_call_impl"}  # the latter call the model
+    out.__dict__.update({k: v for k, v in vars(model).items() if k not in other and k not in out.__dict__})
     for name, module in modules.items():
         out.add_module(name, module)
     return out.eval()
+
+
+def _stay(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+    """`_apply` of a module whose numbers are integers with scales: no other dtype or device holds them."""
+    return module
 
 
 def not_on_cpu(model: nn.Module) -> str | None:
@@ -45,7 +55,7 @@ def not_on_cpu(model: nn.Module) -> str | None:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type != "cpu":
             return f"the model is on {tensor.device.type}"
-        if tensor.is_floating_point() and tensor.dtype in (torch.float16, torch.bfloat16):
+        if tensor.is_floating_point() and tensor.dtype in (torch.float16, torch.bfloat16, torch.float64):
             return f"the model computes in {str(tensor.dtype).removeprefix('torch.')}"
     return None
 
@@ -78,6 +88,8 @@ def weights_on_grid(net: nn.Module) -> None:
     """
     settled: dict[int, nn.Parameter] = {}  # layers that share a weight go on sharing it
     for _, module in quantized_layers(net):
+        if "weight_quantizer" not in module._modules:  # of a graph that reads its weight alone
+            continue
         weight = module.weight
         if id(weight) not in settled:
             settled[id(weight)] = nn.Parameter(module.weight_quantizer(weight).detach(), requires_grad=False)

@@ -110,6 +110,15 @@ def test_onnxruntime_keeps_convolutions_in_float_whose_biases_it_would_round(net
 
 
 @ENGINES
+def test_the_whole_network_computes_the_same(engine, nets):
+    """Also layers that compute in float. No bias of this network is rounded, and no code lies on a tie."""
+    mpq = quantized(nets["mobilenet"], "W4A4", X)
+    built = to_runtime(mpq.model, engine, X[:1])
+    with torch.no_grad():
+        assert (built(X) - mpq(X)).norm() < 1e-5 * mpq(X).norm()
+
+
+@ENGINES
 def test_a_packed_model_computes_the_same(engine, nets, tmp_path):
     mpq = HubMPQ.from_pretrained("resnet18", pretrained=False, num_classes=7, input_size=(3, 32, 32))
     mpq.apply_policy("W4A4", [X])

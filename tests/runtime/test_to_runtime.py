@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -208,3 +209,32 @@ def test_a_network_whose_input_is_not_known_has_its_layers_exchanged(tmp_path):
     mpq = HubMPQ.from_pretrained(tmp_path / "packed", module=net, runtime="auto")
     want = HubMPQ.from_pretrained(tmp_path / "packed", module=net)(x, x)
     assert (mpq(x, x) - want).norm() < 0.05 * want.norm()
+
+
+@pytest.mark.parametrize("name", ["torch", "onednn"])
+def test_train_does_not_move_what_is_shared_with_the_reference(name):
+    if runtimes.get(name).available() is not None:
+        pytest.skip(runtimes.get(name).available())
+
+    class Untraceable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm, self.b = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.b(self.norm(self.a(x) if x.sum() > -1e9 else x))
+
+    x = noise(8, 6)
+    mpq = quantized(Untraceable().eval(), "W6A8", x)
+    before = mpq(x)
+    module = copy.deepcopy(mpq.to_runtime(name))
+    assert module.train() is module
+    assert not any(part.training for part in module.modules())
+    module(x + 3)
+    assert torch.equal(mpq(x), before)
+
+
+def test_what_runs_is_not_saved():
+    module = quantized(bert(), "W4A8", tokens()).to_runtime("torch")
+    with pytest.raises(HubMPQError, match="what runtime 'torch' runs has no weights to save"):
+        module.save_pretrained("anywhere")
