@@ -63,7 +63,7 @@ class OpenVINO(EngineRuntime):
     def available(self) -> str | None:
         try:
             import openvino  # noqa: F401
-        except ImportError as error:
+        except Exception as error:  # a library of it that cannot be loaded is an OSError
             return f"it needs pip install 'hub-mpq[openvino]' ({error})"
         return super().available()
 

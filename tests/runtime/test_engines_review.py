@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from runtime_toys import noise, quantized
 from torch import nn
 
 from hub_mpq import HubMPQ
+from hub_mpq.core import runtimes
 from hub_mpq.errors import HubMPQError
+from hub_mpq.export.onnx import missing_packages
 from hub_mpq.runtime import to_runtime
 
 pytest.importorskip("openvino")
@@ -137,3 +141,25 @@ def test_outputs_that_are_one_tensor(engine):
         else:
             with torch.no_grad():
                 torch.testing.assert_close(to_runtime(model, engine, (x, x))(x, x), model(x, x))
+
+
+class Broken:
+    """An installed package that cannot be loaded."""
+
+    def find_spec(self, name, path=None, target=None):
+        return ModuleSpec(name, self) if name in ("numba", "openvino", "onnxruntime", "onnx") else None
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        raise OSError("libfoo.so: cannot open")
+
+
+def test_a_broken_package_is_a_reason(monkeypatch):
+    for name in ("numba", "openvino", "onnxruntime", "onnx"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    for name in ("openvino", "onnxruntime", "bit_serial"):
+        assert "libfoo.so" in runtimes.get(name).available()
+    assert "libfoo.so" in missing_packages()
