@@ -19,7 +19,7 @@ from ..export.onnx import OnnxGraph, missing_packages, onnx_graph
 from ..export.onnx_calls import Call
 from .certificate import LayerRun
 from .fused_layer import Activation, FusedLayer
-from .integer_layer import Grid, IntegerLayer, inexact_sums, integer_layers, integer_menu
+from .integer_layer import Grid, IntegerLayer, inexact_sums, integer_layers, integer_menu, layer_form
 from .rebuilt import not_on_cpu, of_class
 
 Session = Callable[[Mapping[str, Tensor]], list[Tensor]]
@@ -198,7 +198,8 @@ class EngineRuntime(Runtime):
         for name, layer in layers.items():
             if (why := inexact_sums(layer, self.saturates())) is not None:
                 kept[name] = why
-        floats = frozenset(kept)
+        # rows of a table are multiplied by their scales as they are read
+        floats = frozenset(name for name in kept if layer_form(model.get_submodule(name)) != "embedding")
         inputs, given = _example(model, example)
         graph = onnx_graph(model, given, floats, clip_codes=self.clip_codes)
         if renamed := given.keys() - {x.name for x in graph.proto.graph.input}:

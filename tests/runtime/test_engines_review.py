@@ -8,7 +8,7 @@ from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
-from runtime_toys import noise, quantized
+from runtime_toys import bert, noise, quantized, tokens
 from torch import nn
 
 from hub_mpq import HubMPQ
@@ -16,9 +16,11 @@ from hub_mpq.core import runtimes
 from hub_mpq.errors import HubMPQError
 from hub_mpq.export.onnx import missing_packages
 from hub_mpq.runtime import to_runtime
+from hub_mpq.runtime.engine import network_of
 
 pytest.importorskip("openvino")
 pytest.importorskip("onnxruntime")
+TensorProto = pytest.importorskip("onnx").TensorProto
 ENGINES = pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
 
 
@@ -163,3 +165,15 @@ def test_a_broken_package_is_a_reason(monkeypatch):
     for name in ("openvino", "onnxruntime", "bit_serial"):
         assert "libfoo.so" in runtimes.get(name).available()
     assert "libfoo.so" in missing_packages()
+
+
+@ENGINES
+def test_tables_of_embeddings_stay_integers(engine):
+    mpq = quantized(bert(vocab_size=500), "W7A8", tokens())
+    built = to_runtime(mpq.model, engine, tokens())
+    large = [x for x in network_of(built).take_graph().proto.graph.initializer if list(x.dims) == [500, 32]]
+    assert [x.data_type for x in large] == [TensorProto.INT8]
+    with torch.no_grad():
+        want, got = mpq.model(**tokens()).logits, built(**tokens()).logits
+    assert (got - want).norm() < 0.05 * want.norm()
+    assert "bert.embeddings.word_embeddings" in built.runtime_layers.float
