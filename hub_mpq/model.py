@@ -70,6 +70,7 @@ from .runtime import (
     measure_latency,
     meet_latency,
     policy_latency,
+    runtime_here,
     to_runtime,
 )
 from .search.candidates import (
@@ -847,6 +848,8 @@ class HubMPQ(nn.Module):
         candidates = self._candidates(graph, candidates, group_size, symmetric)
         if whole is not None:
             whole = self._budget_here(whole, graph)
+            if "latency" in whole.limits:  # what cannot measure must not cost a training first
+                runtime_here(whole.latency_table.runtime)  # type: ignore[union-attr]
             whole = whole.with_groups(*first_groups(candidates, check_group_sizes(group_size)))
         alone = weights_alone(graph, candidates)
         if rounding is None and alone and per_channel and train is not None and not tuned and world()[1] == 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -16,6 +15,9 @@ from .layer import LayerGraph
 
 FLOAT = "float"
 """The entry of a layer that computes in float."""
+MOST = {"batch_size": 10**6, "threads": 1024}
+"""What a table may be of: more would be asked of the machine before it is refused."""
+_NO_TIME = 1e18
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,11 @@ class LatencyTable:
         for name in ("model", "graph_digest", "machine", "runtime", "engine", "date", "hub_mpq"):
             value = getattr(self, name)
             _check(isinstance(value, str) and len(value) < 1000, f"{name} is a text, not {_short(value)}")
-        for name in ("batch_size", "threads"):
+        for name, most in MOST.items():
             value = getattr(self, name)
-            _check(_whole(value) and value >= 1, f"{name} is a whole number of at least 1, not {_short(value)}")
+            _check(
+                _whole(value) and 1 <= value <= most, f"{name} is a whole number from 1 to {most}, not {_short(value)}"
+            )
         shape = self.input_shape
         _check(
             isinstance(shape, tuple) and all(_whole(n) and n >= 0 for n in shape),
@@ -83,6 +87,7 @@ class LatencyTable:
         for name in ("factor", "float_factor", "whole", "whole_float", "float_model"):
             _check(_seconds(getattr(self, name)), f"{name} is {_short(getattr(self, name))}; it must be above zero")
         _check(isinstance(self.entries, Mapping), f"entries is {_short(self.entries)}")
+        _check(bool(self.entries) or self.constant > 0, "it has no time at all")
         for layer, row in self.entries.items():
             _check(isinstance(row, Mapping) and FLOAT in row, f"layer {layer!r} has no entry for float")
             for key, value in row.items():
@@ -111,21 +116,26 @@ class LatencyTable:
             float_factor=factor * self.float_factor,
         )
 
-    def command(self, model: str = "") -> str:
-        """The command that makes such a table."""
+    def command(self, model: str = "", size: tuple[int, ...] = ()) -> str:
+        """The command that makes such a table; `size`: of images, where it is not the model's own."""
         more = f"{f' --batch-size {self.batch_size}' if self.batch_size > 1 else ''}"
         more += f"{f' --threads {self.threads}' if self.threads > 1 else ''}"
+        more += f" --input-size {'x'.join(map(str, size))}" if len(size) == 3 else ""
         return f"hub-mpq bench {model or self.model} --runtime {self.runtime}{more} -o table.json"
 
     def check(self, graph: LayerGraph) -> None:
         """InvalidArgument unless the table is of a model with these layers and this input size."""
+        size: tuple[int, ...] = ()
         if self.graph_digest != graph.digest:
             why = f"is of {self.model!r}, whose layers are not those of {graph.model_id!r}"
+        elif unknown := self.entries.keys() - {layer.name for layer in graph}:
+            why = f"names layer {min(unknown)!r}, which {graph.model_id!r} does not have"
         elif self.input_shape != graph.input_shape:
             why = f"is of inputs of {_size(self.input_shape)}, and the model reads {_size(graph.input_shape)}"
+            size = graph.input_shape
         else:
             return
-        raise InvalidArgument(f"the latency table {why}; `{self.command(graph.model_id)}` measures this one")
+        raise InvalidArgument(f"the latency table {why}; `{self.command(graph.model_id, size)}` measures this one")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -175,7 +185,7 @@ def _whole(value: object) -> bool:
 
 def _seconds(value: object) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value > 0  # type: ignore[arg-type,operator]
+    return number and 0 < value < _NO_TIME  # type: ignore[operator]
 
 
 def _is_pair(key: object) -> bool:

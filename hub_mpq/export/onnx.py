@@ -63,7 +63,7 @@ def missing_packages() -> str | None:
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
-    except ImportError as error:
+    except Exception as error:  # a library of theirs that cannot be loaded is an OSError
         return f"ONNX needs pip install 'hub-mpq[onnx]' ({error})"
     return None
 

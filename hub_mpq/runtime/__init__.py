@@ -8,7 +8,7 @@ from ..export.vllm import VLLM
 from .bit_serial import BitSerial
 from .build import certify, to_runtime
 from .certificate import Certificate
-from .latency import measure_latency, policy_latency
+from .latency import measure_latency, policy_latency, runtime_here
 from .latency_limit import MetLatency, check_table, meet_latency
 from .onednn import Onednn
 from .onnxruntime import OnnxRuntime
@@ -31,6 +31,7 @@ __all__ = [
     "measure_latency",
     "meet_latency",
     "policy_latency",
+    "runtime_here",
     "time_calls",
     "to_runtime",
 ]

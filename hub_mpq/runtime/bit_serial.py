@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from importlib.util import find_spec
 from math import prod
 from typing import Any
 
@@ -163,7 +162,11 @@ class BitSerial(InProcess):
     layer_class = BitSerialLayer
 
     def available(self) -> str | None:
-        return None if find_spec("numba") else "Numba is not installed: pip install 'hub-mpq[bit-serial]'"
+        try:
+            import numba  # noqa: F401
+        except Exception as error:  # such as a NumPy that is newer than it knows
+            return f"it needs pip install 'hub-mpq[bit-serial]' ({error})"
+        return None
 
     def menu(self, layer: LayerSpec) -> tuple[LayerBits, ...]:
         return integer_menu(layer, saturates=False)

@@ -35,7 +35,8 @@ def to_runtime(model: nn.Module, name: str = "auto", example: Any = None, *, all
         name: "torch", "onednn", "openvino", "onnxruntime", "bit_serial", or one that was registered. "auto": "onednn"
             where it can be used, else "torch".
         example: One batch, a tensor, a tuple of positional arguments or a mapping of keyword arguments. The sizes of
-            its tensors are those that speed is measured at; later batches may have others.
+            its tensors are those that speed is measured at; later batches may have others, on "openvino" and
+            "onnxruntime" another batch and number of tokens only.
         allow_inexact: Also return a module that is not the same model by the bounds of the certificate.
 
     Returns:

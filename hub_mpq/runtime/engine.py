@@ -19,7 +19,7 @@ from ..export.onnx import OnnxGraph, missing_packages, onnx_graph
 from ..export.onnx_calls import Call
 from .certificate import LayerRun
 from .fused_layer import Activation, FusedLayer
-from .integer_layer import Grid, IntegerLayer, inexact_sums, integer_layers, integer_menu
+from .integer_layer import Grid, IntegerLayer, inexact_sums, integer_layers, integer_menu, layer_form
 from .rebuilt import not_on_cpu, of_class
 
 Session = Callable[[Mapping[str, Tensor]], list[Tensor]]
@@ -75,7 +75,8 @@ class _Inputs:
         for name, value in bound.items():
             if name not in given and not self._as_traced(name, value):
                 raise HubMPQError(
-                    f"{name}={value!r:.40} was not in the example that this runtime was built for: it takes tensors"
+                    f"{name}={value!r:.40} was not in the example that this runtime was built for, and that takes "
+                    "tensors only"
                 )
         return {name: self._typed(name, value) for name, value in given.items()}
 
@@ -94,7 +95,7 @@ class _Inputs:
 
 @dataclass(eq=False)
 class EngineNetwork:
-    """The forward of a model, computed by an engine.
+    """The forward of a model, computed by an engine; threads may call it.
 
     Args:
         inputs: What the arguments are to the graph.
@@ -122,7 +123,15 @@ class EngineNetwork:
         bound = self.inputs.bound(args, kwargs)
         if asked := [name for name in _REFUSED if bound.get(name)]:
             raise HubMPQError(f"this runtime returns the outputs of its example; {asked[0]}=True is not among them")
-        out = self.output(self.session(self.inputs.feeds(bound)))
+        feeds = self.inputs.feeds(bound)
+        try:
+            found = self.session(feeds)
+        except Exception as error:  # each engine has errors of its own for what its graph has no room for
+            raise HubMPQError(
+                f"the engine cannot compute {_told(feeds)}: this runtime was built for {_told(self.example)}, of which "
+                "only the batch and the number of tokens may change"
+            ) from error
+        out = self.output(found)
         return out.to_tuple() if bound.get("return_dict") is False and hasattr(out, "to_tuple") else out
 
     def take_graph(self) -> OnnxGraph:
@@ -189,9 +198,12 @@ class EngineRuntime(Runtime):
         for name, layer in layers.items():
             if (why := inexact_sums(layer, self.saturates())) is not None:
                 kept[name] = why
-        floats = frozenset(kept)
+        # rows of a table are multiplied by their scales as they are read
+        floats = frozenset(name for name in kept if layer_form(model.get_submodule(name)) != "embedding")
         inputs, given = _example(model, example)
         graph = onnx_graph(model, given, floats, clip_codes=self.clip_codes)
+        if renamed := given.keys() - {x.name for x in graph.proto.graph.input}:
+            raise HubMPQError(f"runtime {self.name!r}: the model returns its input {min(renamed)!r} as it is")
         session, integer = self.session(graph)
         for name in [name for name in layers if name not in floats | integer]:
             kept[name] = self.why_float(graph, name) if graph.calls.get(name) else "it was not called"
@@ -233,6 +245,11 @@ class EngineRuntime(Runtime):
             plan.output = Grid(after.scale, after.zero_point, 8)
             output = output if self.clip_codes else _codes(output, plan.output)
         return LayerRun(plan, x if self.clip_codes else _codes(x, grid), output)
+
+
+def _told(feeds: Mapping[str, Tensor]) -> str:
+    """Inputs in words."""
+    return ", ".join(f"{k} {list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for k, x in feeds.items())
 
 
 def _codes(values: Tensor, grid: Grid) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..adapters.restore_state import copied
 from ..core import FLOAT_BITS, LatencyTable, LayerBits, LayerGraph, LayerSpec, Policy, Runtime, runtimes
-from ..core.latency import FLOAT
+from ..core.latency import FLOAT, MOST
 from ..errors import HubMPQError, InvalidArgument
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs
 from ..nn.layers import first_operand
@@ -79,12 +79,12 @@ def measure_latency(
         widths: What to time on a runtime whose time depends on the widths.
 
     Raises:
-        InvalidArgument: A number is below 1, or an unknown runtime.
+        InvalidArgument: A number is below 1 or beyond all machines, or an unknown runtime.
         HubMPQError: The runtime cannot be used here, or cannot run the model.
     """
     for name, value in {"batch_size": batch_size, "threads": threads}.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InvalidArgument(f"{name} is a whole number of at least 1, not {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST[name]:
+            raise InvalidArgument(f"{name} is a whole number from 1 to {MOST[name]}, not {value!r}")
     engine = runtime_here(runtime)
     batch = batch_of(example, batch_size)
     asked = set(widths)

@@ -14,7 +14,7 @@ from .timing import Timing
 SEARCHES = 4
 """The first, and up to three with a corrected table."""
 CLOSE = 0.03
-"""A prediction that is off by less needs no correction."""
+"""A prediction that is off by less needs no correction, and a measured time is no further above the limit."""
 
 
 def check_table(table: LatencyTable, graph: LayerGraph, target: str | None = None) -> None:
@@ -46,7 +46,7 @@ class MetLatency:
 
     Args:
         result: The search that found it.
-        budget: With the table as it was corrected in the end.
+        budget: That it was searched in, with the table as it was corrected until then.
         timing: Of the whole model at the policy.
         predicted: What the table of its search said, in seconds.
         searches: How many searches it took.
@@ -89,7 +89,7 @@ def meet_latency(
         measure: Times the whole model at a policy.
 
     Returns:
-        The last policy whose time is within the limit, up to the spread of its measurement.
+        The last policy whose time is within the limit, up to the spread of its measurement and 3 % at most.
 
     Raises:
         InfeasibleBudget: No policy meets the budget by the table as it was given.
@@ -110,9 +110,9 @@ def meet_latency(
         factor = timing.seconds / predicted
         table: LatencyTable = budget.latency_table  # type: ignore[assignment]
         corrected = Budget(**budget.given, **{**budget.tables, "latency_table": table.times(factor)})
-        if timing.seconds - timing.spread <= cap:
+        if timing.seconds - min(timing.spread, CLOSE * cap) <= cap:
             same = met is not None and met.result.policy == result.policy
-            met = MetLatency(result, corrected, timing, predicted, count)
+            met = MetLatency(result, budget, timing, predicted, count)
             if same or abs(factor - 1) < CLOSE:
                 break
         budget = corrected

@@ -46,7 +46,7 @@ class OnnxRuntime(EngineRuntime):
     def available(self) -> str | None:
         try:
             import onnxruntime  # noqa: F401
-        except ImportError as error:
+        except Exception as error:  # a library of it that cannot be loaded is an OSError
             return f"it needs pip install 'hub-mpq[onnx]' ({error})"
         return super().available()
 

@@ -63,7 +63,7 @@ class OpenVINO(EngineRuntime):
     def available(self) -> str | None:
         try:
             import openvino  # noqa: F401
-        except ImportError as error:
+        except Exception as error:  # a library of it that cannot be loaded is an OSError
             return f"it needs pip install 'hub-mpq[openvino]' ({error})"
         return super().available()
 
@@ -76,9 +76,10 @@ class OpenVINO(EngineRuntime):
         compiled = ov.Core().compile_model(_model(graph, outputs), "CPU", _settings())
         request = compiled.create_infer_request()
         count, alone = len(compiled.outputs), threading.Lock()  # a request serves one caller at a time
+        read = {name for port in compiled.inputs for name in port.names}
 
         def run(feeds: Mapping[str, Tensor]) -> list[Tensor]:
-            given = {name: x.detach().contiguous().numpy() for name, x in feeds.items()}
+            given = {name: x.detach().contiguous().numpy() for name, x in feeds.items() if name in read}
             with alone:
                 found = request.infer(given, share_inputs=True)
                 return [torch.from_numpy(found[i]) for i in range(count)]

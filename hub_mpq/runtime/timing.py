@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 LEAST, MOST = 9, 51
 """Counts of each call, an odd number."""
@@ -84,10 +84,16 @@ def threads_of(count: int) -> Iterator[None]:
 
 
 def batch_of(example: Any, size: int) -> Any:
-    """The example, one sample, as a batch of `size` equal samples: a tuple or a mapping."""
+    """The first sample of an example as a batch of `size` equal samples: a tuple or a mapping.
+
+    Tensors whose first axis is not the batch, which is that of the first tensor, stay as they are.
+    """
     from .rebuilt import as_batch
 
-    def repeated(x: Any) -> Any:
-        return x.repeat_interleave(size, 0) if isinstance(x, Tensor) and x.dim() and len(x) == 1 else x
+    batch = as_batch(example)
+    held = next((len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.dim()), 0)
 
-    return tree_map(repeated, as_batch(example))
+    def repeated(x: Any) -> Any:
+        return x[:1].repeat_interleave(size, 0) if isinstance(x, Tensor) and x.dim() and len(x) == held else x
+
+    return tree_map(repeated, batch)

@@ -1,5 +1,7 @@
 """Sums by bit planes are those of 64-bit integers, for every pair of widths; and models run on them."""
 
+import sys
+
 import pytest
 import torch
 from runtime_toys import bert, noise, quantized, timm_net, tokens
@@ -263,7 +265,7 @@ def test_layers_that_are_faster_in_float_compute_so(monkeypatch, generator):
 
 
 def test_without_numba_it_says_what_to_install(monkeypatch, generator):
-    monkeypatch.setattr(bit_serial, "find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "numba", None)
     net = nn.Sequential(nn.Linear(8, 8))
     x = noise(2, 8)
     mpq = quantized(net, "W2A2", x)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
-from runtime_toys import noise, quantized
+from runtime_toys import bert, noise, quantized, tokens
 from torch import nn
 
+from hub_mpq import HubMPQ
+from hub_mpq.core import runtimes
 from hub_mpq.errors import HubMPQError
+from hub_mpq.export.onnx import missing_packages
 from hub_mpq.runtime import to_runtime
+from hub_mpq.runtime.engine import network_of
 
 pytest.importorskip("openvino")
 pytest.importorskip("onnxruntime")
+TensorProto = pytest.importorskip("onnx").TensorProto
 ENGINES = pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
 
 
@@ -95,3 +102,78 @@ def test_token_ids_of_a_network_without_a_config(engine, ids):
     assert built(longer.int()).equal(built(longer))
     with pytest.raises(HubMPQError, match="'attention_mask' was not in the example"):
         built(longer, torch.ones_like(longer))
+
+
+@ENGINES
+def test_what_the_graph_has_no_room_for_is_one_sentence(engine, scaled):
+    built = to_runtime(scaled, engine, noise(1, 3, 64, 64))
+    for x in (noise(1, 3, 32, 32), noise(3, 64, 64), noise(1, 3, 64, 64).bfloat16()):
+        with pytest.raises(HubMPQError, match=r"cannot compute x \[.*built for x \[1, 3, 64, 64\] float32") as error:
+            built(x)
+        assert "\n" not in str(error.value)
+    assert built(noise(0, 3, 64, 64)).shape == (0, 10)
+
+
+class Through(nn.Module):
+    """Returns one output twice, or its input as it is; does not read the other."""
+
+    def __init__(self, input_too):
+        super().__init__()
+        self.head, self.input_too = nn.Linear(16, 16), input_too
+
+    def forward(self, x, unread):
+        y = self.head(x)
+        return (y, x, y) if self.input_too else (y, y + 1, y)
+
+
+@ENGINES
+def test_outputs_that_are_one_tensor(engine):
+    x = noise(3, 16)
+    for input_too in (False, True):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = (
+                HubMPQ.from_module(Through(input_too).eval(), (x[:1], x[:1]))
+                .apply_policy("W4A4", [((x, x), None)])
+                .model
+            )
+        if input_too:
+            with pytest.raises(HubMPQError, match="the model returns its input 'x' as it is"):
+                to_runtime(model, engine, (x, x))
+        else:
+            with torch.no_grad():
+                torch.testing.assert_close(to_runtime(model, engine, (x, x))(x, x), model(x, x))
+
+
+class Broken:
+    """An installed package that cannot be loaded."""
+
+    def find_spec(self, name, path=None, target=None):
+        return ModuleSpec(name, self) if name in ("numba", "openvino", "onnxruntime", "onnx") else None
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        raise OSError("libfoo.so: cannot open")
+
+
+def test_a_broken_package_is_a_reason(monkeypatch):
+    for name in ("numba", "openvino", "onnxruntime", "onnx"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    for name in ("openvino", "onnxruntime", "bit_serial"):
+        assert "libfoo.so" in runtimes.get(name).available()
+    assert "libfoo.so" in missing_packages()
+
+
+@ENGINES
+def test_tables_of_embeddings_stay_integers(engine):
+    mpq = quantized(bert(vocab_size=500), "W7A8", tokens())
+    built = to_runtime(mpq.model, engine, tokens())
+    large = [x for x in network_of(built).take_graph().proto.graph.initializer if list(x.dims) == [500, 32]]
+    assert [x.data_type for x in large] == [TensorProto.INT8]
+    with torch.no_grad():
+        want, got = mpq.model(**tokens()).logits, built(**tokens()).logits
+    assert (got - want).norm() < 0.05 * want.norm()
+    assert "bert.embeddings.word_embeddings" in built.runtime_layers.float

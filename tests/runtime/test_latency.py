@@ -183,6 +183,7 @@ def test_a_front_over_latency(tmp_path):
     ("changes", "words"),
     [
         ({"graph_digest": "0" * 64}, "layers are not those"),
+        ({"entries": {"ghost": {"float": 1e-3}}}, "names layer 'ghost', which 'toy' does not have"),
         ({"input_shape": (3, 16, 16)}, "inputs of 3×16×16, and the model reads 3×8×8"),
         ({"machine": "another CPU, 64 cores, AVX2"}, "measured on another CPU"),
     ],
@@ -192,7 +193,8 @@ def test_a_table_of_something_else_is_refused_with_the_command(changes, words):
     table = table_of(graph, batch_size=8, threads=2, **changes)
     with pytest.raises(InvalidArgument, match=words) as error:
         check_table(table, graph)
-    assert "hub-mpq bench toy --runtime onednn --batch-size 8 --threads 2 -o table.json" in str(error.value)
+    size = " --input-size 3x8x8" if "input_shape" in changes else ""
+    assert f"hub-mpq bench toy --runtime onednn --batch-size 8 --threads 2{size} -o table.json" in str(error.value)
 
 
 def test_a_table_of_another_runtime_than_the_targets_is_refused():
@@ -249,14 +251,18 @@ def entries(**row):
         changed(model=3),
         changed(batch_size=True),
         changed(batch_size=0),
+        changed(batch_size=10**30),
         changed(threads="1"),
+        changed(threads=10**9),
         changed(input_shape="3x8x8"),
         changed(input_shape=[3, -8]),
         changed(constant=-1e-9),
         changed(constant="1"),
         changed(factor=0),
         changed(whole=None),
+        changed(whole=10**400),
         changed(entries=[]),
+        changed(entries={}, constant=0),
         changed(entries={"stem": {"W4A4": 1e-3}}),
         changed(entries={"stem": 1e-3}),
         entries(W4A4=-1.0),
@@ -264,6 +270,7 @@ def entries(**row):
         entries(W4A4=float("inf")),
         entries(W4A4="1"),
         entries(W4A4=True),
+        entries(W4A4=10**400),
         entries(W9A4=1.0),
         entries(int8=1.0),
         entries(W4A4=1.0).replace("1.0", "1e999"),
@@ -348,6 +355,23 @@ def test_the_spread_of_a_measurement_counts():
         return Timing(1.02 * exact(policy).seconds, 0.03 * exact(policy).seconds, 9)
 
     assert met(slower, cap=cap).timing.seconds == pytest.approx(1.02 * cap)
+
+
+def test_a_wide_spread_excuses_no_miss():
+    """Each time is 5 % above the limit, whatever the policy, and scatters by 50 %."""
+    with pytest.raises(HubMPQError, match=r"the least that was reached is 4\.2 ms ± 2 ms"):
+        met(lambda policy: Timing(4.2e-3, 2e-3, 9))
+
+
+def test_what_is_searched_next_has_the_policy_that_met():
+    """The limit is the least time of the table, and the measured time is above it by less than its spread."""
+    graph = toy()
+    table, scores = table_of(graph), scores_of(graph)
+    least = table.constant + sum(min(table.entries[x.name][str(b)] for b in scores[x.name]) for x in graph.searched)
+    cap = (least + table.entries["stem"]["W8A8"]) * (1 + 1e-9)
+    exact = times(1.0)
+    found = met(lambda policy: Timing(1.02 * exact(policy).seconds, 0.03 * cap, 9), cap=cap)
+    assert search_policy(graph, scores, found.budget, base_bytes=0).policy == found.result.policy
 
 
 def test_a_budget_below_the_table_is_infeasible_at_once():
@@ -525,7 +549,28 @@ def test_measured_candidates_of_validation_are_within_the_limit_too(net, train, 
     assert mpq.history["latency"]["measured"] <= cap * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("more", [{"batch_size": 0}, {"threads": 1.5}, {"threads": True}, {"runtime": "none"}])
+def test_a_runtime_that_is_not_here_costs_no_training(net, train, ticking, monkeypatch):
+    mpq = HubMPQ.from_module(net, torch.randn(1, 1, 8, 8))
+    table = mpq.measure_latency("ticking")
+    monkeypatch.setattr(type(ticking), "available", lambda self: "not here")
+    with pytest.raises(HubMPQError, match="runtime 'ticking' cannot be used here: not here"):
+        mpq.quantize(latency=1.0, latency_table=table, train=train, strategy="mse", epochs=0, validate=False)
+    assert mpq.scores is None
+
+
+def test_an_example_of_several_samples_is_timed_at_the_batch_that_is_told():
+    def batch(example, size):
+        return [x.tolist() for x in timing.batch_of(example, size)]
+
+    x, mask = torch.arange(4.0), torch.ones(2)
+    assert batch((x, x + 1, mask), 1) == [[0.0], [1.0], [1.0, 1.0]]
+    assert batch((x[:1], mask), 3) == [[0.0] * 3, [1.0, 1.0]]
+    assert timing.batch_of({"x": x}, 2)["x"].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "more", [{"batch_size": 0}, {"threads": 10**9}, {"threads": 1.5}, {"threads": True}, {"runtime": "none"}]
+)
 def test_what_cannot_be_measured(net, more):
     with pytest.raises(InvalidArgument):
         HubMPQ.from_module(net, torch.randn(1, 1, 8, 8)).measure_latency(**more)
