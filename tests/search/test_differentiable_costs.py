@@ -7,7 +7,6 @@ from hub_mpq import HubMPQ, LayerBits
 from hub_mpq.core import limits
 from hub_mpq.search.differentiable_costs import evaluate
 
-
 REDUCED = [limit for limit in limits if limit.name != "latency"]
 
 
