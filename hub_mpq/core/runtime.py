@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, ClassVar, TypeVar
 
 from .bits import LayerBits
@@ -34,16 +35,23 @@ class Runtime(ABC):
         name: Name of the runtime, as `runtime=` and `--runtime`.
         generates: Whether models that it runs can `generate`.
         time_by_width: Whether a layer's time depends on its widths. False: one kernel computes all of the menu.
-        package: The distribution that computes, whose version figures are of.
+        package: The distribution and module that computes, whose version figures are of.
+        extra: The extra of hub-mpq that installs it; "" where nothing needs to be.
     """
 
     name: str
     generates: ClassVar[bool] = False
     time_by_width: ClassVar[bool] = False
     package: ClassVar[str] = "torch"
+    extra: ClassVar[str] = ""
 
     def available(self) -> str | None:
         """Why the runtime cannot be used on this machine, in a few words; None when it can."""
+        if self.extra:
+            try:
+                import_module(self.package)
+            except Exception as error:  # what an installed package cannot load is an OSError, or of its own kind
+                return f"it needs pip install 'hub-mpq[{self.extra}]' ({error})"
         return None
 
     @abstractmethod

@@ -158,15 +158,8 @@ class BitSerialLayer(nn.Module):
 class BitSerial(InProcess):
     """Products of bit planes, whose cost grows with the product of both widths: for 1- and 2-bit layers."""
 
-    name, package, time_by_width = "bit_serial", "numba", True
+    name, package, extra, time_by_width = "bit_serial", "numba", "bit-serial", True
     layer_class = BitSerialLayer
-
-    def available(self) -> str | None:
-        try:
-            import numba  # noqa: F401
-        except Exception as error:  # such as a NumPy that is newer than it knows
-            return f"it needs pip install 'hub-mpq[bit-serial]' ({error})"
-        return None
 
     def menu(self, layer: LayerSpec) -> tuple[LayerBits, ...]:
         return integer_menu(layer, saturates=False)

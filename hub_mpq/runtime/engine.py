@@ -18,8 +18,9 @@ from ..errors import HubMPQError, InvalidArgument
 from ..export.onnx import OnnxGraph, missing_packages, onnx_graph
 from ..export.onnx_calls import Call
 from .certificate import LayerRun
+from .exchanged import without_codes
 from .fused_layer import Activation, FusedLayer
-from .integer_layer import Grid, IntegerLayer, inexact_sums, integer_layers, integer_menu, layer_form
+from .integer_layer import Grid, inexact_sums, integer_layers, integer_menu, layer_form
 from .rebuilt import not_on_cpu, of_class
 
 Session = Callable[[Mapping[str, Tensor]], list[Tensor]]
@@ -184,7 +185,7 @@ class EngineRuntime(Runtime):
         return "the engine computes it in float"
 
     def available(self) -> str | None:
-        return missing_packages()
+        return super().available() or missing_packages()
 
     def menu(self, layer: LayerSpec) -> tuple[LayerBits, ...]:
         return integer_menu(layer, self.saturates())
@@ -207,7 +208,7 @@ class EngineRuntime(Runtime):
         session, integer = self.session(graph)
         for name in [name for name in layers if name not in floats | integer]:
             kept[name] = self.why_float(graph, name) if graph.calls.get(name) else "it was not called"
-        plans = {name: _plan(layer) for name, layer in layers.items() if name in integer}
+        plans = {name: without_codes(FusedLayer(layer)) for name, layer in layers.items() if name in integer}
         network = EngineNetwork(
             inputs, session, _output(graph), given, graph, weakref.ref(model), plans, floats, self.clip_codes
         )
@@ -254,10 +255,6 @@ def _told(feeds: Mapping[str, Tensor]) -> str:
 
 def _codes(values: Tensor, grid: Grid) -> Tensor:
     return (values.double() / grid.scale).round().add_(grid.zero_point)
-
-
-def _plan(layer: IntegerLayer) -> FusedLayer:
-    return FusedLayer(replace(layer, weight=layer.weight.new_empty(0)))
 
 
 def _example(model: nn.Module, example: Any) -> tuple[_Inputs, dict[str, Tensor]]:

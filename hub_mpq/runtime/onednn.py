@@ -28,11 +28,6 @@ def saturates() -> bool:
     return float(out[0, 0]) != 64 * 255 * 127
 
 
-def inexact(layer: IntegerLayer) -> str | None:
-    """Why a layer's sums would not be exact here; None when they are."""
-    return inexact_sums(layer, saturates())
-
-
 def _post(activation: Activation | None, output: Grid | None) -> tuple[str, list[Any], str, int | None]:
     """(name, scalars, algorithm) of oneDNN's post-operation, and what codes are cut at afterwards."""
     top = None if output is None or output.bits == 8 else output.top
@@ -123,7 +118,7 @@ class Onednn(InProcess):
         return integer_menu(layer, saturates())
 
     def inexact(self, layer: IntegerLayer) -> str | None:
-        return inexact(layer)
+        return inexact_sums(layer, saturates())
 
     def takes(self, plan: FusedLayer, activation: Activation) -> bool:
         if plan.adds:

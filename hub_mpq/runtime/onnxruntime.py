@@ -41,14 +41,8 @@ class OnnxRuntime(EngineRuntime):
     """ONNX Runtime's CPU provider, from the graph in memory."""
 
     name = package = "onnxruntime"
+    extra = "onnx"
     clip_codes: ClassVar[bool] = True
-
-    def available(self) -> str | None:
-        try:
-            import onnxruntime  # noqa: F401
-        except Exception as error:  # a library of it that cannot be loaded is an OSError
-            return f"it needs pip install 'hub-mpq[onnx]' ({error})"
-        return super().available()
 
     def saturates(self) -> bool:
         """By the flags of the CPU: its kernels cannot be told to do without instructions that are there."""

@@ -59,13 +59,7 @@ class OpenVINO(EngineRuntime):
     """OpenVINO's CPU plugin, from the ONNX graph in memory; norms and activations are folded by it."""
 
     name = package = "openvino"
-
-    def available(self) -> str | None:
-        try:
-            import openvino  # noqa: F401
-        except Exception as error:  # a library of it that cannot be loaded is an OSError
-            return f"it needs pip install 'hub-mpq[openvino]' ({error})"
-        return super().available()
+    extra = "openvino"
 
     def saturates(self) -> bool:
         return saturates() if self.available() is None else not has_vnni()

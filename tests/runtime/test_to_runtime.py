@@ -139,7 +139,7 @@ def test_a_layer_that_was_not_seen_is_not_certified():
 
 
 class Mine(Runtime):
-    """A runtime of someone else's: it has one layer compute nonsense."""
+    """A runtime of someone else's."""
 
     name = "mine"
 
@@ -163,7 +163,6 @@ def test_a_runtime_of_ones_own():
         mpq = quantized(bert(), "W4A8", batch)
         module = mpq.to_runtime("mine")
         assert torch.equal(module(**batch).logits, mpq(**batch).logits)
-        assert hasattr(module, "generate") is hasattr(nn.Module, "generate")
     finally:
         runtimes.unregister("mine")
 
