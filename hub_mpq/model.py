@@ -43,11 +43,13 @@ from .core import (
 )
 from .core.bits import GroupSizes, check_group_sizes
 from .core.library import libraries
+from .core.output import check_output_folder
 from .core.target import Target, targets
 from .core.task import tasks
 from .data import text_tokens
 from .errors import HubMPQError, InvalidArgument
 from .export import COMPRESSED_TENSORS, export, exportable
+from .hub.cached import mended
 from .hub.folder import read_folder_indicators, save_folder
 from .hub.load import load_folder, load_resident
 from .hub.origin import local_card
@@ -231,7 +233,8 @@ class HubMPQ(nn.Module):
         if folder is not None:
             choices = {"fixed": fixed, "exclude": tuple(exclude), "weight_only": weight_only}
             refuse_choices(model_id, **choices, tie_fused=tie_fused, target=target, per_expert=per_expert)
-            out = cls._of_folder(folder, module, task, resident, kwargs)
+            load = partial(cls._of_folder, folder, module, task, resident, kwargs)
+            out = mended(folder, load, token=token, offline=local_files_only)
             if runtime is not None:
                 out.model = out.to_runtime(runtime)
                 out.source = replace(out.source, model=out.model)  # the other one's memory is free again
@@ -1110,6 +1113,7 @@ class HubMPQ(nn.Module):
         """
         if self.policy is None:
             raise HubMPQError("there is no policy yet; call quantize or apply_policy before saving")
+        check_output_folder(folder)
         self._check_whole()
         source = self.source
         extra = local_preprocess(self.home, source.library, self.graph.input_shape)
@@ -1164,6 +1168,7 @@ class HubMPQ(nn.Module):
         """
         if self.policy is None:
             raise HubMPQError("there is no policy yet; call quantize or apply_policy before exporting")
+        check_output_folder(folder)
         self._check_whole()
         source = self.source
         example = placed(source.example, self.model)

@@ -251,9 +251,8 @@ def save_pretrained(
         extra[FLOAT_COPY] = training_state(self, manifest.policy)
     if self.can_generate():
         extra["generation_config.json"] = self.generation_config.to_json_string().encode()
-    save_folder(folder, network_of(self), manifest, _config(self), extra=extra)
-    if FLOAT_COPY not in extra:  # Trainer copies a checkpoint's to the folder that it publishes
-        (folder / FLOAT_COPY).unlink(missing_ok=True)
+    drop = () if FLOAT_COPY in extra else (FLOAT_COPY,)  # Trainer copies a checkpoint's to the folder it publishes
+    save_folder(folder, network_of(self), manifest, _config(self), extra=extra, drop=drop)
     if push_to_hub:
         self.push_to_hub(kwargs.pop("repo_id", None) or folder.name, **kwargs)
     return None
