@@ -43,7 +43,6 @@ from .core import (
 )
 from .core.bits import GroupSizes, check_group_sizes
 from .core.library import libraries
-from .core.output import check_output_folder
 from .core.target import Target, targets
 from .core.task import tasks
 from .data import text_tokens
@@ -1113,7 +1112,6 @@ class HubMPQ(nn.Module):
         """
         if self.policy is None:
             raise HubMPQError("there is no policy yet; call quantize or apply_policy before saving")
-        check_output_folder(folder)
         self._check_whole()
         source = self.source
         extra = local_preprocess(self.home, source.library, self.graph.input_shape)
@@ -1168,7 +1166,6 @@ class HubMPQ(nn.Module):
         """
         if self.policy is None:
             raise HubMPQError("there is no policy yet; call quantize or apply_policy before exporting")
-        check_output_folder(folder)
         self._check_whole()
         source = self.source
         example = placed(source.example, self.model)

@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from ..core.files import CONFIG, INDICATORS, PACKED
 from ..core.output import check_output_file, check_output_folder
 from ..errors import HubMPQError, InvalidArgument
 from .launch import announce, is_main
@@ -27,7 +28,7 @@ def states_of(output: Path) -> Path:
 def check_folder(output: Path, overwrite: bool, resume: bool = False) -> None:
     """Refuse a folder that cannot be written or holds something, unless hub-mpq wrote it and may replace it, or the
     interrupted run that is resumed did."""
-    check_output_folder(output)
+    check_output_folder(output, (CONFIG, PACKED, INDICATORS))
     _check_states(states_of(output), resume)
     if output.is_dir() and any(output.iterdir()):
         if not is_packed(output):

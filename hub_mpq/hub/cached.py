@@ -36,6 +36,16 @@ def repo_of_snapshot(folder: Path) -> str | None:
         return None
 
 
+def is_foreign_link(file: Path) -> bool:
+    """Whether it is a link that the Hub client has not made: what it leads to may be nobody's to publish."""
+    if not file.is_symlink():
+        return False
+    from huggingface_hub import constants
+
+    cache = Path(os.path.realpath(constants.HF_HUB_CACHE))
+    return not all(Path(os.path.realpath(p)).is_relative_to(cache) for p in (file.parent, file))
+
+
 def as_downloaded(file: Path) -> bool:
     """Whether a file of the cache has the content that it had when it was downloaded, where that can be known.
 

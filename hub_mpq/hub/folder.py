@@ -34,7 +34,7 @@ def save_folder(
     Whoever looks finds the old version or the new one, whole. Other files in the folder stay but for those that `drop`
     names. Raises InvalidArgument when the folder cannot be written, HubMPQError when the disk refuses.
     """
-    check_output_folder(folder)
+    check_output_folder(folder, (CONFIG, PACKED, INDICATORS))
     quantization = {
         "quant_method": "mpq",
         "format_version": manifest.format_version,

@@ -21,7 +21,7 @@ from ..pack.atomic_folder import atomic_folder, finish_interrupted
 from ..pack.header import MAX_HEADER
 from .cached import OPTIONAL, download_packed, mend_small, mended
 from .preprocess import preprocess_names
-from .remote import COMMIT, bounded, check_repo_id, hub_api, hub_errors, repo_of
+from .remote import COMMIT, FILES, bounded, check_repo_id, hub_api, hub_errors, repo_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 _FIRST = 1 << 16
 _ANSWER = 16 << 20
 """Bytes of a config or of a page of file names, at most."""
-_FILES = 10_000
-"""Files of a repo that are looked at, at most."""
 _REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 
 
@@ -105,7 +103,7 @@ def _fetch_files(api: HfApi, repo_id: str, commit: str) -> None:
     from huggingface_hub.errors import EntryNotFoundError
 
     with hub_errors(f"{repo_id} can't be fetched"), bounded(_ANSWER):
-        there = {file.path for file in islice(api.list_repo_tree(repo_id, revision=commit), _FILES)}
+        there = {file.path for file in islice(api.list_repo_tree(repo_id, revision=commit), FILES)}
         if INDICATORS not in there:
             with contextlib.suppress(EntryNotFoundError):  # so that the cache knows
                 api.hf_hub_download(repo_id, INDICATORS, revision=commit)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+FILES = 10_000
+"""Files of a repo that are looked at, at most."""
 _NAME = re.compile(r"\w[\w.+=:~-]{0,199}", re.ASCII)
 _PATIENCE = 120
 """Seconds to wait, at most, when the Hub says how long."""

@@ -63,7 +63,7 @@ def atomic_folder(target: str | os.PathLike[str], drop: Collection[str] = ()) ->
     except HubMPQError as error:
         if work is None or str(work) not in str(error):
             raise
-        raise HubMPQError(str(error).replace(str(work), str(shown))) from error
+        raise HubMPQError(str(error).replace(str(work), str(shown))) from error  # the hidden folder is nobody's concern
 
 
 def remove_folder(folder: Path) -> None:
@@ -90,13 +90,7 @@ def finish_interrupted(target: Path) -> bool:
     for whole in found:
         with hold(whole, wait=True):
             if _is_folder(whole):  # else who held it has finished
-                try:
-                    _move_in(whole, target)
-                except OSError as error:
-                    raise HubMPQError(
-                        f"a save into {target} was interrupted and cannot be finished ({why(error)}); load it once "
-                        "where it can be written"
-                    ) from error
+                _finish(whole, target)
     return bool(found)
 
 
@@ -157,9 +151,7 @@ def _commit(work: Path, target: Path, drop: Collection[str]) -> None:
             if not target.is_dir():  # else somebody has made it meanwhile
                 raise
     names = {path.name for path in work.iterdir()}
-    for name in {*names, *drop}:
-        if _is_folder(target / name):
-            raise HubMPQError(f"{target / name} is a folder, and a file goes there; move it away")
+    check_output_folder(target, {*names, *drop})
     if work.parent != target and _exchanged(work, target, {*names, *drop}):
         _discard(work, target, {*names, *drop})
         return
@@ -169,7 +161,16 @@ def _commit(work: Path, target: Path, drop: Collection[str]) -> None:
     whole = target / f".{secrets.token_hex(8)}{_WHOLE}"
     os.rename(work, whole)
     sync_folder(target)
-    _move_in(whole, target)
+    _finish(whole, target)
+
+
+def _finish(whole: Path, target: Path) -> None:
+    try:
+        _move_in(whole, target)
+    except OSError as error:
+        raise HubMPQError(
+            f"a save into {target} was interrupted ({why(error)}); load it where it can be written, which finishes it"
+        ) from error
 
 
 def _move_in(whole: Path, target: Path) -> None:
