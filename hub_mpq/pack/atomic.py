@@ -104,7 +104,7 @@ def _temporary(path: Path) -> Iterator[Path]:
     while True:
         temporary = path.with_name(f"{hidden_stem(path)}{secrets.token_hex(8)}.tmp")
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-        with hold(temporary):
+        with hold(temporary, wait=True):
             if not temporary.exists():  # taken for a leftover before it was locked
                 continue
             try:

@@ -99,7 +99,7 @@ def _staged(target: Path) -> Iterator[Path]:
     """A new folder for the new files, locked; gone afterwards under this name, whatever it holds by then."""
     while True:
         work = _make(target)
-        with hold(work):
+        with hold(work, wait=True):
             if not work.exists():  # taken for a leftover before it was locked
                 continue
             made = work.stat()
@@ -118,8 +118,10 @@ def _make(target: Path) -> Path:
         with contextlib.suppress(PermissionError):
             work = target.parent / f"{hidden_stem(target)}{token}{_NEW}"
             work.mkdir()
-            # whoever finds it later knows by the number whether the folders were exchanged
-            return work.rename(work.with_name(f"{hidden_stem(target)}{token}-{work.stat().st_ino}{_NEW}"))
+            with contextlib.suppress(FileNotFoundError):  # taken for a leftover: there is none under this name then
+                # whoever finds it later knows by the number whether the folders were exchanged
+                return work.rename(work.with_name(f"{hidden_stem(target)}{token}-{work.stat().st_ino}{_NEW}"))
+            return work
     work = target / f".{token}{_NEW}"
     work.mkdir()
     return work

@@ -173,9 +173,16 @@ def full():
 
 def test_a_write_that_fails_leaves_the_old_files_alone(tmp_path):
     folder = plain(tmp_path)
-    with pytest.raises(ZeroDivisionError), atomic_folder(folder) as work:
-        (work / CONFIG).write_text("new")
-        1 / 0  # noqa: B018
+
+    def write(error):
+        with atomic_folder(folder) as work:
+            (work / CONFIG).write_text("new")
+            raise error
+
+    with pytest.raises(ZeroDivisionError):
+        write(ZeroDivisionError())
+    with pytest.raises(HubMPQError, match="out cannot be written: the disk is full"):
+        write(OSError(errno.ENOSPC, "full"))
     with pytest.raises(HubMPQError, match=f"cannot write {folder}/{PACKED}: "), atomic_folder(folder) as work:
         write_atomic(work / PACKED, full())
     assert state(folder) == OLD
