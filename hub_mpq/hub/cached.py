@@ -78,7 +78,7 @@ def download_packed(api: HfApi, repo_id: str, commit: str, **how: Any) -> None:
     size, free = found.size or 0, shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free
     if size > free:
         raise HubMPQError(f"{repo_id}: {PACKED} is said to have {size:,} bytes, and {cache} has {free:,} free")
-    with bounded(size):
+    with bounded(max(size, 1 << 16)):  # an error has a body too
         api.hf_hub_download(repo_id, PACKED, revision=commit, **how)
 
 

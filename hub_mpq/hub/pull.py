@@ -103,14 +103,16 @@ def _fetch_files(api: HfApi, repo_id: str, commit: str) -> None:
     from huggingface_hub.errors import EntryNotFoundError
 
     with hub_errors(f"{repo_id} can't be fetched"), bounded(_ANSWER):
-        there = {file.path for file in islice(api.list_repo_tree(repo_id, revision=commit), FILES)}
+        tree = islice(api.list_repo_tree(repo_id, revision=commit), FILES)
+        there = {file.path: int(getattr(file, "size", 0)) for file in tree}
         if INDICATORS not in there:
             with contextlib.suppress(EntryNotFoundError):  # so that the cache knows
                 api.hf_hub_download(repo_id, INDICATORS, revision=commit)
     for name in _wanted():
         if name in there and name not in (CONFIG, PACKED):
             try:
-                with hub_errors(f"{name} of {repo_id} can't be fetched"), bounded(OPTIONAL):
+                size = max(there[name], _FIRST)  # an error has a body too
+                with hub_errors(f"{name} of {repo_id} can't be fetched"), bounded(min(size, OPTIONAL)):
                     api.hf_hub_download(repo_id, name, revision=commit)
             except HubMPQError as error:
                 warnings.warn(f"{error}; the model is loaded without it", stacklevel=2)

@@ -56,11 +56,15 @@ def check_repo_id(repo_id: str) -> str:
     return repo_id
 
 
+class BadAnswer(HubMPQError):
+    """A server answers what no Hub does."""
+
+
 @contextmanager
 def bounded(limit: int) -> Iterator[None]:
     """Check every answer that the client gets in this thread while the block runs.
 
-    Refused with HubMPQError are bodies of more than `limit` bytes, and headers that are no names of files: the client
+    Refused with BadAnswer are bodies of more than `limit` bytes, and headers that are no names of files: the client
     writes to paths made of them.
     """
     _watch_client()
@@ -109,16 +113,16 @@ def _check(response: Any) -> None:
         return
     wait = re.search(r"\d+", headers.get("Retry-After", "")) or re.search(r"(?<=;t=)\d+", headers.get("RateLimit", ""))
     if response.status_code in (429, 503) and wait and int(wait[0][:9]) > _PATIENCE:
-        raise HubMPQError(f"the Hub asks to wait {int(wait[0][:9])} s; try again then")
+        raise BadAnswer(f"the Hub asks to wait {int(wait[0][:9])} s; try again then")
     if response.request.method == "HEAD":
         for name in ("X-Linked-Etag", "ETag", "X-Repo-Commit"):
             if name in headers and not _NAME.fullmatch(headers[name].lstrip("W/").strip('"')):
-                raise HubMPQError(f"the server's {name}, {headers[name][:60]!r}, is no name")
+                raise BadAnswer(f"the server's {name}, {headers[name][:60]!r}, is no name")
     elif headers.get("Content-Encoding", "identity") != "identity":
-        raise HubMPQError("the server compresses what it was asked to send as it is")
+        raise BadAnswer("the server compresses what it was asked to send as it is")
     for name in ("X-Linked-Size", "Content-Length") if response.request.method == "HEAD" else ("Content-Length",):
         if (size := headers.get(name, "")).isdecimal() and (len(size) > 18 or int(size) > limit):
-            raise HubMPQError(f"the server announces {size[:30]} bytes where at most {limit:,} are expected")
+            raise BadAnswer(f"the server announces {size[:30]} bytes where at most {limit:,} are expected")
     if response.request.method != "HEAD":
         response.stream = _bounded_stream(response.stream, limit)
 
@@ -133,7 +137,7 @@ def _bounded_stream(stream: Any, limit: int) -> Any:
             for chunk in stream:
                 left -= len(chunk)
                 if left < 0:
-                    raise HubMPQError(f"the server sends more than the {limit:,} bytes that are expected")
+                    raise BadAnswer(f"the server sends more than the {limit:,} bytes that are expected")
                 yield chunk
 
         def close(self) -> None:
@@ -150,6 +154,8 @@ def hub_errors(doing: str, after: str = "") -> Iterator[None]:
     """
     try:
         yield
+    except BadAnswer as error:
+        raise HubMPQError(f"{doing}: {error}{after}") from error
     except HubMPQError:
         raise
     except Exception as error:
