@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..core.files import CONFIG, PACKED
 from ..errors import HubMPQError, PackedFormat
-from .remote import COMMIT, bounded, check_repo_id, hub_api, hub_errors
+from .remote import COMMIT, BadAnswer, bounded, check_repo_id, hub_api, hub_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -77,7 +77,7 @@ def download_packed(api: HfApi, repo_id: str, commit: str, **how: Any) -> None:
     cache = Path(how.get("cache_dir") or constants.HF_HUB_CACHE)
     size, free = found.size or 0, shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free
     if size > free:
-        raise HubMPQError(f"{repo_id}: {PACKED} is said to have {size:,} bytes, and {cache} has {free:,} free")
+        raise BadAnswer(f"{PACKED} is said to have {size:,} bytes, and {cache} has {free:,} free")
     with bounded(max(size, 1 << 16)):  # an error has a body too
         api.hf_hub_download(repo_id, PACKED, revision=commit, **how)
 

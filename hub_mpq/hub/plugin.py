@@ -148,12 +148,6 @@ class MPQHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 raise HubMPQError("packed weights are read from a file, not from a state dict")
             if finish_interrupted(Path(checkpoint_files[0]).parent):
                 raise HubMPQError("a save into this folder had been interrupted and is finished now; load it again")
-            config = getattr(model.config, "_commit_hash", None)
-            if self.commit and config and config != self.commit:
-                raise HubMPQError(
-                    f"the repository moved from commit {config[:12]} to {self.commit[:12]} between its config and its "
-                    "weights; load it again"
-                )
             dtype = dtype or torch.get_default_dtype()
             self.manifest = become_packed(model, checkpoint_files[0], self.quantization_config.policy, dtype)
 

@@ -57,7 +57,7 @@ def check_repo_id(repo_id: str) -> str:
 
 
 class BadAnswer(HubMPQError):
-    """A server answers what no Hub does."""
+    """A server answers what no Hub does, or more than can be taken."""
 
 
 @contextmanager

@@ -324,3 +324,36 @@ def test_links_in_the_folder_of_a_model_are_not_copied_with_it(hub, tmp_path):
     with pytest.warns(UserWarning, match="is a link"):
         mpq.push_to_hub("me/bert", token="write-token", float_copy=False)
     assert not [name for name, content in hub.store.content("me/bert").items() if b"secret" in content]
+
+
+def test_transformers_takes_config_and_weights_of_one_commit(hub, tmp_path):
+    """It asks once which commit the branch is at; what the plug-in does in between must not undo that."""
+    import transformers
+
+    float_bert(tmp_path / "float")
+    mpq = HubMPQ.from_pretrained(tmp_path / "float").apply_policy("W4A8")
+    mpq.save_pretrained(tmp_path / "bert")
+    HubMPQ.from_pretrained(tmp_path / "float").apply_policy("W3A8").save_pretrained(tmp_path / "next")
+    old, new = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("bert", "next"))
+    repo = hub.store.make("me/bert", files=old)
+
+    def moves():
+        repo.refs["main"] = repo.add({name: hub.store.put(name, content) for name, content in new.items()})
+
+    hub.faults.append(Fault("HEAD", PACKED, before=moves))
+    assert torch.equal(transformers.AutoModel.from_pretrained("me/bert")(IDS)[0], mpq(IDS)[0])
+    assert hub.faults[0].times == 0
+
+
+def test_an_interrupted_save_is_finished_by_whoever_loads(tmp_path):
+    float_bert(tmp_path / "float")
+    mpq = HubMPQ.from_pretrained(tmp_path / "float").apply_policy("W4A8")
+    mpq.save_pretrained(tmp_path / "bert")
+
+    def interrupt():
+        whole = tmp_path / "bert" / ".0123456789abcdef.hub-mpq-whole"
+        whole.mkdir()
+        (tmp_path / "bert" / PACKED).rename(whole / PACKED)
+
+    interrupt()
+    assert torch.equal(HubMPQ.from_pretrained(tmp_path / "bert")(IDS)[0], mpq(IDS)[0])
