@@ -92,8 +92,10 @@ def _product(
         return (name, type(modules[owner]).__name__, _reason(modules[owner], owner in excluded, ran=True)), [weight]
     if weight is not None or weighty(module) or (own and _matrices(module) and not list(module.children())):
         # a weight of its own, as it is or standardised, normalised, masked before use
-        used = [weight] if weight is not None and not weighty(module) else _matrices(module)
-        return (where or part, kind, _reason(module, where in excluded, ran=True)), used
+        if weight is None or weighty(module):
+            return (where or part, kind, _reason(module, where in excluded, ran=True)), _matrices(module)
+        reason = f"{part.rpartition('.')[2]} is a {weight.ndim}-D Parameter of {kind}, not the weight of a layer"
+        return (where or part, kind, why_not(module, reason)), [weight]
     attention = fused or any(word in f"{where} {kind}".lower() for word in ("attention", "attn"))
     reason = f"product with the buffer {part}" if part else "product of two activations"
     return (where or kind, "attention" if attention else "matmul", reason), []

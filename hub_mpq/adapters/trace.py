@@ -12,9 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core import FloatOp, LayerBits, LayerGraph, LayerKind, LayerSpec, matching
 from ..errors import InvalidArgument
+from ..nn.expose import layers_in_state
 from ..nn.packed import packed_layers
 from ..nn.quantize import quantized_layers
-from ..nn.split_experts import SplitStack, layers_in_state
+from ..nn.split_experts import SplitStack
 from ..nn.types import layer_kind
 from ..pack.layout import INPUT_PARTS, WEIGHT_PARTS
 from .float_ops import float_ops, replaced_parameters, weighty

@@ -59,6 +59,8 @@ register_layer_kind(
         row_axes=(0, 1),
         types=(
             "torch.nn.modules.linear.Linear",
+            # nn.Linear under another name: the output projection of nn.MultiheadAttention
+            "torch.nn.modules.linear.NonDynamicallyQuantizableLinear",
             # differs from nn.Linear under torch.jit only
             "timm.layers.linear.Linear",
             # input @ weight.T + bias, written out
