@@ -12,7 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from .experts import Stack, conceal_experts, expose_experts, has_stacked_experts
-from .multihead_attention import SplitMultiheadAttention, has_fused_attention, join_attention, split_attention
+from .multihead_attention import (
+    Projection,
+    SplitMultiheadAttention,
+    has_fused_attention,
+    join_attention,
+    split_attention,
+)
 from .split_experts import SplitStack
 from .types import type_name
 
@@ -59,6 +65,9 @@ def expose_layers(model: nn.Module) -> None:
         from .wavlm_attention import CallingWavLMAttention
 
         module.__class__ = CallingWavLMAttention
+        for layer in (module.q_proj, module.k_proj, module.v_proj, module.out_proj):
+            if type(layer) is nn.Linear:
+                layer.__class__ = Projection
 
 
 def conceal_layers(model: nn.Module) -> None:

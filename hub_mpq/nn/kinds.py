@@ -59,12 +59,25 @@ register_layer_kind(
         row_axes=(0, 1),
         types=(
             "torch.nn.modules.linear.Linear",
-            # nn.Linear under another name: the output projection of nn.MultiheadAttention
-            "torch.nn.modules.linear.NonDynamicallyQuantizableLinear",
             # differs from nn.Linear under torch.jit only
             "timm.layers.linear.Linear",
             # input @ weight.T + bias, written out
             "transformers.models.falcon.modeling_falcon.FalconLinear",
+        ),
+        quantized="hub_mpq.nn.layers:QuantLinear",
+        packed="hub_mpq.nn.packed:PackedLinear",
+        shares_input=True,
+    )
+)
+register_layer_kind(
+    LayerKind(
+        name="projection",  # a linear layer whose weight is read without a call, except by hub_mpq (see expose.py)
+        channel_axis=0,
+        row_axes=(0, 1),
+        types=(
+            "hub_mpq.nn.multihead_attention.Projection",
+            # nn.Linear under another name: the output projection of nn.MultiheadAttention
+            "torch.nn.modules.linear.NonDynamicallyQuantizableLinear",
         ),
         quantized="hub_mpq.nn.layers:QuantLinear",
         packed="hub_mpq.nn.packed:PackedLinear",

@@ -20,7 +20,13 @@ from .joined import joined
 from .layers import pad_only
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-_FLOAT = (nn.Linear, NonDynamicallyQuantizableLinear)
+
+
+class Projection(nn.Linear):
+    """nn.Linear of attention whose float form reads the weight without calling it.
+
+    A kind of its own: only this package can compute with it once it is quantized.
+    """
 
 
 def attend(
@@ -172,7 +178,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
     @property
     def is_float(self) -> bool:
         """Whether no layer is quantized or packed, nor has an adapter around it."""
-        return all(type(layer) in _FLOAT for layer in self.layers.values())
+        return all(type(layer) in (Projection, NonDynamicallyQuantizableLinear) for layer in self.layers.values())
 
     @property
     def in_proj_weight(self) -> Tensor | None:  # type: ignore[override]
@@ -298,7 +304,7 @@ def split_attention(model: nn.Module) -> None:
         module._qkv_same_embed_dim = False  # what reads the weights of several modules in one operator asks for it
         for name, weight, of_bias in zip(_PROJECTIONS, weights, biases, strict=True):
             with torch.device("meta"):
-                layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+                layer = Projection(weight.shape[1], weight.shape[0], bias=bias is not None)
             layer.weight = nn.Parameter(weight.detach(), weight.requires_grad)
             if bias is not None:
                 layer.bias = nn.Parameter(of_bias.detach(), bias.requires_grad)
