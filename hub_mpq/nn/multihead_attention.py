@@ -35,6 +35,7 @@ def attend(
     value: Tensor,
     heads: int,
     *,
+    batch_first: bool = True,
     mask: Tensor | None = None,
     padding: Tensor | None = None,
     bias: tuple[Tensor, Tensor] | None = None,
@@ -47,13 +48,14 @@ def attend(
     """What `torch.nn.functional.multi_head_attention_forward` computes between its projections.
 
     Args:
-        query: [batch, length, features].
-        key: [batch, source length, features].
+        query: [batch, length, features], or [length, features].
+        key: [batch, source length, features], or [source length, features].
         value: As `key`.
         heads: Into how many the features are split.
+        batch_first: False where the axes of lengths come before those of the batch.
         mask: Added to the scores where it is float, out of sight where it is bool and True; [length, source length] or
             [batch * heads, length, source length].
-        padding: The same for keys; [batch, source length].
+        padding: The same for keys; [batch, source length], or [source length].
         bias: One more key and value.
         zero: One more key and value of zeros.
         dropout: Probability that a weight is dropped.
@@ -62,12 +64,18 @@ def attend(
         is_causal: `mask` is the causal one.
 
     Returns:
-        The output [batch, length, features] before its projection, and the weights [batch, length, source length], with
-        heads behind the batch where these are not averaged; None where they are not needed.
+        The output before its projection, as `query` is, and the weights [batch, length, source length], with heads
+        behind the batch where these are not averaged; None where they are not needed.
 
     Raises:
         InvalidArgument: A mask has another shape, or neither bool nor float values.
     """
+    batched = query.dim() == 3
+    if not batched:
+        query, key, value = query[None], key[None], value[None]
+        padding = None if padding is None else padding[None]
+    elif not batch_first:
+        query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
     batch, length = query.shape[:2]
     source = key.shape[1]
     if is_causal and mask is None:
@@ -95,14 +103,19 @@ def attend(
     mask, padding = (None if x is None else F.pad(x, (0, more)) for x in (mask, padding))
     if padding is not None:
         mask = padding if mask is None else mask + padding
-    if not need_weights:
+    weights = None
+    if need_weights:
+        scores = (query * math.sqrt(1.0 / query.shape[-1])) @ key.transpose(-2, -1)
+        weights = (scores if mask is None else scores + mask).softmax(-1)
+        weights = F.dropout(weights, dropout) if dropout else weights
+        out = weights @ value
+        weights = weights.mean(1) if average else weights
+    else:
         out = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal)
-        return out.transpose(1, 2).flatten(2), None
-    scores = (query * math.sqrt(1.0 / query.shape[-1])) @ key.transpose(-2, -1)
-    weights = (scores if mask is None else scores + mask).softmax(-1)
-    weights = F.dropout(weights, dropout) if dropout else weights
-    out = (weights @ value).transpose(1, 2).flatten(2)
-    return out, weights.mean(1) if average else weights
+    out = out.transpose(1, 2).flatten(2)
+    if not batched:
+        return out[0], None if weights is None else weights[0]
+    return out if batch_first else out.transpose(0, 1), weights
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -141,20 +154,14 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
         Raises:
             InvalidArgument: A mask does not fit, or a tensor is nested.
         """
-        if query.is_nested or key.is_nested or value.is_nested:
+        if any(isinstance(x, Tensor) and x.is_nested for x in (query, key, value)):  # tracing, they are something else
             raise InvalidArgument("quantized attention takes no nested tensors: pad them and give key_padding_mask")
-        batched = query.dim() == 3
-        q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
-        if not batched:
-            q, k, v = q[None], k[None], v[None]
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
-        elif not self.batch_first:
-            q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
         out, weights = attend(
-            q,
-            k,
-            v,
+            self.q_proj(query),
+            self.k_proj(key),
+            self.v_proj(value),
             self.num_heads,
+            batch_first=self.batch_first,
             mask=attn_mask,
             padding=key_padding_mask,
             bias=None if self.bias_k is None else (self.bias_k, self.bias_v),
@@ -164,10 +171,6 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
             average=average_attn_weights,
             is_causal=is_causal,
         )
-        if not batched:
-            out, weights = out[0], None if weights is None else weights[0]
-        elif not self.batch_first:
-            out = out.transpose(0, 1)
         return self.out_proj(out), weights
 
     @property
