@@ -37,13 +37,18 @@ def replaced_parameters(modules: Mapping[str, nn.Module], quantized: Collection[
 
 
 def float_ops(
-    modules: Mapping[str, nn.Module], run: ForwardRecord, quantized: Collection[str], excluded: Collection[str]
+    modules: Mapping[str, nn.Module],
+    run: ForwardRecord,
+    quantized: Collection[str],
+    excluded: Collection[str],
+    outside: Collection[str],
 ) -> tuple[FloatOp, ...]:
     """Every product outside the quantized layers, and every layer left float even if it multiplied nothing.
 
     A layer goes by its own name, and so does one whose weight is used without calling it; a product of two
     activations by the name of the module in which it ran, kind "attention" or "matmul". Each Parameter of which a
-    float copy is kept counts in one row.
+    float copy is kept counts in one row. `excluded`: layers that the user wants float; `outside`: such whose weight was
+    read while they did not run.
     """
     parameters = {
         f"{name}.{key}" if name else key: value
@@ -62,7 +67,7 @@ def float_ops(
     listed = {name for name, _, _ in rows}
     for name, module in modules.items():
         if weighty(module) and name not in quantized and name not in listed:
-            row = name, type(module).__name__, _reason(module, name in excluded, ran=name in ran)
+            row = name, type(module).__name__, _reason(module, name in excluded, ran=name in ran or name in outside)
             rows[row] += 0
             weights[row] += _matrices(module)
     counted = replaced_parameters(modules, quantized)
