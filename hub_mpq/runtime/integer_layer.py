@@ -140,7 +140,7 @@ def integer_menu(layer: LayerSpec, saturates: bool) -> tuple[LayerBits, ...]:
         layer: The layer.
         saturates: As for `inexact_sums`.
     """
-    if layer.kind not in ("conv2d", "linear", "conv1d"):
+    if layer.kind not in ("conv2d", "linear", "projection", "conv1d"):
         return ()
     outputs = layer.weight_shape[1 if layer.kind == "conv1d" else 0]
     products = prod(layer.weight_shape) // outputs  # that one output adds up
@@ -172,7 +172,7 @@ def integer_layer(name: str, module: nn.Module) -> IntegerLayer | str:
         The layer, or in a few words why it has no integer form.
     """
     kind = layer_form(module)
-    if kind not in ("conv2d", "linear", "conv1d"):
+    if kind not in ("conv2d", "linear", "projection", "conv1d"):
         return "the input stays float"
     found = _grid(module)
     if isinstance(found, str):
