@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Mapping
 
 LONGEST = 300
@@ -24,8 +23,9 @@ def shown(text: object, most: int = LONGEST) -> str:
         most: Characters to show.
     """
     whole = str(text)
-    line = "".join(_escaped(c) if unicodedata.category(c)[0] in "CZ" else c for c in whole[: most + 1])
-    return line if len(line) <= most else f"{line[: most - 1]}…"
+    if not whole.isprintable():
+        whole = "".join(c if c.isprintable() else _escaped(c) for c in whole[: most + 1])
+    return whole if len(whole) <= most else f"{whole[: most - 1]}…"
 
 
 def _escaped(character: str) -> str:

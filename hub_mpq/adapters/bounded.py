@@ -138,12 +138,15 @@ def bounded(tensors: int, nbytes: int) -> Iterator[Build]:
         _hooked.append(register_module_module_registration_hook(_register))
     build, before = Build(tensors, nbytes), getattr(_current, "build", None)
     _current.build = build
+    cause: Exception | None = None
     try:
         with build:
             yield build
     except Exception as error:
         if not build.exceeded:
             raise
-        raise Exceeded(f"describes a network with {build.exceeded} than a file of {nbytes} bytes holds") from error
+        cause = error
     finally:
         _current.build = before
+    if build.exceeded:  # also where the code that builds went on
+        raise Exceeded(f"describes a network with {build.exceeded} than a file of {nbytes} bytes holds") from cause

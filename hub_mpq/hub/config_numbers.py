@@ -39,9 +39,12 @@ def check_numbers(config: Path, tensors: Mapping[str, PackedTensor | Tensor]) ->
     shapes = (t.weight_shape if isinstance(t, PackedTensor) else tuple(t.shape) for t in tensors.values())
     most = max([MOST, *(n for shape in shapes for n in shape)])
     for name, value in _numbers(tree):
-        wrong = value > most and not _SIZES.search(name) if isinstance(value, int) else math.isnan(value)
-        if wrong:
-            raise PackedFormat(config, f"{name} is {shown(value, 20)}, and the packed file holds no such network")
+        if isinstance(value, float) and math.isnan(value):
+            raise PackedFormat(config, f"{shown(name, 80)} is NaN")
+        if isinstance(value, int) and value > most and not _SIZES.search(name):
+            raise PackedFormat(
+                config, f"{shown(name, 80)} is {shown(value, 20)}, and the packed file holds no network of that size"
+            )
 
 
 def _numbers(tree: Any) -> list[tuple[str, int | float]]:

@@ -29,6 +29,7 @@ from ..nn.split_experts import split_experts, split_stacks
 from ..pack import Manifest, read_manifest, read_packed, read_shapes
 from ..pack.layout import flatten
 from .config_numbers import check_numbers
+from .remote import repo_of
 
 
 def load_folder(folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any]) -> tuple[Source, Manifest]:
@@ -134,7 +135,7 @@ def load_resident(folder: Path, resident: str, kwargs: Mapping[str, Any]) -> tup
         raise InvalidArgument(f"resident is 'packed' or 'float', not {resident!r}")
     import transformers
 
-    check_folder(folder, {})
+    check_numbers(folder / CONFIG, read_shapes(folder / PACKED)[0])  # the rest is checked by the plug-in
     safe: Mapping[str, Any] = library.folder_defaults
     config = transformers.AutoConfig.from_pretrained(folder, **safe)
     given = {"dtype": "auto", **safe, **{name: value for name, value in kwargs.items() if name != "library"}}
@@ -166,6 +167,18 @@ def library_of(manifest: Manifest, file: str | os.PathLike[str]) -> Library:
         known = ", ".join(libraries.names())
         raise PackedFormat(file, f"its library {manifest.library[:40]!r} is not registered; known: {known}")
     return libraries.get(manifest.library)
+
+
+def cached_folder(name: str, commit: str | None) -> Path | None:
+    """Where config.json and packed file of a model lie; None where that can't be told."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if (Path(name) / PACKED).is_file():
+        return Path(name)
+    if commit is None or repo_of(name) is None:
+        return None
+    found = try_to_load_from_cache(name, PACKED, revision=commit)
+    return Path(found).parent if isinstance(found, str) and (Path(found).parent / CONFIG).is_file() else None
 
 
 def load_packed(path: str | os.PathLike[str], skeleton: nn.Module, *, cast: bool = False) -> Manifest:
