@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ..core import LayerGraph
 from ..core.library import Library
 from ..errors import HubMPQError, InvalidArgument
 from ..nn.expose import expose_layers
@@ -75,6 +76,7 @@ class TransformersLibrary(Library):
         sequence_length: int = 128,
         exclude: Iterable[str] = (),
         per_expert: bool | Collection[str] = False,
+        graph: LayerGraph | None = None,
         **kwargs: Any,
     ) -> Source:
         """Build a transformers model, of the first class that its config's `architectures` name.
@@ -88,6 +90,7 @@ class TransformersLibrary(Library):
             sequence_length: Tokens of the example, at most what the model takes.
             exclude: Patterns of layers to leave float.
             per_expert: Each expert of a stack is a layer of its own; of the stacks of these names, or of all.
+            graph: The model's layers; None to find them, for which it runs once.
             **kwargs: Values of the config (num_labels=3) and arguments of `from_pretrained` (revision, dtype).
 
         Raises:
@@ -129,7 +132,7 @@ class TransformersLibrary(Library):
         example = example_for(model, sequence_length)
         on_device = placed(example, model)
         revision = _commit(model_id, kwargs.get("revision"))
-        graph = build_graph(
+        graph = graph or build_graph(
             model,
             example if meta else on_device,
             model_id=model_id,
@@ -141,6 +144,9 @@ class TransformersLibrary(Library):
         config.architectures = [type(model).__name__]
         preprocess = preprocess_of(model_id, example)
         return Source(model, model_id, revision, self.name, on_device, graph, preprocess, config.to_dict())
+
+    def rebuild(self, folder: str, graph: LayerGraph, *, meta: bool, **kwargs: Any) -> Source:
+        return self.load(folder, pretrained=False, meta=meta, graph=graph, **kwargs)
 
     def example_arguments(self, input_shape: tuple[int, ...]) -> Mapping[str, Any]:
         return {"sequence_length": input_shape[0]} if len(input_shape) == 1 and input_shape[0] > 0 else {}
@@ -228,7 +234,8 @@ def model_class(config: Any, auto_class: str | None = None) -> Any:
             raise InvalidArgument(f"transformers has no class {auto_class!r}")
         return getattr(transformers, auto_class)
     names = getattr(config, "architectures", None) or []
-    return next((getattr(transformers, name) for name in names if hasattr(transformers, name)), transformers.AutoModel)
+    known = (name for name in names if isinstance(name, str) and hasattr(transformers, name))
+    return next((getattr(transformers, name) for name in known), transformers.AutoModel)
 
 
 def _skeleton(cls: Any, config: Any, unused: dict[str, Any], *, meta: bool) -> nn.Module:
