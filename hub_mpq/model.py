@@ -48,6 +48,7 @@ from .core.task import tasks
 from .data import text_tokens
 from .errors import HubMPQError, InvalidArgument
 from .export import COMPRESSED_TENSORS, export, exportable
+from .hub.cached import mended
 from .hub.folder import read_folder_indicators, save_folder
 from .hub.load import load_folder, load_resident
 from .hub.origin import local_card
@@ -231,7 +232,8 @@ class HubMPQ(nn.Module):
         if folder is not None:
             choices = {"fixed": fixed, "exclude": tuple(exclude), "weight_only": weight_only}
             refuse_choices(model_id, **choices, tie_fused=tie_fused, target=target, per_expert=per_expert)
-            out = cls._of_folder(folder, module, task, resident, kwargs)
+            load = partial(cls._of_folder, folder, module, task, resident, kwargs)
+            out = mended(folder, load, token=token, offline=local_files_only)
             if runtime is not None:
                 out.model = out.to_runtime(runtime)
                 out.source = replace(out.source, model=out.model)  # the other one's memory is free again
