@@ -26,3 +26,12 @@ def number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
         raise InvalidArgument(f"{name} is a finite number of at least 0, not {value!r}")
     return float(value)
+
+
+def seconds(name: str, value: object) -> float:
+    """A time limit as a float, None as infinity; InvalidArgument unless it is a number of seconds above 0."""
+    if value is None:
+        return math.inf
+    if isinstance(value, bool) or not isinstance(value, Real) or not value > 0:
+        raise InvalidArgument(f"{name} is a number of seconds above 0, not {value!r}")
+    return float(value)
