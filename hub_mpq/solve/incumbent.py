@@ -13,6 +13,8 @@ from .reduce import Core
 
 MAX_WORK = 50_000_000
 """Costs of exchanges looked at in all steps together: beyond it a large table keeps the policy that it has."""
+MIN_STEPS = 50
+"""Steps that a large table takes whatever the time."""
 
 
 def repair(core: Core, dual: Dual, deadline: float = math.inf) -> NDArray[np.intp] | None:
@@ -22,14 +24,15 @@ def repair(core: Core, dual: Dual, deadline: float = math.inf) -> NDArray[np.int
     parts of their cap: as many as remove half of it together, at least one. Then exchanges that lower the score, the
     largest first, as many as fit together, until none is left.
 
-    `deadline`, on the clock of time.perf_counter: past it a policy that meets the limits is not improved any further.
+    `deadline`, on the clock of time.perf_counter: past it, and past `MIN_STEPS`, a policy that meets the limits is not
+    improved any further.
     """
     rows = np.arange(len(dual.base))
     choice = dual.base.copy()
     scale = np.where(core.caps > 0, core.caps, 1.0)[:, None, None]
     cost, caps = core.cost / scale, (core.caps / scale[:, 0, 0])[:, None, None]
     there = np.isfinite(core.score)
-    for _ in range(min(core.score.size, max(MAX_WORK // cost.size, 50))):
+    for step in range(min(core.score.size, max(MAX_WORK // cost.size, MIN_STEPS))):
         gain = core.score - core.score[rows, choice][:, None]
         change = cost - cost[:, rows, choice][:, :, None]
         used = cost[:, rows, choice].sum(1)[:, None, None]
@@ -40,7 +43,7 @@ def repair(core: Core, dual: Dual, deadline: float = math.inf) -> NDArray[np.int
             picks = price.argmin(1)
             order = np.argsort(price[rows, picks], kind="stable")
             order = order[price[order, picks[order]] < 0]
-            if not len(order) or time.perf_counter() > deadline:
+            if not len(order) or (step > MIN_STEPS and time.perf_counter() > deadline):
                 break
             more = np.maximum(change[:, order, picks[order]], 0.0).cumsum(1)
             count = int((more <= (caps - used)[:, 0]).all(0).sum())

@@ -21,6 +21,9 @@ from .scip import search_scip
 from .solution import Solution
 from .table import ParsedTable, parse
 
+LARGE = 50_000
+"""Costs of a table for which a policy is found before the search, which may take all the time there is."""
+
 
 def solve_table(
     table: Mapping[str, Any], *, time_limit: float | None = None, start: Mapping[str, str] | None = None
@@ -80,6 +83,9 @@ def _decide(
         return core.fixed, 0.0
     dual = solve_dual(core, deadline)
     above = math.inf
+    if first is None and core.cost.size > LARGE:
+        choice = repair(core, dual, deadline)
+        first = core.picks(choice) if choice is not None and accept(choice) else None
     if first is not None:
         started = float(problem.score[np.arange(len(first)), first].sum()) - core.offset
         above = max(started / core.unit - dual.bound, 0.0)
