@@ -18,11 +18,25 @@ import typer
 
 from ..core import Budget, Candidates, Engine, LayerBits, limits
 from ..core.bits import check_group_size
+from ..core.checks import MAX_INT, MAX_SEED, number, seconds
 from ..core.options import Options, option
 from ..errors import HubMPQError, InvalidArgument
 
 Text = str | None
 Number = float | None
+
+
+def _checked(check: Callable[[str, object], object]) -> Any:
+    """A callback of typer's by which a command line refuses what Python refuses, in the same words."""
+
+    def callback(param: typer.CallbackParam, value: Any) -> Any:
+        if value is not None:
+            check(str(param.name), value)
+        return value
+
+    return callback
+
+
 File = Path | None
 Many = list[str] | None
 
@@ -50,7 +64,14 @@ Rounding = Annotated[
 ]
 Alpha = Annotated[
     Number,
-    typer.Option(help="Weight of the weight indicators; when left out, 1 for scores in one unit, balanced for others."),
+    typer.Option(
+        callback=_checked(number),
+        help="Weight of the weight indicators; when left out, 1 for scores in one unit, balanced for others.",
+    ),
+]
+TimeLimit = Annotated[
+    Number,
+    typer.Option(callback=_checked(seconds), help="Seconds; past them the best found so far, with its gap."),
 ]
 Strategy = Annotated[
     Text,
@@ -79,9 +100,12 @@ CalibrationText = Annotated[
 Val = Annotated[Text, typer.Option(help="Labelled images, or text, to measure on, before and after.")]
 ValidateSeconds = Annotated[
     Number,
-    typer.Option(help="What measuring policies may take; a quarter of what the scores took, at least 30, by default."),
+    typer.Option(
+        callback=_checked(seconds),
+        help="What measuring policies may take; a quarter of what the scores took, at least 30, by default.",
+    ),
 ]
-Seed = Annotated[int, typer.Option(min=0)]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED)]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint an interrupted run left."), FREE]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output of hub-mpq that is there."), FREE]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write."), FREE]
@@ -120,11 +144,16 @@ class DataOptions(Options):
     title = "Data"
 
     class_map: Path | None = option(None, "Text file: one class folder a line, in the order of the labels.")
-    batch_size: int | None = option(None, "Images in a batch, 64 by default, or chunks of text, 1 by default.", low=1)
-    chunk_length: int | None = option(
-        None, "Tokens of a chunk of text, 512 by default, or what the model takes if that is less.", low=2
+    batch_size: int | None = option(
+        None, "Images in a batch, 64 by default, or chunks of text, 1 by default.", low=1, high=MAX_INT
     )
-    workers: int = option(2, "Processes that read images.", low=0, free=True)
+    chunk_length: int | None = option(
+        None,
+        "Tokens of a chunk of text, 512 by default, or what the model takes if that is less.",
+        low=2,
+        high=MAX_INT,
+    )
+    workers: int = option(2, "Processes that read images.", low=0, high=1024, free=True)
     max_corrupt: float = option(
         0.01, "Part of the images that may be unreadable; they are skipped and counted.", low=0, high=1
     )

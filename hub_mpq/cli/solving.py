@@ -24,9 +24,7 @@ def search(
         o.Text, typer.Option(help="Images to measure policies on before one is chosen, sources as for --data.")
     ] = None,
     validate_seconds: o.ValidateSeconds = None,
-    time_limit: Annotated[
-        o.Number, typer.Option(help="Seconds; past them the best policy so far, with its gap.")
-    ] = None,
+    time_limit: o.TimeLimit = None,
     plot: o.Plot = None,
     as_json: o.Json = False,
 ) -> None:
@@ -48,9 +46,7 @@ def search(
 
 def solve(
     file: Annotated[Path, typer.Argument(metavar="TABLE.json", help='A table of scores and costs; "-" reads stdin.')],
-    time_limit: Annotated[
-        o.Number, typer.Option(help="Seconds; past them the best choice so far, with its gap.")
-    ] = None,
+    time_limit: o.TimeLimit = None,
     as_json: o.Json = False,
 ) -> None:
     """The best choice per layer of a table that anyone may bring."""
@@ -70,9 +66,10 @@ def pareto(
     loading: o.NoWeights,
     indicators: o.Indicators = None,
     limit: Annotated[str, typer.Option(help="What to run over: bitops, size, weight_bits, …")] = "bitops",
-    points: Annotated[int, typer.Option(help="Budgets between the least and the greatest.")] = 20,
+    points: Annotated[int, typer.Option(min=2, max=10_000, help="Budgets between the least and the greatest.")] = 20,
     candidates: o.CandidateBits = None,
     alpha: o.Alpha = None,
+    time_limit: o.TimeLimit = None,
     plot: o.Plot = None,
     as_json: o.Json = False,
 ) -> None:
@@ -80,7 +77,7 @@ def pareto(
     widths = o.candidates_of(candidates)
     mpq = models.load(model, loading, meta=True)
     models.indicators_for(mpq, indicators)
-    results = mpq.pareto(limit, points, budget, alpha=alpha, candidates=widths)
+    results = mpq.pareto(limit, points, budget, alpha=alpha, candidates=widths, time_limit=time_limit)
     if plot is not None:
         from ..plot import plot_pareto
 

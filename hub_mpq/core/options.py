@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from ..errors import InvalidArgument
+from .checks import MAX_SEED, is_finite
 
 O = TypeVar("O", bound="Options")  # noqa: E741
 
@@ -102,15 +102,11 @@ class Options:
         }
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
 _KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "None": ("None", lambda value: value is None),
     "bool": ("true or false", lambda value: isinstance(value, bool)),
     "int": ("a whole number", lambda value: isinstance(value, Integral) and not isinstance(value, bool)),
-    "float": ("a number", _is_number),
+    "float": ("a number", is_finite),
     "str": ("text", lambda value: isinstance(value, str)),
     "Path": ("a path", lambda value: isinstance(value, os.PathLike)),
 }
@@ -123,7 +119,7 @@ class _Length(Options):
 
     epochs: float = option(1, "Length in epochs.", low=0)
     steps: int | None = option(None, "Length in optimizer steps; wins over epochs.", low=0)
-    seed: int = option(0, "Seed of the training.", low=0, on_command_line=False)
+    seed: int = option(0, "Seed of the training.", low=0, high=MAX_SEED, on_command_line=False)
     checkpoint_dir: str | Path | None = option(None, "Folder of resumable states.", on_command_line=False, free=True)
     checkpoint_every: int = option(500, "Steps between states to go on from.", low=1, free=True)
     resume: bool = option(False, "Go on from the newest state.", on_command_line=False, free=True)

@@ -144,7 +144,8 @@ def _dominated(score: Floats, cost: Floats, alive: Mask, deadline: float) -> Mas
     n, k = score.shape
     if not len(cost):
         lone = np.where(alive, score, np.inf).argmin(1)
-        return np.arange(k) != lone[:, None]
+        out: Mask = np.arange(k) != lone[:, None]
+        return out
     out = np.zeros((n, k), dtype=bool)
     if k > MAX_WIDTH:
         for i in range(n):
