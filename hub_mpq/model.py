@@ -42,7 +42,7 @@ from .core import (
     Usage,
 )
 from .core.bits import GroupSizes, check_group_size, check_group_sizes
-from .core.checks import MAX_INT, MAX_SEED, number, seconds, whole
+from .core.checks import MAX_SEED, number, seconds, whole
 from .core.library import libraries
 from .core.target import Target, targets
 from .core.task import tasks
@@ -91,7 +91,7 @@ from .search.scores import (
     score_table,
     scored_candidates,
 )
-from .search.strategy import infers_widths, strategy_named
+from .search.strategy import build_strategy, infers_widths, strategy_named
 from .search.synthetic_data import synthetic_batch
 from .search.train_scores import train_scores
 from .search.validated_search import ScoredLayers, on_batches, search_measured
@@ -372,6 +372,7 @@ class HubMPQ(nn.Module):
             engine: Precision, memory, trackers.
             changes: Single options by name, in place of those of `options`.
         """
+        build_strategy(strategy, strategy_options)  # what it refuses must not cost work first
         return self._train_scores(
             self._pinned(fixed),
             train,
@@ -618,7 +619,7 @@ class HubMPQ(nn.Module):
             reestimate_norms: Re-estimate BatchNorm statistics too, on up to 16 batches of `calibration`.
             task: What the model is for, which says what of a batch is an input; None for `self.task`, or to find out.
         """
-        whole("batches", batches, 1, MAX_INT)
+        whole("batches", batches, 1)
         check_group_size(group_size)
         check_rounding(rounding)
         if isinstance(policy, SearchResult):
@@ -732,7 +733,7 @@ class HubMPQ(nn.Module):
         """
         for name, value, low in (("context", context, 2), ("stride", stride, 1)):
             if value is not None:
-                whole(name, value, low, MAX_INT)
+                whole(name, value, low)
         told = self._told(task)
         ids = text_tokens(text, self.source, self.model, told["task"]) if isinstance(text, (str, Path)) else text
         figures = perplexity(self.model, ids, context=context, stride=stride, **told)
@@ -877,6 +878,8 @@ class HubMPQ(nn.Module):
         if indicators is not None:
             self.scores = indicators
         learned = indicators is not None or self._serves(strategy, graph)
+        if strategy_options or not learned:
+            build_strategy(strategy, strategy_options)
         if wanted is not None and learned:
             self._scored(graph, None, candidates).optimum(wanted)
         elif wanted is not None:
@@ -968,7 +971,7 @@ class HubMPQ(nn.Module):
             InvalidArgument: A number is below 1, or an unknown runtime.
             HubMPQError: The runtime cannot be used here, or the model was loaded from packed weights.
         """
-        whole("batch_size", batch_size, 1, MAX_INT)
+        whole("batch_size", batch_size, 1)
         whole("threads", threads, 1, 1024)
         more: dict[str, Any] = {}
         if candidates is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
@@ -316,6 +317,8 @@ def candidates_of(text: str | None) -> Candidates | None:
     if text is None:
         return None
     try:
+        if not text.isascii():
+            raise ValueError(text)
         return Candidates.of([int(part) for part in text.split(",")])
     except ValueError as error:
         if isinstance(error, HubMPQError):
@@ -350,7 +353,7 @@ def input_size_of(text: str | None) -> tuple[int, int, int] | None:
     if text is None:
         return None
     parts = text.lower().replace("×", "x").split("x")
-    if not all(part.isdigit() and int(part) > 0 for part in parts) or len(parts) > 3:
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts) or len(parts) > 3:
         raise InvalidArgument(f"--input-size: {text!r} is not 160, 160x192 or 3x160x192")
     sides = [int(part) for part in parts]
     sides = sides * 2 if len(sides) == 1 else sides
@@ -374,6 +377,18 @@ def model_args_of(items: list[str] | None, option: str = "--model-arg") -> dict[
 def read_json(path: Path) -> Any:
     """Content of a JSON file ("-": standard input); HubMPQError when it is none."""
     try:
-        return json.loads(typer.get_text_stream("stdin").read() if str(path) == "-" else path.read_text())
+        text = typer.get_text_stream("stdin").read() if str(path) == "-" else path.read_text()
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise HubMPQError(f"{path} cannot be read as JSON: it is nested too deeply") from None
     except (OSError, ValueError) as error:
         raise HubMPQError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these members; ValueError where a name stands twice, of which json would keep the last one."""
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{name!r} stands twice in one object")
+    return tree

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,8 +56,9 @@ def solve(
 
     tree = o.read_json(file)
     solution = solve_table(tree, time_limit=time_limit)
+    limits = {name: cap if cap <= 1e308 else math.inf for name, cap in (tree.get("limits") or {}).items()}
     lines = [table(["layer", "choice"], [[name, choice] for name, choice in solution.choices.items()])]
-    lines += [f"{name}: {used:.10g} of {tree['limits'][name]:.10g}" for name, used in solution.usage.items()]
+    lines += [f"{name}: {used:.10g} of {limits[name]:.10g}" for name, used in solution.usage.items()]
     show.emit(as_json, solution.to_dict(), "\n".join([*lines, show.proof_line(solution)]))
 
 

@@ -22,17 +22,18 @@ def is_finite(value: object) -> bool:
         return False
 
 
-def whole(name: str, value: object, low: int, high: int | None = None) -> int:
+def whole(name: str, value: object, low: int, high: int = MAX_INT) -> int:
     """`value` as an int; InvalidArgument unless it is a whole number within the ends."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, Integral)
-        or int(value) < low
-        or (high is not None and int(value) > high)
-    ):
-        ends = f"from {low} to {high}" if high is not None else f"of at least {low}"
-        raise InvalidArgument(f"{name} is a whole number {ends}, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
+        raise InvalidArgument(f"{name} is a whole number {ends(value, low, high)}, not {value!r}")
     return int(value)
+
+
+def ends(value: object, low: float | None, high: float | None) -> str:
+    """The ends of a range in words, for a value outside it; of one that `MAX_INT` closes, the end that is passed."""
+    if high is None or (high == MAX_INT and not (is_finite(value) and value > high)):  # type: ignore[operator]
+        return f"of at least {low}"
+    return f"of at most {high}" if high == MAX_INT else f"from {low} to {high}"
 
 
 def number(name: str, value: object) -> float:

@@ -87,7 +87,8 @@ def _limits(limits: Any) -> dict[str, float]:
     for name, cap in limits.items():
         if isinstance(cap, bool) or not isinstance(cap, Real) or cap != cap or cap < 0:
             raise InvalidArgument(f"limit {name!r} is {cap!r}; it must be a number of zero or more")
-    return {name: int(cap) if isinstance(cap, Integral) else float(cap) for name, cap in limits.items()}
+    small = {name: cap if cap <= MAX_SUM else math.inf for name, cap in limits.items()}
+    return {name: int(cap) if isinstance(cap, Integral) else float(cap) for name, cap in small.items()}
 
 
 def _flatten(layers: Mapping[str, Any], limits: list[str]) -> tuple[dict[str, int], Floats, Floats]:
