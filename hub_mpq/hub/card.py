@@ -142,10 +142,10 @@ def _front_matter(repo_id: str, manifest: Manifest, facts: CardFacts) -> ModelCa
         results = [
             EvalResult(
                 task_type=facts.pipeline_tag,
-                dataset_type=facts.dataset,
-                dataset_name=facts.dataset.rpartition("/")[2],
-                metric_type=MEASURES.get(key, (key, key))[0],
-                metric_name=MEASURES.get(key, (key, key))[1],
+                dataset_type=shown(facts.dataset),
+                dataset_name=shown(facts.dataset.rpartition("/")[2]),
+                metric_type=MEASURES[key][0] if key in MEASURES else shown(key),
+                metric_name=MEASURES[key][1] if key in MEASURES else shown(key),
                 metric_value=value,
             )
             for key, value in figures.items()
@@ -156,7 +156,7 @@ def _front_matter(repo_id: str, manifest: Manifest, facts: CardFacts) -> ModelCa
         "base_model": facts.base_model,
         "base_model_relation": "quantized" if facts.base_model else None,
         "pipeline_tag": facts.pipeline_tag,
-        "datasets": [facts.trained_on] if facts.trained_on and "/" in facts.trained_on else None,
+        "datasets": [shown(facts.trained_on)] if facts.trained_on and "/" in facts.trained_on else None,
         "eval_results": results,
         "model_name": repo_id.rpartition("/")[2] if results else None,
     }
@@ -167,7 +167,7 @@ def _front_matter(repo_id: str, manifest: Manifest, facts: CardFacts) -> ModelCa
     return ModelCardData(
         library_name=manifest.library if compressed else "hub-mpq",  # whose code loads it
         tags=tags,
-        **{key: value for key, value in known.items() if value},
+        **{key: shown(value) if isinstance(value, str) else value for key, value in known.items() if value},
     )
 
 
