@@ -89,7 +89,8 @@ def _watch_client() -> None:
     from huggingface_hub.utils import _http
 
     if not isinstance(_http._GLOBAL_CLIENT_FACTORY, _Watched):
-        _watched(_http.get_session())
+        if _http._GLOBAL_CLIENT is not None:
+            _watched(_http._GLOBAL_CLIENT)
         _http._GLOBAL_CLIENT_FACTORY = _Watched(_http._GLOBAL_CLIENT_FACTORY)
 
 
@@ -121,7 +122,8 @@ def _check(response: Any) -> None:
     elif headers.get("Content-Encoding", "identity") != "identity":
         raise BadAnswer("the server compresses what it was asked to send as it is")
     for name in ("X-Linked-Size", "Content-Length") if response.request.method == "HEAD" else ("Content-Length",):
-        if (size := headers.get(name, "")).isdecimal() and (len(size) > 18 or int(size) > limit):
+        size = headers.get(name, "") if response.status_code < 400 else ""  # else the status says more
+        if size.isdecimal() and (len(size) > 18 or int(size) > limit):
             raise BadAnswer(f"the server announces {size[:30]} bytes where at most {limit:,} are expected")
     if response.request.method != "HEAD":
         response.stream = _bounded_stream(response.stream, limit)

@@ -218,6 +218,7 @@ def _take_mode(work: Path, target: Path) -> None:
     if (before.st_uid, before.st_gid) != (now.st_uid, now.st_gid):
         os.chown(work, before.st_uid, before.st_gid)
     shutil.copystat(target, work)
+    os.utime(work)
 
 
 def _exchange(one: Path, other: Path) -> None:

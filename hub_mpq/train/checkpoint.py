@@ -20,6 +20,7 @@ from .processes import raise_together
 from .shard import Spread
 
 _NAME = re.compile(r"step-(\d{8})")
+_PARTIAL = re.compile(r"partial-(step-)?\d{8}")
 _RUN = "processes.json"
 
 
@@ -38,7 +39,7 @@ class Checkpoints:
     @property
     def last(self) -> Path | None:
         """The newest complete checkpoint."""
-        found = sorted(p for p in self.folder.glob("step-*") if _NAME.fullmatch(p.name))
+        found = sorted(p for p in self.folder.glob("step-*") if _NAME.fullmatch(p.name) and (p / _RUN).is_file())
         return found[-1] if found else None
 
     def save(self, step: int) -> None:
@@ -64,11 +65,15 @@ class Checkpoints:
             if before is not None and before != final:
                 discard(before)
             for torn in self.folder.glob("partial-*"):
-                shutil.rmtree(torn, ignore_errors=True)
+                if _PARTIAL.fullmatch(torn.name):
+                    shutil.rmtree(torn, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def _begin(self, partial: Path) -> None:
         if self.accelerator.is_main_process:
+            final = partial.with_name(partial.name.replace("partial", "step"))
+            if final.exists() and not (final / _RUN).is_file():
+                raise FileExistsError(f"{final} is not of hub-mpq")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
 

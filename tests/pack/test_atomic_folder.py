@@ -2,8 +2,10 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 from pathlib import Path
 
@@ -343,3 +345,31 @@ def test_paths_that_are_refused_before_anything_is_made(tmp_path, monkeypatch):
         with pytest.raises(InvalidArgument, match="you may not write"):
             check(tmp_path / "new" / "er")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "pipe"]
+
+
+def test_a_folder_whose_parent_cannot_be_written():
+    """Root may write everywhere, so that a child that is somebody else does it."""
+    parent = Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        folder = plain(parent)
+        if os.geteuid() == 0:
+            for path in (folder, *folder.iterdir()):
+                os.chown(path, 65534, 65534, follow_symlinks=False)
+        parent.chmod(0o555)
+        child = os.fork()
+        if child == 0:
+            try:
+                if os.geteuid() == 0:
+                    os.setgid(65534)
+                    os.setuid(65534)
+                save(folder, NEW, (INDICATORS,))
+                os._exit(7)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert state(folder) == NEW
+        assert users_own_is_there(folder)
+        assert leftovers(folder) == []
+    finally:
+        parent.chmod(0o755)
+        shutil.rmtree(parent)
