@@ -12,9 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core import FloatOp, LayerBits, LayerGraph, LayerKind, LayerSpec, matching
 from ..errors import InvalidArgument
+from ..nn.expose import layers_in_state
 from ..nn.packed import packed_layers
 from ..nn.quantize import quantized_layers
-from ..nn.split_experts import SplitStack, layers_in_state
+from ..nn.split_experts import SplitStack
 from ..nn.types import layer_kind
 from ..pack.layout import INPUT_PARTS, WEIGHT_PARTS
 from .float_ops import float_ops, replaced_parameters, weighty
@@ -46,7 +47,8 @@ def trace(
     _spread_over_experts(model, run)
     modules = dict(model.named_modules())
     excluded = _excluded(modules, exclude)
-    left_out = excluded | _used_outside(modules, run)
+    outside = _used_outside(modules, run)
+    left_out = excluded | outside
     order = list(dict.fromkeys(c.name for c in run.calls if weighty(modules[c.name])))
     names = [name for name in order if layer_kind(modules[name]) and name not in left_out]
     weights = {id(modules[name].weight) for name in names}
@@ -83,7 +85,7 @@ def trace(
         )
         for name in names
     )
-    return layers, float_ops(modules, run, names, excluded)
+    return layers, float_ops(modules, run, names, excluded, outside)
 
 
 def build_graph(

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..core.library import Library
 from ..errors import HubMPQError, InvalidArgument
-from ..nn.experts import expose_experts
+from ..nn.expose import expose_layers
 from ..nn.split_experts import split_experts
 from ..nn.types import layer_kind
 from ..versions import warn_if_untested
@@ -123,7 +123,7 @@ class TransformersLibrary(Library):
             raise
         except Exception as error:
             raise cannot_build(model_id, error, pretrained=pretrained) from error
-        expose_experts(model)
+        expose_layers(model)
         if per_expert is not False and not split_experts(model, None if per_expert is True else per_expert):
             raise InvalidArgument(f"per_expert is for models with stacks of experts, and {model_id!r} has none")
         example = example_for(model, sequence_length)

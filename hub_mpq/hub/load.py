@@ -18,7 +18,7 @@ from ..adapters.transformers import example_for, model_class, preprocess_of
 from ..core.files import CONFIG, PACKED
 from ..core.library import Library, libraries
 from ..errors import HubMPQError, InvalidArgument, PackedFormat, PolicyMismatch
-from ..nn.experts import expose_experts
+from ..nn.expose import expose_layers
 from ..nn.packed import RESIDENT, set_resident
 from ..nn.packing import load_quantized
 from ..nn.quantize import quantize_to_policy
@@ -145,7 +145,7 @@ def load_packed(path: str | os.PathLike[str], skeleton: nn.Module, *, cast: bool
     PolicyMismatch when the file is for another model.
     """
     tensors, manifest = read_packed(path)
-    expose_experts(skeleton)
+    expose_layers(skeleton)
     split_experts(skeleton, split_stacks(manifest.graph.names))
     modules = dict(skeleton.named_modules())
     shapes = {n: tuple(m.weight.shape) for n, m in modules.items() if isinstance(getattr(m, "weight", None), Tensor)}

@@ -95,6 +95,21 @@ register_layer_kind(
 )
 register_layer_kind(
     LayerKind(
+        name="projection",  # a linear layer whose weight is read without a call, except by hub_mpq (see expose.py)
+        channel_axis=0,
+        row_axes=(0, 1),
+        types=(
+            "hub_mpq.nn.multihead_attention.Projection",
+            # nn.Linear under another name: the output projection of nn.MultiheadAttention
+            "torch.nn.modules.linear.NonDynamicallyQuantizableLinear",
+        ),
+        quantized="hub_mpq.nn.layers:QuantLinear",
+        packed="hub_mpq.nn.packed:PackedLinear",
+        shares_input=True,
+    )
+)
+register_layer_kind(
+    LayerKind(
         name="conv1d",  # GPT-2's name for a linear layer whose weight is [in, out]
         channel_axis=1,
         row_axes=(1, 0),

@@ -56,7 +56,7 @@ class PackedTensor:
     """A quantized weight, bit-dense: (integer - zero point) * scale.
 
     Args:
-        weight_packed: int32 words, [rows, ceil(cols*b/32)] (linear, embedding, conv1d, experts) or [ceil(count*b/32)]
+        weight_packed: int32 words, [rows, ceil(cols*b/32)] (linear, embedding, conv1d, experts …) or [ceil(count*b/32)]
             (convolutions), as the kind's `row_axes` say. Codes are value + 2^(b-1); at 1 bit they are 0 for -1 and
             1 for +1.
         weight_scale: float32, one per output channel or a single one; of groups float16 or bfloat16, [rows, groups].

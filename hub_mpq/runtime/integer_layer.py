@@ -16,7 +16,7 @@ from ..nn.convolutions import convolution_of, same_pads
 from ..nn.packed import PackedLayer
 from ..nn.packing import packed_weight
 
-_KINDS = ("conv2d", "linear", "conv1d")
+_KINDS = ("conv2d", "linear", "projection", "conv1d")
 INT16 = 2**15 - 1
 INT32 = 2**31 - 1
 

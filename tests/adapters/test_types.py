@@ -17,6 +17,7 @@ def test_kinds():
     kinds = {
         nn.Conv2d(1, 1, 1): "conv2d",
         nn.Linear(1, 1): "linear",
+        nn.MultiheadAttention(2, 1).out_proj: "linear",
         nn.Embedding(2, 2): "embedding",
         Conv2dSame(1, 1, 3): "conv2d",
         Conv1D(2, 3): "conv1d",
@@ -34,7 +35,6 @@ def test_kinds():
     [
         (lambda: nn.GRU(2, 2), "recurrent"),
         (lambda: nn.MultiheadAttention(2, 1), "fused"),
-        (lambda: nn.MultiheadAttention(2, 1).out_proj, "without calling it"),
         (lambda: nn.Embedding(3, 2, max_norm=1.0), "max_norm"),
         (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), "a type of its own"),
         (lambda: nn.utils.spectral_norm(nn.Linear(2, 2)), "computed by a hook"),
