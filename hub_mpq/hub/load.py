@@ -19,6 +19,7 @@ from ..core.files import CONFIG, PACKED
 from ..core.library import Library, libraries
 from ..errors import HubMPQError, InvalidArgument, PackedFormat, PolicyMismatch
 from ..nn.expose import expose_layers
+from ..nn.fold import check_folded
 from ..nn.packed import RESIDENT, set_resident
 from ..nn.packing import load_quantized
 from ..nn.quantize import quantize_to_policy
@@ -146,6 +147,8 @@ def load_packed(path: str | os.PathLike[str], skeleton: nn.Module, *, cast: bool
     """
     tensors, manifest = read_packed(path)
     expose_layers(skeleton)
+    if (why := check_folded(skeleton, manifest.graph.floats)) is not None:
+        raise PackedFormat(path, why)
     split_experts(skeleton, split_stacks(manifest.graph.names))
     modules = dict(skeleton.named_modules())
     shapes = {n: tuple(m.weight.shape) for n, m in modules.items() if isinstance(getattr(m, "weight", None), Tensor)}
