@@ -57,6 +57,7 @@ from .hub.preprocess import local_preprocess
 from .hub.publish import publish
 from .hub.pull import packed_folder, refuse_choices
 from .hub.remote import check_repo_id
+from .nn.fold import fold_notes
 from .nn.packed import packed_layers
 from .nn.packing import base_nbytes
 from .nn.rounded_weights import RoundedWeights
@@ -1096,6 +1097,7 @@ class HubMPQ(nn.Module):
         expected = expected_divergence(self.scores, graph, self.policy, weight_only=self.weight_only)
         unit = self.scores.unit if self.scores is not None else ""
         text = report(graph, self.policy, usage, self.metrics, self.seconds, expected, unit)
+        text += "".join(f"\n{note}" for note in fold_notes(self.model))
         if self.result is not None and (measured := measurements(self.result)):
             text += f"\n{measured}"
         if (latency := self.history.get("latency")) is not None:

@@ -22,6 +22,7 @@ from ..core.files import CONFIG, PACKED
 from ..core.library import Library, libraries
 from ..errors import InvalidArgument, PackedFormat, PolicyMismatch
 from ..nn.expose import expose_layers
+from ..nn.fold import check_folded
 from ..nn.packed import RESIDENT, set_resident
 from ..nn.packing import check_tensors, load_quantized
 from ..nn.quantize import quantize_to_policy
@@ -201,6 +202,8 @@ def fit(path: str | os.PathLike[str], skeleton: nn.Module, manifest: Manifest) -
         PackedFormat: Its layers share other weights than the file says.
     """
     expose_layers(skeleton)
+    if (why := check_folded(skeleton, manifest.graph.floats)) is not None:
+        raise PackedFormat(path, why)
     split_experts(skeleton, split_stacks(manifest.graph.names))
     modules = dict(skeleton.named_modules())
     weights = {n: m.weight for n, m in modules.items() if isinstance(getattr(m, "weight", None), Tensor)}

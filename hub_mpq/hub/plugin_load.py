@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..core import FLOAT_BITS, LayerBits, LayerGraph, Policy
 from ..errors import PackedFormat, PolicyMismatch
 from ..nn.expose import conceal_layers, expose_layers
+from ..nn.fold import check_folded, unfold_layers
 from ..nn.layers import pad_only, replace_layer
 from ..nn.packed import PackedLayer, float_layer, packed_layer, packed_layers
 from ..nn.split_experts import split_experts, split_stacks
@@ -43,6 +44,8 @@ def become_packed(model: Any, file: str, policy: Policy | LayerBits | None, dtyp
         raise PackedFormat(file, "its policy is not the one that config.json states")
     net = network_of(model)
     expose_layers(net)
+    if (why := check_folded(net, manifest.graph.floats)) is not None:
+        raise PackedFormat(file, why)
     there = {name for name, module in net.named_modules() if hasattr(module, "weight")}
     split_experts(net, [found for s in split_stacks(manifest.graph.names) if (found := _here(s, there, model))])
     names = _names(manifest.graph.names, net, model)
@@ -179,3 +182,4 @@ def to_float(model: nn.Module, dtype: torch.dtype) -> None:
         shared: Any = module.owner[0].weight if module.owner else None  # the owner is float by now
         replace_layer(model, name, float_layer(module, dtype, shared))
     conceal_layers(model)
+    unfold_layers(model)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantizers import LSQ, GroupedLSQ, activation_scale, weight_scale_sigma
+from ..quantizers.base import channel_rows
 from ..quantizers.weight_grid import weight_grid
 from .layers import first_operand
 from .quantize import quantized_layers
@@ -123,9 +124,7 @@ def calibrate_weight(module: Any, bits: int, *, mse: bool) -> None:
     elif q.base.shape[1] == 1:
         q.init(bits, weight_grid(module.weight.reshape(1, -1), bits)[0].flatten())
     else:
-        weight = module.weight.mT if q.axis in (1, -1) else module.weight
-        rows = weight.flatten(1) if q.axis == 0 else weight.reshape(-1, weight.shape[-1])
-        q.init(bits, weight_grid(rows, bits)[0].flatten())
+        q.init(bits, weight_grid(channel_rows(module.weight, q.axis), bits)[0].flatten())
 
 
 @torch.no_grad()
