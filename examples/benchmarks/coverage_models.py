@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 TYPES = """
@@ -27,16 +28,16 @@ llava_next llava_onevision internvl mistral3 dia kosmos-2 instructblip qwen3_vl 
 """183 types of transformers: text, images, sound and what takes several of them."""
 
 _HEADS = (
+    "IMAGE_TEXT_TO_TEXT",
     "SEQ_TO_SEQ_CAUSAL_LM",
     "SPEECH_SEQ_2_SEQ",
     "CAUSAL_LM",
-    "IMAGE_TEXT_TO_TEXT",
     "IMAGE_CLASSIFICATION",
     "CTC",
     "AUDIO_CLASSIFICATION",
+    "OBJECT_DETECTION",
     "SEMANTIC_SEGMENTATION",
     "UNIVERSAL_SEGMENTATION",
-    "OBJECT_DETECTION",
     "ZERO_SHOT_IMAGE_CLASSIFICATION",
     "ZERO_SHOT_OBJECT_DETECTION",
     "DEPTH_ESTIMATION",
@@ -109,6 +110,24 @@ _FITTING: dict[str, dict[str, Any]] = {
 }
 """Sizes that must fit each other."""
 
+_LEFT_OUT: dict[str, dict[str, Any]] = {
+    "nemotron": {"num_key_value_heads": 8},
+    "deepseek_v2": {"n_group": 8, "topk_group": 3, "num_experts_per_tok": 6},
+    "wav2vec2-conformer": {"vocab_size": 32},
+    "gemma3": {"vision_config": {"image_size": 896, "patch_size": 14}},
+    "idefics3": {"vision_config": {"image_size": 364, "patch_size": 14}},
+    "smolvlm": {"vision_config": {"image_size": 512, "patch_size": 16}},
+    "granite_speech": {"projector_config": {"model_type": "blip_2_qformer", "encoder_hidden_size": 1024}},
+    "t5gemma2": {"encoder": {"vision_config": {"image_size": 896, "patch_size": 14}}},
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
+    "qwen3_asr": {"audio_config": {"output_dim": 2048}},
+    "qwen2_vl": {"vision_config": {"hidden_size": 8192}},
+    "qwen2_5_vl": {"vision_config": {"out_hidden_size": 8192}},
+    "qwen3_vl": {"vision_config": {"out_hidden_size": 4096}},
+    "aya_vision": {"vision_config": {"num_attention_heads": 16}},
+    "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+}
+
 
 def timm_modules() -> dict[str, list[str]]:
     """{file of timm.models: the names it registers}, without timm's own test models."""
@@ -152,51 +171,74 @@ def all_types() -> list[str]:
     return list(dict.fromkeys(t for h in _HEADS for t in getattr(modeling_auto, f"MODEL_FOR_{h}_MAPPING_NAMES")))
 
 
-def cut(config_class: Any, layers: int) -> Any:
-    """The default config with at most so many layers in each of its towers."""
-    default, parameters = config_class(), inspect.signature(config_class.__init__).parameters
+def config_of(model_type: str) -> Any:
+    """The default config of a type, with what its default leaves out and no model can be built or run without."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(model_type, **_LEFT_OUT.get(model_type, {}))
+    words = getattr(config.get_text_config(), "vocab_size", None)
+    for i, kind in enumerate(("image", "audio")):
+        for name in (f"{kind}_token_id", f"{kind}_token_index"):
+            if (
+                words
+                and hasattr(config, name)
+                and not (isinstance(getattr(config, name), int) and getattr(config, name) < words)
+            ):
+                setattr(config, name, words - 1 - i)
+    return config
+
+
+def cut(config: Any, layers: int = 2) -> Any:
+    """A config with at most so many layers in each tower."""
     changed: dict[str, Any] = {}
     for key in _DEPTHS:
-        depth = getattr(default, key, None)
-        if key in parameters and isinstance(depth, int) and depth > layers:
+        depth = getattr(config, key, None)
+        if key in _arguments(config) and isinstance(depth, int) and depth > layers:
             changed[key] = layers
-    for key, part in _parts(default).items():
-        changed[key] = cut(type(part), layers).to_dict()
-    try:
-        return config_class(**changed)
-    except Exception:  # configs refuse what does not fit with whatever they like
-        return config_class(**{key: changed[key] for key in _parts(default)})
+    return _changed(config, changed, lambda part: cut(part, layers))
 
 
-def tiny(config_class: Any) -> Any:
-    """The default config with the sizes of `_SMALL` in all its towers."""
-    default, parameters = config_class(), inspect.signature(config_class.__init__).parameters
+def tiny(config: Any) -> Any:
+    """A config with the sizes of `_SMALL` in each tower."""
+    arguments = _arguments(config)
     changed: dict[str, Any] = {}
     for key, value in _SMALL.items():
-        size = getattr(default, key, None)
-        if key in parameters and isinstance(size, (int, float)) and not isinstance(size, bool):
+        size = getattr(config, key, None)
+        if key in arguments and isinstance(size, (int, float)) and not isinstance(size, bool):
             changed[key] = min(value, size)
     for key in ("depths", "hidden_sizes"):
-        sizes = getattr(default, key, None)
-        if key in parameters and isinstance(sizes, (list, tuple)) and all(isinstance(x, int) for x in sizes):
+        sizes = getattr(config, key, None)
+        if key in arguments and isinstance(sizes, (list, tuple)) and all(isinstance(x, int) for x in sizes):
             small = [1] * len(sizes) if key == "depths" else [x // 4 for x in sizes] if max(sizes) > 512 else sizes
             changed[key] = list(small)
-    if isinstance(getattr(default, "embed_dim", None), int) and isinstance(getattr(default, "num_heads", None), list):
-        changed["embed_dim"] = default.embed_dim // 4
-    side = getattr(default, "image_size", None)
-    if "image_size" in parameters and isinstance(side, int) and side > 128:
-        changed["image_size"] = 112 if getattr(default, "patch_size", 4) == 14 else 128
-    changed |= _FITTING.get(getattr(config_class, "model_type", ""), {})
+    if isinstance(getattr(config, "embed_dim", None), int) and isinstance(getattr(config, "num_heads", None), list):
+        changed["embed_dim"] = config.embed_dim // 4
+    side = getattr(config, "image_size", None)
+    if "image_size" in arguments and isinstance(side, int) and side > 128:
+        changed["image_size"] = 112 if getattr(config, "patch_size", 4) == 14 else 128
+    changed |= _FITTING.get(config.model_type, {})
     if words := changed.get("vocab_size"):
-        for key, token in default.to_dict().items():
-            if key.endswith("token_id") and max([token] if isinstance(token, int) else token or [0]) >= words:
-                changed[key] = 2
-    for key, part in _parts(default).items():
-        changed[key] = tiny(type(part)).to_dict()
-    return config_class(**changed)
+        for key, token in config.to_dict().items():
+            if (
+                key.endswith(("token_id", "token_index"))
+                and max(token if isinstance(token, list) else [token or 0]) >= words
+            ):
+                changed[key] = words - 1 if "image" in key or "audio" in key else 2
+    return _changed(config, changed, tiny)
 
 
-def _parts(config: Any) -> dict[str, Any]:
-    """The configs of the towers of a composite model."""
-    parts = {key: getattr(config, key, None) for key in getattr(type(config), "sub_configs", {})}
-    return {key: part for key, part in parts.items() if hasattr(part, "to_dict")}
+def _arguments(config: Any) -> Any:
+    return inspect.signature(type(config).__init__).parameters
+
+
+def _changed(config: Any, values: dict[str, Any], part: Callable[[Any], Any]) -> Any:
+    """The config with other values, and its towers changed by `part`."""
+    towers = {key: getattr(config, key, None) for key in getattr(type(config), "sub_configs", {})}
+    own = {key: part(tower).to_dict() for key, tower in towers.items() if hasattr(tower, "to_dict")}
+    kept = config.to_dict()
+    depths = {(getattr(config, key), values[key]) for key in _DEPTHS if key in values}
+    for key, value in kept.items():  # the types of the layers
+        for before, after in depths:
+            if isinstance(value, list) and len(value) == before:
+                kept[key] = value[:after]
+    return type(config)(**{**kept, **values, **own})

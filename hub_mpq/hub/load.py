@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..adapters.base import Source, placed
+from ..adapters.example_inputs import example_for
 from ..adapters.module import ModuleLibrary
 from ..adapters.restore_state import copied
-from ..adapters.transformers import example_for, model_class, preprocess_of
+from ..adapters.transformers import model_class, preprocess_of
 from ..core.files import CONFIG, PACKED
 from ..core.library import Library, libraries
 from ..errors import HubMPQError, InvalidArgument, PackedFormat, PolicyMismatch
