@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from ..adapters import build_graph
 from ..adapters.base import Source, placed
 from ..adapters.bounded import Exceeded, bounded
+from ..adapters.example_inputs import example_for
 from ..adapters.forward import tensors_of
 from ..adapters.module import ModuleLibrary
 from ..adapters.restore_state import copied
-from ..adapters.transformers import example_for, model_class, preprocess_of
+from ..adapters.transformers import model_class, preprocess_of
 from ..core import LayerGraph
 from ..core.files import CONFIG, PACKED
 from ..core.library import Library, libraries
