@@ -24,6 +24,7 @@ from ..pack.header import FORMAT_VERSION
 from ..train.round_weights import check_rounding
 from ..versions import warn_if_untested
 from .folder import save_folder
+from .load import cached_folder, check_folder
 from .plugin_checkpoint import is_checkpoint, is_training_state, restore_from_checkpoints, training_state
 from .plugin_load import become_packed, fill_scales, network_of, to_float
 
@@ -116,12 +117,13 @@ class MPQHfQuantizer(HfQuantizer):  # type: ignore[misc]
     """Loads packed weights into packed layers; or quantizes a float model behind its loading.
 
     `manifest`: what the packed file of the model says, once it is loaded. `commit`: of the Hub repository that the
-    weights were taken from, if any.
+    weights were taken from, if any. `source`: the name that the config was loaded by, and its commit.
     """
 
     quantization_config: Any
     manifest: Manifest | None = None
     commit: str | None = None
+    source: tuple[str, str | None] = ("", None)
     trainable = False
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -137,7 +139,15 @@ class MPQHfQuantizer(HfQuantizer):  # type: ignore[misc]
         plug-in must find the float copy or nothing."""
         if self.pre_quantized:
             config.transformers_weights = PACKED
+            self.source = config.name_or_path, getattr(config, "_commit_hash", None)
         return config
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Runs after the files were found and before the model is built: the last moment at which a config.json that
+        describes another network costs nothing."""
+        if self.pre_quantized and (folder := cached_folder(*self.source)) is not None:
+            check_folder(folder, {})
+        return dtype
 
     def _process_model_before_weight_loading(
         self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: list[str] | None = None, **kwargs: Any

@@ -13,10 +13,11 @@ from torch import nn
 from .._version import __version__
 from ..adapters import build_graph, norm_of
 from ..adapters.base import noise, placed
-from ..adapters.transformers import example_for, head_of
+from ..adapters.example_inputs import example_for
+from ..adapters.transformers import head_of
 from ..core import Candidates, IndicatorOptions, LayerBits, LayerGraph, Policy
 from ..errors import InvalidArgument
-from ..nn.experts import expose_experts
+from ..nn.expose import expose_layers
 from ..nn.packing import base_nbytes
 from ..nn.split_experts import split_experts, split_stacks
 from ..pack import Manifest
@@ -49,7 +50,7 @@ def quantize_in_place(model: Any, config: Any, revision: str | None = None) -> M
         raise InvalidArgument("a model that is offloaded can't be quantized; load it whole, without device_map='auto'")
     model.eval()
     net = network_of(model)
-    expose_experts(net)
+    expose_layers(net)
     scores = None
     if config.budget is not None and Path(model.name_or_path).is_dir():
         scores = read_folder_indicators(model.name_or_path)
