@@ -1,7 +1,8 @@
 """Weights that a model computes with in a way of its own become layers, which are quantized as all layers are.
 
 What is exposed: experts that transformers keeps stacked in one Parameter, the projections of attention that reads their
-weights without calling them, and timm's query, key and value layer whose weight is read with another bias.
+weights without calling them, timm's query, key and value layer whose weight is read with another bias, and the layers
+of state space mixers, which one kernel may read in training.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .multihead_attention import (
 )
 from .split_experts import SplitStack
 from .types import type_name
+from .unfused import call_layers_in_training, fused_mixers
 
 _WAVLM = "transformers.models.wavlm.modeling_wavlm.WavLMAttention"
 
@@ -44,7 +46,7 @@ def has_layers_to_expose(model: nn.Module) -> bool:
     Args:
         model: The model.
     """
-    read = [next(found, None) for found in (_separate_biases(model), _wavlm(model))]
+    read = [next(found, None) for found in (_separate_biases(model), _wavlm(model), fused_mixers(model))]
     return has_stacked_experts(model) or has_fused_attention(model) or any(module is not None for module in read)
 
 
@@ -59,6 +61,7 @@ def expose_layers(model: nn.Module) -> None:
     """
     expose_experts(model)
     split_attention(model)
+    call_layers_in_training(model)
     for module in _separate_biases(model):
         module.qkv_bias_separate = True
     for module in _wavlm(model):
