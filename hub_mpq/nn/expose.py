@@ -2,7 +2,8 @@
 
 What is exposed: experts that transformers keeps stacked in one Parameter, the projections of attention that reads their
 weights without calling them, timm's query, key and value layer whose weight is read with another bias, and the layers
-of state space mixers, which one kernel may read in training.
+of state space mixers, which one kernel may read in training. Layers that compute their weight anew at each call are
+folded (`fold.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .experts import Stack, conceal_experts, expose_experts, has_stacked_experts
+from .fold import fold_layers, has_layers_to_fold, unfolded_state
 from .multihead_attention import (
     Projection,
     SplitMultiheadAttention,
@@ -46,19 +48,23 @@ def has_layers_to_expose(model: nn.Module) -> bool:
     Args:
         model: The model.
     """
-    read = [next(found, None) for found in (_separate_biases(model), _wavlm(model), fused_mixers(model))]
-    return has_stacked_experts(model) or has_fused_attention(model) or any(module is not None for module in read)
+    if has_layers_to_fold(model) or has_stacked_experts(model) or has_fused_attention(model):
+        return True
+    readers = (_separate_biases(model), _wavlm(model), fused_mixers(model))
+    return any(next(found, None) is not None for found in readers)
 
 
 def expose_layers(model: nn.Module) -> None:
     """Make layers of the weights that a float model computes with in a way of its own, in place.
 
-    The float function stays the same up to the order of sums, and so do the names of the state dict. Does nothing to
-    what are layers already. `conceal_layers` undoes it where names of Parameters have changed and all is float.
+    The float function stays the same up to the order of sums, and so do the names of the state dict, but for layers
+    that are folded: these have a plain weight. Does nothing to what are layers already. `conceal_layers` undoes it
+    where names of Parameters have changed and all is float.
 
     Args:
         model: The model.
     """
+    fold_layers(model)
     expose_experts(model)
     split_attention(model)
     call_layers_in_training(model)
@@ -89,8 +95,11 @@ def names_of_parameters(model: nn.Module, state: Mapping[str, Tensor]) -> dict[s
     Args:
         model: The model, with quantized or packed layers.
         state: {name of a layer + ".weight", or any other name: tensor}.
+
+    Raises:
+        HubMPQError: A folded weight has no such Parameters.
     """
-    out = dict(state)
+    out = unfolded_state(model, state)
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Stack):
             module.to_parameter(out, name)

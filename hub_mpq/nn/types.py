@@ -16,14 +16,13 @@ _REASONS: dict[str, str] = {
 }
 
 _FAMILIES: tuple[tuple[type[nn.Module], str], ...] = (
-    (nn.modules.conv._ConvTransposeNd, "transposed convolutions have no quantized form"),
-    (nn.Conv1d, "1-D convolutions have no quantized form"),
-    (nn.Conv3d, "3-D convolutions have no quantized form"),
     (nn.RNNBase, "recurrent layers have no quantized form: one operator reads all of their weights"),
     (nn.RNNCellBase, "recurrent cells have no quantized form: one operator reads both of their weights"),
     (nn.EmbeddingBag, "bags of embeddings have no quantized form"),
     (nn.Bilinear, "bilinear layers have no quantized form"),
 )
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -73,7 +72,7 @@ def why_not(module: nn.Module, default: str = "") -> str:
     for base, reason in _FAMILIES:
         if isinstance(module, base):
             return reason
-    for plain in (nn.Conv2d, nn.Linear, nn.Embedding):
+    for plain in (*_CONVOLUTIONS, nn.Linear, nn.Embedding):
         if isinstance(module, plain):
             own = "a forward of its own" if type(module).forward is not plain.forward else "a type of its own"
             return f"{type(module).__name__} is nn.{plain.__name__} with {own}"

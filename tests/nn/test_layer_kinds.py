@@ -223,7 +223,7 @@ def test_kinds_that_do_not_fit_are_refused(toy):
     with pytest.raises(InvalidArgument, match="channel_axis must be the row axis"):
         replace(KIND, channel_axis=0)
     with pytest.raises(InvalidArgument, match="channel_axis must be the row axis"):
-        replace(KIND, row_axes=None)
+        replace(KIND, row_axes=None, channel_axis=2)
     with pytest.raises(InvalidArgument, match="registered already"):
         register_layer_kind(replace(KIND, shares_input=False))
     with pytest.raises(InvalidArgument, match=r"Linear is already of the layer kind 'linear'"):
