@@ -312,6 +312,7 @@ def modules():
     from transformers.pytorch_utils import Conv1D
 
     from hub_mpq.nn.experts import ExpertStack, TransposedExpertStack
+    from hub_mpq.nn.multihead_attention import Projection
 
     assert AlignVisionConfig().depthwise_padding == []
     image, flat = torch.randn(2, 3, 6, 6), torch.randn(2, 5, 3)
@@ -333,6 +334,7 @@ def modules():
         (FalconLinear(3, 4), nn.Linear(3, 4), flat),
         (nn.MultiheadAttention(4, 1).out_proj, nn.Linear(4, 4), torch.randn(2, 5, 4)),
         (nn.MultiheadAttention(4, 1), None, None),
+        (Projection(3, 4), nn.Linear(3, 4), flat),
         *((scaled(4, 3, 0, embed_scale=3.0), nn.Embedding(4, 3), torch.tensor([0, 3])) for scaled in _scaled()),
         (ExpertStack(nn.Parameter(torch.randn(2, 4, 3))), nn.Linear(3, 4, bias=False), flat),
         (TransposedExpertStack(nn.Parameter(torch.randn(2, 3, 4))), nn.Linear(3, 4, bias=False), flat),

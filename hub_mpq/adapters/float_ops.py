@@ -99,7 +99,8 @@ def _product(
         # a weight of its own, as it is or standardised, normalised, masked before use
         if weight is None or weighty(module):
             return (where or part, kind, _reason(module, where in excluded, ran=True)), _matrices(module)
-        reason = f"{part.rpartition('.')[2]} is a {weight.ndim}-D Parameter of {kind}, not the weight of a layer"
+        own_one = f"its own {weight.ndim}-D Parameter {part.rpartition('.')[2]}"
+        reason = f"{kind} multiplies {own_one}; no quantized form of it is known"
         return (where or part, kind, why_not(module, reason)), [weight]
     attention = fused or any(word in f"{where} {kind}".lower() for word in ("attention", "attn"))
     reason = f"product with the buffer {part}" if part else "product of two activations"

@@ -186,7 +186,7 @@ class Reads(nn.Module):
         ("read", "fc", "its weight is used outside its own forward"),
         ("called too", "fc", "its weight is used outside its own forward"),
         ("changed", "fc", "its weight is used outside its own forward"),
-        ("a Parameter", "matrix", "matrix is a 2-D Parameter of Reads, not the weight of a layer"),
+        ("a Parameter", "matrix", "Reads multiplies its own 2-D Parameter matrix; no quantized form of it is known"),
     ],
 )
 def test_what_is_read_in_another_way_stays_float_and_says_so(how, name, reason):
