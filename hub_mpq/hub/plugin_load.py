@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..nn.split_experts import split_experts, split_stacks
 from ..pack import Manifest, read_packed
 from ..pack.layout import INPUT_PARTS, WEIGHT_PARTS, flatten, key
 from ..pack.layout import packed_layers as packed_names
+from .cached import mended
 from .load import library_of
 
 
@@ -36,7 +38,7 @@ def become_packed(model: Any, file: str, policy: Policy | LayerBits | None, dtyp
     or with a new one; the manifest is then that of the part that was taken over. Raises PackedFormat for a bad
     file or a config.json that disagrees with it, PolicyMismatch for another model.
     """
-    tensors, manifest = read_packed(file)
+    tensors, manifest = mended(Path(file).parent, lambda: read_packed(file))
     library_of(manifest, file)
     if policy != manifest.policy:
         raise PackedFormat(file, "its policy is not the one that config.json states")

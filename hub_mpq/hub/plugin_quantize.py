@@ -13,7 +13,8 @@ from torch import nn
 from .._version import __version__
 from ..adapters import build_graph, norm_of
 from ..adapters.base import noise, placed
-from ..adapters.transformers import example_for, head_of
+from ..adapters.example_inputs import example_for
+from ..adapters.transformers import head_of
 from ..core import Candidates, IndicatorOptions, LayerBits, LayerGraph, Policy
 from ..errors import InvalidArgument
 from ..nn.expose import expose_layers

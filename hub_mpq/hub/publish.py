@@ -18,12 +18,14 @@ from ..export import COMPRESSED_TENSORS, check_exportable, export
 from ..export.float_copy import float_copy_state
 from ..nn.fold import why_not_unfolded
 from ..pack import Manifest, read_packed
+from ..pack.atomic_folder import finish_interrupted
+from .cached import is_foreign_link
 from .card import CardFacts, eval_results, render_card
 from .folder import read_folder_indicators
 from .load import library_of, load_folder
 from .origin import origin_of
 from .preprocess import preprocess_files, preprocess_names
-from .remote import check_repo_id, hub_api, hub_errors
+from .remote import bounded, check_repo_id, hub_api, hub_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
@@ -32,6 +34,8 @@ CARD = "README.md"
 PICTURE = "policy.png"
 EVAL_RESULTS = ".eval_results/hub-mpq.yaml"
 _OURS = (CONFIG, PACKED, INDICATORS, FLOAT_COPY, CARD, PICTURE, MANIFEST, EVAL_RESULTS)
+_ANSWER = 64 << 20
+"""Bytes of an answer that is no file, at most."""
 _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".safetensors", ".safetensors.index.json", ".onnx")
 
 
@@ -73,8 +77,14 @@ def publish(
     """
     check_repo_id(repo_id)
     folder = Path(folder)
+    finish_interrupted(folder)
     if not (folder / PACKED).is_file() or not (folder / CONFIG).is_file():
         raise InvalidArgument(f"{folder} holds no {CONFIG} and {PACKED}: publish a folder that save_pretrained wrote")
+    for name in (CONFIG, PACKED, INDICATORS, CARD, *preprocess_names()):
+        if is_foreign_link(folder / name):
+            raise InvalidArgument(
+                f"{folder / name} is a link, and links are not followed when a folder is published; put the file there"
+            )
     _, manifest = read_packed(folder / PACKED)
     library = library_of(manifest, folder / PACKED)
     if format not in ("mpq", COMPRESSED_TENSORS):
@@ -204,7 +214,8 @@ def _commit(
     from huggingface_hub.errors import HfHubHTTPError
 
     api = hub_api(token)
-    with hub_errors(f"{repo_id} can't be published", "; its readers see the old version or the new one, whole"):
+    after = "; its readers see the old version or the new one, whole"
+    with hub_errors(f"{repo_id} can't be published", after), bounded(_ANSWER):
         if not create_pr:
             api.create_repo(repo_id, private=private, exist_ok=True)
         for attempt in (1, 2):

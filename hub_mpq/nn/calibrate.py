@@ -14,6 +14,7 @@ from ..quantizers.base import channel_rows
 from ..quantizers.weight_grid import weight_grid
 from .layers import first_operand
 from .quantize import quantized_layers
+from .routed_experts import routed_experts
 
 _SAMPLE = 1 << 16  # values kept per layer and batch: enough for a scale, little to hold
 
@@ -55,8 +56,8 @@ def sample_inputs(
         names: The layers. None: all with an input quantizer.
 
     Returns:
-        {layer name: evenly spaced sample of the values it read, float32, 1-D}, without layers that did not run. Nothing
-        runs where there is no layer to sample.
+        {layer name: evenly spaced sample of the values it read, float32, 1-D}, without layers that did not run; an
+        expert that no token reached has what the others read. Nothing runs where there is no layer to sample.
     """
     if names is None:
         names = [name for name, module in quantized_layers(model) if module.input_quantizer is not None]
@@ -81,7 +82,12 @@ def sample_inputs(
         model.train(training)
         for handle in handles:
             handle.remove()
-    return {name: torch.cat(parts) for name, parts in samples.items()}
+    found = {name: torch.cat(parts) for name, parts in samples.items()}
+    for experts in routed_experts(model):
+        reached = [found[name] for name in experts.values() if name in found]
+        if reached:
+            found |= {name: torch.cat(reached) for name in experts.values() if name in names and name not in found}
+    return found
 
 
 @torch.no_grad()

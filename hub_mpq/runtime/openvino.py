@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import HubMPQError, InvalidArgument
 from ..export.onnx import OnnxGraph
+from ..pack.atomic_folder import atomic_folder
 from .engine import EngineRuntime, Session, network_of
 from .machine import has_vnni
 
@@ -138,7 +139,6 @@ def save_ir(module: nn.Module, folder: str | Path) -> Path:
 
     if getattr(getattr(module, "runtime_layers", None), "runtime", "") != OpenVINO.name:
         raise InvalidArgument(f"this {type(module).__name__} was not made by to_runtime(…, 'openvino')")
-    path = Path(folder) / IR
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ov.save_model(_model(network_of(module).take_graph()), path, compress_to_fp16=False)
-    return path
+    with atomic_folder(folder) as work:
+        ov.save_model(_model(network_of(module).take_graph()), work / IR, compress_to_fp16=False)
+    return Path(folder) / IR
