@@ -94,12 +94,12 @@ class Build(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def drawn_outside_state(self, model: nn.Module) -> list[str]:
         """Names of the tensors with random values that no state dict has, so that no file can hold them."""
-        stored = {id(x) for x in model.state_dict(keep_vars=True).values()}
+        stored = {storage_key(x) for x in model.state_dict(keep_vars=True).values() if isinstance(x, Tensor)}
         return [
             f"{name}.{key}" if name else key
             for name, module in model.named_modules()
             for key, x in (*vars(module).items(), *module._buffers.items(), *module._parameters.items())
-            if isinstance(x, Tensor) and id(x) not in stored and self._is_drawn(x)
+            if isinstance(x, Tensor) and self._is_drawn(x) and storage_key(x) not in stored
         ]
 
 
