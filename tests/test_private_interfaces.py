@@ -319,6 +319,11 @@ def modules():
     depthwise = {"kernel_size": 3, "stride": 1, "padding": 1, "bias": False}
     found = [
         (nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), image),
+        (nn.Conv1d(3, 4, 2), nn.Conv1d(3, 4, 2), image[:, :, 0]),
+        (nn.Conv3d(3, 4, 2), nn.Conv3d(3, 4, 2), image[:, :, None].expand(-1, -1, 2, -1, -1)),
+        (nn.ConvTranspose1d(3, 4, 2), nn.ConvTranspose1d(3, 4, 2), image[:, :, 0]),
+        (nn.ConvTranspose2d(3, 4, 2), nn.ConvTranspose2d(3, 4, 2), image),
+        (nn.ConvTranspose3d(3, 4, 2), nn.ConvTranspose3d(3, 4, 2), image[:, :, None]),
         (nn.Linear(3, 4), nn.Linear(3, 4), flat),
         (nn.Embedding(4, 3), nn.Embedding(4, 3), torch.tensor([0, 3])),
         (timm.layers.Conv2dSame(3, 4, 3), nn.Conv2d(3, 4, 3, padding="same"), image),

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from torch import nn
 
 from ..core import FloatOp
+from ..core.layer import NOT_RUN
 from ..nn.types import layer_kind, why_not
 from .forward import ForwardRecord
 
@@ -99,7 +100,8 @@ def _product(
         # a weight of its own, as it is or standardised, normalised, masked before use
         if weight is None or weighty(module):
             return (where or part, kind, _reason(module, where in excluded, ran=True)), _matrices(module)
-        reason = f"{part.rpartition('.')[2]} is a {weight.ndim}-D Parameter of {kind}, not the weight of a layer"
+        own_one = f"its own {weight.ndim}-D Parameter {part.rpartition('.')[2]}"
+        reason = f"{kind} multiplies {own_one}; no quantized form of it is known"
         return (where or part, kind, why_not(module, reason)), [weight]
     attention = fused or any(word in f"{where} {kind}".lower() for word in ("attention", "attn"))
     reason = f"product with the buffer {part}" if part else "product of two activations"
@@ -117,5 +119,5 @@ def _reason(module: nn.Module, excluded: bool, *, ran: bool) -> str:
     if excluded:
         return "excluded by the user"
     return why_not(module) or (
-        "its weight is used outside its own forward" if ran else "it does not run in the traced forward"
+        "its weight is used outside its own forward" if ran else NOT_RUN
     )

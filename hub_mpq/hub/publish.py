@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from ..core.library import Library
 from ..errors import HubMPQError, InvalidArgument
 from ..export import COMPRESSED_TENSORS, check_exportable, export
 from ..export.float_copy import float_copy_state
+from ..nn.fold import why_not_unfolded
 from ..pack import Manifest, read_packed
 from ..pack.atomic_folder import finish_interrupted
 from .cached import is_foreign_link
@@ -93,6 +95,7 @@ def publish(
             raise InvalidArgument(
                 f"{COMPRESSED_TENSORS} and a float copy would both be {FLOAT_COPY}: publish one of them"
             )
+    wanted = float_copy
     float_copy = format == "mpq" and (library.builds_from_folder if float_copy is None else float_copy)
     with tempfile.TemporaryDirectory(prefix="hub-mpq-push-") as work:
         if format == COMPRESSED_TENSORS:
@@ -101,7 +104,14 @@ def publish(
             files = {name: folder / name for name in (CONFIG, PACKED, INDICATORS) if (folder / name).is_file()}
         files |= _preprocessing(folder, manifest, token)
         if float_copy:
-            files[FLOAT_COPY] = _write_float_copy(Path(work) / FLOAT_COPY, folder, library, model)
+            whole = model or _network(folder, library)
+            why = why_not_unfolded(whole)
+            if why is not None and wanted:
+                raise HubMPQError(f"there is no float copy to publish: {why}")
+            if why is not None:
+                warnings.warn(f"published without a float copy: {why}", stacklevel=2)
+            else:
+                files[FLOAT_COPY] = _write_float_copy(Path(work) / FLOAT_COPY, library, whole)
         if _draw(manifest, Path(work) / PICTURE):
             files[PICTURE] = Path(work) / PICTURE
         given = {"license": license, "base_model": base_model, "pipeline_tag": pipeline_tag}
@@ -123,15 +133,16 @@ def _write_compressed(work: Path, folder: Path, manifest: Manifest, model: nn.Mo
     return {name: work / name for name in (CONFIG, FLOAT_COPY, MANIFEST)}
 
 
-def _write_float_copy(path: Path, folder: Path, library: Library, model: nn.Module | None) -> Path:
+def _network(folder: Path, library: Library) -> nn.Module:
+    """The quantized model of a folder."""
+    if not library.builds_from_folder:
+        raise InvalidArgument("the float copy of a network of one's own needs the network: HubMPQ.push_to_hub has it")
+    return load_folder(folder, None, {})[0].model
+
+
+def _write_float_copy(path: Path, library: Library, model: nn.Module) -> Path:
     from safetensors.torch import save_file
 
-    if model is None:
-        if not library.builds_from_folder:
-            raise InvalidArgument(
-                "the float copy of a network of one's own needs the network: HubMPQ.push_to_hub has it"
-            )
-        model = load_folder(folder, None, {})[0].model
     save_file(float_copy_state(model, library), path, metadata={"format": "pt"})
     return path
 

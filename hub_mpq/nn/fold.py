@@ -200,6 +200,21 @@ def check_folded(model: nn.Module, floats: Iterable[FloatOp]) -> str | None:
     return f"layer {old[0]!r} is of before weights were folded; quantize the float model anew" if old else None
 
 
+def why_not_unfolded(model: nn.Module) -> str | None:
+    """Why no float weights make the model's own class compute what the model computes; None where some do.
+
+    Args:
+        model: The model.
+    """
+    for name, _, what in folded_layers(model):
+        if what.form != "weight_norm":
+            return (
+                f"layer {name!r} computes its weight ({what.form}), so no float weights make a {type(model).__name__} "
+                "compute with the quantized ones; the packed file does"
+            )
+    return None
+
+
 @torch.no_grad()
 def unfolded_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A float state dict as the model's own class reads it: weight normalization has its two tensors again.
@@ -211,16 +226,13 @@ def unfolded_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
     Raises:
         HubMPQError: A weight was computed in a way that can't be turned round.
     """
+    if (why := why_not_unfolded(model)) is not None:
+        raise HubMPQError(why)
     out = dict(state)
     for name, _, what in folded_layers(model):
         prefix = f"{name}." if name else ""
         if f"{prefix}weight" not in out:
             continue
-        if what.form != "weight_norm":
-            raise HubMPQError(
-                f"layer {name!r} of {type(model).__name__} computes its weight ({what.form}), so no float weights make "
-                "it compute with the quantized ones; the packed folder does"
-            )
         weight = out.pop(f"{prefix}weight")
         first, second = (
             ("weight_g", "weight_v") if what.hook else (f"parametrizations.weight.original{i}" for i in (0, 1))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidArgument
+from ..errors import HubMPQError, InvalidArgument
 from ..export.onnx import OnnxGraph
 from ..pack.atomic_folder import atomic_folder
 from .engine import EngineRuntime, Session, network_of
@@ -50,10 +50,15 @@ def _settings() -> dict[str, Any]:
 
 
 def _model(graph: OnnxGraph, outputs: tuple[str, ...] = ()) -> Any:
-    """The graph as OpenVINO's, in memory."""
+    """The graph as OpenVINO's, in memory; HubMPQError for an operator that it does not know."""
     import openvino as ov
 
-    return ov.Core().read_model(io.BytesIO(graph.serialized(outputs)))
+    try:
+        return ov.Core().read_model(io.BytesIO(graph.serialized(outputs)))
+    except RuntimeError as error:
+        said = [line.strip() for line in str(error).splitlines() if "Unsupported" in line or "not supported" in line]
+        why = said[0] if said else str(error).strip().partition("\n")[0]
+        raise HubMPQError(f"OpenVINO can't read the model [{why}]; take another runtime") from error
 
 
 class OpenVINO(EngineRuntime):
