@@ -49,6 +49,7 @@ from .core.task import tasks
 from .data import text_tokens
 from .errors import HubMPQError, InvalidArgument
 from .export import COMPRESSED_TENSORS, export, exportable
+from .hub.cached import mended
 from .hub.folder import read_folder_indicators, save_folder
 from .hub.load import load_folder, load_resident
 from .hub.origin import local_card
@@ -56,12 +57,13 @@ from .hub.preprocess import local_preprocess
 from .hub.publish import publish
 from .hub.pull import packed_folder, refuse_choices
 from .hub.remote import check_repo_id
+from .nn.fold import fold_notes
 from .nn.packed import packed_layers
 from .nn.packing import base_nbytes
 from .nn.rounded_weights import RoundedWeights
 from .nn.types import device_of
 from .pack import Manifest, read_indicators, write_indicators
-from .report import latency_line, measurements, report
+from .report import latency_line, measurements, report, warn_of_not_run
 from .runtime import (
     Certificate,
     MetLatency,
@@ -233,7 +235,8 @@ class HubMPQ(nn.Module):
         if folder is not None:
             choices = {"fixed": fixed, "exclude": tuple(exclude), "weight_only": weight_only}
             refuse_choices(model_id, **choices, tie_fused=tie_fused, target=target, per_expert=per_expert)
-            out = cls._of_folder(folder, module, task, resident, kwargs)
+            load = partial(cls._of_folder, folder, module, task, resident, kwargs)
+            out = mended(folder, load, token=token, offline=local_files_only)
             if runtime is not None:
                 out.model = out.to_runtime(runtime)
                 out.source = replace(out.source, model=out.model)  # the other one's memory is free again
@@ -243,6 +246,7 @@ class HubMPQ(nn.Module):
                 raise InvalidArgument(f"{name}= is for packed models, and {str(model_id)!r} is none")
         kwargs |= {key: value for key, value in {**where, "per_expert": per_expert}.items() if value}
         source = adapters.load(str(model_id), pretrained=pretrained, exclude=exclude, **kwargs)
+        warn_of_not_run(source.graph)
         out = cls(source, task=task, fixed=fixed, weight_only=weight_only, tie_fused=tie_fused, target=target)
         if Path(model_id).is_dir():
             out.home = Path(model_id)
@@ -274,6 +278,7 @@ class HubMPQ(nn.Module):
             task, fixed, exclude, weight_only, tie_fused, target, per_expert: As in `from_pretrained`.
         """
         source = adapters.from_module(net, example_input, model_id=model_id, exclude=exclude, per_expert=per_expert)
+        warn_of_not_run(source.graph)
         return cls(source, task=task, fixed=fixed, weight_only=weight_only, tie_fused=tie_fused, target=target)
 
     @classmethod
@@ -1096,6 +1101,7 @@ class HubMPQ(nn.Module):
         expected = expected_divergence(self.scores, graph, self.policy, weight_only=self.weight_only)
         unit = self.scores.unit if self.scores is not None else ""
         text = report(graph, self.policy, usage, self.metrics, self.seconds, expected, unit)
+        text += "".join(f"\n{note}" for note in fold_notes(self.model))
         if self.result is not None and (measured := measurements(self.result)):
             text += f"\n{measured}"
         if (latency := self.history.get("latency")) is not None:

@@ -91,6 +91,10 @@ def place(mpq: HubMPQ) -> HubMPQ:
 
 def is_packed(folder: str | Path) -> bool:
     """Whether a folder is one that hub-mpq wrote."""
+    if Path(folder).is_dir():
+        from ..pack.atomic_folder import finish_interrupted
+
+        finish_interrupted(Path(folder))
     return (Path(folder) / PACKED).is_file()
 
 

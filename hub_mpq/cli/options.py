@@ -21,6 +21,7 @@ from ..core import Budget, Candidates, Engine, LayerBits, limits
 from ..core.bits import check_group_size
 from ..core.checks import MAX_INT, MAX_SEED, number, seconds
 from ..core.options import Options, option
+from ..core.output import check_output_folder
 from ..errors import HubMPQError, InvalidArgument
 
 Text = str | None
@@ -294,6 +295,8 @@ def engine_for(engine: Engine, output: Path) -> Engine:
     from ..train.track import tracker
 
     logs = logs_of(output)
+    if engine.log_with is not None:
+        check_output_folder(logs)
     tracker(engine.log_with, logs, "run")
     return replace(engine, log_dir=logs)
 

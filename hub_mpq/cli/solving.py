@@ -31,6 +31,7 @@ def search(
 ) -> None:
     """The best policy within a budget, from indicators trained before; weights are needed with --validate only."""
     budget = budget or Budget()
+    o.check_plot(plot)
     widths = o.candidates_of(candidates)
     mpq = models.load(model, loading, meta=validate is None)
     models.indicators_for(mpq, indicators)
@@ -76,6 +77,7 @@ def pareto(
     as_json: o.Json = False,
 ) -> None:
     """The best policies along one limit; other limits, where given, hold at each point."""
+    o.check_plot(plot)
     widths = o.candidates_of(candidates)
     mpq = models.load(model, loading, meta=True)
     models.indicators_for(mpq, indicators)
