@@ -18,7 +18,6 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..nn.expose import layers_in_state
 from .count import storage_key
 
 PARTS, PARTS_PER_TENSOR = 2000, 8
@@ -95,13 +94,12 @@ class Build(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def drawn_outside_state(self, model: nn.Module) -> list[str]:
         """Names of the tensors with random values that no state dict has, so that no file can hold them."""
-        layers = {name for name, _ in model.named_modules()}
-        stored = {id(x) for x in layers_in_state(model, model.state_dict(keep_vars=True), layers).values()}
+        stored = {storage_key(x) for x in model.state_dict(keep_vars=True).values() if isinstance(x, Tensor)}
         return [
             f"{name}.{key}" if name else key
             for name, module in model.named_modules()
             for key, x in (*vars(module).items(), *module._buffers.items(), *module._parameters.items())
-            if isinstance(x, Tensor) and id(x) not in stored and self._is_drawn(x)
+            if isinstance(x, Tensor) and self._is_drawn(x) and storage_key(x) not in stored
         ]
 
 
