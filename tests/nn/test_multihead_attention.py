@@ -338,3 +338,18 @@ def test_a_whole_transformer_is_quantized(batch_first):
     assert len(list(quantized_layers(mpq.model))) == len(mpq.graph) == 2 * 6 + 2 * 10
     with torch.no_grad():
         assert not torch.allclose(mpq.model(**given), net(**given), atol=1e-2)
+
+
+def test_torchs_fused_encoder_keeps_off(monkeypatch):
+    """It would read the weights of all layers at once, whatever has taken their places."""
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("the fused encoder layer ran")
+
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", refuse)
+    net = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)).eval()
+    with torch.no_grad():
+        with pytest.raises(AssertionError, match="fused encoder"):
+            net(torch.ones(1, 4, 8))
+        expose_layers(net)
+        net(torch.ones(1, 4, 8))
