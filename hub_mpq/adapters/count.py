@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 _GROUPED = ("_grouped_mm", "grouped_mm_fallback")
 """torch's product with stacked matrices, and what transformers runs where torch has no kernel for it."""
+_LARGE = 2**14
+"""Elements from which on floats are not computed on stand-ins."""
 
 
 def operands_and_macs(name: str, args: tuple[Any, ...], out: Any) -> tuple[tuple[Tensor, ...], int]:
@@ -98,12 +100,40 @@ def _grouped_product(
     return a.new_zeros([*groups, a.shape[-2], b.shape[-1]], dtype=out_dtype)
 
 
+def _answer(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What an operator answers on stand-ins: zeros that take no memory for large floats, whose values say nothing; its
+    own answer for whole numbers, masks and small tensors, which may decide what runs."""
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    if any(x.is_meta for x in tensors) or not any(x.is_floating_point() and x.numel() >= _LARGE for x in tensors):
+        return func(*args, **kwargs)
+    first = args[0] if args else None
+    if func._schema.name.endswith("_") and isinstance(first, Tensor) and first.is_floating_point():
+        torch.autograd.graph.increment_version(first)
+        return first
+    if any(r.alias_info is not None for r in func._schema.returns):
+        return func(*args, **kwargs)
+    on_meta = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
+    try:
+        shapes = func(*on_meta[0], **on_meta[1])
+    except (RuntimeError, NotImplementedError):  # its shape depends on values, or torch doesn't know it
+        return func(*args, **kwargs)
+    if any(not x.is_floating_point() for x in tree_leaves(shapes) if isinstance(x, Tensor)):
+        return func(*args, **kwargs)
+    return tree_map(lambda x: _nothing(x, tensors[0].device) if isinstance(x, Tensor) else x, shapes)
+
+
+def _nothing(like: Tensor, device: torch.device) -> Tensor:
+    """Zeros of a tensor's shape and dtype; large ones take no memory."""
+    shape = () if like.numel() >= _LARGE else like.shape
+    return torch.zeros(shape, dtype=like.dtype, device=device).expand(like.shape)
+
+
 class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts products while it is entered.
 
     `where`: names of the running modules, the innermost last. `named`: Parameters and buffers by name.
-    `stand_ins`: the tensors have shapes but no values of their own (meta, or zeros that take no memory). Kernels of
-    grouped products refuse such tensors for their dtype or their strides, so those are not run then.
+    `stand_ins`: the tensors have shapes but no values of their own (meta, or zeros that take no memory). Large floats
+    are not computed then, nor grouped products, whose kernels refuse such tensors for their dtype or their strides.
     `macs`: {(module name, name of the Parameter or buffer that takes part or "", fused attention): MACs}.
     `uses`: (names of the Parameters or buffers that hold values which an operator reads from one tensor, names of the
     modules that run then).
@@ -117,8 +147,12 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = func._schema.name.partition("::")[2]
-        run = _grouped_product if self.stand_ins and name in _GROUPED else func
-        out = run(*args, **(kwargs or {}))
+        if self.stand_ins and name in _GROUPED:
+            out = _grouped_product(*args, **(kwargs or {}))
+        elif self.stand_ins:
+            out = _answer(func, args, kwargs or {})
+        else:
+            out = func(*args, **(kwargs or {}))
         if reads_values(func, name):
             given = (x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
             self.uses.update((parts, tuple(self.where)) for x in given if (parts := self.parts.of(x)))

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import HubMPQError, InvalidArgument
-from ..nn.types import layer_kind
+from ..nn.types import device_of, layer_kind
 from ..versions import warn_if_untested
 from .count import MacCounter
 from .restore_state import state_restored
@@ -105,14 +105,55 @@ def _as_is(model: nn.Module, example: Example) -> ForwardRecord:
 
 
 def _on_meta(model: nn.Module, example: Example) -> ForwardRecord:
-    return _instead(model, example, lambda t: torch.empty_like(t, device="meta"), "meta")
+    return _instead(model, example, lambda t: torch.empty_like(t, device="meta"), torch.device("meta"))
 
 
 def _on_zeros(model: nn.Module, example: Example) -> ForwardRecord:
-    return _instead(model, example, lambda t: torch.zeros((), dtype=t.dtype).expand(t.shape), "cpu")
+    return _instead(model, example, _zeros(model), _beside(model))
 
 
-def _instead(model: nn.Module, example: Example, stand_in: Callable[[Tensor], Tensor], device: str) -> ForwardRecord:
+def _beside(model: nn.Module) -> torch.device:
+    device = device_of(model)
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _zeros(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Zeros that take no memory for a Parameter; a buffer that has values keeps them: they may be sizes."""
+    device = _beside(model)
+
+    def stand_in(t: Tensor) -> Tensor:
+        if isinstance(t, nn.Parameter) or t.is_meta:
+            return torch.zeros((), dtype=t.dtype, device=device).expand(t.shape)
+        return t.to(device)
+
+    return stand_in
+
+
+def output_on_zeros(model: nn.Module, example: Example) -> Any:
+    """What a model answers when zeros that take no memory stand for its Parameters and large floats are not computed:
+    outputs of the right shapes, in little time.
+
+    Raises whatever the model raises.
+    """
+    stand_in = _zeros(model)
+    swapped = {name: stand_in(t) for name, t in (*model.named_buffers(), *model.named_parameters())}
+    args, kwargs = _arguments(tree_map(lambda x: _moved(x, _beside(model)) if isinstance(x, Tensor) else x, example))
+    with state_restored(model), MacCounter([""], {}, stand_ins=True):
+        return torch.func.functional_call(model, swapped, args, kwargs)
+
+
+def runs_on_zeros(model: nn.Module, example: Example) -> Exception | None:
+    """What a model raises on an example when zeros stand for its Parameters and buffers; None where it runs."""
+    try:
+        _on_zeros(model, example)
+    except Exception as error:  # a model may raise anything on what it does not expect
+        return error
+    return None
+
+
+def _instead(
+    model: nn.Module, example: Example, stand_in: Callable[[Tensor], Tensor], device: torch.device
+) -> ForwardRecord:
     """ForwardRecord with other tensors in the place of Parameters and buffers."""
     named = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     swapped = {name: stand_in(tensor) for name, tensor in named.items()}
@@ -123,8 +164,8 @@ def _instead(model: nn.Module, example: Example, stand_in: Callable[[Tensor], Te
     )
 
 
-def _moved(x: Tensor, device: str) -> Tensor:
-    return torch.zeros_like(x, device=device) if x.is_meta and device != "meta" else x.to(device)
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    return torch.zeros_like(x, device=device) if x.is_meta and device.type != "meta" else x.to(device)
 
 
 _NO_INPUT = (None, None, 0, None)

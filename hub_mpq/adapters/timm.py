@@ -16,6 +16,7 @@ from torch import nn
 from ..core import LayerGraph
 from ..core.library import Library
 from ..errors import HubMPQError, InvalidArgument, shown
+from ..nn.expose import expose_layers
 from ..versions import warn_if_untested
 from .base import Source, cannot_build, commit_of, noise, placed
 from .trace import build_graph
@@ -92,6 +93,7 @@ class TimmLibrary(Library):
         except Exception as error:
             raise cannot_build(model_id, error, pretrained=pretrained) from error
         model.eval()  # as transformers returns its models
+        expose_layers(model)
         data: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
         if input_size is not None:
             data["input_size"] = tuple(input_size)

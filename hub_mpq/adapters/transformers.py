@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import warnings
 from collections.abc import Collection, Iterable, Mapping
@@ -12,15 +11,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..core import LayerGraph
 from ..core.library import Library
 from ..errors import HubMPQError, InvalidArgument
-from ..nn.experts import expose_experts
+from ..nn.expose import expose_layers
 from ..nn.split_experts import split_experts
 from ..nn.types import layer_kind
 from ..versions import warn_if_untested
-from .base import Source, cannot_build, commit_of, noise, placed
+from .base import Source, cannot_build, commit_of, placed
+from .example_inputs import example_for
 from .trace import build_graph
 
 _TASKS = {
@@ -126,7 +127,7 @@ class TransformersLibrary(Library):
             raise
         except Exception as error:
             raise cannot_build(model_id, error, pretrained=pretrained) from error
-        expose_experts(model)
+        expose_layers(model)
         if per_expert is not False and not split_experts(model, None if per_expert is True else per_expert):
             raise InvalidArgument(f"per_expert is for models with stacks of experts, and {model_id!r} has none")
         example = example_for(model, sequence_length)
@@ -246,10 +247,27 @@ def _skeleton(cls: Any, config: Any, unused: dict[str, Any], *, meta: bool) -> n
         raise InvalidArgument(f"{type(config).__name__} knows no {', '.join(sorted(unused))}")
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the skeleton is the float model
-    with torch.device("meta") if meta else contextlib.nullcontext():
-        build = cls.from_config if hasattr(cls, "from_config") else cls._from_config
-        model: nn.Module = build(config, **known)
-    return model.eval()
+    build = cls.from_config if hasattr(cls, "from_config") else cls._from_config
+    if not meta:
+        return build(config, **known).eval()
+    try:
+        with torch.device("meta"), _LiteralsHaveValues():
+            return build(config, **known).eval()
+    except RuntimeError:  # it computes with a literal and a tensor of meta
+        with torch.device("meta"):
+            return build(config, **known).eval()
+
+
+class _LiteralsHaveValues(TorchFunctionMode):
+    """Whole numbers that are made a tensor lie on the CPU whatever the default device is: the strides and paddings of a
+    codec's layers, which its forward reads."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and "device" not in kwargs:
+            made = func(*args, **{**kwargs, "device": "cpu"})
+            return made.to("meta") if made.is_floating_point() else made
+        return func(*args, **kwargs)
 
 
 def _fill(model: nn.Module, file: Path) -> None:
@@ -284,47 +302,7 @@ def head_of(model: nn.Module) -> tuple[str, ...]:
 
 def preprocess_of(model_id: str, example: Mapping[str, Any]) -> dict[str, Any]:
     """Where what makes a model's input is to be found: {"tokenizer" or "processor": its id or folder, …}."""
+    found = {"processor": model_id} if example.keys() - {"input_ids", "decoder_input_ids"} else {}
     if "input_ids" not in example:
-        return {"processor": model_id}
-    return {"tokenizer": model_id, "sequence_length": example["input_ids"].shape[1]}
-
-
-def example_for(model: nn.Module, sequence_length: int = 128) -> dict[str, Any]:
-    """One sample for a transformers model, from its config: token ids, an image, sound, or what it takes together."""
-    config: Any = model.config
-    text = config.get_text_config()
-    takes = inspect.signature(model.forward).parameters
-    main = getattr(model, "main_input_name", "input_ids")
-    vision = getattr(config, "vision_config", None)
-    both = vision is not None and hasattr(config, "text_config") and not model.can_generate()  # type: ignore[operator]
-    example: dict[str, Any] = {}
-    if main == "input_ids" or (both and "input_ids" in takes):
-        example["input_ids"] = _tokens(text, sequence_length)
-    if main == "pixel_values" or (both and "pixel_values" in takes):
-        example["pixel_values"] = noise(1, *_image_shape(vision or config), like=model)
-    if main == "input_features":
-        example["input_features"] = noise(1, config.num_mel_bins, 2 * config.max_source_positions, like=model)
-    if main == "input_values":
-        example["input_values"] = noise(1, 16000, like=model)
-    if not example:
-        raise InvalidArgument(f"no example input is known for {type(model).__name__}, whose main input is {main!r}")
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
-        example["decoder_input_ids"] = _tokens(text, sequence_length)
-    return example
-
-
-def _tokens(config: Any, length: int) -> torch.Tensor:
-    longest = getattr(config, "max_position_embeddings", None)
-    length = min(length, longest) if isinstance(longest, int) and longest > 0 else length
-    ids: torch.Tensor = torch.arange(length) % config.vocab_size
-    end = getattr(config, "eos_token_id", None)
-    if isinstance(end, int) and 0 <= end < config.vocab_size:
-        ids[ids == end] = (end + 1) % config.vocab_size  # some classifiers read the state of the one end token
-        ids[-1] = end
-    return ids.unsqueeze(0)
-
-
-def _image_shape(config: Any) -> tuple[int, int, int]:
-    size = getattr(config, "image_size", None) or 224
-    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-    return getattr(config, "num_channels", 3), height, width
+        return found
+    return {**found, "tokenizer": model_id, "sequence_length": example["input_ids"].shape[1]}

@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from ..adapters import build_graph
 from ..adapters.base import Source, placed
 from ..adapters.bounded import Exceeded, bounded
+from ..adapters.example_inputs import example_for
 from ..adapters.forward import tensors_of
 from ..adapters.module import ModuleLibrary
 from ..adapters.restore_state import copied
-from ..adapters.transformers import example_for, model_class, preprocess_of
+from ..adapters.transformers import model_class, preprocess_of
 from ..core import LayerGraph
 from ..core.files import CONFIG, PACKED
 from ..core.library import Library, libraries
 from ..errors import InvalidArgument, PackedFormat, PolicyMismatch
-from ..nn.experts import expose_experts
+from ..nn.expose import expose_layers
+from ..nn.fold import check_folded
 from ..nn.packed import RESIDENT, set_resident
 from ..nn.packing import check_tensors, load_quantized
 from ..nn.quantize import quantize_to_policy
@@ -200,7 +202,9 @@ def fit(path: str | os.PathLike[str], skeleton: nn.Module, manifest: Manifest) -
         PolicyMismatch: The model has other layers.
         PackedFormat: Its layers share other weights than the file says.
     """
-    expose_experts(skeleton)
+    expose_layers(skeleton)
+    if (why := check_folded(skeleton, manifest.graph.floats)) is not None:
+        raise PackedFormat(path, why)
     split_experts(skeleton, split_stacks(manifest.graph.names))
     modules = dict(skeleton.named_modules())
     weights = {n: m.weight for n, m in modules.items() if isinstance(getattr(m, "weight", None), Tensor)}

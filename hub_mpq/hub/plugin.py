@@ -19,6 +19,7 @@ from ..core.bits import check_group_size
 from ..core.files import FLOAT_COPY, PACKED
 from ..errors import HubMPQError, InvalidArgument, PackedFormat
 from ..nn.packed import packed_layers
+from ..pack.atomic_folder import finish_interrupted
 from ..pack.header import FORMAT_VERSION
 from ..train.round_weights import check_rounding
 from ..versions import warn_if_untested
@@ -155,6 +156,8 @@ class MPQHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.pre_quantized:
             if not checkpoint_files:
                 raise HubMPQError("packed weights are read from a file, not from a state dict")
+            if finish_interrupted(Path(checkpoint_files[0]).parent):
+                raise HubMPQError("a save into this folder had been interrupted and is finished now; load it again")
             dtype = dtype or torch.get_default_dtype()
             self.manifest = become_packed(model, checkpoint_files[0], self.quantization_config.policy, dtype)
 
@@ -261,9 +264,8 @@ def save_pretrained(
         extra[FLOAT_COPY] = training_state(self, manifest.policy)
     if self.can_generate():
         extra["generation_config.json"] = self.generation_config.to_json_string().encode()
-    save_folder(folder, network_of(self), manifest, _config(self), extra=extra)
-    if FLOAT_COPY not in extra:  # Trainer copies a checkpoint's to the folder that it publishes
-        (folder / FLOAT_COPY).unlink(missing_ok=True)
+    drop = () if FLOAT_COPY in extra else (FLOAT_COPY,)  # Trainer copies a checkpoint's to the folder it publishes
+    save_folder(folder, network_of(self), manifest, _config(self), extra=extra, drop=drop)
     if push_to_hub:
         self.push_to_hub(kwargs.pop("repo_id", None) or folder.name, **kwargs)
     return None

@@ -13,13 +13,15 @@ from torch import nn
 from .._version import __version__
 from ..adapters import build_graph, norm_of
 from ..adapters.base import noise, placed
-from ..adapters.transformers import example_for, head_of
+from ..adapters.example_inputs import example_for
+from ..adapters.transformers import head_of
 from ..core import Candidates, IndicatorOptions, LayerBits, LayerGraph, Policy
 from ..errors import InvalidArgument
-from ..nn.experts import expose_experts
+from ..nn.expose import expose_layers
 from ..nn.packing import base_nbytes
 from ..nn.split_experts import split_experts, split_stacks
 from ..pack import Manifest
+from ..report import warn_of_not_run
 from ..search.candidates import first_groups, resolve_candidates
 from ..search.policy_search import longest_header, search_policy
 from ..search.scores import candidates_of, score_table
@@ -49,13 +51,14 @@ def quantize_in_place(model: Any, config: Any, revision: str | None = None) -> M
         raise InvalidArgument("a model that is offloaded can't be quantized; load it whole, without device_map='auto'")
     model.eval()
     net = network_of(model)
-    expose_experts(net)
+    expose_layers(net)
     scores = None
     if config.budget is not None and Path(model.name_or_path).is_dir():
         scores = read_folder_indicators(model.name_or_path)
     named = config.policy.bits if isinstance(config.policy, Policy) else {}
     split_experts(net, split_stacks([*named, *(() if scores is None else (*scores.weight, *scores.pairs))]))
     example, graph = _graph(model, net, config.exclude, revision)
+    warn_of_not_run(graph)
     batch = synthetic_batch(net, example)
     manifest = Manifest(graph.model_id, graph.revision, graph.library, graph, Policy.uniform(graph, "W2A2"))
     policy = config.policy

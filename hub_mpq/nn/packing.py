@@ -17,9 +17,9 @@ from ..pack import Manifest, PackedTensor, empty_packed, file_nbytes, layout, pa
 from ..pack.layout import INPUT_PARTS
 from ..pack.layout import key as part_key
 from ..quantizers import LSQ, GroupedLSQ
+from .expose import layers_in_state
 from .packed import packed_layers
 from .quantize import check_finite, quantized_layers
-from .split_experts import layers_in_state
 
 
 def layer_names(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
