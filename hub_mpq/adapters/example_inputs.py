@@ -287,6 +287,7 @@ def _sounds(model: nn.Module, takes: Mapping[str, Any]) -> Iterator[Inputs]:
             yield from forms(1, 1, square**2 // bins, bins, of_frames=square**2 // bins)
         if name == "input_values":
             yield from forms(1, frames, bins, of_frames=frames)
+            yield {name: noise(1, _SAMPLES, like=model)}  # what it writes are spectrograms (SpeechT5)
         else:
             yield from forms(1, bins, frames, of_frames=frames)
             yield from forms(1, frames, bins, of_frames=frames)
