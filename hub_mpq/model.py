@@ -63,7 +63,7 @@ from .nn.packing import base_nbytes
 from .nn.rounded_weights import RoundedWeights
 from .nn.types import device_of
 from .pack import Manifest, read_indicators, write_indicators
-from .report import latency_line, measurements, report
+from .report import latency_line, measurements, report, warn_of_not_run
 from .runtime import (
     Certificate,
     MetLatency,
@@ -245,6 +245,7 @@ class HubMPQ(nn.Module):
                 raise InvalidArgument(f"{name}= is for packed models, and {str(model_id)!r} is none")
         kwargs |= {key: value for key, value in {**where, "per_expert": per_expert}.items() if value}
         source = adapters.load(str(model_id), pretrained=pretrained, exclude=exclude, **kwargs)
+        warn_of_not_run(source.graph)
         out = cls(source, task=task, fixed=fixed, weight_only=weight_only, tie_fused=tie_fused, target=target)
         if Path(model_id).is_dir():
             out.home = Path(model_id)
@@ -275,6 +276,7 @@ class HubMPQ(nn.Module):
             task, fixed, exclude, weight_only, tie_fused, target, per_expert: As in `from_pretrained`.
         """
         source = adapters.from_module(net, example_input, model_id=model_id, exclude=exclude, per_expert=per_expert)
+        warn_of_not_run(source.graph)
         return cls(source, task=task, fixed=fixed, weight_only=weight_only, tie_fused=tie_fused, target=target)
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,9 @@ from .core import LayerGraph, Policy, SearchResult, Usage, human, human_seconds,
 from .cost.bitops import float_bitops, layer_bitops
 from .cost.size import layer_nbytes
 from .errors import shown
+
+NOT_RUN_SHARE = 0.05
+"""Weights that may stay unreached without a word."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -72,11 +76,31 @@ def report(
         lines += [f"{limit.label}: {limit.show(usage[limit.name])}" for limit in limits if limit.name in usage.amounts]
     for op in graph.floats:
         lines.append(f"float: {shown(op.name, 120)} ({shown(op.reason)})")
+    if missed := not_run_line(graph):
+        lines.append(f"warning: {shown(missed)}")
     for which, figures in metrics.items():
         lines.append(f"{shown(which, 120)}: " + figures_line(figures, ", "))
     if seconds:
         lines.append("seconds: " + ", ".join(f"{k} {v:.3g}" for k, v in seconds.items()))
     return "\n".join(lines)
+
+
+def not_run_line(graph: LayerGraph) -> str:
+    """A sentence where more than 5 % of the weights never ran in the traced forward, else ""."""
+    share, modules = graph.not_run()
+    if share <= NOT_RUN_SHARE:
+        return ""
+    named = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
+    return (
+        f"{share:.0%} of the weights never ran on the example input, so they stay float and their work is not counted: "
+        f"{named}"
+    )
+
+
+def warn_of_not_run(graph: LayerGraph) -> None:
+    """Give `not_run_line` as a warning, if there is one."""
+    if missed := not_run_line(graph):
+        warnings.warn(missed, stacklevel=3)
 
 
 def estimate(value: float, error: float | None) -> str:

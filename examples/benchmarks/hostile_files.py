@@ -233,6 +233,8 @@ def bombs(base: dict[str, Path], root: Path) -> Iterator[tuple[str, Path]]:
         ("image_size 40000", "vit", _top(image_size=40000)),
         ("image_size 20000, patch_size 20000", "vit", _top(image_size=20000, patch_size=20000)),
     ]
+    video = {"model_type": "videomae", "architectures": ["VideoMAEModel"], "patch_size": 2, "num_frames": 2}
+    configs.append(("a table of 1e9 positions in Python", "vit", _top(**video, image_size=10**5)))
     manifests: list[tuple[str, str, Change]] = [
         ("input of the manifest [3, 20000, 20000]", "timm", _input(3, 20000, 20000)),
         ("input of the manifest [1e12]", "bert", _input(10**12)),

@@ -6,6 +6,7 @@ what an operator returns is known before it runs. So a config of any family is b
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ PARTS, PARTS_PER_TENSOR = 2000, 8
 OPERATORS, OPERATORS_PER_TENSOR = 20_000, 100
 """So many, and so many more for each tensor of the file. The models of timm and transformers register 4 modules and run
 106 operators for each tensor of theirs at most; a file has at least as many tensors."""
+LINES, LINES_PER_BYTE = 3_000_000, 16
+"""Lines of Python: so many, and so many more for each byte of the file (a loop over a table of positions is one for
+each). TinyViT runs 27 million for its 21 million weights, all others a tenth of it or less."""
 NBYTES, NBYTES_PER_BYTE = 1 << 27, 64
 """Bytes of the largest tensor: so many, and for each byte of the file eight 1-bit weights in float64."""
 
@@ -37,23 +41,32 @@ class Exceeded(Exception):
 class Build(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts while it is entered, and raises Exceeded when there is too much of something.
 
-    `parts`, `operators`: how many modules may still be registered and operators run. `memory`: bytes that may still be
-    taken. `largest`: bytes of a tensor at most, on any device. `drawn`: the memory of tensors that hold random values
-    or what was made from them.
+    `parts`, `operators`, `lines`: how many modules may still be registered, operators and lines of Python run.
+    `memory`: bytes that may still be taken. `largest`: bytes of a tensor at most, on any device. `drawn`: the memory of
+    tensors that hold random values or what was made from them.
     """
 
     def __init__(self, tensors: int, nbytes: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.parts = PARTS + PARTS_PER_TENSOR * tensors
         self.operators = OPERATORS + OPERATORS_PER_TENSOR * tensors
+        self.lines = LINES + LINES_PER_BYTE * nbytes
         self.largest, self.memory = NBYTES + NBYTES_PER_BYTE * nbytes, NBYTES + nbytes
         self.drawn: dict[int, Any] = {}
         self.exceeded = ""
 
     def check(self, left: int, what: str) -> None:
-        if left < 0:
+        if left < 0 or self.exceeded:
             self.exceeded = self.exceeded or what
             raise Exceeded(what)
+
+    def trace(self, frame: Any, event: str, arg: Any) -> Any:
+        """For sys.settrace: loops of Python are not seen otherwise."""
+        if event == "line":
+            self.lines -= 1
+            if self.lines < 0:
+                self.check(self.lines, "more to compute")
+        return self.trace
 
     def registered(self) -> None:
         self.parts -= 1
@@ -138,7 +151,9 @@ def bounded(tensors: int, nbytes: int) -> Iterator[Build]:
         _hooked.append(register_module_module_registration_hook(_register))
     build, before = Build(tensors, nbytes), getattr(_current, "build", None)
     _current.build = build
-    cause: Exception | None = None
+    tracer, cause = sys.gettrace(), None
+    if tracer is None:  # else a debugger or a measurement of coverage needs it
+        sys.settrace(build.trace)
     try:
         with build:
             yield build
@@ -147,6 +162,7 @@ def bounded(tensors: int, nbytes: int) -> Iterator[Build]:
             raise
         cause = error
     finally:
+        sys.settrace(tracer)
         _current.build = before
     if build.exceeded:  # also where the code that builds went on
         raise Exceeded(f"describes a network with {build.exceeded} than a file of {nbytes} bytes holds") from cause

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from torch import nn
 
 from ..core import FloatOp
+from ..core.layer import NOT_RUN
 from ..nn.types import layer_kind, why_not
 from .forward import ForwardRecord
 
@@ -118,5 +119,5 @@ def _reason(module: nn.Module, excluded: bool, *, ran: bool) -> str:
     if excluded:
         return "excluded by the user"
     return why_not(module) or (
-        "its weight is used outside its own forward" if ran else "it does not run in the traced forward"
+        "its weight is used outside its own forward" if ran else NOT_RUN
     )

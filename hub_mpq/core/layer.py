@@ -75,6 +75,10 @@ class FloatOp:
     reason: str
 
 
+NOT_RUN = "it does not run in the traced forward"
+"""Reason of a FloatOp that the example input did not reach."""
+
+
 @dataclass(frozen=True)
 class LayerGraph:
     """The layers of one model in the order they run, and what stays float.
@@ -110,6 +114,17 @@ class LayerGraph:
     @property
     def searched(self) -> tuple[LayerSpec, ...]:
         return tuple(layer for layer in self.layers if layer.fixed is None)
+
+    def not_run(self) -> tuple[float, tuple[str, ...]]:
+        """What the example input did not reach: its share of the weights of all layers, and the outermost modules of
+        which nothing ran."""
+        missed = [op for op in self.floats if op.reason == NOT_RUN and op.weight_count]
+        own = sum(layer.weight_count for layer in self.layers if layer.weight_owner is None)
+        whole = own + sum(op.weight_count for op in self.floats)
+        ran = [*self.names, *(op.name for op in self.floats if op.reason != NOT_RUN)]
+        reached = {prefix for name in ran for prefix in _prefixes(name)}
+        modules = (next((p for p in _prefixes(op.name) if p not in reached), op.name) for op in missed)
+        return sum(op.weight_count for op in missed) / max(whole, 1), tuple(dict.fromkeys(modules))
 
     def check_layers(self, *, searched: bool = True) -> None:
         """Raise InvalidArgument, with the reasons, when no layer can be quantized.
@@ -250,3 +265,9 @@ def matching(names: Iterable[str], pattern: str) -> tuple[str, ...]:
 
 def _name(layer: LayerSpec) -> str:
     return layer.name
+
+
+def _prefixes(name: str) -> list[str]:
+    """Names of the modules that hold a layer, the outermost first, and its own."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]

@@ -144,7 +144,7 @@ class MPQHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Runs after the files were found and before the model is built: the last moment at which a config.json that
-        describes another network costs nothing."""
+        describes another network costs nothing. Only the Auto classes have told the config its name by then."""
         if self.pre_quantized and (folder := cached_folder(*self.source)) is not None:
             check_folder(folder, {})
         return dtype

@@ -21,6 +21,7 @@ from ..nn.expose import expose_layers
 from ..nn.packing import base_nbytes
 from ..nn.split_experts import split_experts, split_stacks
 from ..pack import Manifest
+from ..report import warn_of_not_run
 from ..search.candidates import first_groups, resolve_candidates
 from ..search.policy_search import longest_header, search_policy
 from ..search.scores import candidates_of, score_table
@@ -57,6 +58,7 @@ def quantize_in_place(model: Any, config: Any, revision: str | None = None) -> M
     named = config.policy.bits if isinstance(config.policy, Policy) else {}
     split_experts(net, split_stacks([*named, *(() if scores is None else (*scores.weight, *scores.pairs))]))
     example, graph = _graph(model, net, config.exclude, revision)
+    warn_of_not_run(graph)
     batch = synthetic_batch(net, example)
     manifest = Manifest(graph.model_id, graph.revision, graph.library, graph, Policy.uniform(graph, "W2A2"))
     policy = config.policy

@@ -1,8 +1,9 @@
 """Weights that a model computes with in a way of its own become layers, which are quantized as all layers are.
 
 What is exposed: experts that transformers keeps stacked in one Parameter, the projections of attention that reads their
-weights without calling them, and timm's query, key and value layer whose weight is read with another bias. Layers that
-compute their weight anew at each call are folded (`fold.py`).
+weights without calling them, timm's query, key and value layer whose weight is read with another bias, and the layers
+of state space mixers, which one kernel may read in training. Layers that compute their weight anew at each call are
+folded (`fold.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .multihead_attention import (
 )
 from .split_experts import SplitStack
 from .types import type_name
+from .unfused import call_layers_in_training, fused_mixers
 
 _WAVLM = "transformers.models.wavlm.modeling_wavlm.WavLMAttention"
 
@@ -46,10 +48,10 @@ def has_layers_to_expose(model: nn.Module) -> bool:
     Args:
         model: The model.
     """
-    if has_layers_to_fold(model):
+    if has_layers_to_fold(model) or has_stacked_experts(model) or has_fused_attention(model):
         return True
-    read = [next(found, None) for found in (_separate_biases(model), _wavlm(model))]
-    return has_stacked_experts(model) or has_fused_attention(model) or any(module is not None for module in read)
+    readers = (_separate_biases(model), _wavlm(model), fused_mixers(model))
+    return any(next(found, None) is not None for found in readers)
 
 
 def expose_layers(model: nn.Module) -> None:
@@ -65,6 +67,7 @@ def expose_layers(model: nn.Module) -> None:
     fold_layers(model)
     expose_experts(model)
     split_attention(model)
+    call_layers_in_training(model)
     for module in _separate_biases(model):
         module.qkv_bias_separate = True
     for module in _wavlm(model):

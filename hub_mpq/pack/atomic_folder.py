@@ -87,11 +87,13 @@ def finish_interrupted(target: Path) -> bool:
         found = sorted(p for p in target.iterdir() if _INSIDE.fullmatch(p.name) and p.name.endswith(_WHOLE))
     except OSError:
         return False
-    for whole in found:
+    finished = False
+    for whole in filter(_is_folder, found):
         with hold(whole, wait=True):
             if _is_folder(whole):  # else who held it has finished
                 _finish(whole, target)
-    return bool(found)
+                finished = True
+    return finished
 
 
 @contextlib.contextmanager

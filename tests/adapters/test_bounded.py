@@ -1,5 +1,7 @@
 """A network that is built under bounds takes no more modules, operators, memory or random values than it may."""
 
+import math
+import sys
 import threading
 import tracemalloc
 
@@ -80,6 +82,38 @@ def test_views_take_no_memory():
         wide = torch.ones(1).expand(10**7)
         for _ in range(100):
             wide = wide.view(-1)
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        lambda n: [[i / 10000 for _ in range(10)] for i in range(n // 10)],
+        lambda n: {i: f"LABEL_{i}" for i in range(n)},
+        lambda n: [math.sin(i) for i in range(n)],
+        lambda n: list(map(lambda i: i + 1, range(n))),  # noqa: C417
+    ],
+)
+def test_loops_of_python_are_counted(loop, monkeypatch):
+    monkeypatch.setattr(module, "LINES", 100_000)
+    with bounded(4, 1000):
+        loop(50_000)
+    with pytest.raises(Exceeded, match="more to compute"), bounded(4, 1000):
+        loop(10**9)
+    loop(500_000)
+    assert sys.gettrace() is None
+
+
+def test_a_debugger_keeps_its_trace():
+    def mine(frame, event, arg):
+        return None
+
+    sys.settrace(mine)
+    try:
+        with bounded(4, 1000):
+            assert sys.gettrace() is mine
+        assert sys.gettrace() is mine
+    finally:
+        sys.settrace(None)
 
 
 def test_other_threads_are_not_bounded():

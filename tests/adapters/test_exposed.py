@@ -162,6 +162,55 @@ def test_mamba_says_why_a_layer_stays_float():
     assert quantized_share(graph) >= 0.95
 
 
+MIXERS = {
+    "mamba": ("Mamba", {"state_size": 8}),
+    "mamba2": ("Mamba2", {"state_size": 8, "num_heads": 8, "head_dim": 16, "n_groups": 2}),
+    "falcon_mamba": ("FalconMamba", {"state_size": 8}),
+    "falcon_h1": (
+        "FalconH1",
+        {
+            **{"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32, "head_dim": 16},
+            **{"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_no_kernel_reads_the_weights_of_quantized_layers_in_training(kind, monkeypatch):
+    """Where kernels are installed, mixers hand them all weights while they train."""
+    import importlib
+
+    import transformers
+
+    name, values = MIXERS[kind]
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=99, hidden_size=64, num_hidden_layers=2, use_cache=False, **values
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    ids = {"input_ids": torch.arange(8)[None]}
+    home = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    read = []
+    for kernel in ("mamba_inner_fn", "mamba2_split_conv1d_scan_combined", "mamba_split_conv1d_scan_combined"):
+        if hasattr(home, kernel):
+            monkeypatch.setattr(home, kernel, lambda *args, **kwargs: read.append(args))
+    model.train()(**ids)
+    assert read  # the user's own does
+    read.clear()
+    mpq = HubMPQ.from_module(model.eval(), ids)
+    mpq.apply_policy("W4A8", [ids])
+    for net in (mpq.model, copy.deepcopy(mpq.model)):
+        net.train()(**ids).logits.square().mean().backward()
+        assert all(module.training for module in net.modules())
+        grads = {n for n, p in net.named_parameters() if p.grad is not None and "out_proj.weight_quantizer" in n}
+        assert grads
+    assert not read
+    with pytest.raises(Exception, match=r".+"):
+        mpq.model(input_ids=torch.full((1, 8), 1000))
+    assert all(module.training for module in mpq.model.modules())
+
+
 class Reads(nn.Module):
     """A weight that is used in ways that no layer stands for."""
 
