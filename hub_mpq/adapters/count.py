@@ -104,10 +104,18 @@ def _answer(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What an operator answers on stand-ins: zeros that take no memory for large floats, whose values say nothing; its
     own answer for whole numbers, masks and small tensors, which may decide what runs."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    first = args[0] if args else None
+    writes = func._schema.name.endswith("_") and isinstance(first, Tensor) and first.is_floating_point()
+    if (
+        writes
+        and not first.is_meta
+        and any(n > 1 and step == 0 for n, step in zip(first.shape, first.stride(), strict=True))
+    ):
+        torch.autograd.graph.increment_version(first)  # a part of zeros that take no memory
+        return first
     if any(x.is_meta for x in tensors) or not any(x.is_floating_point() and x.numel() >= _LARGE for x in tensors):
         return func(*args, **kwargs)
-    first = args[0] if args else None
-    if func._schema.name.endswith("_") and isinstance(first, Tensor) and first.is_floating_point():
+    if writes:
         torch.autograd.graph.increment_version(first)
         return first
     if any(r.alias_info is not None for r in func._schema.returns):

@@ -119,7 +119,7 @@ def _tokens(config: Any, length: int, places: list[tuple[int, int]] | None = Non
     count = sum(n for _, n in places)
     if count + 2 > length:
         length = count + _TEXT_BESIDE
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = _first(config, "max_position_embeddings", "max_target_positions", "max_text_positions")
     length = min(length, longest) if isinstance(longest, int) and longest > count else length
     words = config.vocab_size
     ids = torch.arange(length) % words
@@ -287,6 +287,7 @@ def _sounds(model: nn.Module, takes: Mapping[str, Any]) -> Iterator[Inputs]:
             yield from forms(1, 1, square**2 // bins, bins, of_frames=square**2 // bins)
         if name == "input_values":
             yield from forms(1, frames, bins, of_frames=frames)
+            yield {name: noise(1, _SAMPLES, like=model)}  # what it writes are spectrograms (SpeechT5)
         else:
             yield from forms(1, bins, frames, of_frames=frames)
             yield from forms(1, frames, bins, of_frames=frames)
