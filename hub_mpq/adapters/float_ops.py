@@ -110,6 +110,4 @@ def _matrices(module: nn.Module) -> list[nn.Parameter]:
 def _reason(module: nn.Module, excluded: bool, *, ran: bool) -> str:
     if excluded:
         return "excluded by the user"
-    return why_not(module) or (
-        "its weight is used outside its own forward" if ran else NOT_RUN
-    )
+    return why_not(module) or ("its weight is used outside its own forward" if ran else NOT_RUN)

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..adapters.base import no_connection
 from ..core.files import CONFIG, FLOAT_COPY, INDICATORS, MANIFEST, PACKED
 from ..errors import HubMPQError, InvalidArgument, PackedFormat
 from ..pack import Manifest, parse_manifest, read_packed
@@ -220,5 +221,7 @@ def packed_folder(
         return Path(model_id) if (Path(model_id) / PACKED).is_file() else None
     found = repo_of(str(model_id))
     if found is None:
+        return None
+    if not local_files_only and no_connection(found[0], revision or found[1], token) is not None:
         return None
     return fetch(found[0], revision=revision or found[1], token=token, local_files_only=local_files_only)

@@ -15,7 +15,7 @@ from ..versions import warn_if_untested
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-_REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+_REPO = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 
 
 def hub_api(token: str | bool | None = None) -> HfApi:
