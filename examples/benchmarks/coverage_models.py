@@ -175,15 +175,16 @@ def config_of(model_type: str) -> Any:
     """The default config of a type, with what its default leaves out and no model can be built or run without."""
     import transformers
 
-    config = transformers.AutoConfig.for_model(model_type, **_LEFT_OUT.get(model_type, {}))
+    return _with_places(transformers.AutoConfig.for_model(model_type, **_LEFT_OUT.get(model_type, {})))
+
+
+def _with_places(config: Any) -> Any:
+    """The config with tokens of its vocabulary for the places of images and sounds."""
     words = getattr(config.get_text_config(), "vocab_size", None)
     for i, kind in enumerate(("image", "audio")):
         for name in (f"{kind}_token_id", f"{kind}_token_index"):
-            if (
-                words
-                and hasattr(config, name)
-                and not (isinstance(getattr(config, name), int) and getattr(config, name) < words)
-            ):
+            token = getattr(config, name, None)
+            if words and hasattr(config, name) and not (isinstance(token, int) and token < words):
                 setattr(config, name, words - 1 - i)
     return config
 
@@ -241,4 +242,4 @@ def _changed(config: Any, values: dict[str, Any], part: Callable[[Any], Any]) ->
         for before, after in depths:
             if isinstance(value, list) and len(value) == before:
                 kept[key] = value[:after]
-    return type(config)(**{**kept, **values, **own})
+    return _with_places(type(config)(**{**kept, **values, **own}))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
 
 from ..core.library import Library, libraries, register_library
 from ..errors import HubMPQError, InvalidArgument
-from .base import Source, cannot_build
+from .base import Source, find_config
 from .module import ModuleLibrary, from_module
 from .timm import TimmLibrary
 from .trace import build_graph, norm_of, observe_signed, trace
@@ -38,12 +39,12 @@ def load(
         HubMPQError: Files cannot be had.
     """
     model_id = str(model_id)
-    found = _find(model_id, kwargs.get("revision")) if library is None else libraries.get(library)
+    found = _find(model_id, kwargs.get("revision"), kwargs.get("token")) if library is None else libraries.get(library)
     source: Source = found.load(model_id, pretrained=pretrained, meta=meta, **kwargs)
     return source
 
 
-def _find(model_id: str, revision: str | None) -> Library:
+def _find(model_id: str, revision: str | None, token: str | bool | None) -> Library:
     if not model_id.strip():
         raise InvalidArgument("the model id is empty")
     folder = Path(model_id)
@@ -51,22 +52,24 @@ def _find(model_id: str, revision: str | None) -> Library:
         if not (folder / "config.json").is_file():
             raise InvalidArgument(f"{model_id!r} holds no config.json, so it is no model folder")
         return _owner(model_id, folder / "config.json")
-    if model_id.startswith((".", "/", "~", "\\")):
+    path = model_id.removeprefix("local-dir:")
+    if path.startswith((".", "/", "~", "\\")) or (path != model_id and not Path(path).is_dir()):
         raise InvalidArgument(f"no such folder: {model_id!r}")
     for library in libraries:
         if library.knows(model_id):
             return library
-    from huggingface_hub import hf_hub_download
+    return _owner(model_id, find_config(model_id, lambda: _near_names(model_id), revision, token))
 
-    try:
-        return _owner(model_id, Path(hf_hub_download(model_id, "config.json", revision=revision)))
-    except HubMPQError:
-        raise
-    except Exception as error:
-        near = [] if "/" in model_id else [name for library in libraries for name in library.near_names(model_id)]
-        if near:
-            raise InvalidArgument(f"unknown model {model_id!r}; did you mean {' or '.join(near)}?") from error
-        raise cannot_build(model_id, error, pretrained=False) from error
+
+def _near_names(model_id: str) -> list[str]:
+    names = [name for library in libraries for name in library.near_names(model_id)]
+    alike = difflib.SequenceMatcher(b=model_id)
+
+    def ratio(name: str) -> float:
+        alike.set_seq1(name if "/" in model_id else name.rpartition("/")[2])
+        return alike.ratio()
+
+    return sorted(names, key=ratio, reverse=True)[:3]
 
 
 def _owner(model_id: str, file: Path) -> Library:

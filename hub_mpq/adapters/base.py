@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..core import LayerGraph
+<<<<<<< HEAD
 from ..errors import HubMPQError, is_connection_error, shown
+=======
+from ..errors import HubMPQError, InvalidArgument, is_connection_error
+>>>>>>> m_zoo
 from ..nn.types import device_of
 from .forward import Example
 from .restore_state import state_restored
@@ -76,6 +81,64 @@ def commit_of(file: object) -> str | None:
     """Commit of the Hub repository that a file of the Hub client's cache was taken from; None for any other file."""
     found = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", str(file))
     return found and found[1]
+
+
+def no_connection(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> Exception | None:
+    """What the Hub's client raises where a repository's config is not in the cache and the Hub can't be reached.
+
+    The Hub is asked once: the client's own download tries for half a minute. Whatever else is wrong, None: the download
+    says so, or gets over it.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    try:
+        if not isinstance(try_to_load_from_cache(repo_id, "config.json", revision=revision), str):
+            get_hf_file_metadata(hf_hub_url(repo_id, "config.json", revision=revision), token=token)
+    except Exception as error:
+        kind = type(error)
+        client = kind.__module__.partition(".")[0] in ("httpx", "httpx2", "requests")
+        return error if client and kind.__name__.startswith(("Connect", "Proxy")) else None
+    return None
+
+
+def find_config(
+    repo_id: str, near: Callable[[], Sequence[str]], revision: str | None = None, token: str | bool | None = None
+) -> Path:
+    """The config.json of a Hub repository.
+
+    Args:
+        repo_id: As the Hub takes it.
+        near: Names that look like it, best first; asked for only where there is no such repository.
+        revision: Branch, tag or commit.
+        token: As for huggingface_hub.
+
+    Raises:
+        InvalidArgument: There is none, and there are near names, or none can have that name.
+        HubMPQError: There is none, or it can't be had.
+    """
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        if (unreachable := no_connection(repo_id, revision, token)) is not None:
+            raise unreachable
+        return Path(hf_hub_download(repo_id, "config.json", revision=revision, token=token))
+    except errors.HFValidationError as error:
+        raise InvalidArgument(f"no such folder: {repo_id!r}, and no Hub repository can have that name") from error
+    except Exception as error:
+        if names := near():
+            raise InvalidArgument(f"unknown model {repo_id!r}; did you mean {' or '.join(names)}?") from error
+        raise cannot_build(repo_id, error, pretrained=False) from error
+
+
+def near_repositories(model_id: str, known: Iterable[str] = ()) -> list[str]:
+    """Up to three repositories that look like an id, with or without their owner: of the Hub client's cache, and
+    `known` ones."""
+    from huggingface_hub import constants
+
+    folders = Path(constants.HF_HUB_CACHE).glob("models--*")
+    names = sorted({*known, *(folder.name.removeprefix("models--").replace("--", "/") for folder in folders)})
+    whole = {name if "/" in model_id else name.rpartition("/")[2]: name for name in reversed(names)}
+    return [whole[key] for key in difflib.get_close_matches(model_id, whole, n=3, cutoff=0.8)]
 
 
 def cannot_build(model_id: str, error: Exception, *, pretrained: bool) -> HubMPQError:

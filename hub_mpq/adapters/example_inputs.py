@@ -53,6 +53,8 @@ def example_for(model: nn.Module, sequence_length: int = 128) -> Inputs:
     for form in forms:
         try:
             example = _with_text(model, takes, form, sequence_length)
+        except HubMPQError:
+            raise
         except Exception as raised:  # a model may raise anything on a form that is not its own
             error = raised
             continue

@@ -18,7 +18,7 @@ from ..core.library import Library
 from ..errors import HubMPQError, InvalidArgument, shown
 from ..nn.expose import expose_layers
 from ..versions import warn_if_untested
-from .base import Source, cannot_build, commit_of, noise, placed
+from .base import Source, cannot_build, commit_of, find_config, noise, placed
 from .trace import build_graph
 
 
@@ -35,10 +35,13 @@ class TimmLibrary(Library):
         return "architecture" in config
 
     def near_names(self, model_id: str) -> list[str]:
-        """Up to three names of timm's registry."""
+        """Up to three names of timm's registry; of an id with an owner, only where that is timm."""
+        owner, _, name = model_id.rpartition("/")
+        if owner.removeprefix("hf-hub:").removeprefix("hf_hub:") not in ("", "timm"):
+            return []
         import timm
 
-        return difflib.get_close_matches(model_id.partition(".")[0], timm.list_models(), n=3, cutoff=0.6)
+        return difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3, cutoff=0.6)
 
     def load(
         self,
@@ -83,6 +86,8 @@ class TimmLibrary(Library):
                     f"revision={revision!r} needs a Hub id such as hf-hub:user/name, not {model_id!r}"
                 )
             name = f"{name}@{revision}"
+        if repo := _repo_of(name):
+            find_config(repo[0], lambda: self.near_names(model_id), repo[1])
         pretrained = pretrained and checkpoint_path is None and not meta
         path = None if checkpoint_path is None or meta else str(checkpoint_path)
         try:
@@ -151,6 +156,14 @@ def _is_timm_name(name: str) -> bool:
     import timm
 
     return bool(timm.is_model(name.partition(".")[0]))
+
+
+def _repo_of(name: str) -> tuple[str, str | None] | None:
+    """(repository, revision) of what timm takes for one on the Hub."""
+    if not name.startswith(("hf-hub:", "hf_hub:")):
+        return None
+    repo, _, revision = name.partition(":")[2].partition("@")
+    return repo, revision or None
 
 
 def _timm_uri(model_id: str) -> str:

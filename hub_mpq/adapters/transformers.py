@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..nn.expose import expose_layers
 from ..nn.split_experts import split_experts
 from ..nn.types import layer_kind
 from ..versions import warn_if_untested
-from .base import Source, cannot_build, commit_of, placed
+from .base import Source, cannot_build, commit_of, near_repositories, placed
 from .example_inputs import example_for
 from .trace import build_graph
 
@@ -65,6 +66,10 @@ class TransformersLibrary(Library):
 
     def owns(self, config: Mapping[str, Any]) -> bool:
         return "model_type" in config
+
+    def near_names(self, model_id: str) -> list[str]:
+        """Up to three repositories: of the Hub client's cache, and those that transformers' own configs name."""
+        return near_repositories(model_id, _checkpoints())
 
     def load(
         self,
@@ -208,6 +213,15 @@ class TransformersLibrary(Library):
     def plugin_code(self, repo_id: str, config: Mapping[str, Any]) -> tuple[str, ...]:
         _, load = self.float_code(repo_id, config)
         return ("import hub_mpq, transformers", load)
+
+
+def _checkpoints() -> list[str]:
+    """Hub ids that the source of transformers' configs names, one a type."""
+    import transformers
+
+    files = Path(transformers.__file__).parent.glob("models/*/configuration_*.py")
+    found = (re.search(r'checkpoint="([\w.-]+/[\w.-]+)"', file.read_text(encoding="utf-8")) for file in files)
+    return [match[1] for match in found if match]
 
 
 def _architecture(config: Mapping[str, Any]) -> str | None:

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapters.base import no_connection
 from ..core.files import CONFIG, FLOAT_COPY, INDICATORS, MANIFEST, PACKED
 from ..core.output import check_output_folder
 from ..errors import HubMPQError, InvalidArgument, PackedFormat, is_connection_error
@@ -278,5 +279,7 @@ def packed_folder(
         return Path(model_id) if (Path(model_id) / PACKED).is_file() else None
     found = repo_of(str(model_id))
     if found is None:
+        return None
+    if not local_files_only and no_connection(found[0], revision or found[1], token) is not None:
         return None
     return fetch(found[0], revision=revision or found[1], token=token, local_files_only=local_files_only)
