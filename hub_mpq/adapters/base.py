@@ -14,11 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..core import LayerGraph
-<<<<<<< HEAD
-from ..errors import HubMPQError, is_connection_error, shown
-=======
-from ..errors import HubMPQError, InvalidArgument, is_connection_error
->>>>>>> m_zoo
+from ..errors import HubMPQError, InvalidArgument, is_connection_error, shown
 from ..nn.types import device_of
 from .forward import Example
 from .restore_state import state_restored

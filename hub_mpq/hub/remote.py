@@ -17,7 +17,6 @@ from ..versions import warn_if_untested
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-<<<<<<< HEAD
 COMMIT = re.compile(r"[0-9a-f]{40}")
 FILES = 10_000
 """Files of a repo that are looked at, at most."""
@@ -25,10 +24,7 @@ _NAME = re.compile(r"\w[\w.+=:~-]{0,199}", re.ASCII)
 _PATIENCE = 120
 """Seconds to wait, at most, when the Hub says how long."""
 _limit: ContextVar[int | None] = ContextVar("limit", default=None)
-_REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
-=======
 _REPO = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
->>>>>>> m_zoo
 
 
 def hub_api(token: str | bool | None = None) -> HfApi:
