@@ -16,9 +16,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from .core import FLOAT_BITS, human
+from .core.output import check_output_folder
 from .data import Shuffled
 from .errors import HubMPQError
 from .model import HubMPQ
+from .pack.atomic import write_atomic
 from .plot import check_plot, plot_policy
 from .report import table
 from .train.finetune import finetune
@@ -114,6 +116,7 @@ def run(output: str | Path = "hub-mpq-demo", *, seed: int = 0, say: Callable[[st
     than the one in memory.
     """
     output = Path(output)
+    check_output_folder(output)
     check_plot(output / PICTURE)
     if output.exists() and not (output.is_dir() and {p.name for p in output.iterdir()} <= {"model", PICTURE, FIGURES}):
         raise HubMPQError(f"{output} exists and is not of an earlier demo; name another folder with --output")
@@ -148,7 +151,7 @@ def _run(output: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
     plot_policy(mpq.graph, same.policy, output / PICTURE, title=f"{MODEL} on digits: W4A4 BitOps, mixed")
     demo.seconds["total"] = time.perf_counter() - began
     figures = {"rows": rows, "seconds": demo.seconds, "packed_bytes": saved, "equal_logits": equal, "seed": seed}
-    (output / FIGURES).write_text(json.dumps(figures, indent=2) + "\n")
+    write_atomic(output / FIGURES, [(json.dumps(figures, indent=2) + "\n").encode()])
     if not equal:
         raise HubMPQError(f"the model loaded from {output / 'model'} answers otherwise than the one that was saved")
     return {**figures, "output": str(output)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+LONGEST = 300
+"""Characters of foreign text that a message, a table or a card shows at most."""
 _HUB_CLIENTS = ("huggingface_hub", "httpx", "httpx2", "requests", "urllib3")
 
 
@@ -12,8 +14,32 @@ def is_connection_error(error: BaseException) -> bool:
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _HUB_CLIENTS
 
 
+def shown(text: object, most: int = LONGEST) -> str:
+    """Text of a file or a repository as it may be shown: one line, cut, with escapes for what a terminal would obey
+    and for characters that are not seen or change the order of others.
+
+    Args:
+        text: The text, or anything that has one.
+        most: Characters to show.
+    """
+    whole = str(text)
+    if not whole.isprintable():
+        whole = "".join(c if c.isprintable() else _escaped(c) for c in whole[: most + 1])
+    return whole if len(whole) <= most else f"{whole[: most - 1]}…"
+
+
+def _escaped(character: str) -> str:
+    if character.isspace():
+        return " "
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+
+
 class HubMPQError(Exception):
-    """Base class: one clear sentence for the person who made the call."""
+    """Base class: one clear sentence for the person who made the call, with nothing in it that a terminal obeys."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(shown(message, 2000))
 
 
 class InvalidArgument(HubMPQError, ValueError):
@@ -56,7 +82,7 @@ class PackedFormat(HubMPQError):
     """A packed file is torn, tampered with, or of another format version."""
 
     def __init__(self, file: object, message: str) -> None:
-        super().__init__(f"{file}: {message}")
+        super().__init__(f"{shown(file)}: {shown(message)}")
         self.file = str(file)
 
 
@@ -65,7 +91,15 @@ class PolicyMismatch(HubMPQError):
 
     def __init__(self, missing: Iterable[str], extra: Iterable[str]) -> None:
         self.missing, self.extra = sorted(missing), sorted(extra)
-        super().__init__(f"policy is for another model: missing layers {self.missing}, unknown layers {self.extra}")
+        super().__init__(
+            f"policy is for another model: missing layers {_some(self.missing)}, unknown layers {_some(self.extra)}"
+        )
+
+
+def _some(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    first = ", ".join(f"'{shown(name, 40)}'" for name in names[:4])
+    return f"[{first}]" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 class TrainingDiverged(HubMPQError):

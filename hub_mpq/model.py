@@ -41,13 +41,15 @@ from .core import (
     SearchResult,
     Usage,
 )
-from .core.bits import GroupSizes, check_group_sizes
+from .core.bits import GroupSizes, check_group_size, check_group_sizes
+from .core.checks import MAX_SEED, number, seconds, whole
 from .core.library import libraries
 from .core.target import Target, targets
 from .core.task import tasks
 from .data import text_tokens
 from .errors import HubMPQError, InvalidArgument
 from .export import COMPRESSED_TENSORS, export, exportable
+from .hub.cached import mended
 from .hub.folder import read_folder_indicators, save_folder
 from .hub.load import load_folder, load_resident
 from .hub.origin import local_card
@@ -55,6 +57,7 @@ from .hub.preprocess import local_preprocess
 from .hub.publish import publish
 from .hub.pull import packed_folder, refuse_choices
 from .hub.remote import check_repo_id
+from .nn.fold import fold_notes
 from .nn.packed import packed_layers
 from .nn.packing import base_nbytes
 from .nn.rounded_weights import RoundedWeights
@@ -90,7 +93,7 @@ from .search.scores import (
     score_table,
     scored_candidates,
 )
-from .search.strategy import infers_widths, strategy_named
+from .search.strategy import build_strategy, infers_widths, strategy_named
 from .search.synthetic_data import synthetic_batch
 from .search.train_scores import train_scores
 from .search.validated_search import ScoredLayers, on_batches, search_measured
@@ -231,7 +234,8 @@ class HubMPQ(nn.Module):
         if folder is not None:
             choices = {"fixed": fixed, "exclude": tuple(exclude), "weight_only": weight_only}
             refuse_choices(model_id, **choices, tie_fused=tie_fused, target=target, per_expert=per_expert)
-            out = cls._of_folder(folder, module, task, resident, kwargs)
+            load = partial(cls._of_folder, folder, module, task, resident, kwargs)
+            out = mended(folder, load, token=token, offline=local_files_only)
             if runtime is not None:
                 out.model = out.to_runtime(runtime)
                 out.source = replace(out.source, model=out.model)  # the other one's memory is free again
@@ -373,6 +377,7 @@ class HubMPQ(nn.Module):
             engine: Precision, memory, trackers.
             changes: Single options by name, in place of those of `options`.
         """
+        build_strategy(strategy, strategy_options)  # what it refuses must not cost work first
         return self._train_scores(
             self._pinned(fixed),
             train,
@@ -418,6 +423,7 @@ class HubMPQ(nn.Module):
 
     def score_table(self, alpha: float | None = None, candidates: CandidatesLike = None) -> tuple[Scores, float]:
         """({searched layer: {widths: score}}, α): what the solver adds up; `scores.sense` tells which way is better."""
+        _check_numbers(alpha=alpha)
         chosen = self._scored_candidates(self.graph, candidates)
         return score_table(self._scores(), self.graph, chosen, alpha, weight_only=self.weight_only)
 
@@ -471,15 +477,15 @@ class HubMPQ(nn.Module):
         Raises:
             InfeasibleBudget: No policy meets the budget; it reports the minimum of each limit.
         """
+        _check_numbers(alpha=alpha, time_limit=time_limit, validate_seconds=validate_seconds)
         graph = self._pinned(fixed)
-        whole = self._budget_here(Budget.of(budget, limits) or Budget(), graph)
-        _check_seconds(validate_seconds)
+        wanted = self._budget_here(Budget.of(budget, limits) or Budget(), graph)
         scored = self._scored(graph, alpha, self._scored_candidates(graph, candidates))
-        whole = whole.with_groups(*first_groups(scored.candidates))
-        result = scored.optimum(whole, time_limit)
+        wanted = wanted.with_groups(*first_groups(scored.candidates))
+        result = scored.optimum(wanted, time_limit)
         if validate is not None:
             finish = on_batches(scored, self.float_model, validate, validate_seconds, **self._told(None))
-            result = finish(result, whole)
+            result = finish(result, wanted)
         self._note(result)
         return result
 
@@ -520,13 +526,13 @@ class HubMPQ(nn.Module):
             strategy: The one that is going to search; None: with the scores that are there, if any.
         """
         graph = self._pinned(fixed)
-        whole = self._budget_here(Budget.of(budget, limits) or Budget(), graph)
+        wanted = self._budget_here(Budget.of(budget, limits) or Budget(), graph)
         if self.scores is not None and (strategy is None or self._serves(strategy, graph)):
             scored = self._scored(graph, None, self._scored_candidates(graph, candidates))
-            scored.optimum(whole.with_groups(*first_groups(scored.candidates)))
+            scored.optimum(wanted.with_groups(*first_groups(scored.candidates)))
         else:
             chosen = self._candidates(graph, candidates)
-            self._check_reachable(graph, whole.with_groups(*first_groups(chosen)), chosen)
+            self._check_reachable(graph, wanted.with_groups(*first_groups(chosen)), chosen)
 
     def _check_reachable(self, graph: LayerGraph, budget: Budget, candidates: Mapping[str, Candidates]) -> None:
         table = equal_scores(graph, candidates)
@@ -541,6 +547,7 @@ class HubMPQ(nn.Module):
         alpha: float | None = None,
         candidates: CandidatesLike = None,
         fixed: Pins | None = None,
+        time_limit: float | None = None,
         validate: Iterable[Any] | None = None,
         validate_seconds: float | None = None,
         **limits: Any,
@@ -552,10 +559,12 @@ class HubMPQ(nn.Module):
             points: How many budgets between the least and the greatest.
             budget: Other limits that hold at each point, whole or by name, as in `search`.
             alpha, candidates, fixed: As in `search`.
+            time_limit: Seconds for all points; past them the best policies so far, with their gaps.
             validate: As in `search`.
             validate_seconds: As in `search`, of each point.
         """
-        _check_seconds(validate_seconds)
+        whole("points", points, 2, 10_000)
+        _check_numbers(alpha=alpha, time_limit=time_limit, validate_seconds=validate_seconds)
         graph = self._pinned(fixed)
         scored = self._scored(graph, alpha, self._scored_candidates(graph, candidates))
         others = Budget.of(budget, limits)
@@ -579,6 +588,7 @@ class HubMPQ(nn.Module):
             sense=scores.sense,
             strategy=scores.strategy,
             seed=scores.seed,
+            time_limit=time_limit,
             finish=finish,
         )
         self._note(*results)
@@ -614,6 +624,8 @@ class HubMPQ(nn.Module):
             reestimate_norms: Re-estimate BatchNorm statistics too, on up to 16 batches of `calibration`.
             task: What the model is for, which says what of a batch is an input; None for `self.task`, or to find out.
         """
+        whole("batches", batches, 1)
+        check_group_size(group_size)
         check_rounding(rounding)
         if isinstance(policy, SearchResult):
             policy = policy.policy
@@ -724,6 +736,9 @@ class HubMPQ(nn.Module):
         Returns:
             {metric: value} with "perplexity", the number of "tokens", "context" and "stride".
         """
+        for name, value, low in (("context", context, 2), ("stride", stride, 1)):
+            if value is not None:
+                whole(name, value, low)
         told = self._told(task)
         ids = text_tokens(text, self.source, self.model, told["task"]) if isinstance(text, (str, Path)) else text
         figures = perplexity(self.model, ids, context=context, stride=stride, **told)
@@ -829,10 +844,12 @@ class HubMPQ(nn.Module):
                 was read from, where there are any. Batches: on these. False: the optimum of the scores is taken.
             validate_seconds: As in `search`.
         """
+        whole("seed", seed, 0, MAX_SEED)
+        group_size = check_group_sizes(group_size)
+        _check_numbers(alpha=alpha, validate_seconds=validate_seconds)
         if train is not None:
             rereadable(train)
-        _check_seconds(validate_seconds)
-        whole = Budget.of(budget, limits)
+        wanted = Budget.of(budget, limits)
         learning = IndicatorOptions.of(indicator_options, {"seed": seed, "resume": resume})
         shared = {"epochs": epochs, "steps": steps, "seed": seed, "resume": resume}
         tuning = FinetuneOptions.of(finetune_options, shared)
@@ -848,11 +865,11 @@ class HubMPQ(nn.Module):
             held = None if self.weight_only else self.scores
             candidates = self._learned_widths(graph, held if indicators is None else indicators, strategy)
         candidates = self._candidates(graph, candidates, group_size, symmetric)
-        if whole is not None:
-            whole = self._budget_here(whole, graph)
-            if "latency" in whole.limits:  # what cannot measure must not cost a training first
-                runtime_here(whole.latency_table.runtime)  # type: ignore[union-attr]
-            whole = whole.with_groups(*first_groups(candidates, check_group_sizes(group_size)))
+        if wanted is not None:
+            wanted = self._budget_here(wanted, graph)
+            if "latency" in wanted.limits:  # what cannot measure must not cost a training first
+                runtime_here(wanted.latency_table.runtime)  # type: ignore[union-attr]
+            wanted = wanted.with_groups(*first_groups(candidates, group_size))
         alone = weights_alone(graph, candidates)
         if rounding is None and alone and per_channel and train is not None and not tuned and world()[1] == 1:
             rounding = "gptq"
@@ -861,15 +878,17 @@ class HubMPQ(nn.Module):
                 f"rounding={rounding!r} needs train=, one process, and a scale for each output channel or group"
             )
         strategy = strategy or (indicators.strategy if indicators is not None else "gradient" if rounding else "limpq")
-        if whole is None and (indicators.inferred is None if indicators is not None else not infers_widths(strategy)):
+        if wanted is None and (indicators.inferred is None if indicators is not None else not infers_widths(strategy)):
             Budget()  # none where one is needed must not cost a training first
         if indicators is not None:
             self.scores = indicators
         learned = indicators is not None or self._serves(strategy, graph)
-        if whole is not None and learned:
-            self._scored(graph, None, candidates).optimum(whole)
-        elif whole is not None:
-            self._check_reachable(graph, whole, candidates)
+        if strategy_options or not learned:
+            build_strategy(strategy, strategy_options)
+        if wanted is not None and learned:
+            self._scored(graph, None, candidates).optimum(wanted)
+        elif wanted is not None:
+            self._check_reachable(graph, wanted, candidates)
         if not learned and strategy_named(strategy).trains:
             check_one_grid(candidates)
         if val is not None:
@@ -884,13 +903,15 @@ class HubMPQ(nn.Module):
             of = [strategy, strategy_options, str(learning.changed()), str(candidates), rounding, graph.digest]
             of.append(digest_of(self.float_model.state_dict()))
             cls = strategy_named(strategy)
-            of += [] if cls.learned_once or not cls.trains or whole is None else [str(whole)]
+            of += [] if cls.learned_once or not cls.trains or wanted is None else [str(wanted)]
             kept = Path(checkpoint_dir) / f"scores-{_mark(of)}.safetensors"
             if resume and kept.is_file():
                 self.scores, learned = read_indicators(kept), True
         if not learned:
             if checkpoint_dir:
-                learning = learning.filled(checkpoint_dir=_states_of(checkpoint_dir, strategy, strategy_options, whole))
+                learning = learning.filled(
+                    checkpoint_dir=_states_of(checkpoint_dir, strategy, strategy_options, wanted)
+                )
             self._learn(
                 graph,
                 train,
@@ -898,7 +919,7 @@ class HubMPQ(nn.Module):
                 candidates,
                 strategy=strategy,
                 strategy_options=strategy_options,
-                budget=whole,
+                budget=wanted,
                 task=task,
                 engine=engine,
                 rounded=rounded,
@@ -907,15 +928,15 @@ class HubMPQ(nn.Module):
                 on_main(partial(write_indicators, kept, self._scores()))
         # of several processes one searches and measures: a time limit could end them at other policies
         result = met = None
-        if whole is not None:
+        if wanted is not None:
             scored = self._scored(graph, alpha, candidates)
             more = {"seconds": validate_seconds, "per_channel": per_channel, "rounded": rounded, **self._told(task)}
             search = partial(search_measured, scored, self.float_model, validate=validate, train=train, val=val, **more)
-            if "latency" in whole.limits:
-                met = on_main(partial(self._meet_latency, scored, search, whole))
+            if "latency" in wanted.limits:
+                met = on_main(partial(self._meet_latency, scored, search, wanted))
                 result = met.result
             else:
-                result = on_main(partial(search, budget=whole))
+                result = on_main(partial(search, budget=wanted))
             self._note(result)
         policy = result.policy if result else inferred_policy(graph, self._scores(), candidates)
         # fine-tuning starts from the float BatchNorm (LIMPQ) and re-estimates at its end
@@ -955,6 +976,8 @@ class HubMPQ(nn.Module):
             InvalidArgument: A number is below 1, or an unknown runtime.
             HubMPQError: The runtime cannot be used here, or the model was loaded from packed weights.
         """
+        whole("batch_size", batch_size, 1)
+        whole("threads", threads, 1, 1024)
         more: dict[str, Any] = {}
         if candidates is not None:
             chosen = resolve_candidates(self.graph, candidates).values()
@@ -1076,6 +1099,7 @@ class HubMPQ(nn.Module):
         expected = expected_divergence(self.scores, graph, self.policy, weight_only=self.weight_only)
         unit = self.scores.unit if self.scores is not None else ""
         text = report(graph, self.policy, usage, self.metrics, self.seconds, expected, unit)
+        text += "".join(f"\n{note}" for note in fold_notes(self.model))
         if self.result is not None and (measured := measurements(self.result)):
             text += f"\n{measured}"
         if (latency := self.history.get("latency")) is not None:
@@ -1286,9 +1310,12 @@ class HubMPQ(nn.Module):
         return {name: replace(c, activation=(FLOAT_BITS,)) for name, c in found.items()}
 
 
-def _check_seconds(seconds: float | None) -> None:
-    if seconds is not None and not seconds > 0:
-        raise InvalidArgument(f"validate_seconds is {seconds!r}; it must be above zero")
+def _check_numbers(*, alpha: Any = None, time_limit: Any = None, validate_seconds: Any = None) -> None:
+    """Raise InvalidArgument for a number that means nothing, before any work."""
+    if alpha is not None:
+        number("alpha", alpha)
+    seconds("time_limit", time_limit)
+    seconds("validate_seconds", validate_seconds)
 
 
 def _brief(facts: Any) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .core import FLOAT_BITS, Indicators, LayerGraph, Policy, SearchResult, limits
+from .core.output import check_output_file
 from .errors import HubMPQError, InvalidArgument
 
 if TYPE_CHECKING:
@@ -19,11 +21,12 @@ _ACROSS = 56  # layers side by side; more go into further rows, so that names an
 
 
 def check_plot(path: str | Path) -> None:
-    """Raise HubMPQError when matplotlib is missing, InvalidArgument when `path` is no picture."""
+    """Raise HubMPQError when matplotlib is missing, InvalidArgument when `path` is no picture or cannot be written."""
     if find_spec("matplotlib") is None:
         raise HubMPQError("pictures need matplotlib: pip install 'hub-mpq[report]'")
     if Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
         raise InvalidArgument(f"a picture is a .png, .svg or .pdf file, not {str(path)!r}")
+    check_output_file(path)
 
 
 def _figure(path: str | Path, width: float, height: float) -> Figure:
@@ -34,12 +37,15 @@ def _figure(path: str | Path, width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    path = Path(path)
+    from .pack.atomic import write_atomic
+
+    path, drawn = Path(path), io.BytesIO()
+    figure.savefig(drawn, dpi=150, format=path.suffix[1:].lower())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
     except OSError as error:
         raise HubMPQError(f"{path} cannot be written: {error}") from error
+    write_atomic(path, [drawn.getvalue()])
 
 
 def _rows(names: Sequence[str]) -> list[list[str]]:

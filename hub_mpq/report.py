@@ -10,13 +10,15 @@ from typing import Any
 from .core import LayerGraph, Policy, SearchResult, Usage, human, human_seconds, limits
 from .cost.bitops import float_bitops, layer_bitops
 from .cost.size import layer_nbytes
+from .errors import shown
 
 NOT_RUN_SHARE = 0.05
 """Weights that may stay unreached without a word."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Text table: first column to the left, the others to the right."""
+    """Text table: first column to the left, the others to the right. Cells are cut and escaped, as `shown` does."""
+    rows = [[shown(cell, 120) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
 
     def line(row: Sequence[str]) -> str:
@@ -61,7 +63,7 @@ def report(
         )
     for op in graph.floats:
         rows.append([op.name, op.kind, "float", human(op.macs), human(op.weight_count), human(float_bitops(op)), ""])
-    lines = [f"{graph.model_id} ({graph.library}), input {'×'.join(map(str, graph.input_shape))}"]
+    lines = [f"{shown(graph.model_id)} ({shown(graph.library)}), input {'×'.join(map(str, graph.input_shape))}"]
     head = ["layer", "kind", "bits", "MACs", "weights", "BitOps", "bytes"]
     if expected:
         head.append(unit)
@@ -73,11 +75,11 @@ def report(
     if usage is not None:
         lines += [f"{limit.label}: {limit.show(usage[limit.name])}" for limit in limits if limit.name in usage.amounts]
     for op in graph.floats:
-        lines.append(f"float: {op.name} ({op.reason})")
+        lines.append(f"float: {shown(op.name, 120)} ({shown(op.reason)})")
     if missed := not_run_line(graph):
-        lines.append(f"warning: {missed}")
+        lines.append(f"warning: {shown(missed)}")
     for which, figures in metrics.items():
-        lines.append(f"{which}: " + figures_line(figures, ", "))
+        lines.append(f"{shown(which, 120)}: " + figures_line(figures, ", "))
     if seconds:
         lines.append("seconds: " + ", ".join(f"{k} {v:.3g}" for k, v in seconds.items()))
     return "\n".join(lines)
@@ -108,7 +110,8 @@ def estimate(value: float, error: float | None) -> str:
 
 def figures_line(figures: Mapping[str, Any], between: str = "  ") -> str:
     """Measured figures in one line; the task's name is text, the others numbers."""
-    return between.join(f"{k} {v}" if isinstance(v, str) else f"{k} {v:.4g}" for k, v in figures.items())
+    texts = {shown(k, 120): shown(v, 120) if isinstance(v, str) else f"{v:.4g}" for k, v in figures.items()}
+    return between.join(f"{k} {v}" for k, v in texts.items())
 
 
 def measurements(result: SearchResult) -> str:
@@ -142,6 +145,6 @@ def latency_line(facts: Mapping[str, Any]) -> str:
     )
     threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
     return (
-        f"latency: {measured} ± {spread} measured on {facts['runtime']} (batch {facts['batch_size']}, {threads}, "
-        f"{facts['machine']}); limit {limit}, predicted {predicted}"
+        f"latency: {measured} ± {spread} measured on {shown(facts['runtime'])} (batch {facts['batch_size']}, "
+        f"{threads}, {shown(facts['machine'])}); limit {limit}, predicted {predicted}"
     )

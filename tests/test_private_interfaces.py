@@ -312,12 +312,18 @@ def modules():
     from transformers.pytorch_utils import Conv1D
 
     from hub_mpq.nn.experts import ExpertStack, TransposedExpertStack
+    from hub_mpq.nn.multihead_attention import Projection
 
     assert AlignVisionConfig().depthwise_padding == []
     image, flat = torch.randn(2, 3, 6, 6), torch.randn(2, 5, 3)
     depthwise = {"kernel_size": 3, "stride": 1, "padding": 1, "bias": False}
     found = [
         (nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), image),
+        (nn.Conv1d(3, 4, 2), nn.Conv1d(3, 4, 2), image[:, :, 0]),
+        (nn.Conv3d(3, 4, 2), nn.Conv3d(3, 4, 2), image[:, :, None].expand(-1, -1, 2, -1, -1)),
+        (nn.ConvTranspose1d(3, 4, 2), nn.ConvTranspose1d(3, 4, 2), image[:, :, 0]),
+        (nn.ConvTranspose2d(3, 4, 2), nn.ConvTranspose2d(3, 4, 2), image),
+        (nn.ConvTranspose3d(3, 4, 2), nn.ConvTranspose3d(3, 4, 2), image[:, :, None]),
         (nn.Linear(3, 4), nn.Linear(3, 4), flat),
         (nn.Embedding(4, 3), nn.Embedding(4, 3), torch.tensor([0, 3])),
         (timm.layers.Conv2dSame(3, 4, 3), nn.Conv2d(3, 4, 3, padding="same"), image),
@@ -326,8 +332,9 @@ def modules():
         (EfficientNetDepthwiseConv2d(3, **depthwise), nn.Conv2d(3, 3, groups=3, **depthwise), image),
         (AlignVisionDepthwiseConv2d(3, **depthwise), nn.Conv2d(3, 3, groups=3, **depthwise), image),
         (FalconLinear(3, 4), nn.Linear(3, 4), flat),
-        (nn.MultiheadAttention(4, 1).out_proj, None, None),
+        (nn.MultiheadAttention(4, 1).out_proj, nn.Linear(4, 4), torch.randn(2, 5, 4)),
         (nn.MultiheadAttention(4, 1), None, None),
+        (Projection(3, 4), nn.Linear(3, 4), flat),
         *((scaled(4, 3, 0, embed_scale=3.0), nn.Embedding(4, 3), torch.tensor([0, 3])) for scaled in _scaled()),
         (ExpertStack(nn.Parameter(torch.randn(2, 4, 3))), nn.Linear(3, 4, bias=False), flat),
         (TransposedExpertStack(nn.Parameter(torch.randn(2, 3, 4))), nn.Linear(3, 4, bias=False), flat),

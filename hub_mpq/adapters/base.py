@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..core import LayerGraph
-from ..errors import HubMPQError, InvalidArgument, is_connection_error
+from ..errors import HubMPQError, InvalidArgument, is_connection_error, shown
 from ..nn.types import device_of
 from .forward import Example
 from .restore_state import state_restored
@@ -140,7 +140,7 @@ def near_repositories(model_id: str, known: Iterable[str] = ()) -> list[str]:
 def cannot_build(model_id: str, error: Exception, *, pretrained: bool) -> HubMPQError:
     """One sentence on why a model could not be built, from whatever its library raised."""
     first = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
-    said = f"[{type(error).__name__}: {first}]"
+    said = f"[{type(error).__name__}: {shown(first, 160)}]"
     if not is_connection_error(error):
         return HubMPQError(f"{model_id!r} can't be built {said}")
     way = "pretrained=False builds it without weights, checkpoint_path= takes a file that is here"

@@ -38,13 +38,18 @@ def replaced_parameters(modules: Mapping[str, nn.Module], quantized: Collection[
 
 
 def float_ops(
-    modules: Mapping[str, nn.Module], run: ForwardRecord, quantized: Collection[str], excluded: Collection[str]
+    modules: Mapping[str, nn.Module],
+    run: ForwardRecord,
+    quantized: Collection[str],
+    excluded: Collection[str],
+    outside: Collection[str],
 ) -> tuple[FloatOp, ...]:
     """Every product outside the quantized layers, and every layer left float even if it multiplied nothing.
 
     A layer goes by its own name, and so does one whose weight is used without calling it; a product of two
     activations by the name of the module in which it ran, kind "attention" or "matmul". Each Parameter of which a
-    float copy is kept counts in one row.
+    float copy is kept counts in one row. `excluded`: layers that the user wants float; `outside`: such whose weight was
+    read while they did not run.
     """
     parameters = {
         f"{name}.{key}" if name else key: value
@@ -63,7 +68,7 @@ def float_ops(
     listed = {name for name, _, _ in rows}
     for name, module in modules.items():
         if weighty(module) and name not in quantized and name not in listed:
-            row = name, type(module).__name__, _reason(module, name in excluded, ran=name in ran)
+            row = name, type(module).__name__, _reason(module, name in excluded, ran=name in ran or name in outside)
             rows[row] += 0
             weights[row] += _matrices(module)
     counted = replaced_parameters(modules, quantized)
@@ -93,8 +98,11 @@ def _product(
         return (name, type(modules[owner]).__name__, _reason(modules[owner], owner in excluded, ran=True)), [weight]
     if weight is not None or weighty(module) or (own and _matrices(module) and not list(module.children())):
         # a weight of its own, as it is or standardised, normalised, masked before use
-        used = [weight] if weight is not None and not weighty(module) else _matrices(module)
-        return (where or part, kind, _reason(module, where in excluded, ran=True)), used
+        if weight is None or weighty(module):
+            return (where or part, kind, _reason(module, where in excluded, ran=True)), _matrices(module)
+        own_one = f"its own {weight.ndim}-D Parameter {part.rpartition('.')[2]}"
+        reason = f"{kind} multiplies {own_one}; no quantized form of it is known"
+        return (where or part, kind, why_not(module, reason)), [weight]
     attention = fused or any(word in f"{where} {kind}".lower() for word in ("attention", "attn"))
     reason = f"product with the buffer {part}" if part else "product of two activations"
     return (where or kind, "attention" if attention else "matmul", reason), []

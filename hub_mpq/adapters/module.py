@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..core.library import Library
 from ..errors import InvalidArgument
-from ..nn.experts import expose_experts, has_stacked_experts
+from ..nn.expose import expose_layers, has_layers_to_expose
 from ..nn.split_experts import split_experts
 from .base import Source
 from .forward import Example, tensors_of
@@ -54,9 +54,9 @@ def from_module(
         raise InvalidArgument("example_input holds no tensor: give one batch as the network takes it")
     name = model_id or type(net).__name__
     example = (example_input,) if isinstance(example_input, Tensor) else example_input
-    if per_expert or has_stacked_experts(net):  # they become layers of a copy that shares the Parameters
+    if per_expert or has_layers_to_expose(net):  # they become layers of a copy that shares the Parameters
         net = copied_structure(net)
-        expose_experts(net)
+        expose_layers(net)
         if per_expert and not split_experts(net):
             raise InvalidArgument(f"per_expert is for networks with stacks of experts, and {name!r} has none")
     graph = build_graph(net, example, model_id=name, exclude=exclude)

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core import LayerGraph
 from ..core.library import Library
-from ..errors import HubMPQError, InvalidArgument
+from ..errors import HubMPQError, InvalidArgument, shown
+from ..nn.expose import expose_layers
 from ..versions import warn_if_untested
 from .base import Source, cannot_build, commit_of, find_config, noise, placed
 from .trace import build_graph
@@ -51,6 +53,7 @@ class TimmLibrary(Library):
         revision: str | None = None,
         input_size: tuple[int, int, int] | None = None,
         exclude: Iterable[str] = (),
+        graph: LayerGraph | None = None,
         **model_kwargs: Any,
     ) -> Source:
         """Build a timm model.
@@ -63,6 +66,7 @@ class TimmLibrary(Library):
             revision: Branch, tag or commit of a Hub id.
             input_size: (channels, height, width) where the model's own is not wanted.
             exclude: Patterns of layers to leave float.
+            graph: Its layers; None to find them, for which it runs once.
             **model_kwargs: Arguments of `timm.create_model`.
 
         Raises:
@@ -90,10 +94,11 @@ class TimmLibrary(Library):
             with torch.device("meta") if meta else contextlib.nullcontext():
                 model = timm.create_model(name, pretrained=pretrained, checkpoint_path=path, **model_kwargs)
         except (TypeError, ValueError, AssertionError) as error:
-            raise InvalidArgument(f"timm can't build {model_id!r}: {error}") from error
+            raise InvalidArgument(f"timm can't build {model_id!r}: {shown(error)}") from error
         except Exception as error:
             raise cannot_build(model_id, error, pretrained=pretrained) from error
         model.eval()  # as transformers returns its models
+        expose_layers(model)
         data: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
         if input_size is not None:
             data["input_size"] = tuple(input_size)
@@ -104,7 +109,7 @@ class TimmLibrary(Library):
         example = (noise(1, *data["input_size"], like=model),)
         on_device = placed(example, model)
         commit = _revision(model)
-        graph = build_graph(
+        graph = graph or build_graph(
             model,
             example if meta else on_device,
             model_id=model_id,
@@ -115,6 +120,9 @@ class TimmLibrary(Library):
         )
         config = _config(model, {**_saved_arguments(model_id), **model_kwargs}, data["input_size"])
         return Source(model, model_id, commit, self.name, on_device, graph, data, config)
+
+    def rebuild(self, folder: str, graph: LayerGraph, *, meta: bool, **kwargs: Any) -> Source:
+        return self.load(folder, pretrained=False, meta=meta, graph=graph, **kwargs)
 
     def example_arguments(self, input_shape: tuple[int, ...]) -> Mapping[str, Any]:
         return {"input_size": input_shape} if len(input_shape) == 3 and min(input_shape) > 0 else {}
@@ -186,14 +194,16 @@ def _head(model: nn.Module) -> tuple[str, ...]:
 def _revision(model: nn.Module) -> str | None:
     """Commit of the Hub repository the model's files were taken from, when they lie in the local cache."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     repo = (getattr(model, "pretrained_cfg", None) or {}).get("hf_hub_id")
-    if not repo:
+    if not isinstance(repo, str) or not repo:
         return None
     repo, _, revision = repo.partition("@")
-    for file in ("model.safetensors", "config.json"):
-        if found := commit_of(try_to_load_from_cache(repo, file, revision=revision or None)):
-            return found
+    with contextlib.suppress(HFValidationError):  # a config.json may say anything
+        for file in ("model.safetensors", "config.json"):
+            if found := commit_of(try_to_load_from_cache(repo, file, revision=revision or None)):
+                return found
     return None
 
 

@@ -12,9 +12,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core import FloatOp, LayerBits, LayerGraph, LayerKind, LayerSpec, matching
 from ..errors import InvalidArgument
+from ..nn.expose import layers_in_state
 from ..nn.packed import packed_layers
 from ..nn.quantize import quantized_layers
-from ..nn.split_experts import SplitStack, layers_in_state
+from ..nn.routed_experts import routed_experts
+from ..nn.split_experts import SplitStack
 from ..nn.types import layer_kind
 from ..pack.layout import INPUT_PARTS, WEIGHT_PARTS
 from .float_ops import float_ops, replaced_parameters, weighty
@@ -46,7 +48,8 @@ def trace(
     _spread_over_experts(model, run)
     modules = dict(model.named_modules())
     excluded = _excluded(modules, exclude)
-    left_out = excluded | _used_outside(modules, run)
+    outside = _used_outside(modules, run)
+    left_out = excluded | outside
     order = list(dict.fromkeys(c.name for c in run.calls if weighty(modules[c.name])))
     names = [name for name in order if layer_kind(modules[name]) and name not in left_out]
     weights = {id(modules[name].weight) for name in names}
@@ -83,7 +86,7 @@ def trace(
         )
         for name in names
     )
-    return layers, float_ops(modules, run, names, excluded)
+    return layers, float_ops(modules, run, names, excluded, outside)
 
 
 def build_graph(
@@ -164,12 +167,15 @@ def observe_signed(model: nn.Module, names: Iterable[str], batch: Example) -> di
 
 
 def _spread_over_experts(model: nn.Module, run: ForwardRecord) -> None:
-    """Give each expert of a split stack the same share of its calls and products: which one a token reaches is not
-    known, and on meta tensors one stands for all."""
-    for stack, module in model.named_modules():
-        if not isinstance(module, SplitStack):
-            continue
-        names = {f"{stack}.{i}": int(i) for i, _ in module.named_children()}
+    """Give each expert that is a layer of its own, or that has layers of its own, the same share of the calls and
+    products of all: which one a token reaches is not known, and on meta tensors one stands for all."""
+    splits = [
+        {i: f"{stack}.{i}" for i, _ in module.named_children()}
+        for stack, module in model.named_modules()
+        if isinstance(module, SplitStack)
+    ]
+    for experts in (*splits, *routed_experts(model)):
+        names = {name: i for i, name in enumerate(experts.values())}
 
         def share(whole: int, i: int, count: int = len(names)) -> int:
             whole //= run.batch
@@ -182,7 +188,16 @@ def _spread_over_experts(model: nn.Module, run: ForwardRecord) -> None:
         if calls:
             first, features = run.calls.index(calls[0]), sum(c.count for c in calls)
             rest = [c for c in run.calls[first:] if c.name not in names]
-            each = [replace(calls[0], name=name, count=share(features, i)) for name, i in names.items()]
+            read = calls[0].reads
+            each = [
+                replace(
+                    calls[0],
+                    name=name,
+                    count=share(features, i),
+                    reads=None if read is None else (read[0], -1 - i, read[2]),  # its own rows, those of no other
+                )
+                for name, i in names.items()
+            ]
             run.calls[first:] = each + rest
 
 

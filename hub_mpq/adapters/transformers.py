@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..core import LayerGraph
 from ..core.library import Library
 from ..errors import HubMPQError, InvalidArgument
-from ..nn.experts import expose_experts
+from ..nn.expose import expose_layers
 from ..nn.split_experts import split_experts
 from ..nn.types import layer_kind
 from ..versions import warn_if_untested
@@ -81,6 +82,7 @@ class TransformersLibrary(Library):
         sequence_length: int = 128,
         exclude: Iterable[str] = (),
         per_expert: bool | Collection[str] = False,
+        graph: LayerGraph | None = None,
         **kwargs: Any,
     ) -> Source:
         """Build a transformers model, of the first class that its config's `architectures` name.
@@ -94,6 +96,7 @@ class TransformersLibrary(Library):
             sequence_length: Tokens of the example, at most what the model takes.
             exclude: Patterns of layers to leave float.
             per_expert: Each expert of a stack is a layer of its own; of the stacks of these names, or of all.
+            graph: The model's layers; None to find them, for which it runs once.
             **kwargs: Values of the config (num_labels=3) and arguments of `from_pretrained` (revision, dtype).
 
         Raises:
@@ -129,13 +132,13 @@ class TransformersLibrary(Library):
             raise
         except Exception as error:
             raise cannot_build(model_id, error, pretrained=pretrained) from error
-        expose_experts(model)
+        expose_layers(model)
         if per_expert is not False and not split_experts(model, None if per_expert is True else per_expert):
             raise InvalidArgument(f"per_expert is for models with stacks of experts, and {model_id!r} has none")
         example = example_for(model, sequence_length)
         on_device = placed(example, model)
         revision = _commit(model_id, kwargs.get("revision"))
-        graph = build_graph(
+        graph = graph or build_graph(
             model,
             example if meta else on_device,
             model_id=model_id,
@@ -147,6 +150,9 @@ class TransformersLibrary(Library):
         config.architectures = [type(model).__name__]
         preprocess = preprocess_of(model_id, example)
         return Source(model, model_id, revision, self.name, on_device, graph, preprocess, config.to_dict())
+
+    def rebuild(self, folder: str, graph: LayerGraph, *, meta: bool, **kwargs: Any) -> Source:
+        return self.load(folder, pretrained=False, meta=meta, graph=graph, **kwargs)
 
     def example_arguments(self, input_shape: tuple[int, ...]) -> Mapping[str, Any]:
         return {"sequence_length": input_shape[0]} if len(input_shape) == 1 and input_shape[0] > 0 else {}
@@ -243,7 +249,8 @@ def model_class(config: Any, auto_class: str | None = None) -> Any:
             raise InvalidArgument(f"transformers has no class {auto_class!r}")
         return getattr(transformers, auto_class)
     names = getattr(config, "architectures", None) or []
-    return next((getattr(transformers, name) for name in names if hasattr(transformers, name)), transformers.AutoModel)
+    known = (name for name in names if isinstance(name, str) and hasattr(transformers, name))
+    return next((getattr(transformers, name) for name in known), transformers.AutoModel)
 
 
 def _skeleton(cls: Any, config: Any, unused: dict[str, Any], *, meta: bool) -> nn.Module:

@@ -17,8 +17,13 @@ from .options import Command
 USER_ERROR, INTERRUPTED = 2, 130
 
 
+MAX_MESSAGE = 2000
+"""Characters of an error that are shown."""
+
+
 class Commands(TyperGroup):
-    """A user's mistake is one sentence on stderr; an unknown error keeps its traceback."""
+    """A user's mistake, a fault of files or too little memory is one sentence on stderr; an unknown error keeps its
+    traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         plain, warnings.formatwarning = warnings.formatwarning, _warning
@@ -28,8 +33,12 @@ class Commands(TyperGroup):
             if words[0] in launch.TRAINS:
                 launch.announce(early=True)
             return super().invoke(ctx)
-        except HubMPQError as error:
-            if launch.tells(error):
+        except BrokenPipeError:
+            raise  # click ends quietly when nobody reads any more
+        except (HubMPQError, OSError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, (HubMPQError, OSError, MemoryError)) and not _out_of_memory(error):
+                raise
+            if not isinstance(error, HubMPQError) or launch.tells(error):
                 where = "" if launch.is_main() else f"[process {os.environ['RANK']}]"
                 typer.echo(f"hub-mpq{where}: {_sentence(error)}", err=True)
             raise typer.Exit(USER_ERROR) from None
@@ -41,12 +50,22 @@ class Commands(TyperGroup):
             warnings.formatwarning = plain
 
 
-def _sentence(error: HubMPQError) -> str:
-    """The message; of one that crossed from a loader's worker with its traceback, the last line."""
+def _sentence(error: Exception) -> str:
+    """The message, of a length to read and without control characters; of an error that crossed from a loader's worker
+    with its traceback, the last line."""
     text = str(error).strip()
     if "Original Traceback" in text:
         text = text.splitlines()[-1].partition(": ")[2]
-    return " ".join(text.split())
+    if not isinstance(error, (HubMPQError, OSError)):
+        text = f"not enough memory; take a smaller input or batch ({text or 'MemoryError'})"
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE // 2]} … {text[-MAX_MESSAGE // 2 :]}"
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch could not have the memory that it asked for: on the CPU it has no error of its own for that."""
+    words = ("can't allocate memory", "out of memory", "Storage size calculation overflowed", "Invalid buffer size")
+    return any(word in str(error) for word in words)
 
 
 def _warning(message: Warning | str, *_: Any, **__: Any) -> str:

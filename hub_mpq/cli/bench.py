@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core import human, human_seconds
+from ..core.checks import MAX_INT
 from ..errors import InvalidArgument
 from . import models, show
 from . import options as o
@@ -23,8 +24,8 @@ def bench(
         str, typer.Option(help="onednn, openvino, onnxruntime, bit_serial or torch.", show_default=False)
     ],
     loading: Annotated[o.ModelOptions, o.Group(without=("pin", "weight_only", "tie_fused", "target"))],
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples in a call.")] = 1,
-    threads: Annotated[int, typer.Option(min=1, help="Threads that a call may use.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, max=MAX_INT, help="Samples in a call.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads that a call may use.")] = 1,
     candidates: Annotated[
         o.Text, typer.Option(help="Widths to time where each has its own time (bit_serial), such as 1,2,4; all if out.")
     ] = None,

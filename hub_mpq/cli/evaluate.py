@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..core.checks import MAX_INT
 from ..errors import InvalidArgument
 from ..report import figures_line
 from . import models, show
@@ -21,12 +22,18 @@ def evaluate(
     reading: Annotated[o.DataOptions, o.Group(without=("chunk_length",))],
     context: Annotated[
         int | None,
-        typer.Option(min=2, help="Tokens of a window of text, 1024 by default, or what the model takes if it is less."),
+        typer.Option(
+            min=2,
+            max=MAX_INT,
+            help="Tokens of a window of text, 1024 by default, or what the model takes if it is less.",
+        ),
     ] = None,
     stride: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Tokens from one window to the next; fewer than --context score each token with more before it."
+            min=1,
+            max=MAX_INT,
+            help="Tokens from one window to the next; fewer than --context score each token with more before it.",
         ),
     ] = None,
     runtime: Annotated[

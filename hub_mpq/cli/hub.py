@@ -66,10 +66,12 @@ def export(
     as_json: o.Json = False,
 ) -> None:
     """Write a packed folder in another program's format."""
+    from ..core.output import check_output_folder
     from ..errors import InvalidArgument
     from ..model import HubMPQ
     from .models import is_packed
 
+    check_output_folder(output)
     if not is_packed(folder):
         raise InvalidArgument(f"{folder} is no folder that hub-mpq wrote")
     if output.exists():

@@ -17,7 +17,7 @@ TRAINS = ("indicators", "quantize", "finetune", "evaluate")
 
 def launch(
     ctx: typer.Context,
-    processes: Annotated[int, typer.Option(min=1, help="How many; on GPUs, one a GPU.")],
+    processes: Annotated[int, typer.Option(min=1, max=4096, help="How many; on GPUs, one a GPU.")],
     cpu: Annotated[bool, typer.Option("--cpu", help="CPUs even where there are GPUs.")] = False,
 ) -> None:
     """Run a command on several processes of this machine: hub-mpq launch --processes 2 indicators MODEL …"""

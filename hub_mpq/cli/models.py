@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +22,22 @@ if TYPE_CHECKING:
     from ..model import HubMPQ
 
 
+_OWN = frozenset(
+    {
+        *("model_id", "module", "task", "fixed", "exclude", "weight_only", "tie_fused", "target", "per_expert"),
+        *("pretrained", "resident", "runtime", "library", "meta", "input_size", "checkpoint_path"),
+    }
+)
+"""Arguments of `HubMPQ.from_pretrained` that commands set by options of their own, or not at all."""
+
+
 def load(model: str, options: ModelOptions, *, meta: bool = False, runtime: str | None = None) -> HubMPQ:
     """The model of a command. meta: its skeleton without weights or network; else on the GPU when there is one.
     runtime: what runs it; it then stays on the CPU."""
     kwargs = model_args_of(options.model_arg)
+    for name in kwargs:
+        if name in _OWN:
+            raise InvalidArgument(f"--model-arg: {name!r} is for hub-mpq, not for the model; see the options of --help")
     if options.task is not None:
         tasks.get(options.task)  # an unknown name must not cost a model's loading first
     exclude = options.exclude or ()
@@ -77,11 +91,20 @@ def place(mpq: HubMPQ) -> HubMPQ:
 
 def is_packed(folder: str | Path) -> bool:
     """Whether a folder is one that hub-mpq wrote."""
+    if Path(folder).is_dir():
+        from ..pack.atomic_folder import finish_interrupted
+
+        finish_interrupted(Path(folder))
     return (Path(folder) / PACKED).is_file()
 
 
 def loader(mpq: HubMPQ, data: str, options: DataOptions, *, train: bool, seed: int = 0) -> DataLoader[Any]:
     """Batches of images, prepared as the model wants them, or of chunks of text for a model that reads tokens."""
+    with contextlib.redirect_stdout(sys.stderr):  # readers print, and stdout is for what a command answers
+        return _loader(mpq, data, options, train=train, seed=seed)
+
+
+def _loader(mpq: HubMPQ, data: str, options: DataOptions, *, train: bool, seed: int) -> DataLoader[Any]:
     from ..core.library import libraries
     from ..data import data_config, image_loader, text_loader, text_tokens
     from ..data.text import CHUNK

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
@@ -18,11 +19,26 @@ import typer
 
 from ..core import Budget, Candidates, Engine, LayerBits, limits
 from ..core.bits import check_group_size
+from ..core.checks import MAX_INT, MAX_SEED, number, seconds
 from ..core.options import Options, option
+from ..core.output import check_output_folder
 from ..errors import HubMPQError, InvalidArgument
 
 Text = str | None
 Number = float | None
+
+
+def _checked(check: Callable[[str, object], object]) -> Any:
+    """A callback of typer's by which a command line refuses what Python refuses, in the same words."""
+
+    def callback(param: typer.CallbackParam, value: Any) -> Any:
+        if value is not None:
+            check(str(param.name), value)
+        return value
+
+    return callback
+
+
 File = Path | None
 Many = list[str] | None
 
@@ -50,7 +66,14 @@ Rounding = Annotated[
 ]
 Alpha = Annotated[
     Number,
-    typer.Option(help="Weight of the weight indicators; when left out, 1 for scores in one unit, balanced for others."),
+    typer.Option(
+        callback=_checked(number),
+        help="Weight of the weight indicators; when left out, 1 for scores in one unit, balanced for others.",
+    ),
+]
+TimeLimit = Annotated[
+    Number,
+    typer.Option(callback=_checked(seconds), help="Seconds; past them the best found so far, with its gap."),
 ]
 Strategy = Annotated[
     Text,
@@ -79,9 +102,12 @@ CalibrationText = Annotated[
 Val = Annotated[Text, typer.Option(help="Labelled images, or text, to measure on, before and after.")]
 ValidateSeconds = Annotated[
     Number,
-    typer.Option(help="What measuring policies may take; a quarter of what the scores took, at least 30, by default."),
+    typer.Option(
+        callback=_checked(seconds),
+        help="What measuring policies may take; a quarter of what the scores took, at least 30, by default.",
+    ),
 ]
-Seed = Annotated[int, typer.Option(min=0)]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED)]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint an interrupted run left."), FREE]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output of hub-mpq that is there."), FREE]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write."), FREE]
@@ -120,11 +146,16 @@ class DataOptions(Options):
     title = "Data"
 
     class_map: Path | None = option(None, "Text file: one class folder a line, in the order of the labels.")
-    batch_size: int | None = option(None, "Images in a batch, 64 by default, or chunks of text, 1 by default.", low=1)
-    chunk_length: int | None = option(
-        None, "Tokens of a chunk of text, 512 by default, or what the model takes if that is less.", low=2
+    batch_size: int | None = option(
+        None, "Images in a batch, 64 by default, or chunks of text, 1 by default.", low=1, high=MAX_INT
     )
-    workers: int = option(2, "Processes that read images.", low=0, free=True)
+    chunk_length: int | None = option(
+        None,
+        "Tokens of a chunk of text, 512 by default, or what the model takes if that is less.",
+        low=2,
+        high=MAX_INT,
+    )
+    workers: int = option(2, "Processes that read images.", low=0, high=1024, free=True)
     max_corrupt: float = option(
         0.01, "Part of the images that may be unreadable; they are skipped and counted.", low=0, high=1
     )
@@ -262,6 +293,8 @@ def engine_for(engine: Engine, output: Path) -> Engine:
     from ..train.track import tracker
 
     logs = logs_of(output)
+    if engine.log_with is not None:
+        check_output_folder(logs)
     tracker(engine.log_with, logs, "run")
     return replace(engine, log_dir=logs)
 
@@ -287,6 +320,8 @@ def candidates_of(text: str | None) -> Candidates | None:
     if text is None:
         return None
     try:
+        if not text.isascii():
+            raise ValueError(text)
         return Candidates.of([int(part) for part in text.split(",")])
     except ValueError as error:
         if isinstance(error, HubMPQError):
@@ -321,7 +356,7 @@ def input_size_of(text: str | None) -> tuple[int, int, int] | None:
     if text is None:
         return None
     parts = text.lower().replace("×", "x").split("x")
-    if not all(part.isdigit() and int(part) > 0 for part in parts) or len(parts) > 3:
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts) or len(parts) > 3:
         raise InvalidArgument(f"--input-size: {text!r} is not 160, 160x192 or 3x160x192")
     sides = [int(part) for part in parts]
     sides = sides * 2 if len(sides) == 1 else sides
@@ -345,6 +380,18 @@ def model_args_of(items: list[str] | None, option: str = "--model-arg") -> dict[
 def read_json(path: Path) -> Any:
     """Content of a JSON file ("-": standard input); HubMPQError when it is none."""
     try:
-        return json.loads(typer.get_text_stream("stdin").read() if str(path) == "-" else path.read_text())
+        text = typer.get_text_stream("stdin").read() if str(path) == "-" else path.read_text()
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise HubMPQError(f"{path} cannot be read as JSON: it is nested too deeply") from None
     except (OSError, ValueError) as error:
         raise HubMPQError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these members; ValueError where a name stands twice, of which json would keep the last one."""
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{name!r} stands twice in one object")
+    return tree

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +11,8 @@ from typing import Any
 
 import typer
 
+from ..core.files import CONFIG, INDICATORS, PACKED
+from ..core.output import check_output_file, check_output_folder
 from ..errors import HubMPQError, InvalidArgument
 from .launch import announce, is_main
 from .models import is_packed
@@ -25,10 +26,10 @@ def states_of(output: Path) -> Path:
 
 
 def check_folder(output: Path, overwrite: bool, resume: bool = False) -> None:
-    """Refuse a folder that holds something, unless hub-mpq wrote it and may replace it, or the interrupted run that is
-    resumed did."""
-    if output.exists() and not output.is_dir():
-        raise InvalidArgument(f"{output} is a file; name a folder")
+    """Refuse a folder that cannot be written or holds something, unless hub-mpq wrote it and may replace it, or the
+    interrupted run that is resumed did."""
+    check_output_folder(output, (CONFIG, PACKED, INDICATORS))
+    _check_states(states_of(output), resume)
     if output.is_dir() and any(output.iterdir()):
         if not is_packed(output):
             raise InvalidArgument(f"{output} holds something else than a packed model; name another folder")
@@ -36,12 +37,23 @@ def check_folder(output: Path, overwrite: bool, resume: bool = False) -> None:
             raise InvalidArgument(f"{output} holds a packed model; name another folder or pass --overwrite")
 
 
-def check_file(output: Path, overwrite: bool, resume: bool = False) -> None:
-    """Refuse a file that is there, unless the interrupted run that is resumed wrote it."""
-    if output.is_dir():
-        raise InvalidArgument(f"{output} is a folder; name a file")
+def check_file(output: Path, overwrite: bool, resume: bool | None = None) -> None:
+    """Refuse a file that cannot be written or is there, unless the interrupted run that is resumed wrote it. resume:
+    None for a command without states."""
+    check_output_file(output)
+    if resume is not None:
+        _check_states(states_of(output), resume)
     if output.exists() and not overwrite and not (resume and states_of(output).is_dir()):
         raise InvalidArgument(f"{output} exists; name another file or pass --overwrite")
+
+
+def _check_states(states: Path, resume: bool) -> None:
+    """Refuse an output whose states lie there and are not resumed, or whose states' place is taken."""
+    check_output_folder(states)
+    if states.is_dir() and not (states / SETTINGS).is_file():
+        raise InvalidArgument(f"{states} is not of hub-mpq, and the states of the run go there; move it away")
+    if states.is_dir() and not resume:
+        raise InvalidArgument(f"{states} holds an interrupted run: pass --resume to go on, or remove it")
 
 
 class Run:
@@ -66,7 +78,7 @@ class Run:
 
     def _begin(self) -> bool:
         """Make the folder, or check that it is of this run; whether there is something to go on from."""
-        shutil.rmtree(self._beside("finished"), ignore_errors=True)
+        _check_states(self.folder, self.resume)
         if self.resume and (self.folder / SETTINGS).is_file():
             try:
                 before = json.loads((self.folder / SETTINGS).read_text())
@@ -80,20 +92,11 @@ class Run:
             return True
         if self.resume:
             typer.echo(f"hub-mpq: nothing to resume in {self.folder}; starting from the beginning", err=True)
-        if self.folder.exists():
-            raise InvalidArgument(f"{self.folder} holds an interrupted run: pass --resume to go on, or remove it")
-        new = self._beside("new")
-        try:
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir(parents=True)
-            (new / SETTINGS).write_text(json.dumps(self.settings, indent=2) + "\n")
-            new.rename(self.folder)  # whole or not at all, whenever the process is killed
-        except OSError as error:
-            raise HubMPQError(f"{self.folder} cannot be written: {error}") from error
-        return False
+        from ..pack.atomic_folder import atomic_folder
 
-    def _beside(self, ending: str) -> Path:
-        return self.folder.with_name(f"{self.folder.name}.{ending}")
+        with atomic_folder(self.folder) as new:
+            (new / SETTINGS).write_text(json.dumps(self.settings, indent=2) + "\n")
+        return False
 
     def _holds_state(self) -> bool:
         """Whether there is something to go on from; False too while the main process removes the folder."""
@@ -106,9 +109,9 @@ class Run:
     ) -> None:
         kept = self._holds_state()
         if is_main() and self.folder.is_dir() and (error is None or not kept):
-            # under another name first: a state that is half removed must not be gone on from
-            self.folder.rename(self._beside("finished"))
-            shutil.rmtree(self._beside("finished"), ignore_errors=True)
+            from ..pack.atomic_folder import remove_folder
+
+            remove_folder(self.folder)
         if isinstance(error, KeyboardInterrupt):
             said = str(error) or "stopped"
             raise KeyboardInterrupt(f"{said}; the same command with --resume goes on" if kept else said) from None

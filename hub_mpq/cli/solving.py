@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,14 +25,13 @@ def search(
         o.Text, typer.Option(help="Images to measure policies on before one is chosen, sources as for --data.")
     ] = None,
     validate_seconds: o.ValidateSeconds = None,
-    time_limit: Annotated[
-        o.Number, typer.Option(help="Seconds; past them the best policy so far, with its gap.")
-    ] = None,
+    time_limit: o.TimeLimit = None,
     plot: o.Plot = None,
     as_json: o.Json = False,
 ) -> None:
     """The best policy within a budget, from indicators trained before; weights are needed with --validate only."""
     budget = budget or Budget()
+    o.check_plot(plot)
     widths = o.candidates_of(candidates)
     mpq = models.load(model, loading, meta=validate is None)
     models.indicators_for(mpq, indicators)
@@ -48,9 +48,7 @@ def search(
 
 def solve(
     file: Annotated[Path, typer.Argument(metavar="TABLE.json", help='A table of scores and costs; "-" reads stdin.')],
-    time_limit: Annotated[
-        o.Number, typer.Option(help="Seconds; past them the best choice so far, with its gap.")
-    ] = None,
+    time_limit: o.TimeLimit = None,
     as_json: o.Json = False,
 ) -> None:
     """The best choice per layer of a table that anyone may bring."""
@@ -59,8 +57,9 @@ def solve(
 
     tree = o.read_json(file)
     solution = solve_table(tree, time_limit=time_limit)
+    limits = {name: cap if cap <= 1e308 else math.inf for name, cap in (tree.get("limits") or {}).items()}
     lines = [table(["layer", "choice"], [[name, choice] for name, choice in solution.choices.items()])]
-    lines += [f"{name}: {used:.10g} of {tree['limits'][name]:.10g}" for name, used in solution.usage.items()]
+    lines += [f"{name}: {used:.10g} of {limits[name]:.10g}" for name, used in solution.usage.items()]
     show.emit(as_json, solution.to_dict(), "\n".join([*lines, show.proof_line(solution)]))
 
 
@@ -70,17 +69,19 @@ def pareto(
     loading: o.NoWeights,
     indicators: o.Indicators = None,
     limit: Annotated[str, typer.Option(help="What to run over: bitops, size, weight_bits, …")] = "bitops",
-    points: Annotated[int, typer.Option(help="Budgets between the least and the greatest.")] = 20,
+    points: Annotated[int, typer.Option(min=2, max=10_000, help="Budgets between the least and the greatest.")] = 20,
     candidates: o.CandidateBits = None,
     alpha: o.Alpha = None,
+    time_limit: o.TimeLimit = None,
     plot: o.Plot = None,
     as_json: o.Json = False,
 ) -> None:
     """The best policies along one limit; other limits, where given, hold at each point."""
+    o.check_plot(plot)
     widths = o.candidates_of(candidates)
     mpq = models.load(model, loading, meta=True)
     models.indicators_for(mpq, indicators)
-    results = mpq.pareto(limit, points, budget, alpha=alpha, candidates=widths)
+    results = mpq.pareto(limit, points, budget, alpha=alpha, candidates=widths, time_limit=time_limit)
     if plot is not None:
         from ..plot import plot_pareto
 

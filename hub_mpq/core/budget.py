@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
 from ..errors import InvalidArgument
 from .bits import LayerBits
+from .checks import is_finite
 from .latency import LatencyTable, read_latency_table
 from .limit import Value, limits
 
@@ -155,5 +154,6 @@ def _is_cost(value: object) -> bool:
     if not isinstance(value, (tuple, list)) or len(value) not in (2, 3):
         return False
     cap, table, *constant = value
-    numbers = all(isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x) for x in (cap, *constant))
-    return numbers and isinstance(table, Mapping) and all(isinstance(row, Mapping) for row in table.values())
+    if not isinstance(table, Mapping) or not all(isinstance(row, Mapping) for row in table.values()):
+        return False
+    return all(map(is_finite, (cap, *constant, *(cost for row in table.values() for cost in row.values()))))

@@ -1,4 +1,4 @@
-"""Checks of options, which may come as words from the command line."""
+"""Checks of numbers, which Python and the command line share: what means nothing is refused before any work."""
 
 from __future__ import annotations
 
@@ -7,22 +7,46 @@ from numbers import Integral, Real
 
 from ..errors import InvalidArgument
 
+MAX_SEED = 2**32 - 1
+"""The greatest seed: what every generator of random numbers takes."""
 
-def whole(name: str, value: object, low: int, high: int | None = None) -> int:
+MAX_INT = 2**31 - 1
+"""The greatest count of what is held in memory: samples of a batch, tokens of a window."""
+
+
+def is_finite(value: object) -> bool:
+    """Whether a value is a real number that a float can hold."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def whole(name: str, value: object, low: int, high: int = MAX_INT) -> int:
     """`value` as an int; InvalidArgument unless it is a whole number within the ends."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, Integral)
-        or int(value) < low
-        or (high is not None and int(value) > high)
-    ):
-        ends = f"from {low} to {high}" if high is not None else f"of at least {low}"
-        raise InvalidArgument(f"{name} is a whole number {ends}, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
+        raise InvalidArgument(f"{name} is a whole number {ends(value, low, high)}, not {value!r}")
     return int(value)
+
+
+def ends(value: object, low: float | None, high: float | None) -> str:
+    """The ends of a range in words, for a value outside it; of one that `MAX_INT` closes, the end that is passed."""
+    if high is None or (high == MAX_INT and not (is_finite(value) and value > high)):  # type: ignore[operator]
+        return f"of at least {low}"
+    return f"of at most {high}" if high == MAX_INT else f"from {low} to {high}"
 
 
 def number(name: str, value: object) -> float:
     """`value` as a float; InvalidArgument unless it is a finite number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
+    if not is_finite(value) or float(value) < 0:  # type: ignore[arg-type]
         raise InvalidArgument(f"{name} is a finite number of at least 0, not {value!r}")
-    return float(value)
+    return float(value)  # type: ignore[arg-type]
+
+
+def seconds(name: str, value: object) -> float:
+    """A time limit as a float, infinity for None; InvalidArgument unless it is a number of seconds above 0."""
+    if value is None:
+        return math.inf
+    if not (is_finite(value) or value == math.inf) or not float(value) > 0:  # type: ignore[arg-type]
+        raise InvalidArgument(f"{name} is a number of seconds above 0, not {value!r}")
+    return float(value)  # type: ignore[arg-type]

@@ -18,7 +18,8 @@ from .layer_kind import layer_kinds
 class LayerSpec:
     """One quantizable layer.
 
-    `kind`: name of its LayerKind, such as conv2d, linear, conv1d (GPT-2's transposed linear), embedding, experts.
+    `kind`: name of its LayerKind, such as conv2d, linear, conv1d (GPT-2's transposed linear), embedding, experts,
+    projection (of attention).
     `weight_shape`: the module's own. `macs`: multiply-accumulates per sample, output area floored.
     `activation_count`: input features per sample. `activation_signed`: None until data have said so.
     `tie`: layers of one tie take the same widths. `activation_tie`: the same activation width only

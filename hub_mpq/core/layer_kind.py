@@ -20,8 +20,8 @@ class LayerKind:
         channel_axis: Axis of the weight with one scale per index: output channels, or the rows of an embedding.
         row_axes: (row axis, column axis) of a weight that is packed row by row, each row starting at a new 32-bit word;
             rows are what `channel_axis` counts. (0, 1) or (1, 0) for a matrix; (-2, -1) or (-1, -2) for a stack of
-            matrices, whose rows follow one another, matrix by matrix. None packs the whole weight as one stream in
-            memory order, which needs `channel_axis=0`.
+            matrices, whose rows follow one another, matrix by matrix. None packs the whole weight as one stream,
+            channel by channel: in memory order with a `channel_axis` of 0, else with `channel_axis=1` in front.
         types: Qualified names of the float module types, such as "torch.nn.modules.linear.Linear". A module is of this
             kind if its exact type is one of them; subclasses are not.
         quantized: Class of the layer with quantizers, see `hub_mpq.nn.layers`. Either the class or "module:Class",
@@ -53,9 +53,9 @@ class LayerKind:
     def __post_init__(self) -> None:
         if self.row_axes not in (None, (0, 1), (1, 0), (-2, -1), (-1, -2)):
             raise InvalidArgument(f"row_axes must be (0, 1), (1, 0), (-2, -1), (-1, -2) or None, not {self.row_axes!r}")
-        if self.channel_axis != (self.row_axes or (0,))[0]:
+        if self.channel_axis not in ((0, 1) if self.row_axes is None else self.row_axes[:1]):
             raise InvalidArgument(
-                f"channel_axis must be the row axis, or 0 for a flat stream; not {self.channel_axis!r} "
+                f"channel_axis must be the row axis, or 0 or 1 for a flat stream; not {self.channel_axis!r} "
                 f"with row_axes={self.row_axes}"
             )
 

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
+from .layer import LayerGraph
 from .registry import Registry
 
 
@@ -68,6 +69,26 @@ class Library(ABC):
             InvalidArgument: The id names nothing, or the model does not take an argument.
             HubMPQError: Files cannot be had.
         """
+
+    def rebuild(self, folder: str, graph: LayerGraph, *, meta: bool, **kwargs: Any) -> Any:
+        """Build the float network of a packed folder without its weights.
+
+        The default is `load`, which runs the network; a library that can do without should.
+
+        Args:
+            folder: The folder.
+            graph: The network's layers, as the packed file has them.
+            meta: Build on the meta device.
+            **kwargs: As for `load`.
+
+        Returns:
+            A `hub_mpq.adapters.Source`.
+
+        Raises:
+            InvalidArgument: The network does not take an argument.
+            HubMPQError: It can't be built.
+        """
+        return self.load(folder, pretrained=False, meta=meta, **kwargs)
 
     def example_arguments(self, input_shape: tuple[int, ...]) -> Mapping[str, Any]:
         """Keyword arguments of `load` that give a model the example input that it was saved with.

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from ..errors import InvalidArgument
+from .checks import MAX_INT, MAX_SEED, ends, is_finite
 
 O = TypeVar("O", bound="Options")  # noqa: E741
 
@@ -60,9 +60,8 @@ class Options:
                 wanted = " or ".join(words for words, _ in kinds)  # type: ignore[misc]
                 raise InvalidArgument(f"{f.name} is {wanted}, not {value!r}")
             if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
-                ends = f"from {low} to {high}" if high is not None else f"of at least {low}"
                 kind = "a whole number" if isinstance(value, Integral) and "int" in str(f.type) else "a number"
-                raise InvalidArgument(f"{f.name} is {kind} {ends}, not {value!r}")
+                raise InvalidArgument(f"{f.name} is {kind} {ends(value, low, high)}, not {value!r}")
 
     @classmethod
     def of(
@@ -102,15 +101,11 @@ class Options:
         }
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
 _KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "None": ("None", lambda value: value is None),
     "bool": ("true or false", lambda value: isinstance(value, bool)),
     "int": ("a whole number", lambda value: isinstance(value, Integral) and not isinstance(value, bool)),
-    "float": ("a number", _is_number),
+    "float": ("a number", is_finite),
     "str": ("text", lambda value: isinstance(value, str)),
     "Path": ("a path", lambda value: isinstance(value, os.PathLike)),
 }
@@ -122,10 +117,10 @@ class _Length(Options):
     """How long a training is, and how it is repeated and resumed."""
 
     epochs: float = option(1, "Length in epochs.", low=0)
-    steps: int | None = option(None, "Length in optimizer steps; wins over epochs.", low=0)
-    seed: int = option(0, "Seed of the training.", low=0, on_command_line=False)
+    steps: int | None = option(None, "Length in optimizer steps; wins over epochs.", low=0, high=MAX_INT)
+    seed: int = option(0, "Seed of the training.", low=0, high=MAX_SEED, on_command_line=False)
     checkpoint_dir: str | Path | None = option(None, "Folder of resumable states.", on_command_line=False, free=True)
-    checkpoint_every: int = option(500, "Steps between states to go on from.", low=1, free=True)
+    checkpoint_every: int = option(500, "Steps between states to go on from.", low=1, high=MAX_INT, free=True)
     resume: bool = option(False, "Go on from the newest state.", on_command_line=False, free=True)
 
 
@@ -225,7 +220,7 @@ class FinetuneOptions(_Length):
     ema: float | None = option(None, "Decay of an average of the weights.", low=0, high=1)
     reestimate_norms: bool = option(True, "Re-estimate BatchNorm statistics afterwards.")
     cyclic_bits: int | None = option(None, "Widths cycle between this one and the policy's (CPT).", low=2, high=8)
-    cycles: int = option(8, "How often they do.", low=1)
+    cycles: int = option(8, "How often they do.", low=1, high=MAX_INT)
     gradient_bits: int | None = option(None, "Bits of gradients (fully quantized training).", low=1, high=8)
     gradient_quantizer: str = option("sample", "tensor, sample or householder.")
 
@@ -265,4 +260,4 @@ class Engine(Options):
         None, "jsonl, tensorboard, wandb, …: losses, speed and scales go to OUTPUT.logs.", free=True, type=str
     )
     log_dir: str | Path | None = option(None, "Folder of the logs.", on_command_line=False, free=True)
-    log_every: int = option(10, "Steps between entries of the log.", low=1, free=True)
+    log_every: int = option(10, "Steps between entries of the log.", low=1, high=MAX_INT, free=True)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 
 from ..errors import InvalidArgument
+from .checks import is_finite
 
 _NUMBER = re.compile(r"([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-zµ]*)")
 _COUNT = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15, "bitops": 1.0}
@@ -19,7 +20,7 @@ def _parse(value: str | float, units: Mapping[str, float], what: str, example: s
     if isinstance(value, bool):
         raise InvalidArgument(f"{what}: {value!r} is no amount; write for example {example}")
     if isinstance(value, (int, float)):
-        amount = float(value)
+        amount = float(value) if is_finite(value) else math.nan
     else:
         match = _NUMBER.fullmatch(str(value).strip())
         if not match:
@@ -52,7 +53,7 @@ def parse_ratio(value: str | float, what: str = "compression") -> float:
     """A plain number; "12.2x" is one too."""
     try:
         ratio = float(value.strip().lower().removesuffix("x") if isinstance(value, str) else value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         ratio = math.nan
     if isinstance(value, bool) or not math.isfinite(ratio):
         raise InvalidArgument(f"{what}: {value!r} is no number; write for example 12.2")

@@ -18,8 +18,9 @@ def packed_shape(kind: str, weight_shape: Sequence[int], num_bits: int) -> tuple
     bits = check_width(num_bits)
     row_axes = layer_kinds.get(kind).row_axes
     if row_axes is None:
-        if not weight_shape:
-            raise InvalidArgument(f"a {kind} weight has at least one axis")
+        if len(weight_shape) <= layer_kinds.get(kind).channel_axis:
+            many = "two axes" if layer_kinds.get(kind).channel_axis else "one axis"
+            raise InvalidArgument(f"a {kind} weight has at least {many}, not the shape {tuple(weight_shape)}")
         return (-(-math.prod(weight_shape) * bits // 32),)
     if len(weight_shape) != (axes := 3 if row_axes[0] < 0 else 2):
         many = "two" if axes == 2 else "three"

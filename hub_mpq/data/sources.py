@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,11 @@ def stream(
     from timm.data import create_dataset, create_loader
 
     name, split = _split(text, "train" if train else "validation")
+    if name.startswith("tfds/") and find_spec("tensorflow_datasets") is None:
+        raise HubMPQError(f"{text} needs a package: pip install tensorflow-datasets")
     root = name.partition("/")[2] if name.startswith("wds/") else None
+    if root is not None and not Path(root or ".").is_dir():
+        raise InvalidArgument(f"{text} cannot be read: there is no folder {root!r}")
     try:
         data = create_dataset(
             name,
@@ -117,7 +122,7 @@ def stream(
             class_map=class_map,  # type: ignore[arg-type]
             input_img_mode="L" if config["input_size"][0] == 1 else "RGB",
         )
-    except (ImportError, RuntimeError) as error:
+    except ImportError as error:
         raise HubMPQError(f"{text} needs a package: pip install 'hub-mpq[data]' ({error})") from error
     except Exception as error:
         raise InvalidArgument(f"{text} cannot be read ({type(error).__name__}: {error})") from error

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import InvalidArgument
 from ..pack import Manifest
+from ..pack.atomic_folder import atomic_folder
 from .compressed_tensors import COMPRESSED_TENSORS, check_exportable, export_compressed, exportable
 from .gguf import export_gguf
 from .onnx import export_onnx
@@ -56,7 +57,7 @@ def export(
     """Write a quantized model in another format.
 
     Args:
-        folder: Folder to write.
+        folder: Folder to write; its files of these names are replaced together, others stay.
         format: "compressed-tensors": model.safetensors and config.json for plain transformers and vLLM, of policies of
             transformers models over Linear and Embedding layers, inputs included; read with the extra of that name.
             "gguf": model.gguf for llama.cpp, and tensor-types.txt for its llama-quantize, of policies made for
@@ -76,4 +77,5 @@ def export(
     """
     if format not in FORMATS:
         raise InvalidArgument(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
-    return FORMATS[format](folder, model, manifest, config, example)
+    with atomic_folder(folder) as work:
+        return FORMATS[format](work, model, manifest, config, example)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.library import Library
-from ..nn.experts import names_of_parameters
+from ..nn.expose import names_of_parameters
 from ..nn.packed import packed_layers
 from ..nn.packing import float_state, layer_names
 from ..nn.quantize import quantized_layers

@@ -139,7 +139,7 @@ def with_nodes(
     kept: dict[str, str] = {}
     for name, module, kind in layers:
         packed, source, grid = contents[name]
-        why = _why_float(packed, grid)
+        why = _why_float(packed, grid, kind.name)
         if why is not None and kind.name != "embedding":  # which has nothing to compute
             kept[name] = why
         elif grid is not None:
@@ -166,7 +166,8 @@ def with_nodes(
     return net, widths, kept
 
 
-_KINDS = ("conv2d", "linear", "conv1d", "embedding")
+_INTEGER_KINDS = ("conv2d", "linear", "conv1d", "embedding")
+_KINDS = (*_INTEGER_KINDS, "convolution1d", "convolution3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 
 def _packed(module: Any, kind: str) -> tuple[PackedTensor, Any]:
@@ -195,11 +196,13 @@ def _grid(module: Any) -> tuple[float, int, int] | None:
     return float(quantizer.scale.detach()), quantizer.zero_point, quantizer.spec.num_bits
 
 
-def _why_float(packed: PackedTensor, grid: tuple[float, int, int] | None) -> str | None:
+def _why_float(packed: PackedTensor, grid: tuple[float, int, int] | None, kind: str) -> str | None:
     if packed.bits.grouped:
         return "groups of weights have scales of their own"
     if grid is None:
         return "the input stays float"
+    if kind not in _INTEGER_KINDS:
+        return f"{kind} layers have no integer form"
     if not 0 <= grid[1] <= 2 ** grid[2] - 1:
         return f"zero lies outside the input's range (zero point {grid[1]})"
     return None

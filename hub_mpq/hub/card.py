@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from ..core import FLOAT_BITS, LayerBits, Policy, human
 from ..core.files import FLOAT_COPY, INDICATORS, PACKED
 from ..core.library import libraries
 from ..cost.size import layer_nbytes
+from ..errors import shown
 from ..export import COMPRESSED_TENSORS, exportable, llm_compressor_recipe, unequal_inputs, unread_inputs
 from ..pack import Manifest
 from ..search.policy_search import usage_of
@@ -70,8 +73,16 @@ class CardFacts:
 
 
 def code(text: object) -> str:
-    """One line of text for a card: names come from models of others and must not write its markdown."""
-    return " ".join(str(text).replace("`", "'").replace("|", "/").replace("<", "‹").split())
+    """One line of text between a card's backticks: names come from models of others and must not write its markdown."""
+    return shown(" ".join(str(text).replace("`", "'").replace("|", "/").replace("<", "‹").split()))
+
+
+def prose(text: object) -> str:
+    """One line of text for a card that shows as it is, whatever Markdown or HTML is in it."""
+    return _SPECIAL.sub(r"\\\g<0>", shown(text)).replace("<", "&lt;")
+
+
+_SPECIAL = re.compile(r"[\\`*\[\]|~]")
 
 
 def own_name(model_id: str) -> str:
@@ -87,9 +98,13 @@ def render_card(repo_id: str, manifest: Manifest, facts: CardFacts) -> str:
     bits = sorted({b.weight for b in manifest.policy.bits.values()})
     acts = sorted({b.activation for b in manifest.policy.bits.values()} - {FLOAT_BITS})
     inputs = f"inputs of layers at {_list(acts)} bits" if acts else "inputs of layers in float"
-    base = f"[`{facts.base_model}`](/{facts.base_model})" if facts.base_model else f"`{code(own_name(graph.model_id))}`"
+    base = (
+        f"[`{code(facts.base_model)}`](/{quote(facts.base_model)})"
+        if facts.base_model
+        else f"`{code(own_name(graph.model_id))}`"
+    )
     intro = f"{base} in mixed precision: {len(graph)} layers with weights at {_list(bits)} bits, {inputs}."
-    floats = [f"- `{code(op.name)}` ({code(op.kind)}): {code(op.reason)}" for op in graph.floats]
+    floats = [f"- `{code(op.name)}` ({prose(op.kind)}): {prose(op.reason)}" for op in graph.floats]
     card = ModelCard.from_template(
         card_data=_front_matter(repo_id, manifest, facts),
         template_path=str(TEMPLATE),
@@ -127,21 +142,21 @@ def _front_matter(repo_id: str, manifest: Manifest, facts: CardFacts) -> ModelCa
         results = [
             EvalResult(
                 task_type=facts.pipeline_tag,
-                dataset_type=facts.dataset,
-                dataset_name=facts.dataset.rpartition("/")[2],
-                metric_type=MEASURES.get(key, (key, key))[0],
-                metric_name=MEASURES.get(key, (key, key))[1],
+                dataset_type=shown(facts.dataset),
+                dataset_name=shown(facts.dataset.rpartition("/")[2]),
+                metric_type=MEASURES[key][0] if key in MEASURES else shown(key),
+                metric_name=MEASURES[key][1] if key in MEASURES else shown(key),
                 metric_value=value,
             )
             for key, value in figures.items()
-            if key not in NO_MEASURE
+            if key not in NO_MEASURE and not isinstance(value, str)
         ]
     known: dict[str, Any] = {
         "license": facts.license,
         "base_model": facts.base_model,
         "base_model_relation": "quantized" if facts.base_model else None,
         "pipeline_tag": facts.pipeline_tag,
-        "datasets": [facts.trained_on] if facts.trained_on and "/" in facts.trained_on else None,
+        "datasets": [shown(facts.trained_on)] if facts.trained_on and "/" in facts.trained_on else None,
         "eval_results": results,
         "model_name": repo_id.rpartition("/")[2] if results else None,
     }
@@ -152,7 +167,7 @@ def _front_matter(repo_id: str, manifest: Manifest, facts: CardFacts) -> ModelCa
     return ModelCardData(
         library_name=manifest.library if compressed else "hub-mpq",  # whose code loads it
         tags=tags,
-        **{key: value for key, value in known.items() if value},
+        **{key: shown(value) if isinstance(value, str) else value for key, value in known.items() if value},
     )
 
 
@@ -165,11 +180,16 @@ def _figures(manifest: Manifest, facts: CardFacts) -> str:
     last = [name for name in ("float copy",) if name in metrics]
     for name in ["float", *levels, "quantized", *last]:
         cells = _costs(name, manifest, facts)
-        label = "mixed precision (this repo)" if name == "quantized" else name
-        rows.append([label, *cells, *(f"{metrics[name][k]:.4g}" if k in metrics.get(name, {}) else "" for k in keys)])
-    head = ["", "BitOps", "weights on disk", *(MEASURES.get(k, (k, k))[1] for k in keys)]
+        label = "mixed precision (this repo)" if name == "quantized" else prose(name)
+        found = metrics.get(name, {})
+        rows.append([label, *cells, *(prose(_figure(found[k])) if k in found else "" for k in keys)])
+    head = ["", "BitOps", "weights on disk", *(MEASURES[k][1] if k in MEASURES else prose(k) for k in keys)]
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _figure(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
 
 
 def _costs(name: str, manifest: Manifest, facts: CardFacts) -> list[str]:
@@ -206,7 +226,7 @@ def _notes(manifest: Manifest, facts: CardFacts) -> str:
     out = []
     if metrics:
         where = f" of `{code(facts.dataset)}`" if facts.dataset else ""
-        as_tasks = sorted({str(row["task"]) for row in metrics.values() if "task" in row})
+        as_tasks = sorted({prose(row["task"]) for row in metrics.values() if "task" in row})
         how = f" as {_list(as_tasks)}" if as_tasks else ""
         out.append(f"Measured on {_list(sorted(samples))} samples{where}{how}." if samples else "")
     if {FLOAT_COPY, PACKED} <= set(facts.nbytes):
@@ -248,7 +268,7 @@ def _loading(repo_id: str, manifest: Manifest, facts: CardFacts) -> str:
                 "Never take a model whose weights were newly initialised."
             )
     if INDICATORS in nbytes:
-        base = code(facts.base_model or own_name(manifest.base_model))
+        base = code(facts.base_model or own_name(manifest.base_model)).replace('"', "'")
         again = "HubMPQ.from_module(net, x)" if needs_net else f'HubMPQ.from_pretrained("{base}")'
         parts.append(
             _block(
@@ -314,7 +334,7 @@ def _making(manifest: Manifest, facts: CardFacts) -> str:
         rows += [(f"{title}: {key}", _plain(value)) for key, value in tree.items() if _short(value)]
     rows += [(f"runtime {name}", _certificate(tree)) for name, tree in provenance.get("runtimes", {}).items()]
     rows += [(f"seconds: {key}", f"{value:.3g}") for key, value in facts.seconds.items()]
-    table = "\n".join(["| | |", "|---|---|", *(f"| {code(k)} | {code(v)} |" for k, v in rows)])
+    table = "\n".join(["| | |", "|---|---|", *(f"| {prose(k)} | {prose(v)} |" for k, v in rows)])
     if not exportable(manifest):
         return table
     # names of layers are others' text: no line of theirs ends the block
@@ -327,7 +347,7 @@ def _certificate(tree: Mapping[str, Any]) -> str:
     """One line of what was measured of a runtime."""
     metrics = tree["metrics"]
     figures = [
-        f"{key} {metrics['runtime'][key]:.4g} (reference {value:.4g})"
+        f"{key} {_figure(metrics['runtime'][key])} (reference {_figure(value)})"
         for key, value in metrics["reference"].items()
         if key not in NO_MEASURE and key in metrics["runtime"]
     ]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,11 @@ from torch import nn
 
 from ..core import Indicators
 from ..core.files import CONFIG, INDICATORS, PACKED
-from ..errors import HubMPQError
+from ..core.output import check_output_folder
+from ..errors import PackedFormat
 from ..nn.packing import config_of, packed_tensors
 from ..pack import Manifest, read_indicators, write_indicators, write_packed
+from ..pack.atomic_folder import atomic_folder
 
 
 def save_folder(
@@ -26,47 +27,39 @@ def save_folder(
     config: Mapping[str, Any],
     indicators: Indicators | None = None,
     extra: Mapping[str, bytes] | None = None,
+    drop: Collection[str] = (),
 ) -> int:
     """Write config.json, the packed file and, if given, indicators and extra files; returns the packed bytes.
 
-    Everything is written beside the folder first and moved in at the end, the packed file last: a failure leaves
-    what was there. Raises HubMPQError when the disk refuses.
+    Whoever looks finds the old version or the new one, whole. Other files in the folder stay but for those that `drop`
+    names. Raises InvalidArgument when the folder cannot be written, HubMPQError when the disk refuses.
     """
-    target = Path(folder)
+    check_output_folder(folder, (CONFIG, PACKED, INDICATORS))
     quantization = {
         "quant_method": "mpq",
         "format_version": manifest.format_version,
         "policy": manifest.policy.to_dict(),
     }
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists() and not target.is_dir():
-            raise HubMPQError(f"{target} is a file; save_pretrained writes a folder")
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise HubMPQError(f"{target} cannot be written: {error}") from error
-    try:
+    public = {k: v for k, v in config_of(model, config).items() if k != "_name_or_path"}  # a path on this machine
+    text = json.dumps({**public, "quantization_config": quantization}, indent=2, sort_keys=True) + "\n"
+    gone = {*drop, INDICATORS} if indicators is None else drop  # those of another model must not stay
+    with atomic_folder(folder, gone) as work:
         for name, content in (extra or {}).items():
             (work / name).write_bytes(content)
-        public = {k: v for k, v in config_of(model, config).items() if k != "_name_or_path"}  # a path on this machine
-        text = json.dumps({**public, "quantization_config": quantization}, indent=2, sort_keys=True) + "\n"
-        (work / CONFIG).write_text(text)
+        (work / CONFIG).write_text(text, encoding="utf-8")
         if indicators is not None:
             write_indicators(work / INDICATORS, indicators)
-        size = write_packed(work / PACKED, packed_tensors(model, manifest), manifest)
-        target.mkdir(exist_ok=True)
-        if indicators is None:  # those of another model must not stay
-            (target / INDICATORS).unlink(missing_ok=True)
-        for path in sorted(work.iterdir(), key=lambda p: p.name == PACKED):
-            os.replace(path, target / path.name)
-    except OSError as error:
-        raise HubMPQError(f"{target} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return size
+        return write_packed(work / PACKED, packed_tensors(model, manifest), manifest)
 
 
 def read_folder_indicators(folder: str | os.PathLike[str]) -> Indicators | None:
-    """Indicators stored in a folder, None when there are none."""
+    """Indicators stored in a folder; None when there are none, and with a warning when they cannot be read: a model
+    runs without them."""
     path = Path(folder) / INDICATORS
-    return read_indicators(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return read_indicators(path)
+    except (PackedFormat, OSError) as error:
+        warnings.warn(f"the stored indicators are left out: {error}", stacklevel=2)
+        return None

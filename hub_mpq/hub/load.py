@@ -10,21 +10,28 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import adapters
+from ..adapters import build_graph
 from ..adapters.base import Source, placed
+from ..adapters.bounded import Exceeded, bounded
 from ..adapters.example_inputs import example_for
+from ..adapters.forward import tensors_of
 from ..adapters.module import ModuleLibrary
 from ..adapters.restore_state import copied
 from ..adapters.transformers import model_class, preprocess_of
+from ..core import LayerGraph
 from ..core.files import CONFIG, PACKED
 from ..core.library import Library, libraries
-from ..errors import HubMPQError, InvalidArgument, PackedFormat, PolicyMismatch
-from ..nn.experts import expose_experts
+from ..errors import InvalidArgument, PackedFormat, PolicyMismatch
+from ..nn.expose import expose_layers
+from ..nn.fold import check_folded
 from ..nn.packed import RESIDENT, set_resident
-from ..nn.packing import load_quantized
+from ..nn.packing import check_tensors, load_quantized
 from ..nn.quantize import quantize_to_policy
 from ..nn.split_experts import split_experts, split_stacks
-from ..pack import Manifest, read_manifest, read_packed
+from ..pack import Manifest, read_manifest, read_packed, read_shapes
+from ..pack.layout import flatten
+from .config_numbers import check_numbers
+from .remote import repo_of
 
 
 def load_folder(folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any]) -> tuple[Source, Manifest]:
@@ -43,29 +50,66 @@ def load_folder(folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any
         PackedFormat: The file is bad, or of a library that is not registered.
         PolicyMismatch: The file is for another model.
     """
-    manifest = read_manifest(folder / PACKED)
+    file, cast = folder / PACKED, not {"dtype", "torch_dtype"}.isdisjoint(kwargs)
+    manifest = read_manifest(file)
+    graph = manifest.graph
     if module is None:
-        library = library_of(manifest, folder / PACKED)
+        library = library_of(manifest, file)
         if not library.builds_from_folder:
             raise InvalidArgument(
                 f"{folder} holds a network that no hub can build; pass it: from_pretrained(…, module=net)"
             )
         given = {name: value for name, value in kwargs.items() if name != "library"}  # the file says which
-        given = {**library.folder_defaults, **library.example_arguments(manifest.graph.input_shape), **given}
-        _check_config(folder, manifest, given)
-        if stacks := split_stacks(layer.name for layer in manifest.graph if layer.kind.startswith("experts")):
-            given["per_expert"] = stacks
-        source = adapters.load(str(folder), pretrained=False, library=library.name, **given)
+        check_folder(folder, given, cast=cast)
+        read_packed(file)  # every byte, before memory is taken for a network
+        source = library.rebuild(str(folder), graph, meta=False, **_arguments(library, graph, given))
+        example = tensors_of(source.example)
+        if kwargs and example and tuple(example[0].shape[1:]) != graph.input_shape:  # the caller gave another one
+            graph = graph.counted_on(
+                build_graph(source.model, source.example, model_id=graph.model_id, library=graph.library)
+            )
+            manifest = replace(manifest, graph=graph)
     else:
-        net = copied(module)
-        source = Source(net, manifest.base_model, manifest.revision, ModuleLibrary.name, (), manifest.graph)
-    load_packed(folder / PACKED, source.model, cast=not {"dtype", "torch_dtype"}.isdisjoint(kwargs))
+        source = Source(copied(module), manifest.base_model, manifest.revision, ModuleLibrary.name, (), graph)
+    load_packed(file, source.model, cast=cast)
     source.model.eval()
-    graph = manifest.graph
-    if kwargs and source.graph.input_shape != graph.input_shape:  # the caller gave another one
-        graph = graph.counted_on(source.graph)
-        manifest = replace(manifest, graph=graph)
     return replace(source, graph=graph, model_id=manifest.base_model, revision=manifest.revision), manifest
+
+
+def _arguments(library: Library, graph: LayerGraph, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `rebuild` for a folder, of which the user's come first."""
+    stacks = split_stacks(layer.name for layer in graph if layer.kind.startswith("experts"))
+    per_expert = {"per_expert": stacks} if stacks else {}
+    return {**library.folder_defaults, **library.example_arguments(graph.input_shape), **given, **per_expert}
+
+
+def check_folder(folder: Path, given: Mapping[str, Any], *, cast: bool = False) -> None:
+    """Refuse a folder whose config.json describes another network than its packed file holds, before memory is taken.
+
+    Args:
+        folder: The folder; of its packed file the header is read.
+        given: Arguments of `rebuild` that are the user's.
+        cast: As in `load_quantized`.
+
+    Raises:
+        PackedFormat: File and network are of different tensors, or the file does not determine the network.
+        PolicyMismatch: The network has other layers.
+        HubMPQError: The network can't be built.
+    """
+    file, config = folder / PACKED, folder / CONFIG
+    tensors, manifest = read_shapes(file)
+    library = library_of(manifest, file)
+    check_numbers(config, tensors)
+    try:
+        with bounded(len(flatten(tensors)), file.stat().st_size) as build:
+            arguments = _arguments(library, manifest.graph, given)
+            skeleton = library.rebuild(str(folder), manifest.graph, meta=True, **arguments).model
+    except Exceeded as error:
+        raise PackedFormat(config, str(error)) from None
+    if drawn := build.drawn_outside_state(skeleton):
+        raise PackedFormat(config, f"the network draws {drawn[0]!r} at random, and no packed file holds it")
+    fit(file, skeleton, manifest)
+    check_tensors(file, skeleton, tensors, cast=cast)
 
 
 def load_resident(folder: Path, resident: str, kwargs: Mapping[str, Any]) -> tuple[Source, Manifest]:
@@ -93,6 +137,7 @@ def load_resident(folder: Path, resident: str, kwargs: Mapping[str, Any]) -> tup
         raise InvalidArgument(f"resident is 'packed' or 'float', not {resident!r}")
     import transformers
 
+    check_folder(folder, {})
     safe: Mapping[str, Any] = library.folder_defaults
     config = transformers.AutoConfig.from_pretrained(folder, **safe)
     given = {"dtype": "auto", **safe, **{name: value for name, value in kwargs.items() if name != "library"}}
@@ -126,17 +171,16 @@ def library_of(manifest: Manifest, file: str | os.PathLike[str]) -> Library:
     return libraries.get(manifest.library)
 
 
-def _check_config(folder: Path, manifest: Manifest, kwargs: Mapping[str, Any]) -> None:
-    """PackedFormat when config.json builds a much larger model than the packed file holds, before memory is taken."""
-    try:
-        skeleton = adapters.load(str(folder), pretrained=False, library=manifest.library, meta=True, **kwargs).model
-    except HubMPQError:
-        return  # whatever is wrong, building it says so too
-    built = sum(t.numel() * t.element_size() for t in skeleton.state_dict().values())
-    others = min(manifest.graph.other_bytes, (folder / PACKED).stat().st_size)
-    declared = others + 4 * sum(layer.weight_count for layer in manifest.graph)
-    if built > 2 * declared + 2**20:
-        raise PackedFormat(folder / CONFIG, f"builds a model of {built} bytes, its packed file holds one of {declared}")
+def cached_folder(name: str, commit: str | None) -> Path | None:
+    """Where config.json and packed file of a model lie; None where that can't be told."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if (Path(name) / PACKED).is_file():
+        return Path(name)
+    if commit is None or repo_of(name) is None:
+        return None
+    found = try_to_load_from_cache(name, PACKED, revision=commit)
+    return Path(found).parent if isinstance(found, str) and (Path(found).parent / CONFIG).is_file() else None
 
 
 def load_packed(path: str | os.PathLike[str], skeleton: nn.Module, *, cast: bool = False) -> Manifest:
@@ -146,13 +190,32 @@ def load_packed(path: str | os.PathLike[str], skeleton: nn.Module, *, cast: bool
     PolicyMismatch when the file is for another model.
     """
     tensors, manifest = read_packed(path)
-    expose_experts(skeleton)
-    split_experts(skeleton, split_stacks(manifest.graph.names))
-    modules = dict(skeleton.named_modules())
-    shapes = {n: tuple(m.weight.shape) for n, m in modules.items() if isinstance(getattr(m, "weight", None), Tensor)}
-    wrong = [layer.name for layer in manifest.graph if shapes.get(layer.name) != layer.weight_shape]
-    if wrong:
-        raise PolicyMismatch((), wrong)
-    quantize_to_policy(skeleton, manifest.graph, manifest.policy)
+    fit(path, skeleton, manifest)
     load_quantized(path, skeleton, tensors, cast=cast)
     return manifest
+
+
+def fit(path: str | os.PathLike[str], skeleton: nn.Module, manifest: Manifest) -> None:
+    """Put the quantizers of a packed file into its float model, in place.
+
+    Raises:
+        PolicyMismatch: The model has other layers.
+        PackedFormat: Its layers share other weights than the file says.
+    """
+    expose_layers(skeleton)
+    if (why := check_folded(skeleton, manifest.graph.floats)) is not None:
+        raise PackedFormat(path, why)
+    split_experts(skeleton, split_stacks(manifest.graph.names))
+    modules = dict(skeleton.named_modules())
+    weights = {n: m.weight for n, m in modules.items() if isinstance(getattr(m, "weight", None), Tensor)}
+    graph = manifest.graph
+    if wrong := [x.name for x in graph if x.name not in weights or tuple(weights[x.name].shape) != x.weight_shape]:
+        raise PolicyMismatch((), wrong)
+    holders: dict[int, str] = {}
+    for layer in sorted(graph, key=lambda x: x.weight_owner is not None):
+        says = layer.weight_owner or layer.name
+        if (holder := holders.setdefault(id(weights[layer.name]), layer.name)) != says:
+            raise PackedFormat(
+                path, f"layer {layer.name!r} has the weight of {says!r}, and in the network that of {holder!r}"
+            )
+    quantize_to_policy(skeleton, graph, manifest.policy)

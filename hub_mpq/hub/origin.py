@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,11 @@ from typing import Any
 
 from ..core.library import Library, libraries
 from ..pack import Manifest
-from .remote import hub_api, repo_of
+from .cached import is_foreign_link
+from .remote import COMMIT, bounded, hub_api, repo_of
+
+_CARD = 16 << 20
+"""Bytes of a card, at most."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,9 @@ def origin_of(
 def local_card(folder: Path | None) -> dict[str, str]:
     """Licence and task that the card in the folder a model was loaded from names; {} where there is none."""
     card = None if folder is None else folder / "README.md"
+    if card is not None and is_foreign_link(card):
+        warnings.warn(f"{card} is a link and is not read", stacklevel=2)
+        card = None
     found = _front_matter(card) if card is not None and card.is_file() else {}
     return {key: found[key] for key in ("license", "pipeline_tag") if isinstance(found.get(key), str)}
 
@@ -57,7 +65,9 @@ def _base_card(base: str, revision: str | None, token: str | bool | None) -> Map
     if found is None and not base.startswith("timm/"):
         return {}
     try:
-        path = hub_api(token).hf_hub_download(found[0] if found else base, "README.md", revision=revision)
+        revision = revision if revision and COMMIT.fullmatch(revision) else None
+        with bounded(_CARD):
+            path = hub_api(token).hf_hub_download(found[0] if found else base, "README.md", revision=revision)
     except Exception:  # whatever it is: a card of others must not stop a push
         return {}
     return _front_matter(Path(path))

@@ -19,10 +19,12 @@ from ..core.bits import check_group_size
 from ..core.files import FLOAT_COPY, PACKED
 from ..errors import HubMPQError, InvalidArgument, PackedFormat
 from ..nn.packed import packed_layers
+from ..pack.atomic_folder import finish_interrupted
 from ..pack.header import FORMAT_VERSION
 from ..train.round_weights import check_rounding
 from ..versions import warn_if_untested
 from .folder import save_folder
+from .load import cached_folder, check_folder
 from .plugin_checkpoint import is_checkpoint, is_training_state, restore_from_checkpoints, training_state
 from .plugin_load import become_packed, fill_scales, network_of, to_float
 
@@ -115,12 +117,13 @@ class MPQHfQuantizer(HfQuantizer):  # type: ignore[misc]
     """Loads packed weights into packed layers; or quantizes a float model behind its loading.
 
     `manifest`: what the packed file of the model says, once it is loaded. `commit`: of the Hub repository that the
-    weights were taken from, if any.
+    weights were taken from, if any. `source`: the name that the config was loaded by, and its commit.
     """
 
     quantization_config: Any
     manifest: Manifest | None = None
     commit: str | None = None
+    source: tuple[str, str | None] = ("", None)
     trainable = False
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -136,7 +139,15 @@ class MPQHfQuantizer(HfQuantizer):  # type: ignore[misc]
         plug-in must find the float copy or nothing."""
         if self.pre_quantized:
             config.transformers_weights = PACKED
+            self.source = config.name_or_path, getattr(config, "_commit_hash", None)
         return config
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Runs after the files were found and before the model is built: the last moment at which a config.json that
+        describes another network costs nothing. Only the Auto classes have told the config its name by then."""
+        if self.pre_quantized and (folder := cached_folder(*self.source)) is not None:
+            check_folder(folder, {})
+        return dtype
 
     def _process_model_before_weight_loading(
         self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -145,6 +156,8 @@ class MPQHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.pre_quantized:
             if not checkpoint_files:
                 raise HubMPQError("packed weights are read from a file, not from a state dict")
+            if finish_interrupted(Path(checkpoint_files[0]).parent):
+                raise HubMPQError("a save into this folder had been interrupted and is finished now; load it again")
             dtype = dtype or torch.get_default_dtype()
             self.manifest = become_packed(model, checkpoint_files[0], self.quantization_config.policy, dtype)
 
@@ -251,9 +264,8 @@ def save_pretrained(
         extra[FLOAT_COPY] = training_state(self, manifest.policy)
     if self.can_generate():
         extra["generation_config.json"] = self.generation_config.to_json_string().encode()
-    save_folder(folder, network_of(self), manifest, _config(self), extra=extra)
-    if FLOAT_COPY not in extra:  # Trainer copies a checkpoint's to the folder that it publishes
-        (folder / FLOAT_COPY).unlink(missing_ok=True)
+    drop = () if FLOAT_COPY in extra else (FLOAT_COPY,)  # Trainer copies a checkpoint's to the folder it publishes
+    save_folder(folder, network_of(self), manifest, _config(self), extra=extra, drop=drop)
     if push_to_hub:
         self.push_to_hub(kwargs.pop("repo_id", None) or folder.name, **kwargs)
     return None

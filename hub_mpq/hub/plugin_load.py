@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 
 from ..core import FLOAT_BITS, LayerBits, LayerGraph, Policy
 from ..errors import PackedFormat, PolicyMismatch
-from ..nn.experts import conceal_experts, expose_experts
+from ..nn.expose import conceal_layers, expose_layers
+from ..nn.fold import check_folded, unfold_layers
 from ..nn.layers import pad_only, replace_layer
 from ..nn.packed import PackedLayer, float_layer, packed_layer, packed_layers
 from ..nn.split_experts import split_experts, split_stacks
 from ..pack import Manifest, read_packed
 from ..pack.layout import INPUT_PARTS, WEIGHT_PARTS, flatten, key
 from ..pack.layout import packed_layers as packed_names
+from .cached import mended
 from .load import library_of
 
 
@@ -35,12 +38,14 @@ def become_packed(model: Any, file: str, policy: Policy | LayerBits | None, dtyp
     or with a new one; the manifest is then that of the part that was taken over. Raises PackedFormat for a bad
     file or a config.json that disagrees with it, PolicyMismatch for another model.
     """
-    tensors, manifest = read_packed(file)
+    tensors, manifest = mended(Path(file).parent, lambda: read_packed(file))
     library_of(manifest, file)
     if policy != manifest.policy:
         raise PackedFormat(file, "its policy is not the one that config.json states")
     net = network_of(model)
-    expose_experts(net)
+    expose_layers(net)
+    if (why := check_folded(net, manifest.graph.floats)) is not None:
+        raise PackedFormat(file, why)
     there = {name for name, module in net.named_modules() if hasattr(module, "weight")}
     split_experts(net, [found for s in split_stacks(manifest.graph.names) if (found := _here(s, there, model))])
     names = _names(manifest.graph.names, net, model)
@@ -52,7 +57,7 @@ def become_packed(model: Any, file: str, policy: Policy | LayerBits | None, dtyp
     for name in sorted(names, key=lambda n: manifest.graph[n].weight_owner is not None):
         _replace_layer(net, names, name, manifest, flat, dtype, file)
     pad_only(net, PackedLayer)
-    conceal_experts(net)  # stacks that stay float: transformers loads them as the Parameters that they are
+    conceal_layers(net)  # stacks that stay float: transformers loads them as the Parameters that they are
     _check_covered(model, net, flat, manifest, names, file)
     _untie(model, net)
     return _manifest_of(manifest, names, net)
@@ -176,4 +181,5 @@ def to_float(model: nn.Module, dtype: torch.dtype) -> None:
     for name, module in sorted(packed_layers(model), key=lambda item: bool(item[1].owner)):
         shared: Any = module.owner[0].weight if module.owner else None  # the owner is float by now
         replace_layer(model, name, float_layer(module, dtype, shared))
-    conceal_experts(model)
+    conceal_layers(model)
+    unfold_layers(model)

@@ -17,7 +17,7 @@ from ..adapters.example_inputs import example_for
 from ..adapters.transformers import head_of
 from ..core import Candidates, IndicatorOptions, LayerBits, LayerGraph, Policy
 from ..errors import InvalidArgument
-from ..nn.experts import expose_experts
+from ..nn.expose import expose_layers
 from ..nn.packing import base_nbytes
 from ..nn.split_experts import split_experts, split_stacks
 from ..pack import Manifest
@@ -51,7 +51,7 @@ def quantize_in_place(model: Any, config: Any, revision: str | None = None) -> M
         raise InvalidArgument("a model that is offloaded can't be quantized; load it whole, without device_map='auto'")
     model.eval()
     net = network_of(model)
-    expose_experts(net)
+    expose_layers(net)
     scores = None
     if config.budget is not None and Path(model.name_or_path).is_dir():
         scores = read_folder_indicators(model.name_or_path)

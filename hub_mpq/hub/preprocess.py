@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from ..core.files import CONFIG
-from ..core.library import libraries
-from ..errors import is_connection_error
-from .remote import hub_api, repo_of
+from ..core.library import Library, libraries
+from ..errors import HubMPQError
+from .cached import OPTIONAL, is_foreign_link
+from .remote import COMMIT, FILES, bounded, hub_api, hub_errors, repo_of
 
 
 def preprocess_names() -> tuple[str, ...]:
@@ -24,9 +29,24 @@ def local_preprocess(folder: Path | None, library: str, input_shape: tuple[int, 
     if folder is None:
         return {}
     owner = libraries.get(library)
-    found = {name: (folder / name).read_bytes() for name in owner.preprocessing if (folder / name).is_file()}
+    found = {}
+    for name in owner.preprocessing:
+        if is_foreign_link(folder / name):
+            warnings.warn(f"{folder / name} is a link and is not copied", stacklevel=2)
+        elif (folder / name).is_file():
+            found[name] = (folder / name).read_bytes()
     config = json.loads((folder / CONFIG).read_text()) if found else {}
-    return {name: owner.resized(name, content, config, input_shape) for name, content in found.items()}
+    return {name: _resized(owner, name, content, config, input_shape) for name, content in found.items()}
+
+
+def _resized(
+    library: Library, name: str, content: bytes, config: Mapping[str, Any], input_shape: tuple[int, ...]
+) -> bytes:
+    try:
+        return library.resized(name, content, config, input_shape)
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RecursionError):
+        warnings.warn(f"{name} cannot be read and is copied as it is, whatever the input size", stacklevel=2)
+        return content
 
 
 def preprocess_files(
@@ -42,13 +62,14 @@ def preprocess_files(
     if not wanted or found is None:
         return {}
     api = hub_api(token)
+    revision = revision if revision and COMMIT.fullmatch(revision) else None
     try:
-        names = set(api.list_repo_files(found[0], revision=revision))
-        return {name: Path(api.hf_hub_download(found[0], name, revision=revision)) for name in wanted if name in names}
-    except Exception as error:
-        if is_connection_error(error):
-            return _cached(found[0], revision, wanted)
-        raise
+        with hub_errors(f"files of {found[0]} can't be fetched"), bounded(OPTIONAL):
+            names = {file.path for file in islice(api.list_repo_tree(found[0], revision=revision), FILES)}
+            there = [name for name in wanted if name in names]
+            return {name: Path(api.hf_hub_download(found[0], name, revision=revision)) for name in there}
+    except HubMPQError:
+        return _cached(found[0], revision, wanted)
 
 
 def _cached(repo: str, revision: str | None, wanted: tuple[str, ...]) -> dict[str, Path]:

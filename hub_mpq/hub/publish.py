@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,16 @@ from ..core.library import Library
 from ..errors import HubMPQError, InvalidArgument
 from ..export import COMPRESSED_TENSORS, check_exportable, export
 from ..export.float_copy import float_copy_state
+from ..nn.fold import why_not_unfolded
 from ..pack import Manifest, read_packed
+from ..pack.atomic_folder import finish_interrupted
+from .cached import is_foreign_link
 from .card import CardFacts, eval_results, render_card
 from .folder import read_folder_indicators
 from .load import library_of, load_folder
 from .origin import origin_of
 from .preprocess import preprocess_files, preprocess_names
-from .remote import check_repo_id, hub_api, hub_errors
+from .remote import bounded, check_repo_id, hub_api, hub_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
@@ -30,6 +34,8 @@ CARD = "README.md"
 PICTURE = "policy.png"
 EVAL_RESULTS = ".eval_results/hub-mpq.yaml"
 _OURS = (CONFIG, PACKED, INDICATORS, FLOAT_COPY, CARD, PICTURE, MANIFEST, EVAL_RESULTS)
+_ANSWER = 64 << 20
+"""Bytes of an answer that is no file, at most."""
 _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".safetensors", ".safetensors.index.json", ".onnx")
 
 
@@ -71,8 +77,14 @@ def publish(
     """
     check_repo_id(repo_id)
     folder = Path(folder)
+    finish_interrupted(folder)
     if not (folder / PACKED).is_file() or not (folder / CONFIG).is_file():
         raise InvalidArgument(f"{folder} holds no {CONFIG} and {PACKED}: publish a folder that save_pretrained wrote")
+    for name in (CONFIG, PACKED, INDICATORS, CARD, *preprocess_names()):
+        if is_foreign_link(folder / name):
+            raise InvalidArgument(
+                f"{folder / name} is a link, and links are not followed when a folder is published; put the file there"
+            )
     _, manifest = read_packed(folder / PACKED)
     library = library_of(manifest, folder / PACKED)
     if format not in ("mpq", COMPRESSED_TENSORS):
@@ -83,6 +95,7 @@ def publish(
             raise InvalidArgument(
                 f"{COMPRESSED_TENSORS} and a float copy would both be {FLOAT_COPY}: publish one of them"
             )
+    wanted = float_copy
     float_copy = format == "mpq" and (library.builds_from_folder if float_copy is None else float_copy)
     with tempfile.TemporaryDirectory(prefix="hub-mpq-push-") as work:
         if format == COMPRESSED_TENSORS:
@@ -91,7 +104,14 @@ def publish(
             files = {name: folder / name for name in (CONFIG, PACKED, INDICATORS) if (folder / name).is_file()}
         files |= _preprocessing(folder, manifest, token)
         if float_copy:
-            files[FLOAT_COPY] = _write_float_copy(Path(work) / FLOAT_COPY, folder, library, model)
+            whole = model or _network(folder, library)
+            why = why_not_unfolded(whole)
+            if why is not None and wanted:
+                raise HubMPQError(f"there is no float copy to publish: {why}")
+            if why is not None:
+                warnings.warn(f"published without a float copy: {why}", stacklevel=2)
+            else:
+                files[FLOAT_COPY] = _write_float_copy(Path(work) / FLOAT_COPY, library, whole)
         if _draw(manifest, Path(work) / PICTURE):
             files[PICTURE] = Path(work) / PICTURE
         given = {"license": license, "base_model": base_model, "pipeline_tag": pipeline_tag}
@@ -113,15 +133,16 @@ def _write_compressed(work: Path, folder: Path, manifest: Manifest, model: nn.Mo
     return {name: work / name for name in (CONFIG, FLOAT_COPY, MANIFEST)}
 
 
-def _write_float_copy(path: Path, folder: Path, library: Library, model: nn.Module | None) -> Path:
+def _network(folder: Path, library: Library) -> nn.Module:
+    """The quantized model of a folder."""
+    if not library.builds_from_folder:
+        raise InvalidArgument("the float copy of a network of one's own needs the network: HubMPQ.push_to_hub has it")
+    return load_folder(folder, None, {})[0].model
+
+
+def _write_float_copy(path: Path, library: Library, model: nn.Module) -> Path:
     from safetensors.torch import save_file
 
-    if model is None:
-        if not library.builds_from_folder:
-            raise InvalidArgument(
-                "the float copy of a network of one's own needs the network: HubMPQ.push_to_hub has it"
-            )
-        model = load_folder(folder, None, {})[0].model
     save_file(float_copy_state(model, library), path, metadata={"format": "pt"})
     return path
 
@@ -193,7 +214,8 @@ def _commit(
     from huggingface_hub.errors import HfHubHTTPError
 
     api = hub_api(token)
-    with hub_errors(f"{repo_id} can't be published", "; its readers see the old version or the new one, whole"):
+    after = "; its readers see the old version or the new one, whole"
+    with hub_errors(f"{repo_id} can't be published", after), bounded(_ANSWER):
         if not create_pr:
             api.create_repo(repo_id, private=private, exist_ok=True)
         for attempt in (1, 2):

@@ -7,20 +7,30 @@ import json
 import os
 import re
 import shutil
-import tempfile
+import warnings
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..adapters.base import no_connection
 from ..core.files import CONFIG, FLOAT_COPY, INDICATORS, MANIFEST, PACKED
-from ..errors import HubMPQError, InvalidArgument, PackedFormat
+from ..core.output import check_output_folder
+from ..errors import HubMPQError, InvalidArgument, PackedFormat, is_connection_error
 from ..pack import Manifest, parse_manifest, read_packed
+from ..pack.atomic import write_atomic
+from ..pack.atomic_folder import atomic_folder, finish_interrupted
 from ..pack.header import MAX_HEADER
+from .cached import OPTIONAL, download_packed, mend_small, mended
 from .preprocess import preprocess_names
-from .remote import check_repo_id, hub_api, hub_errors, repo_of
+from .remote import COMMIT, FILES, bounded, check_repo_id, hub_api, hub_errors, repo_of
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
 _FIRST = 1 << 16
+_ANSWER = 16 << 20
+"""Bytes of a config or of a page of file names, at most."""
+_REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 
 
 def fetch(
@@ -34,15 +44,17 @@ def fetch(
 
     `revision`: branch, tag or commit. Of a branch that has not moved one request is made; of a commit (40 hexadecimal
     digits) that is in the cache none, nor with `local_files_only` or HF_HUB_OFFLINE. Only files of known names are
-    fetched, whatever the repo lists. HubMPQError when it can't be had.
+    fetched, whatever the repo lists; where one that a model runs without can't be had, a warning says so. Small files
+    that are no longer what was downloaded are fetched anew. HubMPQError when the model can't be had.
     """
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    api = hub_api(token)
-    with hub_errors(f"{repo_id} can't be fetched"):
+    api, offline = hub_api(token), local_files_only or constants.HF_HUB_OFFLINE
+    with hub_errors(f"{repo_id} can't be fetched"), bounded(_ANSWER):
         try:
-            config = api.hf_hub_download(repo_id, CONFIG, revision=revision, local_files_only=local_files_only)
+            commit = revision if offline else _commit(api, repo_id, revision)
+            config = api.hf_hub_download(repo_id, CONFIG, revision=commit, local_files_only=local_files_only)
         except LocalEntryNotFoundError:
             if local_files_only:
                 raise
@@ -50,29 +62,77 @@ def fetch(
         except EntryNotFoundError:
             return None
     folder = Path(config).parent
+    named = bool(COMMIT.fullmatch(folder.name))
+    if named:
+        mend_small(folder, (n for n in _wanted() if n != PACKED), token, offline)
     if not _is_packed(folder / CONFIG):
         return None
-    if not _COMMIT.fullmatch(folder.name):
+    if not named:
         raise HubMPQError(f"{repo_id}: the server names no commit but {folder.name[:60]!r}")
     packed = (folder / PACKED).is_file()
     # transformers fetches the packed file alone; the indicators, which are fetched just before, tell
     if packed and try_to_load_from_cache(repo_id, INDICATORS, revision=folder.name) is not None:
+        _remember(folder, revision, offline)
         return folder
-    if local_files_only or constants.HF_HUB_OFFLINE:
+    if offline:
         if packed:
             return folder
         raise HubMPQError(f"{repo_id} can't be fetched: its packed weights are not in the local cache")
-    with hub_errors(f"{repo_id} can't be fetched"):
-        there = set(api.list_repo_files(repo_id, revision=folder.name))
+    _fetch_files(api, repo_id, folder.name)
+    _remember(folder, revision, offline)
+    return folder
+
+
+def _commit(api: HfApi, repo_id: str, revision: str | None) -> str | None:
+    """The commit that a branch is at now, since it may move between two requests; the revision itself when the Hub
+    doesn't say: it may be in the cache."""
+    from huggingface_hub import hf_hub_url
+
+    if revision is not None and COMMIT.fullmatch(revision):
+        return revision
+    try:
+        found = api.get_hf_file_metadata(url=hf_hub_url(repo_id, CONFIG, revision=revision), token=api.token)
+    except Exception as error:
+        if not is_connection_error(error):
+            raise
+        return revision
+    return found.commit_hash if COMMIT.fullmatch(found.commit_hash or "") else revision
+
+
+def _fetch_files(api: HfApi, repo_id: str, commit: str) -> None:
+    """All files of a published model, the packed one last: where it is, the rest is too."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    with hub_errors(f"{repo_id} can't be fetched"), bounded(_ANSWER):
+        tree = islice(api.list_repo_tree(repo_id, revision=commit), FILES)
+        there = {file.path: int(getattr(file, "size", 0)) for file in tree}
         if INDICATORS not in there:
             with contextlib.suppress(EntryNotFoundError):  # so that the cache knows
-                api.hf_hub_download(repo_id, INDICATORS, revision=folder.name)
-        if PACKED not in there:
-            raise HubMPQError(f"{repo_id} has the config of a packed model but no {PACKED}")
-        for name in _wanted():
-            if name in there:
-                api.hf_hub_download(repo_id, name, revision=folder.name)
-    return folder
+                api.hf_hub_download(repo_id, INDICATORS, revision=commit)
+    for name in _wanted():
+        if name in there and name not in (CONFIG, PACKED):
+            try:
+                size = max(there[name], _FIRST)  # an error has a body too
+                with hub_errors(f"{name} of {repo_id} can't be fetched"), bounded(min(size, OPTIONAL)):
+                    api.hf_hub_download(repo_id, name, revision=commit)
+            except HubMPQError as error:
+                warnings.warn(f"{error}; the model is loaded without it", stacklevel=2)
+    with hub_errors(f"{repo_id} can't be fetched"):
+        try:
+            download_packed(api, repo_id, commit)
+        except EntryNotFoundError:
+            raise HubMPQError(f"{repo_id} has the config of a packed model but no {PACKED}") from None
+
+
+def _remember(folder: Path, revision: str | None, offline: bool) -> None:
+    """Let the branch lead to this commit in the cache, now that all of it is there: without network it is found."""
+    name = revision or "main"
+    if not offline and not COMMIT.fullmatch(name) and _REVISION.fullmatch(name):
+        file = folder.parents[1] / "refs" / name
+        with contextlib.suppress(OSError, HubMPQError):  # a cache that can only be read will do
+            if not file.is_file() or file.read_text() != folder.name:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(file, [folder.name.encode()])
 
 
 def _wanted() -> tuple[str, ...]:
@@ -82,9 +142,9 @@ def _wanted() -> tuple[str, ...]:
 
 def _is_packed(config: Path) -> bool:
     try:
-        tree = json.loads(config.read_text())
+        tree = json.loads(config.read_text(encoding="utf-8"))
         return bool(tree["quantization_config"]["quant_method"] == "mpq")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -99,28 +159,23 @@ def pull(
     """Fetch a published model, verify every byte of its weights, and return where it lies.
 
     `folder`: a new folder for a copy of its own; None leaves it in the cache. HubMPQError when it can't be had,
-    PackedFormat when the packed file is torn or tampered with.
+    PackedFormat when the packed file was published torn or tampered with.
     """
     target = None if folder is None else Path(folder)
-    if target is not None and target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise InvalidArgument(f"{target} is there already; pull writes a new folder")
+    if target is not None:
+        check_output_folder(target)
+        if target.exists() and any(target.iterdir()):
+            raise InvalidArgument(f"{target} is there already; pull writes a new folder")
     found = fetch(check_repo_id(repo_id), revision=revision, token=token, local_files_only=local_files_only)
     if found is None:
         raise HubMPQError(f"{repo_id} can't be pulled: it is no repo of packed weights, or it can't be reached")
-    read_packed(found / PACKED)
+    mended(found, lambda: read_packed(found / PACKED), token=token, offline=local_files_only)
     if target is None:
         return found
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as work:
-            for name in _wanted():
-                if (found / name).is_file():
-                    shutil.copyfile(found / name, Path(work) / name)
-            os.chmod(work, 0o755)
-            os.replace(work, target)
-            os.mkdir(work)  # for the context to remove
-    except OSError as error:
-        raise HubMPQError(f"{target} cannot be written: {error}") from error
+    with atomic_folder(target) as work:
+        for name in _wanted():
+            if (found / name).is_file():
+                shutil.copyfile(found / name, work / name)
     return target
 
 
@@ -143,14 +198,15 @@ def remote_manifest(
 
     def part(url: str, begin: int, end: int) -> bytes:
         headers = build_hf_headers(token=token, library_name=api.library_name, library_version=api.library_version)
-        response = get_session().get(url, headers={**headers, "Range": f"bytes={begin}-{end - 1}"}, timeout=30)
+        with bounded(end - begin):
+            response = get_session().get(url, headers={**headers, "Range": f"bytes={begin}-{end - 1}"}, timeout=30)
         hf_raise_for_status(response)
         if response.status_code != 206:
             raise HubMPQError(f"{name}: the server serves no parts of files; pull it instead")
         content: bytes = response.content
         return content[: end - begin]
 
-    with hub_errors(f"{repo_id} can't be inspected"):
+    with hub_errors(f"{repo_id} can't be inspected"), bounded(1 << 60):
         try:
             found = api.get_hf_file_metadata(url=hf_hub_url(repo_id, PACKED, revision=revision), token=token)
         except EntryNotFoundError:
@@ -182,7 +238,8 @@ def _manifest_file(repo_id: str, revision: str | None, token: str | bool | None)
         return None
     if (found.size or 0) > MAX_HEADER:
         raise PackedFormat(name, f"{found.size} bytes are too many for a manifest")
-    path = api.hf_hub_download(repo_id, MANIFEST, revision=found.commit_hash)
+    with bounded(MAX_HEADER):
+        path = api.hf_hub_download(repo_id, MANIFEST, revision=found.commit_hash)
     try:
         return Manifest.from_text(Path(path).read_text(encoding="utf-8")), size or 0
     except (InvalidArgument, UnicodeDecodeError) as error:
@@ -218,6 +275,7 @@ def packed_folder(
     None for everything else: a timm name, a float repo, a float folder.
     """
     if Path(model_id).is_dir():
+        finish_interrupted(Path(model_id))
         return Path(model_id) if (Path(model_id) / PACKED).is_file() else None
     found = repo_of(str(model_id))
     if found is None:

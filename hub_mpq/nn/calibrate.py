@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..quantizers import LSQ, GroupedLSQ, activation_scale, weight_scale_sigma
+from ..quantizers.base import channel_rows
 from ..quantizers.weight_grid import weight_grid
 from .layers import first_operand
 from .quantize import quantized_layers
+from .routed_experts import routed_experts
 
 _SAMPLE = 1 << 16  # values kept per layer and batch: enough for a scale, little to hold
 
@@ -54,8 +56,8 @@ def sample_inputs(
         names: The layers. None: all with an input quantizer.
 
     Returns:
-        {layer name: evenly spaced sample of the values it read, float32, 1-D}, without layers that did not run. Nothing
-        runs where there is no layer to sample.
+        {layer name: evenly spaced sample of the values it read, float32, 1-D}, without layers that did not run; an
+        expert that no token reached has what the others read. Nothing runs where there is no layer to sample.
     """
     if names is None:
         names = [name for name, module in quantized_layers(model) if module.input_quantizer is not None]
@@ -80,7 +82,12 @@ def sample_inputs(
         model.train(training)
         for handle in handles:
             handle.remove()
-    return {name: torch.cat(parts) for name, parts in samples.items()}
+    found = {name: torch.cat(parts) for name, parts in samples.items()}
+    for experts in routed_experts(model):
+        reached = [found[name] for name in experts.values() if name in found]
+        if reached:
+            found |= {name: torch.cat(reached) for name in experts.values() if name in names and name not in found}
+    return found
 
 
 @torch.no_grad()
@@ -117,9 +124,7 @@ def calibrate_weight(module: Any, bits: int, *, mse: bool) -> None:
     elif q.base.shape[1] == 1:
         q.init(bits, weight_grid(module.weight.reshape(1, -1), bits)[0].flatten())
     else:
-        weight = module.weight.mT if q.axis in (1, -1) else module.weight
-        rows = weight.flatten(1) if q.axis == 0 else weight.reshape(-1, weight.shape[-1])
-        q.init(bits, weight_grid(rows, bits)[0].flatten())
+        q.init(bits, weight_grid(channel_rows(module.weight, q.axis), bits)[0].flatten())
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ layers have. transformers' own ways index the Parameter, or hand all of it to on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -201,20 +201,6 @@ def conceal_experts(model: nn.Module) -> None:
             implementation, hook = vars(module).pop("_concealed")
             module.config._experts_implementation = implementation
             hook.remove()
-
-
-def names_of_parameters(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of float weights in which each stack of experts has the name of its Parameter.
-
-    Args:
-        model: The model, with quantized or packed layers.
-        state: {name of a layer + ".weight", or any other name: tensor}.
-    """
-    out = dict(state)
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Stack):
-            module.to_parameter(out, name)
-    return out
 
 
 def _routed(chosen: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:

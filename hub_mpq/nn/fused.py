@@ -31,27 +31,36 @@ class Operation(Protocol):
 
 
 class Convolution(NamedTuple):
-    """2-d convolution, zero padding; see torch.nn.functional.conv2d."""
+    """Convolution over as many axes as `stride` has, zero padding; see torch.nn.functional.conv2d.
+
+    `output_padding`: of a transposed one, whose weight is [in, out/groups, …]; None for an ordinary one.
+    """
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+    output_padding: tuple[int, ...] | None = None
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        axes = len(self.stride)
+        if self.output_padding is None:
+            plain = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
+            return plain(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        wide = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[axes - 1]
+        return wide(x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
 
     def back(self, g: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> Gradients:
         found: Gradients = torch.ops.aten.convolution_backward.default(
             g,
             x,
             weight,
-            [len(weight)] if wanted[2] else None,
+            [g.shape[1]] if wanted[2] else None,
             self.stride,
             self.padding,
             self.dilation,
-            False,
-            (0, 0),
+            self.output_padding is not None,
+            self.output_padding or (0,) * len(self.stride),
             self.groups,
             list(wanted),
         )

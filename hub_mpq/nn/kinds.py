@@ -1,4 +1,5 @@
-"""The kinds of layers that hub_mpq quantizes. To add one: an entry here, a class in layers.py, a class in packed.py.
+"""The kinds of layers that hub_mpq quantizes. To add one: an entry here, a class in layers.py or convolutions.py,
+and one in packed.py or packed_convolutions.py.
 
 Types and classes are named, not imported: neither torch nor timm nor transformers is loaded to look a kind up.
 """
@@ -48,10 +49,33 @@ register_layer_kind(
             "transformers.models.efficientnet.modeling_efficientnet.EfficientNetDepthwiseConv2d",
             "transformers.models.align.modeling_align.AlignVisionDepthwiseConv2d",
         ),
-        quantized="hub_mpq.nn.layers:QuantConv2d",
-        packed="hub_mpq.nn.packed:PackedConv2d",
+        quantized="hub_mpq.nn.convolutions:QuantConv2d",
+        packed="hub_mpq.nn.packed_convolutions:PackedConv2d",
     )
 )
+for _axes in (1, 3):
+    register_layer_kind(
+        LayerKind(
+            name=f"convolution{_axes}d",  # "conv1d" is GPT-2's linear layer
+            channel_axis=0,
+            row_axes=None,
+            types=(f"torch.nn.modules.conv.Conv{_axes}d",),
+            quantized=f"hub_mpq.nn.convolutions:QuantConv{_axes}d",
+            packed=f"hub_mpq.nn.packed_convolutions:PackedConv{_axes}d",
+        )
+    )
+for _axes in (1, 2, 3):
+    register_layer_kind(
+        LayerKind(
+            name=f"conv_transpose{_axes}d",
+            # [in, out/groups, …]: output channels of the same place in their groups share a scale
+            channel_axis=1,
+            row_axes=None,
+            types=(f"torch.nn.modules.conv.ConvTranspose{_axes}d",),
+            quantized=f"hub_mpq.nn.convolutions:QuantConvTranspose{_axes}d",
+            packed=f"hub_mpq.nn.packed_convolutions:PackedConvTranspose{_axes}d",
+        )
+    )
 register_layer_kind(
     LayerKind(
         name="linear",
@@ -63,6 +87,21 @@ register_layer_kind(
             "timm.layers.linear.Linear",
             # input @ weight.T + bias, written out
             "transformers.models.falcon.modeling_falcon.FalconLinear",
+        ),
+        quantized="hub_mpq.nn.layers:QuantLinear",
+        packed="hub_mpq.nn.packed:PackedLinear",
+        shares_input=True,
+    )
+)
+register_layer_kind(
+    LayerKind(
+        name="projection",  # a linear layer whose weight is read without a call, except by hub_mpq (see expose.py)
+        channel_axis=0,
+        row_axes=(0, 1),
+        types=(
+            "hub_mpq.nn.multihead_attention.Projection",
+            # nn.Linear under another name: the output projection of nn.MultiheadAttention
+            "torch.nn.modules.linear.NonDynamicallyQuantizableLinear",
         ),
         quantized="hub_mpq.nn.layers:QuantLinear",
         packed="hub_mpq.nn.packed:PackedLinear",
@@ -94,15 +133,15 @@ register_layer_kind(
         reads_indices=True,
     )
 )
-for _name, _axes, _type in (
+for _name, _rows, _type in (
     ("experts", (-2, -1), "ExpertStack"),
     ("experts_transposed", (-1, -2), "TransposedExpertStack"),  # gpt-oss: [experts, in, out]
 ):
     register_layer_kind(
         LayerKind(
             name=_name,
-            channel_axis=_axes[0],
-            row_axes=_axes,
+            channel_axis=_rows[0],
+            row_axes=_rows,
             types=(f"hub_mpq.nn.experts.{_type}",),
             quantized="hub_mpq.nn.experts:QuantExperts",
             packed="hub_mpq.nn.experts:PackedExperts",

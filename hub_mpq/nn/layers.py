@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..errors import InvalidArgument
 from ..quantizers import LSQ
-from .fused import Convolution, Operation, Product, quantized
+from .fused import Operation, Product, quantized
 
 
 def take_over(cls: type[nn.Module], module: nn.Module) -> Any:
@@ -87,8 +87,8 @@ def operands(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return x, layer.weight_quantizer(layer.weight).to(x.dtype)
 
 
-def _fused(layer: Any, operation: Operation | None, x: Tensor) -> Tensor | None:
-    """The layer's output by `fused.quantized`; None where it must be put together from its parts.
+def fused_output(layer: Any, operation: Operation | None, x: Tensor) -> Tensor | None:
+    """A layer's output by `fused.quantized`; None where it must be put together from its parts.
 
     Parts: other quantizers than LSQ; both of them off, so that a float layer has second derivatives; a trace.
     """
@@ -104,55 +104,6 @@ def _fused(layer: Any, operation: Operation | None, x: Tensor) -> Tensor | None:
     return quantized(operation, x, layer.weight, layer.bias, of_x, of_w)
 
 
-def convolution_of(layer: Any) -> Convolution | None:
-    """A conv2d layer as one operation; None when its input is padded apart from it."""
-    if layer.same_padding or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        return None
-    return Convolution(layer.stride, layer.padding, layer.dilation, layer.groups)
-
-
-def same_pads(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> list[int]:
-    """What TensorFlow's SAME puts around an image, as torch.nn.functional.pad takes it.
-
-    Args:
-        size, kernel, stride, dilation: Two each, of height and width.
-    """
-    pads: list[int] = []
-    for axis in (1, 0):  # pad wants the last axis first
-        span = (-(-size[axis] // stride[axis]) - 1) * stride[axis] + (kernel[axis] - 1) * dilation[axis] + 1
-        pad = max(span - size[axis], 0)
-        pads += [pad // 2, pad - pad // 2]
-    return pads
-
-
-class QuantConv2d(nn.Conv2d):
-    """2-d convolution, x [N, C, H, W]."""
-
-    weight_quantizer: Any
-    input_quantizer: Any
-    float_class: type[nn.Module]
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """The float layer where one is constructed: PEFT makes an adapter's convolutions of the type that it adapts."""
-        return nn.Conv2d(*args, **kwargs) if args or kwargs else object.__new__(cls)
-
-    @property
-    def same_padding(self) -> bool:
-        """Whether the input is padded to TensorFlow's SAME, as timm's Conv2dSame computes it."""
-        return self.float_class.__name__ == "Conv2dSame"
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        x = first_operand(args, kwargs)
-        # one image without a batch axis goes the plain way
-        if x.dim() == 4 and (out := _fused(self, convolution_of(self), x)) is not None:
-            return out
-        x, weight = operands(self, x)
-        if not self.same_padding:
-            return self._conv_forward(x, weight, self.bias)
-        pads = same_pads(x.shape[2:], self.kernel_size, self.stride, self.dilation)
-        return F.conv2d(F.pad(x, pads), weight, self.bias, self.stride, 0, self.dilation, self.groups)
-
-
 class QuantLinear(nn.Linear):
     """x [..., in] to [..., out]."""
 
@@ -161,7 +112,7 @@ class QuantLinear(nn.Linear):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         x = first_operand(args, kwargs)
-        if (out := _fused(self, Product(), x)) is not None:
+        if (out := fused_output(self, Product(), x)) is not None:
             return out
         x, weight = operands(self, x)
         return F.linear(x, weight, self.bias)
@@ -178,7 +129,7 @@ class QuantConv1D(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         x = first_operand(args, kwargs)
-        if (out := _fused(self, Product(transposed=True), x)) is not None:
+        if (out := fused_output(self, Product(transposed=True), x)) is not None:
             return out
         x, weight = operands(self, x)
         return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], self.nf)

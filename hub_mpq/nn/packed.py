@@ -24,7 +24,7 @@ from ..quantizers.base import keep_dtype
 from ..quantizers.fake_quantize import fake_quantize, quantize_traced
 from ..versions import warn_if_untested
 from .fused import Operation, Product, no_view
-from .layers import QuantConv2d, call_only, convolution_of, first_operand, scaled, take_over
+from .layers import call_only, first_operand, scaled, take_over
 from .types import layer_kind
 
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "input_scale", "input_zero_point")
@@ -196,18 +196,6 @@ def packed_product(
         out: Tensor = _Product.apply(x, bias, unpacked, operation)
         return out
     return operation.run(x, unpacked(x.dtype), bias)
-
-
-class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[override]
-    """x [N, C, H, W]."""
-
-    __new__ = QuantConv2d.__new__
-    same_padding = QuantConv2d.same_padding
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        x = first_operand(args, kwargs)
-        operation = convolution_of(self) if x.dim() == 4 else None
-        return QuantConv2d.forward(self, x) if operation is None else packed_product(self, operation, x)
 
 
 class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override]

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from ..core import FLOAT_BITS
 from ..core.library import libraries
 from ..cost.size import layer_nbytes
-from ..errors import HubMPQError, PackedFormat
+from ..errors import HubMPQError, InvalidArgument, PackedFormat
 from ..pack import Manifest, PackedTensor, empty_packed, file_nbytes, layout, pack_weight
+from ..pack.layout import INPUT_PARTS
 from ..pack.layout import key as part_key
 from ..quantizers import LSQ, GroupedLSQ
+from .expose import layers_in_state
 from .packed import packed_layers
 from .quantize import check_finite, quantized_layers
-from .split_experts import layers_in_state
 
 
 def layer_names(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
@@ -180,10 +181,79 @@ def _take_dtypes(model: nn.Module, tensors: Mapping[str, PackedTensor | Tensor])
     for key, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point() and key in dtypes:
             tensor.data = tensor.data.to(dtypes[key])
-    common = [dtype for dtype, _ in Counter(dtypes.values()).most_common(1)]
     for name, module in quantized_layers(model):
-        known = dtypes.get(part_key(name, "bias"), *common)
+        known = dtypes.get(part_key(name, "bias"), _common_dtype(tensors))
         module.weight.data = module.weight.data.to(known or module.weight.dtype)
+
+
+def check_tensors(
+    path: object, model: nn.Module, tensors: Mapping[str, PackedTensor | Tensor], *, cast: bool = False
+) -> None:
+    """Refuse tensors that do not determine every Parameter and buffer of a quantized model's state.
+
+    Args:
+        path: The packed file, for errors.
+        model: The model.
+        tensors: What the file holds; tensors on the meta device will do, and so will a model.
+        cast: The model's tensors keep their dtypes; else they take those of the file.
+
+    Raises:
+        PackedFormat: A tensor is missing, unknown, or of another shape or dtype.
+    """
+    shapes = {name: tuple(t.shape) for name, t in tensors.items() if isinstance(t, Tensor)}
+    packed = {name for name, t in tensors.items() if isinstance(t, PackedTensor)}
+    for name, module in quantized_layers(model):
+        packed.discard(name)
+        shapes[part_key(name, "weight")] = tuple(module.weight.shape)
+        if module.input_quantizer is not None:
+            for part in INPUT_PARTS:
+                shapes.pop(part_key(name, part), None)
+    own = _stored_state(model, [name for name, _ in quantized_layers(model)])
+    for name in _second_names(model) - set(own):  # files of before 2026-11-28 have them
+        shapes.pop(name, None)
+    missing, extra = set(own) - set(shapes), (set(shapes) | packed) - set(own)
+    if missing or extra:
+        raise PackedFormat(path, f"tensors missing {sorted(missing)[:4]}, unknown {sorted(extra)[:4]}")
+    for key, tensor in own.items():
+        if tuple(tensor.shape) != shapes[key]:
+            raise PackedFormat(path, f"tensor {key!r}: shape {shapes[key]}, expected {tuple(tensor.shape)}")
+    if not cast:
+        _check_dtypes(path, model, own, tensors)
+
+
+_COMPUTES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _check_dtypes(
+    path: object, model: nn.Module, own: Mapping[str, Tensor], tensors: Mapping[str, PackedTensor | Tensor]
+) -> None:
+    """PackedFormat for dtypes that the model can't compute in: whole numbers where it has none, quantized layers of
+    several dtypes where it has one, other tensors of a third dtype."""
+    found = {key: t.dtype for key in own if isinstance(t := tensors.get(key), Tensor)}
+    biases = [key for name, _ in quantized_layers(model) if (key := part_key(name, "bias")) in found]
+    of_layers: dict[torch.dtype, torch.dtype] = {}
+    for key in biases:
+        of_layers.setdefault(own[key].dtype, found[key])
+    common = _common_dtype(tensors)
+    for key, dtype in found.items():
+        here = own[key].dtype
+        allowed = {here}
+        if key in biases:
+            allowed = {of_layers[here]} & set(_COMPUTES)
+        elif here in _COMPUTES:
+            allowed |= {torch.float32, common, *of_layers.values()} & set(_COMPUTES)
+        if dtype not in allowed:
+            raise PackedFormat(path, f"tensor {key!r}: {dtype}, where the network has {here}")
+
+
+def _common_dtype(tensors: Mapping[str, PackedTensor | Tensor]) -> torch.dtype | None:
+    """The dtype of most floating tensors."""
+    dtypes = (
+        t.dtype
+        for key, t in tensors.items()
+        if isinstance(t, Tensor) and t.is_floating_point() and not key.endswith("input_scale")
+    )
+    return next((dtype for dtype, _ in Counter(dtypes).most_common(1)), None)
 
 
 @torch.no_grad()
@@ -192,29 +262,32 @@ def load_quantized(
 ) -> None:
     """Fill a quantized model with packed tensors: weights on their grids, scales, everything else.
 
-    cast: the model's tensors keep their dtypes; else they take those of the file.
+    Args:
+        path: The packed file, for errors.
+        model: The model.
+        tensors: What the file holds.
+        cast: The model's tensors keep their dtypes; else they take those of the file.
+
+    Raises:
+        PackedFormat: The tensors are not those of the model, or a weight is not finite.
     """
+    check_tensors(path, model, tensors, cast=cast)
     if not cast:
         _take_dtypes(model, tensors)
-    rest = dict(tensors)
+    rest: dict[str, Any] = dict(tensors)
     for name, module in quantized_layers(model):
-        packed = rest.pop(name, None)
+        packed = rest.get(name)
         if isinstance(packed, PackedTensor):
-            take_weight(model, module, packed)
+            take_weight(model, module, rest.pop(name))
         rest[part_key(name, "weight")] = module.weight
         if module.input_quantizer is not None:
             scale = rest.pop(part_key(name, "input_scale"))
             zero = rest.pop(part_key(name, "input_zero_point"), torch.zeros(1))
             module.input_quantizer.init(module.input_quantizer.widths[0], scale.reshape(1), int(zero))
-    own = _stored_state(model, [name for name, _ in quantized_layers(model)])
-    for name in _second_names(model) - set(own):  # files of before 2026-11-28 have them
+    for name in _second_names(model):
         rest.pop(name, None)
-    expected = set(own)
-    missing, extra = expected - set(rest), set(rest) - expected
-    if missing or extra:
-        raise PackedFormat(path, f"tensors missing {sorted(missing)[:4]}, unknown {sorted(extra)[:4]}")
-    for key in expected:
-        if tuple(own[key].shape) != tuple(rest[key].shape):
-            shape = tuple(own[key].shape)
-            raise PackedFormat(path, f"tensor {key!r}: shape {tuple(rest[key].shape)}, expected {shape}")
     model.load_state_dict(rest, strict=False)
+    try:
+        check_finite(model, [name for name, _ in quantized_layers(model)])
+    except InvalidArgument as error:
+        raise PackedFormat(path, str(error)) from None

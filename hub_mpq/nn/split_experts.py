@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .experts import ExpertStack, Stack, stacks
 from .fused import Product
+from .joined import joined
 
 
 class SplitStack(Stack):
@@ -38,14 +39,7 @@ class SplitStack(Stack):
     def whole(self) -> Tensor:
         """The stack: of matrices that still lie one behind the other a view, else a copy."""
         parts: list[Tensor] = [layer.weight for layer in self.children()]  # type: ignore[misc]
-        first, size = parts[0], parts[0].numel()
-        behind = all(
-            x.untyped_storage()._cdata == first.untyped_storage()._cdata
-            and x.storage_offset() == first.storage_offset() + i * size
-            and x.is_contiguous()
-            for i, x in enumerate(parts)
-        )
-        return first.as_strided((len(parts), *first.shape[1:]), first.stride()) if behind else torch.cat(parts)
+        return joined(parts)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         if destination is None or not self.is_float:
@@ -104,16 +98,3 @@ def stack_and_expert(model: nn.Module, layer: str) -> tuple[str, int] | None:
 def split_stacks(layers: Iterable[str]) -> set[str]:
     """What the stacks are called that must have been split for layers of these names, if they are stacks."""
     return {stack for stack, _, expert in (name.rpartition(".") for name in layers) if expert.isdecimal()}
-
-
-def layers_in_state(model: nn.Module, state: Mapping[str, Tensor], layers: Collection[str]) -> dict[str, Tensor]:
-    """A state dict of a float model in which a split stack, some matrix of which is one of `layers`, has an entry for
-    each matrix."""
-    out = dict(state)
-    for name, module in model.named_modules():
-        if isinstance(module, SplitStack) and name in out:
-            parts = {f"{name}.{i}": layer.weight for i, layer in module.named_children()}
-            if not parts.keys().isdisjoint(layers):
-                del out[name]
-                out.update(parts)  # type: ignore[arg-type]
-    return out

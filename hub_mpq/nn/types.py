@@ -12,19 +12,17 @@ from torch import nn
 from ..core.layer_kind import LayerKind, layer_kinds
 
 _REASONS: dict[str, str] = {
-    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": "MultiheadAttention uses its weight without calling it",
     "torch.nn.modules.activation.MultiheadAttention": "its query, key and value weights are one fused Parameter",
 }
 
 _FAMILIES: tuple[tuple[type[nn.Module], str], ...] = (
-    (nn.modules.conv._ConvTransposeNd, "transposed convolutions have no quantized form"),
-    (nn.Conv1d, "1-D convolutions have no quantized form"),
-    (nn.Conv3d, "3-D convolutions have no quantized form"),
-    (nn.RNNBase, "recurrent layers have no quantized form"),
-    (nn.RNNCellBase, "recurrent cells have no quantized form"),
+    (nn.RNNBase, "recurrent layers have no quantized form: one operator reads all of their weights"),
+    (nn.RNNCellBase, "recurrent cells have no quantized form: one operator reads both of their weights"),
     (nn.EmbeddingBag, "bags of embeddings have no quantized form"),
     (nn.Bilinear, "bilinear layers have no quantized form"),
 )
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -59,8 +57,13 @@ def _odd(module: nn.Module) -> str:
     return ""
 
 
-def why_not(module: nn.Module) -> str:
-    """Why a module with weights of its own has no quantized form, in a few words; "" when it has one."""
+def why_not(module: nn.Module, default: str = "") -> str:
+    """Why a module with weights of its own has no quantized form, in a few words; "" when it has one.
+
+    Args:
+        module: The module.
+        default: What to say of a type that nothing is known of.
+    """
     name = type_name(module)
     if _kind_of_type(name) is not None:
         return _odd(module)
@@ -69,10 +72,8 @@ def why_not(module: nn.Module) -> str:
     for base, reason in _FAMILIES:
         if isinstance(module, base):
             return reason
-    for plain in (nn.Conv2d, nn.Linear, nn.Embedding):
+    for plain in (*_CONVOLUTIONS, nn.Linear, nn.Embedding):
         if isinstance(module, plain):
             own = "a forward of its own" if type(module).forward is not plain.forward else "a type of its own"
             return f"{type(module).__name__} is nn.{plain.__name__} with {own}"
-    if any(parameter.ndim == 3 for parameter in module._parameters.values() if parameter is not None):
-        return f"3-D Parameters of {type(module).__name__} (stacked experts) have no quantized form"
-    return f"no quantized form of {type(module).__name__} is known"
+    return default or f"no quantized form of {type(module).__name__} is known"

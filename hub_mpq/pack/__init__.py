@@ -1,7 +1,7 @@
 """Bit-dense storage of quantized models: packed tensors, and the file they live in (FORMAT.md)."""
 
 from .bits import pack_bits, unpack_bits
-from .file import file_nbytes, header_nbytes, parse_manifest, read_manifest, read_packed, write_packed
+from .file import file_nbytes, header_nbytes, parse_manifest, read_manifest, read_packed, read_shapes, write_packed
 from .indicators import read_indicators, write_indicators
 from .latency_table import write_latency_table
 from .manifest import Manifest
@@ -19,6 +19,7 @@ __all__ = [
     "read_indicators",
     "read_manifest",
     "read_packed",
+    "read_shapes",
     "unpack_bits",
     "write_indicators",
     "write_latency_table",

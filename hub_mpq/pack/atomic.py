@@ -1,37 +1,36 @@
-"""Write a file whole or not at all."""
+"""Write a file whole or not at all, and what is needed for that: flushing, locks, and leftovers of killed processes."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
+import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import HubMPQError
 
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system or platform can
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+try:
+    import fcntl
+except ImportError:  # Windows: leftovers of killed processes stay
+    fcntl = None  # type: ignore[assignment]
 
 
 def write_atomic(path: str | os.PathLike[str], chunks: Iterable[bytes | memoryview]) -> int:
-    """Write `chunks` to a new file beside `path`, sync it, and put it in its place; return the bytes written.
+    """Write `chunks` to a new file beside `path`, flush it, and put it in its place; return the bytes written.
 
     At every moment `path` is the old file or the new one, whole. On any failure the old one stays and the new
-    one is removed (a killed process leaves its hidden `.<name>.<random>.tmp`). HubMPQError when the disk refuses.
+    one is removed. A killed process leaves a hidden file, which the next write to `path` removes. HubMPQError when the
+    disk refuses.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        try:
-            with open(temporary, "xb", buffering=0) as file:
+        _remove_leftovers(path)
+        with _temporary(path) as temporary:
+            with open(temporary, "r+b", buffering=0) as file:
                 for chunk in chunks:
                     view = memoryview(chunk)
                     while view.nbytes:
@@ -39,12 +38,89 @@ def write_atomic(path: str | os.PathLike[str], chunks: Iterable[bytes | memoryvi
                 total = file.tell()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
     except OSError as error:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
-        raise HubMPQError(f"cannot write {path}: {reason}; what was there before is untouched") from error
-    _sync_folder(path.parent)
+        raise HubMPQError(f"cannot write {path}: {why(error)}; what was there before is untouched") from error
+    sync_folder(path.parent)
     return total
+
+
+def why(error: OSError) -> str:
+    """Why the system did not write, in words."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "the disk is full" if full else error.strerror or str(error)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder, where the file system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def flush_tree(folder: Path) -> None:
+    """Flush all files below a folder, and their names: a power cut must not leave a name without content."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            if not os.path.islink(os.path.join(root, name)):
+                handle = os.open(os.path.join(root, name), os.O_RDONLY)
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
+        sync_folder(Path(root))
+
+
+def hidden_stem(path: Path) -> str:
+    """How the names of temporary files and folders for `path` begin: hidden, and no longer than a name may be."""
+    name = path.name
+    return f".{name if len(os.fsencode(name)) < 180 else hashlib.sha256(os.fsencode(name)).hexdigest()}."
+
+
+@contextlib.contextmanager
+def hold(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Lock a file or folder while the block runs, at most as long as this process lives; yields whether it is locked.
+
+    It is not while another process has it locked, unless `wait`, nor where the file system has no locks.
+    """
+    handle, locked = None, False
+    with contextlib.suppress(OSError):
+        if fcntl is not None:
+            handle = os.open(path, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            locked = True
+    try:
+        yield locked
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A new empty file beside `path`, locked; gone afterwards under this name."""
+    while True:
+        temporary = path.with_name(f"{hidden_stem(path)}{secrets.token_hex(8)}.tmp")
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        with hold(temporary, wait=True):
+            if not temporary.exists():  # taken for a leftover before it was locked
+                continue
+            try:
+                yield temporary
+            finally:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+            return
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of killed writers of `path`; those of living ones are locked."""
+    mine = re.compile(re.escape(hidden_stem(path)) + r"[0-9a-f]{16}\.tmp")
+    with contextlib.suppress(OSError):
+        for name in os.listdir(path.parent):
+            if mine.fullmatch(name):
+                with hold(path.with_name(name)) as free:
+                    if free:
+                        path.with_name(name).unlink(missing_ok=True)

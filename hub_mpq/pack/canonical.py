@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from typing import Any
 
 from ..errors import InvalidArgument
+
+MAX_DEPTH = 64
+"""Objects and lists around a value at most; ours have six."""
+_TOO_DEEP = f"{{}} is no valid JSON: nested more than {MAX_DEPTH} deep"
 
 
 def dump_json(value: Any, *, sort: bool = True) -> str:
@@ -22,8 +27,8 @@ def dump_json(value: Any, *, sort: bool = True) -> str:
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"duplicate key {next(n for n in names if names.count(n) > 1)!r}")
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"duplicate key {name[:80]!r}")
     return out
 
 
@@ -42,6 +47,20 @@ def load_json(text: str | bytes, what: str) -> Any:
     """Parse JSON strictly; InvalidArgument, naming `what`, when it is anything else."""
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
-        return json.loads(text, object_pairs_hook=_pairs, parse_constant=_constant, parse_float=_float)
-    except (ValueError, RecursionError) as error:
+        tree = json.loads(text, object_pairs_hook=_pairs, parse_constant=_constant, parse_float=_float)
+    except RecursionError:
+        raise InvalidArgument(_TOO_DEEP.format(what)) from None
+    except ValueError as error:
         raise InvalidArgument(f"{what} is no valid JSON: {error}") from None
+    _check_depth(tree, what)
+    return tree
+
+
+def _check_depth(tree: Any, what: str) -> None:
+    """InvalidArgument for values in more than MAX_DEPTH others: what reads them may be deep in calls itself."""
+    level = [tree]
+    for _ in range(MAX_DEPTH + 1):
+        level = [x for v in level if isinstance(v, (dict, list)) for x in (v.values() if isinstance(v, dict) else v)]
+        if not level:
+            return
+    raise InvalidArgument(_TOO_DEEP.format(what))

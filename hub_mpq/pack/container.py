@@ -84,6 +84,11 @@ def read_header(path: str | os.PathLike[str], content: str) -> Header:
         raise PackedFormat(path, str(error)) from None
 
 
+def meta_tensors(header: Header) -> dict[str, Tensor]:
+    """The tensors that a header speaks of, on the meta device."""
+    return {e.name: torch.empty(e.shape, dtype=_DTYPES[e.dtype], device="meta") for e in header.entries}
+
+
 def read(path: str | os.PathLike[str], content: str) -> tuple[Header, dict[str, Tensor]]:
     """Header and tensors, all of them verified. The tensors lie in one buffer of the payload's size.
 

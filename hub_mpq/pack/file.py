@@ -88,6 +88,16 @@ def read_packed(path: str | os.PathLike[str]) -> tuple[dict[str, PackedTensor | 
         raise PackedFormat(path, str(error)) from None
 
 
+def read_shapes(path: str | os.PathLike[str]) -> tuple[dict[str, PackedTensor | Tensor], Manifest]:
+    """As `read_packed`, with tensors on the meta device: reads and verifies the header and the file's size alone."""
+    try:
+        head = container.read_header(path, WEIGHTS)
+        manifest = Manifest.from_text(head.manifest, head.version)
+        return assemble(container.meta_tensors(head), manifest), manifest
+    except InvalidArgument as error:
+        raise PackedFormat(path, str(error)) from None
+
+
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """The manifest alone: reads and verifies the header and the file's size, not the tensors."""
     try:

@@ -119,9 +119,12 @@ def read_indicators(path: str | os.PathLike[str]) -> Indicators:
 def _check_provenance(indicators: Indicators) -> None:
     """InvalidArgument for a provenance whose entries are not what `Indicators` reads from it."""
     facts = indicators.provenance
-    for key, kind in (("strategy", str), ("unit", str), ("seed", int)):
+    for key, kind in (("strategy", str), ("unit", str), ("seed", int), ("task", str)):
         if key in facts and (type(facts[key]) is not kind or len(str(facts[key])) > 200):
             raise InvalidArgument(f"provenance: {key} is a short {kind.__name__}, not {str(facts[key])[:40]!r}")
+    seconds = facts.get("seconds", 0)
+    if not isinstance(seconds, (int, float)) or not 0 <= seconds < 1e9:
+        raise InvalidArgument(f"provenance: seconds are a number, not {str(seconds)[:40]!r}")
     try:
         indicators.inferred  # noqa: B018 (it is parsed here)
     except (TypeError, ValueError, AttributeError) as error:

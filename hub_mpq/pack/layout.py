@@ -94,7 +94,8 @@ def _check_scale(name: str, scale: Tensor, *, of_groups: bool = False) -> None:
 
 def _packed(flat: Mapping[str, Tensor], layer: LayerSpec, bits: LayerBits) -> PackedTensor:
     shape = _part(flat, layer.name, "weight_shape")
-    found = tuple(shape.tolist()) if shape.dtype == torch.int64 and shape.dim() == 1 else None
+    whole = shape.dtype == torch.int64 and shape.dim() == 1
+    found = None if not whole else layer.weight_shape if shape.is_meta else tuple(shape.tolist())
     if found != layer.weight_shape:
         raise InvalidArgument(f"tensor {key(layer.name, 'weight_shape')!r}: {found}, expected {layer.weight_shape}")
     words = _part(flat, layer.name, "weight_packed")

@@ -11,6 +11,7 @@ from ..core import FloatOp, LayerBits, LayerGraph, LayerSpec, Policy, layer_kind
 from ..errors import InvalidArgument
 from .canonical import dump_json, load_json
 from .header import FORMAT_VERSION
+from .provenance import check_provenance
 
 PROVENANCE_RESERVE = 2048
 """Bytes the provenance always takes in the header, so that a file's size is known before its figures are."""
@@ -88,6 +89,8 @@ class Manifest:
                     "hub_mpq.core.register_layer_kind makes a kind known"
                 )
         manifest.policy.check(manifest.graph)
+        _check_owners(manifest)
+        check_provenance(manifest.provenance)
         if manifest.format_version > version:
             raise InvalidArgument(f"a file of format version {version} has no groups and no zero points")
         return manifest
@@ -112,6 +115,27 @@ class Manifest:
         return cls(
             head["base_model"], head["revision"], head["library"], graph, Policy(bits, graph.digest), head["provenance"]
         )
+
+
+def _check_owners(manifest: Manifest) -> None:
+    """InvalidArgument unless every shared weight is another layer's own, and both can read it."""
+    layers, bits = {layer.name: layer for layer in manifest.graph}, manifest.policy.bits
+    for layer in manifest.graph:
+        if layer.weight_owner is None:
+            continue
+        owner = layers.get(layer.weight_owner)
+        if owner is None or owner.weight_owner is not None:
+            raise InvalidArgument(
+                f"layer {layer.name!r:.80}: its weight_owner {layer.weight_owner!r:.80} has no weight of its own"
+            )
+        mine, its = layer_kinds.get(layer.kind), layer_kinds.get(owner.kind)
+        if (
+            (mine.channel_axis, mine.row_axes, layer.weight_shape)
+            != (its.channel_axis, its.row_axes, owner.weight_shape)
+        ) or bits[layer.name].of_weight != bits[owner.name].of_weight:
+            raise InvalidArgument(
+                f"layer {layer.name!r:.80} can't share the weight of {owner.name!r:.80}: kind, shape or width differ"
+            )
 
 
 def _text(value: Any) -> str:

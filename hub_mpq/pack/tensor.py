@@ -25,16 +25,27 @@ def _stream_shape(kind: str, weight_shape: Sequence[int]) -> tuple[int, ...]:
 
 def _to_rows(weight: Tensor, kind: str) -> Tensor:
     """The values of a weight in the order they are packed."""
-    rows = weight.transpose(-2, -1) if layer_kinds.get(kind).transposed else weight
+    axes = _swapped_axes(kind)
+    rows = weight if axes is None else weight.transpose(*axes)
     return rows.reshape(_stream_shape(kind, weight.shape))
 
 
 def _from_rows(rows: Tensor, kind: str, weight_shape: Sequence[int]) -> Tensor:
     """The inverse of `_to_rows`, contiguous."""
-    if not layer_kinds.get(kind).transposed:
+    axes = _swapped_axes(kind)
+    if axes is None:
         return rows.reshape(weight_shape)
-    *front, columns, count = weight_shape
-    return rows.reshape(*front, count, columns).transpose(-2, -1).contiguous()
+    shape = list(weight_shape)
+    shape[axes[0]], shape[axes[1]] = shape[axes[1]], shape[axes[0]]
+    return rows.reshape(shape).transpose(*axes).contiguous()
+
+
+def _swapped_axes(kind: str) -> tuple[int, int] | None:
+    """The axes of a weight that are exchanged before it is packed; None: it is packed in memory order."""
+    found = layer_kinds.get(kind)
+    if found.row_axes is None:
+        return (1, 0) if found.channel_axis == 1 else None
+    return found.row_axes if found.transposed else None
 
 
 GROUP_SCALES = (torch.float16, torch.bfloat16)
@@ -45,8 +56,9 @@ class PackedTensor:
     """A quantized weight, bit-dense: (integer - zero point) * scale.
 
     Args:
-        weight_packed: int32 words, [rows, ceil(cols*b/32)] (linear, embedding, conv1d, experts) or [ceil(count*b/32)]
-            (conv2d), as the kind's `row_axes` say. Codes are value + 2^(b-1); at 1 bit they are 0 for -1 and 1 for +1.
+        weight_packed: int32 words, [rows, ceil(cols*b/32)] (linear, embedding, conv1d, experts …) or [ceil(count*b/32)]
+            (convolutions), as the kind's `row_axes` say. Codes are value + 2^(b-1); at 1 bit they are 0 for -1 and
+            1 for +1.
         weight_scale: float32, one per output channel or a single one; of groups float16 or bfloat16, [rows, groups].
         weight_shape: The module's own.
         num_bits: 1 to 8.

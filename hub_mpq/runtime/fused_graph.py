@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..adapters.restore_state import copied_structure
+from ..nn.multihead_attention import attend
 from .fused_layer import Activation, FusedLayer, affine
 from .integer_layer import Grid, IntegerLayer
 
@@ -32,14 +33,15 @@ class _Tracer(fx.Tracer):
     """Keeps quantized layers and norms whole."""
 
     def __init__(self, layers: Mapping[str, IntegerLayer]) -> None:
-        super().__init__(param_shapes_constant=True)
+        super().__init__(autowrap_functions=(attend,), param_shapes_constant=True)
         self.layers = layers
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if module_qualified_name in self.layers or _is_norm(m) or type(m).__module__.startswith("hub_mpq."):
+        if module_qualified_name in self.layers or _is_norm(m):
             return True
-        inside = any(name.startswith(f"{module_qualified_name}.") for name in self.layers)
-        return not inside and super().is_leaf_module(m, module_qualified_name)
+        if any(name.startswith(f"{module_qualified_name}.") for name in self.layers):
+            return False
+        return type(m).__module__.startswith("hub_mpq.") or super().is_leaf_module(m, module_qualified_name)
 
 
 def activation_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> Activation | None:

@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from ..core import LayerBits, LayerSpec
 from ..core.layer_kind import layer_kinds
-from ..nn.layers import convolution_of, same_pads
+from ..nn.convolutions import convolution_of, same_pads
 from ..nn.packed import PackedLayer
 from ..nn.packing import packed_weight
 
+_KINDS = ("conv2d", "linear", "projection", "conv1d")
 INT16 = 2**15 - 1
 INT32 = 2**31 - 1
 
@@ -140,7 +141,7 @@ def integer_menu(layer: LayerSpec, saturates: bool) -> tuple[LayerBits, ...]:
         layer: The layer.
         saturates: As for `inexact_sums`.
     """
-    if layer.kind not in ("conv2d", "linear", "conv1d"):
+    if layer.kind not in _KINDS:
         return ()
     outputs = layer.weight_shape[1 if layer.kind == "conv1d" else 0]
     products = prod(layer.weight_shape) // outputs  # that one output adds up
@@ -172,8 +173,8 @@ def integer_layer(name: str, module: nn.Module) -> IntegerLayer | str:
         The layer, or in a few words why it has no integer form.
     """
     kind = layer_form(module)
-    if kind not in ("conv2d", "linear", "conv1d"):
-        return "the input stays float"
+    if kind not in _KINDS:
+        return f"{kind} layers have no integer form" if module.input_quantizer is not None else "the input stays float"
     found = _grid(module)
     if isinstance(found, str):
         return found
@@ -194,7 +195,7 @@ def integer_layer(name: str, module: nn.Module) -> IntegerLayer | str:
     convolution = convolution_of(module)
     if convolution is None:
         return "the input is padded by a rule of its own"
-    stride, padding, dilation, groups = convolution
+    stride, padding, dilation, groups, _ = convolution
     return replace(layer, stride=stride, padding=padding, dilation=dilation, groups=groups)
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidArgument
+from ..errors import HubMPQError, InvalidArgument
 from ..export.onnx import OnnxGraph
+from ..pack.atomic_folder import atomic_folder
 from .engine import EngineRuntime, Session, network_of
 from .machine import has_vnni
 
@@ -49,10 +50,15 @@ def _settings() -> dict[str, Any]:
 
 
 def _model(graph: OnnxGraph, outputs: tuple[str, ...] = ()) -> Any:
-    """The graph as OpenVINO's, in memory."""
+    """The graph as OpenVINO's, in memory; HubMPQError for an operator that it does not know."""
     import openvino as ov
 
-    return ov.Core().read_model(io.BytesIO(graph.serialized(outputs)))
+    try:
+        return ov.Core().read_model(io.BytesIO(graph.serialized(outputs)))
+    except RuntimeError as error:
+        said = [line.strip() for line in str(error).splitlines() if "Unsupported" in line or "not supported" in line]
+        why = said[0] if said else str(error).strip().partition("\n")[0]
+        raise HubMPQError(f"OpenVINO can't read the model [{why}]; take another runtime") from error
 
 
 class OpenVINO(EngineRuntime):
@@ -133,7 +139,6 @@ def save_ir(module: nn.Module, folder: str | Path) -> Path:
 
     if getattr(getattr(module, "runtime_layers", None), "runtime", "") != OpenVINO.name:
         raise InvalidArgument(f"this {type(module).__name__} was not made by to_runtime(…, 'openvino')")
-    path = Path(folder) / IR
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ov.save_model(_model(network_of(module).take_graph()), path, compress_to_fp16=False)
-    return path
+    with atomic_folder(folder) as work:
+        ov.save_model(_model(network_of(module).take_graph()), work / IR, compress_to_fp16=False)
+    return Path(folder) / IR

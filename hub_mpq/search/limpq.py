@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import FLOAT_BITS, Candidates, Indicators, LayerGraph
+from ..core.checks import number
 from ..errors import InvalidArgument
 from ..nn.banks import add_banks, select_bank
 from ..nn.calibrate import calibrate_inputs, calibrate_weights, sample_inputs, widths_off
@@ -94,7 +95,7 @@ class LIMPQ(SearchStrategy):
         self.unit = INDICATORS[self.indicator]
         self.optimizer, self.lr, self.log = chosen["optimizer"], chosen["lr"], chosen["log"]
         self.weight_decay = chosen["weight_decay"]
-        self.scale_lr = chosen["scale_lr"] if scale_lr is None else scale_lr
+        self.scale_lr = chosen["scale_lr"] if scale_lr is None else number("scale_lr", scale_lr)
         self.freeze_weights, self.uniform = freeze_weights, uniform
 
     def attach(

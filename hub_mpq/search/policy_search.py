@@ -22,6 +22,7 @@ from ..core import (
     Usage,
 )
 from ..core.bits import nearest
+from ..core.checks import seconds
 from ..core.limit import fixed_of
 from ..cost import CostTable, all_limits, layer_bitops
 from ..cost.size import layer_nbytes
@@ -160,15 +161,16 @@ def pareto_front(
     sense: str = "min",
     strategy: str = "limpq",
     seed: int = 0,
+    time_limit: float | None = None,
     finish: Callable[[SearchResult, Budget], SearchResult] | None = None,
 ) -> list[SearchResult]:
     """Best policies at `points` budgets of one limit, spaced evenly in ratio between the least and the greatest.
 
-    Points that the other limits make unreachable are left out; equal policies stand once. `finish` makes of each result
-    and its budget the one that is returned.
+    Points that the other limits make unreachable are left out; equal policies stand once. `time_limit`: seconds for all
+    points, each of which may take an even share of what is left. `finish` makes of each result and its budget the one
+    that is returned.
     """
-    if points < 2:
-        raise InvalidArgument(f"a front needs at least 2 points, not {points}")
+    deadline = time.perf_counter() + seconds("time_limit", time_limit)
     across = _front_limit(graph, limit, others)
     low, high = _ends(graph, scores, across, base_bytes)
     results: list[SearchResult] = []
@@ -180,8 +182,9 @@ def pareto_front(
         value = float(math.ceil(cap)) if across.whole_numbers else cap * (1 + 1e-12)
         budget = others.replaced(limit, value) if others else Budget(**{limit: value})
         try:
+            left = max(deadline - time.perf_counter(), 1e-3) / (points - i)
             result = search_policy(
-                graph, scores, budget, base_bytes=base_bytes, sense=sense, strategy=strategy, seed=seed
+                graph, scores, budget, base_bytes=base_bytes, sense=sense, strategy=strategy, seed=seed, time_limit=left
             )
         except InfeasibleBudget:
             continue

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import Candidates, LayerGraph
-from ..core.checks import number, whole
+from ..core.checks import is_finite, number, whole
 from ..errors import InvalidArgument
 from ..nn.layers import first_operand
 from ..tasks import to_device
@@ -63,7 +63,7 @@ class SEAM(EBS):
         super().__init__(**{"update": "single", **options})
         if self.update != "single":
             raise InvalidArgument("seam learns weights and strengths on one proxy batch: update is single")
-        self.share = float(proxy) if isinstance(proxy, (int, float)) and not isinstance(proxy, bool) else None
+        self.share = float(proxy) if is_finite(proxy) else None  # type: ignore[arg-type]
         loads = isinstance(proxy, Iterable) and not isinstance(proxy, (str, bytes))
         if not (loads if self.share is None else 0 < self.share <= 1):
             raise InvalidArgument(f"proxy is a share above 0 and at most 1, or a loader of batches; not {proxy!r}")
@@ -71,7 +71,7 @@ class SEAM(EBS):
             raise InvalidArgument("a proxy is read more than once: give a loader or a list of batches, not an iterator")
         if whole("per_class", per_class, 1) < 4:
             raise InvalidArgument(f"compactness needs at least 4 images of a class in a batch, not {per_class}")
-        if not isinstance(margin, (int, float)) or not -1 <= margin <= 1:
+        if not is_finite(margin) or not -1 <= margin <= 1:
             raise InvalidArgument(f"margin is a cosine, from -1 to 1, not {margin!r}")
         self.proxy, self.discriminability, self.margin = proxy, number("discriminability", discriminability), margin
         self.classes = None if classes is None else whole("classes", classes, 1)

@@ -29,12 +29,13 @@ class Work:
     done: int = 0
 
     def add(self, amount: int) -> None:
+        self.check(amount)
         self.done += amount
-        if self.done > MAX_WORK:
-            raise TooMany
-        self.check()
 
-    def check(self) -> None:
+    def check(self, amount: int = 0) -> None:
+        """TooMany where `amount` more would be too much; OutOfTime past the deadline."""
+        if self.done + amount > MAX_WORK:
+            raise TooMany
         if time.perf_counter() > self.deadline:
             raise OutOfTime
 
@@ -74,9 +75,11 @@ class Half:
     def add(self, row: int, choices: NDArray[np.intp], steps: Floats, window: float, work: Work) -> None:
         """Let `row` also take each of `choices` (q,), which changes the state by `steps` (1 + m, q)."""
         before = self.state
-        blocks, origins = [before], []
+        blocks, origins, size = [before], [], before.shape[1]
         for step in steps.T:
             origins.append(np.flatnonzero(before[0] <= window - step[0]))
+            size += len(origins[-1])
+            work.check(size)
             blocks.append(np.take(before, origins[-1], axis=1) + step[:, None])
         self.state = np.concatenate(blocks, axis=1)
         self.trail.append(_Step(row, choices, before.shape[1], origins))

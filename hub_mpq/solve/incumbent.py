@@ -1,50 +1,64 @@
-"""A first policy when the exact search has not found one yet: repair, then exchanges in one row at a time."""
+"""A first policy when the exact search has not found one yet: repair, then exchanges for the better."""
 
 from __future__ import annotations
+
+import math
+import time
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .lagrangian import Dual
 from .reduce import Core
-from .table import Floats
+
+MAX_WORK = 50_000_000
+"""Costs of exchanges looked at in all steps together: beyond it a large table keeps the policy that it has."""
+MIN_STEPS = 50
+"""Steps that a large table takes whatever the time."""
 
 
-def repair(core: Core, dual: Dual) -> NDArray[np.intp] | None:
+def repair(core: Core, dual: Dual, deadline: float = math.inf) -> NDArray[np.intp] | None:
     """A feasible policy (n,) near the dual's base policy, or None when none is met on the way.
 
-    Each step takes the exchange that costs the least score per unit of violation it removes, violations counted in
-    parts of their cap; then exchanges that fit and lower the score, the largest first, until none is left.
+    Each step takes the exchanges that cost the least score per unit of violation they remove, violations counted in
+    parts of their cap: as many as remove half of it together, at least one. Then exchanges that lower the score, the
+    largest first, as many as fit together, until none is left.
+
+    `deadline`, on the clock of time.perf_counter: past it, and past `MIN_STEPS`, a policy that meets the limits is not
+    improved any further.
     """
     rows = np.arange(len(dual.base))
     choice = dual.base.copy()
     scale = np.where(core.caps > 0, core.caps, 1.0)[:, None, None]
     cost, caps = core.cost / scale, (core.caps / scale[:, 0, 0])[:, None, None]
     there = np.isfinite(core.score)
-    for _ in range(core.score.size):
+    for step in range(min(core.score.size, max(MAX_WORK // cost.size, MIN_STEPS))):
         gain = core.score - core.score[rows, choice][:, None]
+        change = cost - cost[:, rows, choice][:, :, None]
         used = cost[:, rows, choice].sum(1)[:, None, None]
-        after = used + cost - cost[:, rows, choice][:, :, None]
-        violation = np.maximum(after - caps, 0.0).sum(0)
+        violation = np.maximum(used + change - caps, 0.0).sum(0)
         now = float(np.maximum(used - caps, 0.0).sum())
         if now <= 0:
-            better = np.where((violation <= 0) & there, gain, 0.0)
-            if better.min() >= 0:
+            price = np.where((violation <= 0) & there, gain, 0.0)
+            picks = price.argmin(1)
+            order = np.argsort(price[rows, picks], kind="stable")
+            order = order[price[order, picks[order]] < 0]
+            if not len(order) or (step > MIN_STEPS and time.perf_counter() > deadline):
                 break
-            row, pick = _where(better)
+            more = np.maximum(change[:, order, picks[order]], 0.0).cumsum(1)
+            count = int((more <= (caps - used)[:, 0]).all(0).sum())
         else:
             removed = now - violation
             with np.errstate(divide="ignore", invalid="ignore"):
                 price = np.where((removed > 1e-15) & there, np.maximum(gain, 0.0) / removed, np.inf)
             # among free exchanges the one that removes the most
             price = np.where(price <= 0, -removed, price)
-            if np.isinf(price.min()):
+            picks = price.argmin(1)
+            order = np.argsort(price[rows, picks], kind="stable")
+            order = order[np.isfinite(price[order, picks[order]])]
+            if not len(order):
                 return None
-            row, pick = _where(price)
-        choice[row] = pick
+            count = int(np.searchsorted(removed[order, picks[order]].cumsum(), now / 2, side="right"))
+        taken = order[: max(count, 1)]
+        choice[taken] = picks[taken]
     return choice if (core.cost[:, rows, choice].sum(1) <= core.caps).all() else None
-
-
-def _where(values: Floats) -> tuple[int, int]:
-    row, pick = np.unravel_index(values.argmin(), values.shape)
-    return int(row), int(pick)

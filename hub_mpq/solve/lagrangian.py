@@ -8,6 +8,8 @@ maximises in a few steps each. Whatever prices come out, the bound is then taken
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +19,8 @@ from .reduce import Core, NoPolicy
 from .table import Floats
 
 _COOLING, _STAGES, _NEWTON = 0.25, 11, 20
+MIN_WORK = 20_000_000
+"""Costs read before a time limit counts: a bound that says something is worth a second."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,15 @@ class Dual:
     slop: float
 
 
-def solve_dual(core: Core) -> Dual:
-    """Prices near the best ones; NoPolicy when the bound passes the worst score there is."""
+def solve_dual(core: Core, deadline: float = math.inf) -> Dual:
+    """Prices near the best ones; NoPolicy when the bound passes the worst score there is.
+
+    `deadline`, on the clock of time.perf_counter: past it, and past `MIN_WORK`, the best prices so far are taken.
+    """
     scale = np.where(core.caps > 0, core.caps, 1.0)
     cost = core.cost / scale[:, None, None]
     caps = core.caps / scale
-    prices = _maximise(core.score, cost, caps)
+    prices = _maximise(core.score, cost, caps, deadline)
 
     value = core.score + np.tensordot(prices, cost, 1)
     base = value.argmin(1)
@@ -53,7 +60,7 @@ def solve_dual(core: Core) -> Dual:
     return Dual(prices / scale, bound, base, value - low[:, None], 1e-13 * size)
 
 
-def _maximise(score: Floats, cost: Floats, caps: Floats) -> Floats:
+def _maximise(score: Floats, cost: Floats, caps: Floats, deadline: float) -> Floats:
     """Prices (m,) that maximise the bound, for costs in units of their cap."""
     finite = np.isfinite(score)
     spans = np.where(finite, score, -np.inf).max(1) - score.min(1)
@@ -61,17 +68,26 @@ def _maximise(score: Floats, cost: Floats, caps: Floats) -> Floats:
     unit = float(spans.sum()) or 1.0
     ceiling = float(np.where(finite, score, -np.inf).max(1).sum())
     prices = np.zeros(len(caps))
+    work = 0
+
+    def late() -> bool:
+        nonlocal work
+        work += score.size * (len(caps) + 1)
+        return work > MIN_WORK and time.perf_counter() > deadline
+
     best, found = -np.inf, prices
     for _ in range(_STAGES):
         value, slope, curve, bound = _soft(score, cost, caps, prices, heat)
         for _ in range(_NEWTON):
             if bound > best:
                 best, found = bound, prices
+            if late():
+                return found
             step = _newton(slope, curve, prices, unit)
             if slope @ step < 1e-3 * heat or best > ceiling + abs(ceiling) + unit:
                 break
             length = 1.0
-            while length > 1e-6:
+            while length > 1e-6 and not late():
                 trial = np.maximum(prices + length * step, 0.0)
                 after = _soft(score, cost, caps, trial, heat)
                 if after[0] >= value + 1e-4 * float(slope @ (trial - prices)):

@@ -98,6 +98,7 @@ def _join(
         for j in [total.argmin()] if core.exact else np.argsort(total, kind="stable"):
             if total[j] >= out.above:
                 return
+            work.check()
             choice = dual.base.copy()
             left.recall(int(order_a[ia[j]]), choice)
             right.recall(int(order_b[ib[j]]), choice)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,11 @@ from .table import Floats, ParsedTable
 
 EXACT = 2.0**53
 """Whole numbers whose sums stay below this add up exactly in float64."""
+
+MAX_WIDTH = 512
+"""Rows of more choices are compared with the best ones alone: the others would be k² comparisons."""
+MAX_ROUNDS = 100
+"""Passes over the table that delete what no policy can reach; each may open the way for another."""
 
 Mask = NDArray[np.bool_]
 
@@ -25,11 +31,12 @@ class NoPolicy(Exception):
 class Core:
     """What is left to decide: n rows of up to k choices under m limits.
 
-    `score` (n, k), the least of each row is 0, +inf where there is no choice; `offset`: what is missing from the
-    problem's score. `cost` (m, n, k), the least of each row is 0, in units of the limit's greatest common divisor;
-    `caps` (m,), what may be spent of it. `rows` (n,) and `columns` (n, k) lead back to the problem, `fixed` (rows of
-    the problem,) holds the picks that are settled. Where `exact` is False, costs are not whole: caps are rounded up
-    a little, and a policy found here must be checked with the table's own numbers.
+    `score` (n, k), the least of each row is 0, +inf where there is no choice, in multiples of `unit`; `offset`: what is
+    missing from the problem's score. `cost` (m, n, k), the least of each row is 0, in units of the limit's greatest
+    common divisor, or of a power of two where costs are not whole; `caps` (m,), what may be spent of it. `rows` (n,)
+    and `columns` (n, k) lead back to the problem, `fixed` (rows of the problem,) holds the picks that are settled.
+    Where `exact` is False, costs are not whole: caps are rounded up a little, and a policy found here must be checked
+    with the table's own numbers.
     """
 
     score: Floats
@@ -40,6 +47,7 @@ class Core:
     fixed: NDArray[np.intp]
     offset: float
     exact: bool
+    unit: float = 1.0
 
     def picks(self, choice: NDArray[np.intp]) -> NDArray[np.intp]:
         """The problem's picks for one choice (n,) of the core."""
@@ -48,15 +56,18 @@ class Core:
         return out
 
 
-def reduce(problem: ParsedTable) -> Core:
-    """Drop choices that no policy within the limits can take, then those dominated; NoPolicy when a row runs empty."""
+def reduce(problem: ParsedTable, deadline: float = math.inf) -> Core:
+    """Drop choices that no policy within the limits can take, then those dominated; NoPolicy when a row runs empty.
+
+    `deadline`, on the clock of time.perf_counter: past it no more is dropped.
+    """
     alive = np.isfinite(problem.score)
     cost, caps, sure, whole = _above_least(problem, alive)
-    alive = _reachable(cost, caps, alive)
+    alive = _reachable(cost, caps, alive, deadline)
     most = np.where(alive, cost, 0.0).max(2).sum(1)
     binding, before = np.flatnonzero(most > sure), -1
     while len(binding) != before:  # a limit nobody can pass any more is no reason to keep a choice
-        alive &= ~_dominated(problem.score, cost[binding], alive)
+        alive &= ~_dominated(problem.score, cost[binding], alive, deadline)
         most = np.where(alive, cost, 0.0).max(2).sum(1)
         binding, before = binding[most[binding] > sure[binding]], len(binding)
 
@@ -68,15 +79,20 @@ def reduce(problem: ParsedTable) -> Core:
     columns = order[rows, : int(counts.max())]
     kept = np.take_along_axis(alive[rows], columns, 1)
     here = np.ix_(binding, rows)
+    score = np.where(kept, np.take_along_axis(problem.score[rows], columns, 1) - best[rows, None], np.inf)
+    cost = np.where(kept, np.take_along_axis(cost[here], columns[None], 2) - low[here][:, :, None], 0.0)
+    units = np.where(whole[binding], 0, [-_power(values) for values in cost]).astype(int)
+    power = _power(score[kept])
     return Core(
-        score=np.where(kept, np.take_along_axis(problem.score[rows], columns, 1), np.inf) - best[rows, None],
-        cost=np.where(kept, np.take_along_axis(cost[here], columns[None], 2) - low[here][:, :, None], 0.0),
-        caps=(caps - low.sum(1))[binding],
+        score=np.ldexp(score, -power),
+        cost=np.ldexp(cost, units[:, None, None]),
+        caps=np.ldexp((caps - low.sum(1))[binding], units),
         rows=rows,
         columns=columns,
         fixed=order[:, 0],
         offset=math.fsum(best),
         exact=bool(whole[binding].all()),
+        unit=math.ldexp(1.0, power),
     )
 
 
@@ -102,28 +118,47 @@ def _above_least(problem: ParsedTable, alive: Mask) -> tuple[Floats, Floats, Flo
     return cost, up, down, whole
 
 
-def _reachable(cost: Floats, caps: Floats, alive: Mask) -> Mask:
-    """Delete each choice that breaks a limit even when every other row takes its least cost, until none is left."""
-    while True:
-        if not alive.any(1).all():
-            raise NoPolicy
+def _power(values: Floats) -> int:
+    """The power of two just above the greatest value: in units of it tiny and huge numbers divide and multiply well."""
+    return int(np.frexp(values.max(initial=0.0))[1])
+
+
+def _reachable(cost: Floats, caps: Floats, alive: Mask, deadline: float) -> Mask:
+    """Delete each choice that breaks a limit even when every other row takes its least cost."""
+    for _ in range(MAX_ROUNDS):
         low = np.where(alive, cost, np.inf).min(2)
         spare = caps - low.sum(1)
         if (spare < 0).any():
             raise NoPolicy
         keep: Mask = alive & (cost - low[:, :, None] <= spare[:, None, None]).all(0)
-        if keep.sum() == alive.sum():
-            return keep
+        if not keep.any(1).all():
+            raise NoPolicy
+        if keep.sum() == alive.sum() or time.perf_counter() > deadline:
+            break
         alive = keep
+    return alive
 
 
-def _dominated(score: Floats, cost: Floats, alive: Mask) -> Mask:
+def _dominated(score: Floats, cost: Floats, alive: Mask, deadline: float) -> Mask:
     """Choices no better than another of the same row in score and in every cost; of equals the first stays."""
     n, k = score.shape
+    if not len(cost):
+        lone = np.where(alive, score, np.inf).argmin(1)
+        out: Mask = np.arange(k) != lone[:, None]
+        return out
     out = np.zeros((n, k), dtype=bool)
+    if k > MAX_WIDTH:
+        for i in range(n):
+            if time.perf_counter() > deadline:
+                break
+            there = np.flatnonzero(alive[i])
+            out[i, there] = _dominated_in_row(np.vstack([score[i, there], cost[:, i, there]]))
+        return out
     first = np.triu(np.ones((k, k), dtype=bool), 1)  # first[a, b]: a stands before b
     step = max(1, 1_000_000 // (k * k))
     for i in range(0, n, step):
+        if time.perf_counter() > deadline:
+            break
         columns = [score[i : i + step], *cost[:, i : i + step]]
         better = alive[i : i + step, :, None] & alive[i : i + step, None, :]
         equal = better.copy()
@@ -133,3 +168,22 @@ def _dominated(score: Floats, cost: Floats, alive: Mask) -> Mask:
             equal &= a == b
         out[i : i + step] = (better & (~equal | first)).any(1)
     return out
+
+
+def _dominated_in_row(values: Floats) -> NDArray[np.bool_]:
+    """The same for one long row of scores and costs (1 + m, k): all of them under one limit, many under several.
+
+    In the order of their scores a choice can only be dominated by an earlier one.
+    """
+    order = np.lexsort(values[::-1])
+    ranked = values[1:, order]
+    out = np.zeros(len(order), dtype=bool)
+    if len(ranked) == 1:
+        out[1:] = ranked[0, 1:] >= np.minimum.accumulate(ranked[0])[:-1]
+    else:
+        best = np.argsort(values.argsort(1).argsort(1).sum(0)[order], kind="stable")[:MAX_WIDTH]
+        for j in map(int, best):
+            out[j + 1 :] |= (ranked[:, j + 1 :] >= ranked[:, j, None]).all(0)
+    back = np.empty_like(out)
+    back[order] = out
+    return back

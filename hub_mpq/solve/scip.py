@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ def search_scip(core: Core, dual: Dual, accept: Accept, seconds: float, known: P
     """
     from pyscipopt import Model, quicksum
 
+    deadline = time.perf_counter() + seconds
     m, n = len(core.caps), len(core.score)
     finite = np.isfinite(dual.reduced)
     window = known.above if math.isfinite(known.above) else float(np.where(finite, dual.reduced, 0).max(1).sum())
@@ -34,11 +36,12 @@ def search_scip(core: Core, dual: Dual, accept: Accept, seconds: float, known: P
     model.hideOutput()
     for name, value in {"limits/gap": 0.0, "limits/absgap": 0.0, "numerics/feastol": 1e-9}.items():
         model.setParam(name, value)
-    if math.isfinite(seconds):
-        model.setParam("limits/time", max(seconds, 1e-3))
     spare = core.caps - core.cost[:, np.arange(n), dual.base].sum(1)
     variables: list[dict[int, Any]] = []
     for i in range(n):
+        if time.perf_counter() > deadline:
+            known.out_of_time = True
+            return
         row = {int(j): model.addVar(vtype="B", obj=dual.reduced[i, j] / unit) for j in np.flatnonzero(near[i])}
         model.addCons(quicksum(row.values()) == 1)
         variables.append(row)
@@ -54,7 +57,7 @@ def search_scip(core: Core, dual: Dual, accept: Accept, seconds: float, known: P
         slacks.append((slack, change, scale))
     if known.choice is not None:
         _start(model, variables, slacks, spare, known.choice)
-    _loop(model, variables, core, dual, accept, unit, known)
+    _loop(model, variables, core, dual, accept, unit, deadline, known)
 
 
 def _start(
@@ -70,13 +73,22 @@ def _start(
 
 
 def _loop(
-    model: Any, variables: list[dict[int, Any]], core: Core, dual: Dual, accept: Accept, unit: float, known: Progress
+    model: Any,
+    variables: list[dict[int, Any]],
+    core: Core,
+    dual: Dual,
+    accept: Accept,
+    unit: float,
+    deadline: float,
+    known: Progress,
 ) -> None:
     """Solve; while the answer fails the exact check, forbid it and solve again."""
     from pyscipopt import quicksum
 
     rows = np.arange(len(core.score))
     for _ in range(MAX_CUTS):
+        if math.isfinite(deadline):
+            model.setParam("limits/time", max(deadline - time.perf_counter(), 1e-3))
         model.optimize()
         status = model.getStatus()
         if status == "userinterrupt":

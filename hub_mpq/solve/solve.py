@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.checks import seconds
 from ..errors import HubMPQError, InfeasibleBudget, InvalidArgument
 from . import exact
 from .incumbent import repair
@@ -19,6 +20,9 @@ from .reduce import Core, NoPolicy, reduce
 from .scip import search_scip
 from .solution import Solution
 from .table import ParsedTable, parse
+
+LARGE = 50_000
+"""Costs of a table for which a policy is found before the search, which may take all the time there is."""
 
 
 def solve_table(
@@ -34,15 +38,14 @@ def solve_table(
     greatest common divisor, still add up beyond 2^53, the answer is checked exactly and best up to 1e-12 of the limit.
 
     `time_limit`: seconds; when it strikes, the best policy so far is returned as "feasible" with a bound that holds.
+    Reading the table and a first policy are not cut short: seconds for a table of 100,000 layers.
     `start`: a policy to start from ({layer: choice}); ignored where it breaks a limit or a tie.
 
     Raises InvalidArgument (the layer at fault is named), InfeasibleBudget (with the least reachable value of every
     limit), HubMPQError when the time limit strikes before any policy is found.
     """
     begin = time.perf_counter()
-    if time_limit is not None and not (isinstance(time_limit, (int, float)) and time_limit > 0):
-        raise InvalidArgument(f"time_limit is {time_limit!r}; it must be above zero seconds")
-    deadline = begin + (math.inf if time_limit is None else time_limit)
+    deadline = begin + seconds("time_limit", time_limit)
     problem = parse(table)
     try:
         picks, short = _decide(table, problem, _start(table, problem, start), deadline)
@@ -68,7 +71,7 @@ def _decide(
     table: Mapping[str, Any], problem: ParsedTable, first: NDArray[np.intp] | None, deadline: float
 ) -> tuple[NDArray[np.intp] | None, float]:
     """The best picks known when the search ends (None: none known), and how far they may be from the best there is."""
-    core = reduce(problem)
+    core = reduce(problem, deadline)
 
     def accept(choice: NDArray[np.intp]) -> bool:
         used = exact.usage(table, problem.policy(core.picks(choice)), problem.limits)
@@ -78,22 +81,26 @@ def _decide(
         if not accept(core.rows):
             raise NoPolicy
         return core.fixed, 0.0
-    dual = solve_dual(core)
+    dual = solve_dual(core, deadline)
     above = math.inf
+    if first is None and core.cost.size > LARGE:
+        choice = repair(core, dual, deadline)
+        first = core.picks(choice) if choice is not None and accept(choice) else None
     if first is not None:
-        above = max(float(problem.score[np.arange(len(first)), first].sum()) - core.offset - dual.bound, 0.0)
+        started = float(problem.score[np.arange(len(first)), first].sum()) - core.offset
+        above = max(started / core.unit - dual.bound, 0.0)
     found = search(core, dual, accept, deadline, above)
     if not found.done:
-        _repair(core, dual, accept, found)
+        _repair(core, dual, accept, found, deadline)
         found.done = found.above - found.proved <= dual.slop
     if not (found.done or found.out_of_time):
         search_scip(core, dual, accept, deadline - time.perf_counter(), found)
     picks = first if found.choice is None else core.picks(found.choice)
-    return picks, 0.0 if found.done else found.above - found.proved
+    return picks, 0.0 if found.done else (found.above - found.proved) * core.unit
 
 
-def _repair(core: Core, dual: Dual, accept: Accept, found: Progress) -> None:
-    choice = repair(core, dual) if math.isinf(found.above) else None
+def _repair(core: Core, dual: Dual, accept: Accept, found: Progress, deadline: float) -> None:
+    choice = repair(core, dual, deadline) if math.isinf(found.above) else None
     if choice is not None and accept(choice):
         rows = np.arange(len(choice))
         slack = core.caps - core.cost[:, rows, choice].sum(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -14,6 +14,10 @@ from numpy.typing import NDArray
 from ..errors import InvalidArgument
 
 Floats = NDArray[np.float64]
+MAX_NUMBERS = 200_000_000
+"""Scores and costs of a table as arrays, whose rows are as long as the longest: 1.6 GB."""
+MAX_SUM = 1e305
+"""Scores, and costs under one limit, that could add up to more are refused: sums would overflow."""
 _INFINITE = (math.inf, -math.inf)
 
 
@@ -56,7 +60,13 @@ def parse(table: Mapping[str, Any]) -> ParsedTable:
     choices = [_common(group, layers) for group in groups]
     flat = np.vstack([score if table["sense"] == "min" else -score, costs])
     counts = np.array([len(row) for row in choices])
-    out = np.zeros((len(flat), len(choices), int(counts.max())))
+    shape = len(flat), len(choices), int(counts.max())
+    if math.prod(shape) > MAX_NUMBERS:
+        raise InvalidArgument(
+            f"the table is too large: {shape[1]} rows of up to {shape[2]} choices and {shape[0] - 1} limits; "
+            f"rows times choices times (1 + limits) may be {MAX_NUMBERS:,}"
+        )
+    out = np.zeros(shape)
     out[0] = np.inf
     for i, group in enumerate(names):
         start = starts[group[0]]
@@ -67,7 +77,7 @@ def parse(table: Mapping[str, Any]) -> ParsedTable:
         for name in group:
             place = {c: starts[name] + j for j, c in enumerate(layers[name])}
             out[:, i, : counts[i]] += flat[:, [place[c] for c in choices[i]]]
-    caps = np.array([min(cap, 1e300) for cap in limits.values()], dtype=float)
+    caps = np.array([min(cap, MAX_SUM) for cap in limits.values()], dtype=float)
     return ParsedTable(table["sense"] == "max", names, choices, limits, out[0], out[1:], caps)
 
 
@@ -77,7 +87,8 @@ def _limits(limits: Any) -> dict[str, float]:
     for name, cap in limits.items():
         if isinstance(cap, bool) or not isinstance(cap, Real) or cap != cap or cap < 0:
             raise InvalidArgument(f"limit {name!r} is {cap!r}; it must be a number of zero or more")
-    return {name: int(cap) if isinstance(cap, Integral) else float(cap) for name, cap in limits.items()}
+    small = {name: cap if cap <= MAX_SUM else math.inf for name, cap in limits.items()}
+    return {name: int(cap) if isinstance(cap, Integral) else float(cap) for name, cap in small.items()}
 
 
 def _flatten(layers: Mapping[str, Any], limits: list[str]) -> tuple[dict[str, int], Floats, Floats]:
@@ -98,6 +109,9 @@ def _flatten(layers: Mapping[str, Any], limits: list[str]) -> tuple[dict[str, in
     everything = np.vstack([score, *costs]) if costs else score[None]
     if not np.isfinite(everything).all() or (everything[1:] < 0).any():
         _complain(layers, limits)
+    for what, values in zip(["scores", *(f"costs {limit!r}" for limit in limits)], everything, strict=True):
+        if np.abs(values).max() > MAX_SUM / len(values):
+            raise InvalidArgument(f"the {what} could add up to more than {MAX_SUM:g}; divide them by a common factor")
     return starts, score, everything[1:]
 
 
@@ -128,18 +142,27 @@ def _complain(layers: Mapping[str, Any], limits: list[str]) -> None:
 
 def _groups(layers: Mapping[str, Any], ties: Any) -> list[list[str]]:
     """Layers that take one choice together, in the order of the table; ties that share a layer are joined."""
-    group = {name: [name] for name in layers}
+    if ties is not None and (isinstance(ties, (str, bytes, Mapping)) or not isinstance(ties, Iterable)):
+        raise InvalidArgument(f"ties is a list of lists of layer names, not {ties!r}")
+    parent = {name: name for name in layers}
+
+    def root(name: str) -> str:
+        while parent[name] != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
     for tie in ties or ():
-        if isinstance(tie, str) or not isinstance(tie, Sequence):
+        if isinstance(tie, (str, bytes)) or not isinstance(tie, Sequence):
             raise InvalidArgument(f"a tie is a list of layer names, not {tie!r}")
         for name in tie:
-            if name not in group:
+            if not isinstance(name, Hashable) or name not in parent:
                 raise InvalidArgument(f"tie {list(tie)!r} names layer {name!r}, which the table does not have")
-            first, other = group[tie[0]], group[name]
-            if other is not first:
-                first.extend(other)
-                group.update(dict.fromkeys(other, first))
-    return list({id(names): names for names in group.values()}.values())
+            parent[root(name)] = root(tie[0])
+    group: dict[str, list[str]] = {}
+    for name in layers:
+        group.setdefault(root(name), []).append(name)
+    return list(group.values())
 
 
 def _common(group: list[str], layers: Mapping[str, Any]) -> list[str]:
@@ -147,5 +170,6 @@ def _common(group: list[str], layers: Mapping[str, Any]) -> list[str]:
     for name in group[1:]:
         choices = [c for c in choices if c in layers[name]]
     if not choices:
-        raise InvalidArgument(f"tied layers {group!r} have no choice in common")
+        others = f" and {len(group) - 5} others" if len(group) > 5 else ""
+        raise InvalidArgument(f"tied layers {group[:5]!r}{others} have no choice in common")
     return choices

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -14,11 +13,14 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ..core.output import check_output_folder
 from ..errors import HubMPQError, InvalidArgument
+from ..pack.atomic import flush_tree, sync_folder
 from .processes import raise_together
 from .shard import Spread
 
 _NAME = re.compile(r"step-(\d{8})")
+_PARTIAL = re.compile(r"partial-(step-)?\d{8}")
 _RUN = "processes.json"
 
 
@@ -30,13 +32,14 @@ class Checkpoints:
     def __init__(
         self, folder: str | Path, accelerator: Any, *, per_epoch: int = 0, spread: Spread | None = None
     ) -> None:
+        check_output_folder(folder)
         self.folder, self.accelerator, self.spread = Path(folder), accelerator, spread
         self.run = {"processes": accelerator.num_processes, "batches_per_epoch": per_epoch}
 
     @property
     def last(self) -> Path | None:
         """The newest complete checkpoint."""
-        found = sorted(p for p in self.folder.glob("step-*") if _NAME.fullmatch(p.name))
+        found = sorted(p for p in self.folder.glob("step-*") if _NAME.fullmatch(p.name) and (p / _RUN).is_file())
         return found[-1] if found else None
 
     def save(self, step: int) -> None:
@@ -58,14 +61,19 @@ class Checkpoints:
         if self.accelerator.is_main_process:  # all have written
             discard(final)  # of an earlier run
             partial.rename(final)
+            sync_folder(self.folder)
             if before is not None and before != final:
                 discard(before)
             for torn in self.folder.glob("partial-*"):
-                shutil.rmtree(torn, ignore_errors=True)
+                if _PARTIAL.fullmatch(torn.name):
+                    shutil.rmtree(torn, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def _begin(self, partial: Path) -> None:
         if self.accelerator.is_main_process:
+            final = partial.with_name(partial.name.replace("partial", "step"))
+            if final.exists() and not (final / _RUN).is_file():
+                raise FileExistsError(f"{final} is not of hub-mpq")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
 
@@ -75,7 +83,7 @@ class Checkpoints:
             self.spread.save(partial)
         if self.accelerator.is_main_process:
             (partial / _RUN).write_text(json.dumps(self.run))
-        _flush(partial)
+        flush_tree(partial)
 
     def load(self) -> int:
         """Restore the newest state and return its step; 0 when there is none.
@@ -111,16 +119,6 @@ def discard(folder: Path) -> None:
         shutil.rmtree(torn, ignore_errors=True)
         folder.rename(torn)
         shutil.rmtree(torn, ignore_errors=True)
-
-
-def _flush(folder: Path) -> None:
-    """What was written is on the disk before it gets its name: a power cut must not leave a name without content."""
-    for path in (*(p for p in folder.rglob("*") if p.is_file()), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 class StopOnSignal:

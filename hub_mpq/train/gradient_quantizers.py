@@ -91,23 +91,24 @@ def quantize_householder(rows: Tensor, bits: int, generator: torch.Generator) ->
     return out + middle
 
 
-def quantize_gradient(grad: Tensor, bits: int, kind: str, generator: torch.Generator) -> Tensor:
-    """`grad` on b-bit grids, unbiased, same shape. Rows are the samples of a convolution's gradient [N, C, H, W], and
-    the vectors of all tokens of [..., features]."""
-    rows = (grad.flatten(1) if grad.dim() == 4 else grad.reshape(-1, grad.shape[-1])).float()
+def quantize_gradient(grad: Tensor, bits: int, kind: str, generator: torch.Generator, samples: bool = False) -> Tensor:
+    """`grad` on b-bit grids, unbiased, same shape. Rows are the samples of a convolution's gradient (`samples`, or
+    [N, C, H, W]), and the vectors of all tokens of [..., features]."""
+    rows = (grad.flatten(1) if samples or grad.dim() == 4 else grad.reshape(-1, grad.shape[-1])).float()
     function = {"tensor": quantize_tensor, "sample": quantize_sample, "householder": quantize_householder}[kind]
     return function(rows, bits, generator).reshape(grad.shape).to(grad.dtype)
 
 
 class _Backward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, owner: GradientQuantization) -> Tensor:
-        ctx.owner = owner
+    def forward(ctx: Any, x: Tensor, owner: GradientQuantization, samples: bool) -> Tensor:
+        ctx.owner, ctx.samples = owner, samples
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return quantize_gradient(grads[0], ctx.owner.bits, ctx.owner.kind, ctx.owner.generator), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        owner = ctx.owner
+        return quantize_gradient(grads[0], owner.bits, owner.kind, owner.generator, ctx.samples), None, None
 
 
 def check_kind(kind: object) -> str:
@@ -125,7 +126,9 @@ class GradientQuantization:
         self.bits, self.kind, self.seed = check_width(bits), check_kind(kind), seed
         self.generator = torch.Generator().manual_seed(seed)
         self.handles = [
-            layer.register_forward_hook(lambda _m, _a, out: _Backward.apply(out, self))
+            layer.register_forward_hook(
+                lambda m, _a, out: _Backward.apply(out, self, getattr(m, "batched_axes", 0) == out.dim())
+            )
             for _, layer in quantized_layers(model)
         ]
 

@@ -107,7 +107,7 @@ def fit(
     hooks.check_processes(accelerator.num_processes)
     loader = prepared(loader, accelerator)
     per_epoch = steps if steps and not has_length(loader) else batches_per_epoch(loader, share)
-    length = steps if steps is not None else math.ceil(per_epoch * epochs)
+    length = steps if steps is not None else math.ceil(min(per_epoch * epochs, 2.0**53))
     model.train()
     log, times = TrainLog(), []
     with contextlib.ExitStack() as stack:

@@ -21,6 +21,7 @@ from ..nn.quantize import check_finite
 from ..nn.rounded_weights import RoundedWeights
 from ..nn.split_experts import stack_and_expert
 from ..pack import PackedTensor, pack_weight
+from ..quantizers.base import channel_rows
 from ..quantizers.gptq import Factor
 from ..quantizers.weight_grid import WeightGrid, weight_grid
 from ..tasks import TaskLike, task_of, to_device
@@ -177,9 +178,8 @@ def round_weight(
         importance: Mean square of what meets each column of a row, see `weight_grid`; None: all alike.
         factors: Round by GPTQ: one for all rows, or, of a stack, one for each matrix; None: to the nearest points.
     """
-    transposed = layer_kinds.get(layer.kind).transposed
-    rows = weight.mT if transposed else weight
-    rows = rows.reshape(-1, rows.shape[-1]) if layer.takes_groups else weight.flatten(1)
+    axis = layer_kinds.get(layer.kind).channel_axis
+    rows, front = channel_rows(weight, axis), max(weight.dim() - 2, 0) if axis < 0 else 0
     parts = len(weight) if weight.dim() == 3 else 1
     grids = []
     for bits in choices:
@@ -190,7 +190,7 @@ def round_weight(
     found = [grid.nearest(rows) for grid in grids] if factors is None else _compensated(rows, grids, factors, parts)
     out = {}
     for bits, grid, values in zip(choices, grids, found, strict=True):
-        values = values.reshape(weight.mT.shape).mT if transposed else values.reshape(weight.shape)
+        values = values.reshape(weight.movedim(axis, front).shape).movedim(front, axis)
         flat = bits.group_size is None
         scale, zero = (x if x is None else (x.flatten() if flat else x).cpu() for x in (grid.scale, grid.zero_point))
         out[bits] = pack_weight(values.cpu(), scale, layer.kind, bits.weight, zero, bits.group_size)

@@ -84,9 +84,6 @@ def test_every_product_is_counted_once(name):
 
 
 def test_hard_layers_stay_float_and_say_why():
-    floats = {op.name: op for op in load("nfnet_l0", meta=True).graph.floats}
-    assert floats["stem.conv1"].kind == "ScaledStdConv2d"
-    assert "forward of its own" in floats["stem.conv1"].reason
     floats = {op.name: op for op in load("beit_base_patch16_224", meta=True).graph.floats}
     assert floats["blocks.0.attn.qkv"].macs == 197 * 768 * 2304
     assert "outside its own forward" in floats["blocks.0.attn.qkv"].reason

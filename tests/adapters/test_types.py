@@ -17,9 +17,15 @@ def test_kinds():
     kinds = {
         nn.Conv2d(1, 1, 1): "conv2d",
         nn.Linear(1, 1): "linear",
+        nn.MultiheadAttention(2, 1).out_proj: "linear",
         nn.Embedding(2, 2): "embedding",
         Conv2dSame(1, 1, 3): "conv2d",
         Conv1D(2, 3): "conv1d",
+        nn.Conv1d(1, 1, 1): "convolution1d",
+        nn.Conv3d(1, 1, 1): "convolution3d",
+        nn.ConvTranspose1d(1, 1, 1): "conv_transpose1d",
+        nn.ConvTranspose2d(1, 1, 1): "conv_transpose2d",
+        nn.ConvTranspose3d(1, 1, 1): "conv_transpose3d",
     }
     assert {layer_kind(m).name == kind and why_not(m) == "" for m, kind in kinds.items()} == {True}
 
@@ -27,12 +33,8 @@ def test_kinds():
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: nn.ConvTranspose2d(1, 1, 1), "transposed"),
-        (lambda: nn.Conv1d(1, 1, 1), "1-D"),
-        (lambda: nn.Conv3d(1, 1, 1), "3-D"),
         (lambda: nn.GRU(2, 2), "recurrent"),
         (lambda: nn.MultiheadAttention(2, 1), "fused"),
-        (lambda: nn.MultiheadAttention(2, 1).out_proj, "without calling it"),
         (lambda: nn.Embedding(3, 2, max_norm=1.0), "max_norm"),
         (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), "a type of its own"),
         (lambda: nn.utils.spectral_norm(nn.Linear(2, 2)), "computed by a hook"),

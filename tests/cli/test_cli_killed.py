@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -123,6 +124,46 @@ def test_killed_20_times_and_resumed_the_indicators_are_equal_to_the_bit(start, 
             assert found.provenance[key] == expected.provenance[key]
     assert not states.exists()
     print(f"{kills} kills, {torn} of them while a state was written, at {len(met)} steps, {len(ends)} ends")
+
+
+def quantize(folder, out):
+    args = ["quantize", *MODEL, "--bitops", "W3A3", "--data", folder, "--output", out, "--checkpoint-every", 1]
+    args += ["--indicator-steps", 6, "--steps", 6, "--no-validate", "--candidates", "2,4", "--batch-size", 4]
+    return [str(a) for a in (*args, "--workers", "0", "--resume")]
+
+
+def contents(folder):
+    """The bytes of each file; of the indicators, which tell the seconds that they took, what they are."""
+    scores = read_indicators(folder / "indicators.safetensors")
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "indicators.safetensors"}
+    return files, scores.weight, scores.activation
+
+
+def test_killed_20_times_and_resumed_a_packed_folder_is_equal_to_the_byte(start, folder, tmp_path):
+    log, out, straight = tmp_path / "log", tmp_path / "out", tmp_path / "straight"
+    states, rng = tmp_path / "out.checkpoints", random.Random(1)
+    whole = start(quantize(folder, straight), log)
+    whole.join()
+    assert whole.exitcode == 0, log.read_text()[-3000:]
+    expected, ends, kills, met = contents(straight), 0, 0, set()
+    while kills < KILLS:
+        assert ends < KILLS, "the runs are over before they can be killed"
+        killed = kill(start, quantize(folder, out), log, states, rng)
+        kills += killed
+        met |= {(path.parent.name.partition("-")[0], path.name) for path in states.glob("*/step-*")}
+        if out.exists():  # whole, whenever the run was killed
+            assert contents(out) == expected
+        if not killed:
+            assert contents(out) == expected, log.read_text()[-3000:]
+            shutil.rmtree(out)
+            ends += 1
+    last = start(quantize(folder, out), log)
+    last.join()
+    assert last.exitcode == 0, log.read_text()[-3000:]
+    assert contents(out) == expected
+    assert {stage for stage, _ in met} == {"indicators", "finetune"}, "one of the trainings was never killed"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "out", "straight"], "litter"
+    print(f"{kills} kills, at {len(met)} states, {ends + 1} ends")
 
 
 def limited(args, log):

@@ -109,7 +109,8 @@ def test_killed_after_its_output_was_written_it_ends_the_same(run, folder, tmp_p
         assert run(*args).exit_code == 0
     first = read_indicators(out)
     assert states.is_dir()
-    (tmp_path / "i.safetensors.checkpoints.finished" / "indicators").mkdir(parents=True)  # of a removal cut short
+    # of a removal cut short
+    (tmp_path / ".i.safetensors.checkpoints.0123456789abcdef.hub-mpq-new" / "indicators").mkdir(parents=True)
     assert run(*args).exit_code == 2
     assert run(*args, "--resume").exit_code == 0
     assert read_indicators(out).weight == first.weight

@@ -18,6 +18,7 @@ class Fault:
 
     status: answer that instead. cut: close the connection after so many bytes of the body (of a PUT: received; of an
     answer: sent). lost: do it, then close without an answer. delay: seconds to wait first. before: called first.
+    answer: (status, headers, body) instead; with the body None it is sent in chunks without end.
     """
 
     method: str
@@ -28,6 +29,7 @@ class Fault:
     lost: bool = False
     delay: float = 0.0
     before: object = None
+    answer: tuple | None = None
 
 
 @dataclass
@@ -113,6 +115,9 @@ class Handler(BaseHTTPRequestHandler):
             body = self._body()
             if self.fault is not None and self.fault.status is not None:
                 return self._json({"error": "planned"}, self.fault.status)
+            if self.fault is not None and self.fault.answer is not None:
+                status, headers, content = self.fault.answer
+                return self._endless(status, headers) if content is None else self._send(content, status, headers)
             try:
                 self._route(method, url, body)
             except Refused as error:
@@ -151,6 +156,15 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body[:stop])
         if stop < len(body):
             raise Cut
+
+    def _endless(self, status, headers):
+        self.send_response(status)
+        for name, value in {**headers, "Transfer-Encoding": "chunked"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        for _ in range(1000):  # a gigabyte: enough for without end
+            self.wfile.write(b"100000\r\n" + bytes(1 << 20) + b"\r\n")
+            self.seen.sent += 1 << 20
 
     # -- routes --------------------------------------------------------------------------------------------------
 

@@ -158,12 +158,12 @@ def test_a_download_that_never_ends_leaves_a_clean_cache(hub, versions, mpq, net
     assert torch.equal(HubMPQ.from_pretrained(NAME, module=net)(x), mpq(x))
 
 
-def test_what_belongs_to_the_weights_comes_before_them(hub, mpq, net, x):
+def test_a_file_that_a_model_runs_without_does_not_block_it_and_comes_with_the_next_load(hub, mpq, net, x):
     mpq.train_indicators([x], steps=0)
     mpq.push_to_hub("me/more", token="write-token")
     hub.faults.append(Fault("GET", INDICATORS, times=ALWAYS, cut=10))
-    with pytest.raises(HubMPQError, match="can't be fetched"):
-        HubMPQ.from_pretrained("me/more", module=net)
+    with pytest.warns(UserWarning, match="indicators.safetensors of me/more can't be fetched"):
+        assert torch.equal(HubMPQ.from_pretrained("me/more", module=net)(x), mpq(x))
     hub.faults.clear()
     assert HubMPQ.from_pretrained("me/more", module=net).indicators == mpq.indicators
 

@@ -115,12 +115,13 @@ def test_an_encoder_with_padding_hands_no_nested_tensors_to_its_layers(monkeypat
     monkeypatch.delattr(torch, "_nested_tensor_from_mask")
     torch.manual_seed(0)
     for exclude in ((), ("encoder.layers.0.*",)):  # the first layer alone decides for torch
-        mpq = quantized(Encoder(), SEQUENCES, PADDED, exclude=exclude)
+        net = Encoder()
+        mpq = quantized(net, SEQUENCES, PADDED, exclude=exclude)
         for model in (mpq.model, copy.deepcopy(mpq.model)):
             with torch.no_grad():
                 found = model(SEQUENCES, PADDED)
             assert torch.allclose(found, plain(model, SEQUENCES, PADDED), atol=1e-6)
-    assert mpq.float_model.encoder.use_nested_tensor  # the user's own network is as it was
+        assert net.encoder.use_nested_tensor  # the user's own network is as it was
 
 
 def test_a_decoder_and_a_reloaded_encoder_are_quantized(no_fused_encoder, tmp_path):
@@ -132,14 +133,6 @@ def test_a_decoder_and_a_reloaded_encoder_are_quantized(no_fused_encoder, tmp_pa
         with torch.no_grad():
             assert torch.allclose(mpq.model(SEQUENCES), plain(mpq.model, SEQUENCES), atol=1e-6)
             assert torch.equal(again(SEQUENCES), mpq.model(SEQUENCES))
-
-
-def test_attentions_own_projections_stay_float_and_say_why(tmp_path):
-    mpq = quantized(Encoder(), SEQUENCES)
-    reasons = {op.name: op.reason for op in mpq.graph.floats if op.weight_count}
-    assert reasons["encoder.layers.0.self_attn.out_proj"] == "MultiheadAttention uses its weight without calling it"
-    assert reasons["encoder.layers.0.self_attn"] == "its query, key and value weights are one fused Parameter"
-    assert not [name for name, _ in quantized_layers(mpq.model) if "self_attn" in name]
 
 
 def test_a_layer_that_is_float_again_does_not_keep_torch_from_its_fast_way():

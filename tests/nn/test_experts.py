@@ -13,7 +13,8 @@ from torch import nn
 from hub_mpq import HubMPQ
 from hub_mpq.adapters import build_graph
 from hub_mpq.core import LayerSpec
-from hub_mpq.nn.experts import ExpertStack, conceal_experts, expose_experts, names_of_parameters
+from hub_mpq.nn.experts import ExpertStack, conceal_experts, expose_experts
+from hub_mpq.nn.expose import names_of_parameters
 from hub_mpq.nn.input_moments import input_moments
 from hub_mpq.pack import pack_weight
 from hub_mpq.quantizers import LSQ, weight_scale_mse

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hub_mpq.nn import layers
+from hub_mpq.nn import convolutions, layers
 from hub_mpq.nn.quantize import quantize_layer
 from hub_mpq.quantizers import LSQ, activation_scale, weight_scale_mse
 
@@ -56,7 +56,8 @@ def learn(layer, x, monkeypatch, fused, dtype=None):
     layer, x = copy.deepcopy(layer), x.clone().requires_grad_()
     with monkeypatch.context() as m:
         if not fused:
-            m.setattr(layers, "_fused", lambda *_: None)
+            for module in (layers, convolutions):
+                m.setattr(module, "fused_output", lambda *_: None)
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
             out = layer(x)
         (out.float() * draw(*out.shape, seed=3)).sum().backward()

@@ -223,7 +223,7 @@ def test_kinds_that_do_not_fit_are_refused(toy):
     with pytest.raises(InvalidArgument, match="channel_axis must be the row axis"):
         replace(KIND, channel_axis=0)
     with pytest.raises(InvalidArgument, match="channel_axis must be the row axis"):
-        replace(KIND, row_axes=None)
+        replace(KIND, row_axes=None, channel_axis=2)
     with pytest.raises(InvalidArgument, match="registered already"):
         register_layer_kind(replace(KIND, shares_input=False))
     with pytest.raises(InvalidArgument, match=r"Linear is already of the layer kind 'linear'"):
@@ -236,7 +236,8 @@ def test_kinds_are_looked_up_without_torch():
         "import sys",
         "from hub_mpq.core import LayerSpec, layer_kinds",
         "from hub_mpq.cost.size import packed_nbytes",
-        "names = ['conv2d', 'linear', 'conv1d', 'embedding', 'experts', 'experts_transposed']",
+        "names = ['conv2d', 'convolution1d', 'convolution3d', 'conv_transpose1d', 'conv_transpose2d',"
+        " 'conv_transpose3d', 'linear', 'projection', 'conv1d', 'embedding', 'experts', 'experts_transposed']",
         "assert layer_kinds.names() == names",
         "assert LayerSpec('e', 'embedding', (4, 2), 0, 8, 3).weight_only and packed_nbytes('linear', (4, 2), 8) == 16",
         "assert LayerSpec('e', 'experts', (3, 4, 2), 0, 24, 3).weight_only",

@@ -146,6 +146,7 @@ def test_a_killed_writer_leaves_the_old_file(packed):
     assert all(p.name.startswith(".") and p.suffix == ".tmp" for p in left)
     write_packed(path, *toy(seed=2))
     assert same(read_packed(path)[0], toy(seed=2)[0])
+    assert list(path.parent.iterdir()) == [path], "what the killed one left is gone"
 
 
 def test_two_writers_and_a_reader(packed):

@@ -191,7 +191,7 @@ LIES = {
     "text sign": (cell("stem", "activation_signed", "yes"), "true or false"),
     "number for a name": (cell("stem", "name", 3), "expected text"),
     "two layers of one name": (cell("stem", "name", "depthwise"), "duplicate layer"),
-    "foreign owner": (cell("emb", "weight_owner", "stem"), "packs no weight of layer 'emb'"),
+    "foreign owner": (cell("emb", "weight_owner", "stem"), "can't share the weight of 'stem'"),
     "short row": (manifest(lambda tree: tree["layers"]["rows"][0].pop() and None), "another length"),
     "column twice": (manifest(lambda t: t["layers"]["columns"].__setitem__(1, "name")), "stands twice"),
     "columns as numbers": (manifest(lambda t: t["layers"].update(columns=[1], rows=[[1]])), "expected text"),

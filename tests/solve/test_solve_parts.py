@@ -32,7 +32,7 @@ def test_the_dual_bound_is_below_every_policy_and_reduced_costs_are_exact():
     for table, core in cores(40, layers=(3, 4), choices=(2, 4)):
         dual = solve_dual(core)
         sign = 1 if table["sense"] == "min" else -1
-        assert dual.bound + core.offset <= sign * optimum(table) + 1e-9
+        assert dual.bound * core.unit + core.offset <= sign * optimum(table) + 1e-9
         assert (dual.prices >= 0).all()
         assert dual.reduced.min() >= 0
         rows = np.arange(len(core.rows))

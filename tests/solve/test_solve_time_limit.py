@@ -70,7 +70,7 @@ def test_bound_holds_for_the_true_optimum():
 
 
 def test_a_start_is_kept_when_nothing_better_is_found(monkeypatch):
-    monkeypatch.setattr("hub_mpq.solve.solve.repair", lambda core, dual: None)
+    monkeypatch.setattr("hub_mpq.solve.solve.repair", lambda core, dual, deadline: None)
     table = subset_sum(30)
     start = {name: min(row, key=lambda c: row[c]["score"]) for name, row in table["layers"].items()}
     solution = solve_table(table, time_limit=1e-9, start=start)
@@ -79,7 +79,7 @@ def test_a_start_is_kept_when_nothing_better_is_found(monkeypatch):
 
 
 def test_nothing_found_in_time_is_said(monkeypatch):
-    monkeypatch.setattr("hub_mpq.solve.solve.repair", lambda core, dual: None)
+    monkeypatch.setattr("hub_mpq.solve.solve.repair", lambda core, dual, deadline: None)
     with pytest.raises(HubMPQError, match="no policy was found"):
         solve_table(subset_sum(30), time_limit=1e-9)
     # and by SCIP alone, cut off before it has a solution that could be asked for

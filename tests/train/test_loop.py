@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hub_mpq.errors import InvalidArgument, TrainingDiverged
+from hub_mpq.errors import HubMPQError, InvalidArgument, TrainingDiverged
 from hub_mpq.tasks import Classification
 from hub_mpq.train import Finetune, Hooks, evaluate, fit
 from hub_mpq.train.checkpoint import Checkpoints
@@ -236,6 +236,20 @@ def test_a_torn_checkpoint_is_never_picked_and_a_full_disk_keeps_the_last(tmp_pa
     with pytest.raises(Exception, match=r"No space left.*step-00000003"):
         store.save(6)
     assert store.last.name == "step-00000003"
+
+
+def test_folders_of_others_beside_the_states_stay(tmp_path):
+    for name in ("partial-results", "step-00000006", "step-00000099"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("x")
+    store = Checkpoints(tmp_path, make_accelerator(cpu=True))
+    assert store.last is None
+    store.save(3)
+    store.save(4)
+    with pytest.raises(HubMPQError, match="step-00000006 is not of hub-mpq"):
+        store.save(6)
+    assert store.last.name == "step-00000004"
+    assert len(list(tmp_path.glob("*/mine"))) == 3
 
 
 def test_hooks_default_to_nothing():

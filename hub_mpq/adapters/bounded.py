@@ -1,0 +1,168 @@
+"""Building a network that a stranger's config describes: it may take no more than a packed file accounts for.
+
+Our construction: the network is built on the meta device while operators and modules are counted, and the size of
+what an operator returns is known before it runs. So a config of any family is bounded, whatever its numbers are called.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .count import storage_key
+
+PARTS, PARTS_PER_TENSOR = 2000, 8
+OPERATORS, OPERATORS_PER_TENSOR = 20_000, 100
+"""So many, and so many more for each tensor of the file. The models of timm and transformers register 4 modules and run
+106 operators for each tensor of theirs at most; a file has at least as many tensors."""
+LINES, LINES_PER_BYTE = 3_000_000, 16
+"""Lines of Python: so many, and so many more for each byte of the file (a loop over a table of positions is one for
+each). TinyViT runs 27 million for its 21 million weights, all others a tenth of it or less."""
+NBYTES, NBYTES_PER_BYTE = 1 << 27, 64
+"""Bytes of the largest tensor: so many, and for each byte of the file eight 1-bit weights in float64."""
+
+_current = threading.local()
+_hooked: list[Any] = []
+
+
+class Exceeded(Exception):
+    """A network takes more than it may."""
+
+
+class Build(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts while it is entered, and raises Exceeded when there is too much of something.
+
+    `parts`, `operators`, `lines`: how many modules may still be registered, operators and lines of Python run.
+    `memory`: bytes that may still be taken. `largest`: bytes of a tensor at most, on any device. `drawn`: the memory of
+    tensors that hold random values or what was made from them.
+    """
+
+    def __init__(self, tensors: int, nbytes: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.parts = PARTS + PARTS_PER_TENSOR * tensors
+        self.operators = OPERATORS + OPERATORS_PER_TENSOR * tensors
+        self.lines = LINES + LINES_PER_BYTE * nbytes
+        self.largest, self.memory = NBYTES + NBYTES_PER_BYTE * nbytes, NBYTES + nbytes
+        self.drawn: dict[int, Any] = {}
+        self.exceeded = ""
+
+    def check(self, left: int, what: str) -> None:
+        if left < 0 or self.exceeded:
+            self.exceeded = self.exceeded or what
+            raise Exceeded(what)
+
+    def trace(self, frame: Any, event: str, arg: Any) -> Any:
+        """For sys.settrace: loops of Python are not seen otherwise."""
+        if event == "line":
+            self.lines -= 1
+            if self.lines < 0:
+                self.check(self.lines, "more to compute")
+        return self.trace
+
+    def registered(self) -> None:
+        self.parts -= 1
+        self.check(self.parts, "more modules")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.operators -= 1
+        self.check(self.operators, "more to compute")
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        on_meta = all(x.is_meta for x in given) if given else _names_meta(kwargs)
+        if not on_meta and not any(returned.alias_info for returned in func._schema.returns):
+            made = _tensors(_on_meta(func, args, kwargs))
+            self.memory -= sum(map(_nbytes, made))
+            self.check(self.memory, "more memory")
+        out = func(*args, **kwargs)
+        made = _tensors(out)
+        self.check(self.largest - max(map(_nbytes, made), default=0), "larger tensors")
+        if torch.Tag.nondeterministic_seeded in func.tags or any(map(self._is_drawn, given)):
+            self.drawn |= {storage_key(x): x.untyped_storage() for x in made if x.layout == torch.strided}
+        return out
+
+    def _is_drawn(self, x: Tensor) -> bool:
+        return x.layout == torch.strided and storage_key(x) in self.drawn
+
+    def drawn_outside_state(self, model: nn.Module) -> list[str]:
+        """Names of the tensors with random values that no state dict has, so that no file can hold them."""
+        stored = {storage_key(x) for x in model.state_dict(keep_vars=True).values() if isinstance(x, Tensor)}
+        return [
+            f"{name}.{key}" if name else key
+            for name, module in model.named_modules()
+            for key, x in (*vars(module).items(), *module._buffers.items(), *module._parameters.items())
+            if isinstance(x, Tensor) and self._is_drawn(x) and storage_key(x) not in stored
+        ]
+
+
+def _names_meta(kwargs: Mapping[str, Any]) -> bool:
+    return kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta"
+
+
+def _nbytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _tensors(out: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+
+
+def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operator returns, without memory; None where that depends on values, of which it then makes no more than
+    it reads."""
+
+    def moved(x: Any) -> Any:
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") if isinstance(x, Tensor) else x
+
+    given = {name: moved(x) for name, x in kwargs.items()}
+    if any(argument.name == "device" for argument in func._schema.arguments):
+        given["device"] = torch.device("meta")
+    try:
+        return func(*tree_map(moved, args), **given)
+    except (NotImplementedError, RuntimeError, TypeError):
+        return None
+
+
+def _register(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    if (build := getattr(_current, "build", None)) is not None:
+        build.registered()
+
+
+@contextmanager
+def bounded(tensors: int, nbytes: int) -> Iterator[Build]:
+    """Bound what is built in this thread.
+
+    Args:
+        tensors: Of the packed file.
+        nbytes: Of the packed file.
+
+    Raises:
+        Exceeded: More was needed, whatever the code that builds made of it.
+    """
+    if not _hooked:  # once and for good: other threads may be going through torch's hooks at any time
+        _hooked.append(register_module_module_registration_hook(_register))
+    build, before = Build(tensors, nbytes), getattr(_current, "build", None)
+    _current.build = build
+    tracer, cause = sys.gettrace(), None
+    if tracer is None:  # else a debugger or a measurement of coverage needs it
+        sys.settrace(build.trace)
+    try:
+        with build:
+            yield build
+    except Exception as error:
+        if not build.exceeded:
+            raise
+        cause = error
+    finally:
+        sys.settrace(tracer)
+        _current.build = before
+    if build.exceeded:  # also where the code that builds went on
+        raise Exceeded(f"describes a network with {build.exceeded} than a file of {nbytes} bytes holds") from cause

@@ -1,0 +1,127 @@
+"""Weights that a model computes with in a way of its own become layers, which are quantized as all layers are.
+
+What is exposed: experts that transformers keeps stacked in one Parameter, the projections of attention that reads their
+weights without calling them, timm's query, key and value layer whose weight is read with another bias, and the layers
+of state space mixers, which one kernel may read in training. Layers that compute their weight anew at each call are
+folded (`fold.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .experts import Stack, conceal_experts, expose_experts, has_stacked_experts
+from .fold import fold_layers, has_layers_to_fold, unfolded_state
+from .multihead_attention import (
+    Projection,
+    SplitMultiheadAttention,
+    has_fused_attention,
+    join_attention,
+    split_attention,
+)
+from .split_experts import SplitStack
+from .types import type_name
+from .unfused import call_layers_in_training, fused_mixers
+
+_WAVLM = "transformers.models.wavlm.modeling_wavlm.WavLMAttention"
+
+
+def _separate_biases(model: nn.Module) -> Iterator[Any]:
+    """Modules of timm that read the weight of their layer `qkv` with a bias made of Parameters of their own, unless
+    told to call the layer and to add the bias (BEiT, EVA, Swin v2)."""
+    for module in model.modules():
+        told = vars(module).get("qkv_bias_separate")
+        if told is False and type(module).__module__.startswith("timm."):
+            yield module
+
+
+def _wavlm(model: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if type_name(module) == _WAVLM)
+
+
+def has_layers_to_expose(model: nn.Module) -> bool:
+    """Whether `expose_layers` would change a model.
+
+    Args:
+        model: The model.
+    """
+    if has_layers_to_fold(model) or has_stacked_experts(model) or has_fused_attention(model):
+        return True
+    readers = (_separate_biases(model), _wavlm(model), fused_mixers(model))
+    return any(next(found, None) is not None for found in readers)
+
+
+def expose_layers(model: nn.Module) -> None:
+    """Make layers of the weights that a float model computes with in a way of its own, in place.
+
+    The float function stays the same up to the order of sums, and so do the names of the state dict, but for layers
+    that are folded: these have a plain weight. Does nothing to what are layers already. `conceal_layers` undoes it
+    where names of Parameters have changed and all is float.
+
+    Args:
+        model: The model.
+    """
+    fold_layers(model)
+    expose_experts(model)
+    split_attention(model)
+    call_layers_in_training(model)
+    for module in _separate_biases(model):
+        module.qkv_bias_separate = True
+    for module in _wavlm(model):
+        from .wavlm_attention import CallingWavLMAttention
+
+        module.__class__ = CallingWavLMAttention
+        for layer in (module.q_proj, module.k_proj, module.v_proj, module.out_proj):
+            if type(layer) is nn.Linear:
+                layer.__class__ = Projection
+
+
+def conceal_layers(model: nn.Module) -> None:
+    """Make Parameters again of the layers that are float, in place.
+
+    Args:
+        model: The model.
+    """
+    conceal_experts(model)
+    join_attention(model)
+
+
+def names_of_parameters(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of float weights in which what became layers has the names of the Parameters that it stands for.
+
+    Args:
+        model: The model, with quantized or packed layers.
+        state: {name of a layer + ".weight", or any other name: tensor}.
+
+    Raises:
+        HubMPQError: A folded weight has no such Parameters.
+    """
+    out = unfolded_state(model, state)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Stack):
+            module.to_parameter(out, name)
+        elif isinstance(module, SplitMultiheadAttention):
+            module.to_parameters(out, name)
+    return out
+
+
+def layers_in_state(model: nn.Module, state: Mapping[str, Tensor], layers: Collection[str]) -> dict[str, Tensor]:
+    """A state dict of a float model as it is once `layers` are quantized: where one of them is a part of a Parameter,
+    each part has an entry."""
+    out = dict(state)
+    for name, module in model.named_modules():
+        if isinstance(module, SplitStack) and name in out:
+            parts: dict[str, Any] = {f"{name}.{i}": layer.weight for i, layer in module.named_children()}
+            if not parts.keys().isdisjoint(layers):
+                del out[name]
+                out.update(parts)
+        elif isinstance(module, SplitMultiheadAttention) and module.is_float:
+            prefix = f"{name}." if name else ""
+            if any(f"{prefix}{layer}" in layers for layer in module.layers):
+                for parameter in module.parameters_of():
+                    out.pop(f"{prefix}{parameter}", None)
+                out.update(module.state_of_layers(prefix))
+    return out

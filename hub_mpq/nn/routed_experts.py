@@ -1,0 +1,37 @@
+"""Experts that are modules of their own in a list, of which a router picks a few for each token (NLLB-MoE, Switch)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def routed_experts(model: nn.Module) -> list[dict[str, str]]:
+    """Lists of experts by name. Which expert a token reaches depends on the data, so that in one forward, or in a few
+    batches, some may not run.
+
+    A list counts as one of experts if all its members are of one type and either it or the module that holds it says
+    how many experts there are (num_experts, num_local_experts, n_routed_experts): our construction.
+
+    Args:
+        model: The model.
+
+    Returns:
+        For each layer with a weight in an expert, {expert: the layer's name in that expert}, in module order.
+    """
+    modules = dict(model.named_modules())
+    found: list[dict[str, str]] = []
+    for name, module in modules.items():
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) or len(module) < 2:
+            continue
+        holder = modules[name.rpartition(".")[0]]
+        experts = dict(module.named_children())
+        counts = [getattr(said, key, None) for said in (module, holder) for key in _COUNTS]
+        if len(experts) not in counts or len({type(expert) for expert in experts.values()}) > 1:
+            continue
+        first = next(iter(experts.values()))
+        for inner, layer in first.named_modules():
+            if isinstance(getattr(layer, "weight", None), Tensor):
+                found.append({key: f"{name}.{key}.{inner}".rstrip(".") for key in experts})
+    return found

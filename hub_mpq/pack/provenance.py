@@ -1,0 +1,104 @@
+"""What a manifest's provenance may hold: values of the types that those who read it expect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..errors import InvalidArgument
+from .canonical import dump_json
+
+_Check = Callable[[Any], bool]
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 2**63
+
+
+def _figure(value: Any) -> bool:
+    return _text(value) or _number(value)
+
+
+def _object_of(check: _Check) -> _Check:
+    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
+
+
+def _anything(value: Any) -> bool:
+    return True
+
+
+def _with(required: Mapping[str, _Check], optional: Mapping[str, _Check] | None = None) -> _Check:
+    """An object with these keys; others may be there too."""
+
+    def check(value: Any) -> bool:
+        known = {**required, **(optional or {})}
+        return (
+            isinstance(value, dict)
+            and required.keys() <= value.keys()
+            and all(known[key](x) for key, x in value.items() if key in known)
+        )
+
+    return check
+
+
+_FIGURES = _object_of(_figure)
+_SETTING: _Check = lambda value: value is None or _figure(value)  # noqa: E731
+_KNOWN: dict[str, tuple[_Check, str]] = {
+    "hub_mpq": (_text, "text"),
+    "target": (_text, "text"),
+    "task": (
+        _with(
+            {"name": _text},
+            {
+                "ignore_index": _number,
+                "output": _SETTING,
+                "label_keys": lambda keys: isinstance(keys, list) and all(map(_text, keys)),
+            },
+        ),
+        "the settings of a task",
+    ),
+    "metrics": (
+        _object_of(lambda row: _FIGURES(row) and _text(row.get("task", "")) and _number(row.get("samples", 0))),
+        "figures (numbers or text) by model and name",
+    ),
+    "search": (_object_of(_anything), "an object"),
+    "finetune": (_object_of(_anything), "an object"),
+    "latency": (
+        _with(
+            {
+                **dict.fromkeys(("measured", "spread", "limit", "predicted", "batch_size", "threads"), _number),
+                **dict.fromkeys(("runtime", "machine"), _text),
+            }
+        ),
+        "what was measured of a latency",
+    ),
+    "runtimes": (
+        _object_of(
+            _with(
+                {
+                    **dict.fromkeys(("largest error", "codes one step off", "values wrong"), _number),
+                    **dict.fromkeys(("exact", "integer layers", "float layers"), _number),
+                    "machine": _text,
+                    "metrics": _with({"runtime": _FIGURES, "reference": _FIGURES}),
+                }
+            )
+        ),
+        "what was measured of each runtime",
+    ),
+}
+
+
+def check_provenance(provenance: Mapping[str, Any]) -> None:
+    """Refuse a provenance with an entry of another type than its readers expect; entries that are not known may be
+    anything.
+
+    Raises:
+        InvalidArgument: An entry is wrong.
+    """
+    for key, (check, what) in _KNOWN.items():
+        if key in provenance and not check(provenance[key]):
+            raise InvalidArgument(f"provenance: {key} is {what}, not {dump_json(provenance[key])[:60]}")
