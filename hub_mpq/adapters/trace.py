@@ -218,13 +218,16 @@ def _used_outside(modules: dict[str, nn.Module], run: ForwardRecord) -> set[str]
     """Layers whose weight an operator read while no quantizable layer that holds it ran: it would read the float one.
 
     A tied head that is no layer (x @ embedding.weight.T), another weight that is made from it, a layer of another type
-    that shares it.
+    that shares it. So would a layer whose kind has its output channels along another axis (a transposed convolution
+    tied to an ordinary one): what is packed has the scales of one axis.
     """
     holders: dict[int, set[str]] = defaultdict(set)
+    axes: dict[int, set[object]] = defaultdict(set)
     for name, module in modules.items():
-        if layer_kind(module):
+        if kind := layer_kind(module):
             holders[id(module.weight)].add(name)
-    out: set[str] = set()
+            axes[id(module.weight)].add((kind.channel_axis, kind.row_axes))
+    out = {name for weight, names in holders.items() if len(axes[weight]) > 1 for name in names}
     for parts, running in run.uses:
         owners = [(modules[owner], key) for owner, _, key in (part.rpartition(".") for part in parts)]
         mine = {name for owner, key in owners for name in holders.get(id(getattr(owner, key, None)), ())}
