@@ -58,9 +58,9 @@ def expose_layers(model: nn.Module) -> None:
     """Make layers of the weights that a float model computes with in a way of its own, in place.
 
     The float function stays the same up to the order of sums (at padded places nn.TransformerEncoder answers as in
-    training, where its nested way answers zeros), and so do the names of the state dict, but for layers that are folded:
-    these have a plain weight. Does nothing to what are layers already. `conceal_layers` undoes it
-    where names of Parameters have changed and all is float.
+    training, where its nested way answers zeros), and so do the names of the state dict, but for layers that are
+    folded: these have a plain weight. Does nothing to what are layers already. `conceal_layers` undoes it where names
+    of Parameters have changed and all is float.
 
     Args:
         model: The model.
