@@ -168,7 +168,8 @@ def observe_signed(model: nn.Module, names: Iterable[str], batch: Example) -> di
 
 def _spread_over_experts(model: nn.Module, run: ForwardRecord) -> None:
     """Give each expert that is a layer of its own, or that has layers of its own, the same share of the calls and
-    products of all: which one a token reaches is not known, and on meta tensors one stands for all."""
+    products of all: which one a token reaches is not known, and on meta tensors one stands for all. Experts that all
+    read as much stay as they are."""
     splits = [
         {i: f"{stack}.{i}" for i, _ in module.named_children()}
         for stack, module in model.named_modules()
@@ -176,6 +177,12 @@ def _spread_over_experts(model: nn.Module, run: ForwardRecord) -> None:
     ]
     for experts in (*splits, *routed_experts(model)):
         names = {name: i for i, name in enumerate(experts.values())}
+        calls = [c for c in run.calls if c.name in names]
+        read: Counter[str] = Counter()
+        for c in calls:
+            read[c.name] += c.count
+        if len(read) == len(names) and len(set(read.values())) == 1:
+            continue
 
         def share(whole: int, i: int, count: int = len(names)) -> int:
             whole //= run.batch
@@ -184,17 +191,16 @@ def _spread_over_experts(model: nn.Module, run: ForwardRecord) -> None:
         macs = sum(run.macs.pop(key) for key in list(run.macs) if key[0] in names)
         if macs:
             run.macs.update({(name, f"{name}.weight", False): share(macs, i) for name, i in names.items()})
-        calls = [c for c in run.calls if c.name in names]
         if calls:
             first, features = run.calls.index(calls[0]), sum(c.count for c in calls)
             rest = [c for c in run.calls[first:] if c.name not in names]
-            read = calls[0].reads
+            tensor = calls[0].reads
             each = [
                 replace(
                     calls[0],
                     name=name,
                     count=share(features, i),
-                    reads=None if read is None else (read[0], -1 - i, read[2]),  # its own rows, those of no other
+                    reads=None if tensor is None else (tensor[0], -1 - i, tensor[2]),  # its own rows, those of no other
                 )
                 for name, i in names.items()
             ]
