@@ -325,7 +325,7 @@ def no_network(monkeypatch, tmp_path):
     ],
 )
 def test_a_mistyped_name_is_told_at_once(no_network, name, near):
-    with pytest.raises(InvalidArgument, match=f"unknown model .* did you mean {near}"):
+    with pytest.raises(HubMPQError, match=rf"can't be fetched; check the name .did you mean {near}.* and the network"):
         HubMPQ.from_pretrained(name)
 
 
