@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from .core import FLOAT_BITS, human
-from .core.output import check_output_folder
 from .data import Shuffled
 from .errors import HubMPQError
 from .model import HubMPQ
@@ -116,7 +115,6 @@ def run(output: str | Path = "hub-mpq-demo", *, seed: int = 0, say: Callable[[st
     than the one in memory.
     """
     output = Path(output)
-    check_output_folder(output)
     check_plot(output / PICTURE)
     if output.exists() and not (output.is_dir() and {p.name for p in output.iterdir()} <= {"model", PICTURE, FIGURES}):
         raise HubMPQError(f"{output} exists and is not of an earlier demo; name another folder with --output")

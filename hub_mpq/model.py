@@ -169,6 +169,7 @@ class HubMPQ(nn.Module):
         self._float: tuple[nn.Module, ...] = (source.model,)
 
     @classmethod
+    @torch.inference_mode(False)  # a model that a caller loads in inference mode is one like others
     def from_pretrained(
         cls,
         model_id: str | Path,
@@ -253,6 +254,7 @@ class HubMPQ(nn.Module):
         return out
 
     @classmethod
+    @torch.inference_mode(False)
     def from_module(
         cls,
         net: nn.Module,

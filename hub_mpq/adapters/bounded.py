@@ -53,7 +53,7 @@ class Build(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.lines = LINES + LINES_PER_BYTE * nbytes
         self.largest, self.memory = NBYTES + NBYTES_PER_BYTE * nbytes, NBYTES + nbytes
         self.drawn: dict[int, Any] = {}
-        self.exceeded = ""
+        self.exceeded, self.importing = "", 0
 
     def check(self, left: int, what: str) -> None:
         if left < 0 or self.exceeded:
@@ -61,12 +61,21 @@ class Build(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise Exceeded(what)
 
     def trace(self, frame: Any, event: str, arg: Any) -> Any:
-        """For sys.settrace: loops of Python are not seen otherwise."""
+        """For sys.settrace: loops of Python are not seen otherwise. Modules that are imported don't count."""
+        if event == "call":
+            if frame.f_code.co_name == "_find_and_load":
+                self.importing += 1
+                return self._import
+            return None if self.importing else self.trace
         if event == "line":
             self.lines -= 1
             if self.lines < 0:
                 self.check(self.lines, "more to compute")
         return self.trace
+
+    def _import(self, frame: Any, event: str, arg: Any) -> Any:
+        self.importing -= event == "return"
+        return self._import
 
     def registered(self) -> None:
         self.parts -= 1

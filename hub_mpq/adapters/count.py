@@ -102,7 +102,8 @@ def _grouped_product(
 
 def _is_stand_in(x: Tensor) -> bool:
     """Whether floats are zeros that take no memory."""
-    return x.is_floating_point() and x.numel() > 1 and not any(x.stride())
+    steps = [step for n, step in zip(x.shape, x.stride(), strict=True) if n > 1]
+    return x.is_floating_point() and bool(steps) and not any(steps)
 
 
 def _answer(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

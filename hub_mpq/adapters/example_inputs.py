@@ -121,7 +121,7 @@ def _tokens(config: Any, length: int, places: list[tuple[int, int]] | None = Non
     count = sum(n for _, n in places)
     if count + 2 > length:
         length = count + _TEXT_BESIDE
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = _first(config, "max_position_embeddings", "max_target_positions", "max_text_positions")
     length = min(length, longest) if isinstance(longest, int) and longest > count else length
     words = config.vocab_size
     ids = torch.arange(length) % words

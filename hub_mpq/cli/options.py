@@ -209,6 +209,8 @@ class Command:
         rows = list(self._rows())
         grouped: dict[str, dict[str, Any]] = {}
         for row in rows:
+            if isinstance(value := values[row.parameter.name], str) and not value.strip():
+                raise InvalidArgument(f"{row.parameter.name.replace('_', '-')} is empty; give a value or leave it out")
             grouped.setdefault(row.home, {})[row.field] = values[row.parameter.name]
         arguments: dict[str, Any] = {}
         for name, annotation, _ in self._parameters:

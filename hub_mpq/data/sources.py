@@ -109,7 +109,7 @@ def stream(
     if name.startswith("tfds/") and find_spec("tensorflow_datasets") is None:
         raise HubMPQError(f"{text} needs a package: pip install tensorflow-datasets")
     root = name.partition("/")[2] if name.startswith("wds/") else None
-    if root is not None and not Path(root or ".").is_dir():
+    if root is not None and not (root and Path(root).is_dir()):
         raise InvalidArgument(f"{text} cannot be read: there is no folder {root!r}")
     try:
         data = create_dataset(

@@ -1,5 +1,6 @@
 """A network that is built under bounds takes no more modules, operators, memory or random values than it may."""
 
+import contextlib
 import math
 import sys
 import threading
@@ -101,6 +102,24 @@ def test_loops_of_python_are_counted(loop, monkeypatch):
         loop(10**9)
     loop(500_000)
     assert sys.gettrace() is None
+
+
+def test_imports_are_not_counted(monkeypatch, tmp_path):
+    """The first model of a family imports its modules, and what these import."""
+    (tmp_path / "counts_much.py").write_text("x = [i for i in range(200_000)]\nimport counts_more\n")
+    (tmp_path / "counts_more.py").write_text("y = {i: i for i in range(200_000)}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(module, "LINES", 100_000)
+    with bounded(4, 1000):
+        __import__("counts_much")
+    with pytest.raises(Exceeded), bounded(4, 1000):
+        _import_and_count()
+
+
+def _import_and_count():
+    with contextlib.suppress(ImportError):
+        __import__("that_is_not_there")
+    [i for i in range(10**9)]  # noqa: C416
 
 
 def test_a_debugger_keeps_its_trace():

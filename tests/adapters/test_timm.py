@@ -84,9 +84,17 @@ def test_every_product_is_counted_once(name):
 
 
 def test_hard_layers_stay_float_and_say_why():
-    floats = {op.name: op for op in load("beit_base_patch16_224", meta=True).graph.floats}
-    assert floats["blocks.0.attn.qkv"].macs == 197 * 768 * 2304
-    assert "outside its own forward" in floats["blocks.0.attn.qkv"].reason
+    floats = {op.name: op for op in load("sequencer2d_s", meta=True).graph.floats}
+    lstm = floats["stages.0.blocks.0.rnn_tokens.rnn_v"]
+    assert lstm.kind == "LSTM"
+    assert lstm.macs == 32 * 32 * 2 * 4 * 48 * (192 + 48)
+    assert "recurrent" in lstm.reason
+
+
+def test_the_layer_of_queries_keys_and_values_is_quantized():
+    graph = load("beit_base_patch16_224", meta=True).graph
+    assert graph["blocks.0.attn.qkv"].macs == 197 * 768 * 2304
+    assert not [op for op in graph.floats if op.weight_count]
 
 
 def test_norms_of_timm():

@@ -17,7 +17,7 @@ def test_kinds():
     kinds = {
         nn.Conv2d(1, 1, 1): "conv2d",
         nn.Linear(1, 1): "linear",
-        nn.MultiheadAttention(2, 1).out_proj: "linear",
+        nn.MultiheadAttention(2, 1).out_proj: "projection",
         nn.Embedding(2, 2): "embedding",
         Conv2dSame(1, 1, 3): "conv2d",
         Conv1D(2, 3): "conv1d",

@@ -316,7 +316,7 @@ def test_a_folder_of_the_cache_is_published_though_the_client_links_its_files(hu
 
 def test_links_in_the_folder_of_a_model_are_not_copied_with_it(hub, tmp_path):
     float_bert(tmp_path / "float")
-    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "secret").write_text("---\nlicense: secret\n---\nsecret\n")
     for name in ("tokenizer.json", "README.md"):
         (tmp_path / "float" / name).unlink()
         (tmp_path / "float" / name).symlink_to(tmp_path / "secret")

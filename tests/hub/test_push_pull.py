@@ -208,3 +208,17 @@ def test_commands(hub, mpq, saved, tmp_path, monkeypatch):
     pulled = run("pull", NAME, "-o", tmp_path / "copy")
     assert pulled.stdout.strip() == str(tmp_path / "copy")
     assert (tmp_path / "copy" / PACKED).read_bytes() == (saved / PACKED).read_bytes()
+
+
+def test_a_model_that_no_float_weights_make_is_published_packed_alone(hub):
+    """Its convolutions standardise their weight: what was quantized would be standardised again."""
+    small = {"img_size": 32, "depth": 1, "embed_dim": 32, "num_heads": 2, "num_classes": 5}
+    mpq = HubMPQ.from_pretrained("vit_tiny_r_s16_p8_224", pretrained=False, input_size=(3, 32, 32), **small)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    mpq.apply_policy("W5A8", [(x,)])
+    with pytest.raises(HubMPQError, match="there is no float copy to publish: layer"):
+        mpq.push_to_hub(NAME, token="write-token", float_copy=True)
+    with pytest.warns(UserWarning, match="published without a float copy: layer"):
+        mpq.push_to_hub(NAME, token="write-token")
+    assert FLOAT_COPY not in hub.store.content(NAME)
+    assert torch.equal(HubMPQ.from_pretrained(NAME)(x), mpq(x))

@@ -297,6 +297,28 @@ def test_two_at_once(tmp_path):
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+def test_a_folder_that_another_takes_for_a_leftover_is_made_again(tmp_path, monkeypatch):
+    """Between its making and its locking."""
+    fcntl = pytest.importorskip("fcntl")
+    folder, make, removers = plain(tmp_path), module._make, []
+
+    def taken(target):
+        work = make(target)
+        if not removers:
+            handle = os.open(work, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            removers.append(threading.Timer(0.2, lambda: (shutil.rmtree(work), os.close(handle))))
+            removers[0].start()
+        return work
+
+    monkeypatch.setattr(module, "_make", taken)
+    with atomic_folder(folder, (INDICATORS,)) as work:
+        removers[0].join()
+        for name, text in NEW.items():
+            (work / name).write_text(text)
+    assert state(folder) == NEW
+
+
 def test_links_in_the_place_of_leftovers_are_left_alone(tmp_path):
     folder, other = plain(tmp_path), tmp_path / "other"
     other.mkdir()
