@@ -11,8 +11,8 @@ def routed_experts(model: nn.Module) -> list[dict[str, str]]:
     """Lists of experts by name. Which expert a token reaches depends on the data, so that in one forward, or in a few
     batches, some may not run.
 
-    A list counts as one of experts if its members are alike (of one type, with weights of the same names and shapes) and
-    either it or the module that holds it says how many experts there are (num_experts, num_local_experts,
+    A list counts as one of experts if its members are alike (of one type, with weights of the same names and shapes)
+    and either it or the module that holds it says how many experts there are (num_experts, num_local_experts,
     n_routed_experts): our construction.
 
     Args:
