@@ -6,8 +6,10 @@ what an operator returns is known before it runs. So a config of any family is b
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +31,13 @@ LINES, LINES_PER_BYTE = 3_000_000, 16
 each). TinyViT runs 27 million for its 21 million weights, all others a tenth of it or less."""
 NBYTES, NBYTES_PER_BYTE = 1 << 27, 64
 """Bytes of the largest tensor: so many, and for each byte of the file eight 1-bit weights in float64."""
+BESIDE, BESIDE_PER_BYTE = 1 << 27, 256
+"""Bytes of all tensors that no state dict has (masks, tables of positions), which the real network takes too.
+BEiT-large at 1024 pixels has 83 for each byte of its 1-bit weights."""
+RESIDENT, RESIDENT_PER_BYTE, RESIDENT_PER_TENSOR = 150 << 20, 3, 1 << 14
+"""Bytes that the process may take meanwhile, the objects of Python included."""
+_EVERY = 256
+"""Lines of Python between two looks at the process's memory."""
 
 _current = threading.local()
 _hooked: list[Any] = []
@@ -52,6 +61,9 @@ class Build(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.operators = OPERATORS + OPERATORS_PER_TENSOR * tensors
         self.lines = LINES + LINES_PER_BYTE * nbytes
         self.largest, self.memory = NBYTES + NBYTES_PER_BYTE * nbytes, NBYTES + nbytes
+        self.beside = BESIDE + BESIDE_PER_BYTE * nbytes
+        self.resident = RESIDENT + RESIDENT_PER_BYTE * nbytes + RESIDENT_PER_TENSOR * tensors
+        self.seen = _process()
         self.drawn: dict[int, Any] = {}
         self.exceeded, self.importing = "", 0
 
@@ -67,15 +79,26 @@ class Build(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.importing += 1
                 return self._import
             return None if self.importing else self.trace
-        if event == "line":
+        if event == "line" and not self.exceeded and frame.f_code.co_name != "__exit__":  # what is entered is left
             self.lines -= 1
-            if self.lines < 0:
-                self.check(self.lines, "more to compute")
+            self.check(self.lines, "more to compute")
+            if self.lines % _EVERY == 0:
+                self._look()
         return self.trace
 
     def _import(self, frame: Any, event: str, arg: Any) -> Any:
         self.importing -= event == "return"
+        if not self.importing:
+            self.seen = _process()  # what an import takes is not the network's
         return self._import
+
+    def _look(self) -> None:
+        """Count what the process has taken since the last look, unless other threads have worked: it may be theirs."""
+        before, self.seen = self.seen, _process()
+        grown, here, together = (now - then for now, then in zip(self.seen, before, strict=True))
+        if together <= 1.25 * here:
+            self.resident -= grown
+            self.check(self.resident, "more memory")
 
     def registered(self) -> None:
         self.parts -= 1
@@ -101,15 +124,35 @@ class Build(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _is_drawn(self, x: Tensor) -> bool:
         return x.layout == torch.strided and storage_key(x) in self.drawn
 
+    def check_beside(self, model: nn.Module) -> None:
+        """Raise Exceeded for a network with more than it may have in tensors that no state dict has."""
+        beside = {storage_key(x): _nbytes(x) for _, x in _beside_state(model)}
+        self.check(self.beside - sum(beside.values()), "larger tables")
+
     def drawn_outside_state(self, model: nn.Module) -> list[str]:
         """Names of the tensors with random values that no state dict has, so that no file can hold them."""
-        stored = {storage_key(x) for x in model.state_dict(keep_vars=True).values() if isinstance(x, Tensor)}
-        return [
-            f"{name}.{key}" if name else key
-            for name, module in model.named_modules()
-            for key, x in (*vars(module).items(), *module._buffers.items(), *module._parameters.items())
-            if isinstance(x, Tensor) and self._is_drawn(x) and storage_key(x) not in stored
-        ]
+        return [name for name, x in _beside_state(model) if self._is_drawn(x)]
+
+
+def _beside_state(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """(name, tensor) of what a model holds beside its state dict."""
+    stored = {storage_key(x) for x in model.state_dict(keep_vars=True).values() if isinstance(x, Tensor)}
+    return [
+        (f"{name}.{key}" if name else key, x)
+        for name, module in model.named_modules()
+        for key, x in (*vars(module).items(), *module._buffers.items(), *module._parameters.items())
+        if isinstance(x, Tensor) and x.layout == torch.strided and storage_key(x) not in stored
+    ]
+
+
+def _process() -> tuple[int, int, int]:
+    """(bytes that this process has, nanoseconds of this thread, of all threads); 0 where the system doesn't tell."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            pages = int(file.read().split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0, 0, 0
+    return pages * os.sysconf("SC_PAGESIZE"), time.thread_time_ns(), time.process_time_ns()
 
 
 def _names_meta(kwargs: Mapping[str, Any]) -> bool:

@@ -104,6 +104,7 @@ def check_folder(folder: Path, given: Mapping[str, Any], *, cast: bool = False) 
         with bounded(len(flatten(tensors)), file.stat().st_size) as build:
             arguments = _arguments(library, manifest.graph, given)
             skeleton = library.rebuild(str(folder), manifest.graph, meta=True, **arguments).model
+            build.check_beside(skeleton)
     except Exceeded as error:
         raise PackedFormat(config, str(error)) from None
     if drawn := build.drawn_outside_state(skeleton):

@@ -159,6 +159,90 @@ def test_bounds_inside_bounds_are_their_own():
         _nested(after=600)
 
 
+class Tables(nn.Module):
+    """Layers with a mask each that no state dict has, as a plain attribute or as a buffer; or all with one."""
+
+    def __init__(self, how, count=200, shared=False):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(count))
+        mask = torch.ones(1024, 1024)
+        for layer in self.layers:
+            one = mask if shared else torch.ones(1024, 1024)
+            if how == "buffer":
+                layer.register_buffer("mask", one, persistent=False)
+            else:
+                layer.mask = one
+
+
+@pytest.mark.parametrize("how", ["buffer", "attribute"])
+def test_tables_beside_the_state_are_bounded_together(how):
+    with pytest.raises(Exceeded, match="larger tables"), bounded(4, 1000) as build, torch.device("meta"):
+        build.check_beside(Tables(how))
+    with bounded(4, 1000) as build, torch.device("meta"):
+        build.check_beside(Tables(how, count=20))
+        build.check_beside(Tables(how, shared=True))
+    with bounded(400, 10_000_000) as build, torch.device("meta"):  # a large file may be of a large network
+        build.check_beside(Tables(how))
+
+
+def _lists(many):
+    out = []
+    for _ in range(many):
+        out.extend(["x"] * 100_000)
+    return out
+
+
+needs_proc = pytest.mark.skipif(not module._process()[0], reason="the system does not tell what memory a process has")
+
+
+@needs_proc
+def test_lists_of_python_are_refused_while_they_grow():
+    with bounded(4, 1000):
+        _lists(10)
+    with pytest.raises(Exceeded, match="more memory"), bounded(4, 1000):
+        _lists(10_000)  # 8 GB
+
+
+class _Entered:
+    """A context manager whose end takes many lines of Python."""
+
+    def __init__(self):
+        self.left = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for _ in range(20_000):
+            self.left += 1
+
+
+@pytest.mark.parametrize("before", [5_000, 90_000, 10**9])
+def test_what_is_entered_is_left_whatever_is_exceeded(before, monkeypatch):
+    monkeypatch.setattr(module, "LINES", 100_000)
+    entered = _Entered()
+    with contextlib.suppress(Exceeded), bounded(4, 1000), entered:
+        [i for i in range(before)]  # noqa: C416
+    assert entered.left == 20_000
+
+
+@needs_proc
+def test_memory_that_another_thread_takes_is_not_counted():
+    held = []
+
+    def other():
+        for _ in range(400):  # 400 MB
+            held.append(torch.ones(1 << 18))
+
+    thread = threading.Thread(target=other)
+    with bounded(400, 1000):
+        thread.start()
+        while thread.is_alive():
+            Deep(1)
+            thread.join(0.001)
+    assert len(held) == 400
+
+
 class Random(nn.Module):
     def __init__(self, how):
         super().__init__()

@@ -327,8 +327,8 @@ def test_a_quantization_config_is_no_part_of_the_skeleton(folder):
         ("", "is empty"),
         ("./nothing/here", "no such folder"),
         ("nobody/nothing", r"configuration of 'nobody/nothing' can't be fetched.*network"),
-        ("gpt2", "configuration of 'gpt2' can't be fetched"),
-        ("a/b/c", "can't be fetched"),
+        ("gpt2", "configuration of 'gpt2' can't be fetched.*did you mean openai-community/gpt2"),
+        ("a/b/c", "no such folder"),
     ],
 )
 def test_ids_that_name_nothing(model_id, message):
