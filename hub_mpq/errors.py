@@ -35,11 +35,16 @@ def _escaped(character: str) -> str:
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
 
 
+def last_line(text: str) -> str:
+    """What an error said that crossed from a worker of a data loader, which puts a traceback before it."""
+    return text.strip().splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
+
+
 class HubMPQError(Exception):
     """Base class: one clear sentence for the person who made the call, with nothing in it that a terminal obeys."""
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(shown(message, 2000))
+        super().__init__(shown(last_line(str(message)), 2000))
 
 
 class InvalidArgument(HubMPQError, ValueError):

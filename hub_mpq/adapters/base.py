@@ -109,7 +109,7 @@ def find_config(
         token: As for huggingface_hub.
 
     Raises:
-        InvalidArgument: There is none, and there are near names, or none can have that name.
+        InvalidArgument: The Hub has none, and there are near names, or none can have that name.
         HubMPQError: There is none, or it can't be had.
     """
     from huggingface_hub import errors, hf_hub_download
@@ -121,9 +121,10 @@ def find_config(
     except errors.HFValidationError as error:
         raise InvalidArgument(f"no such folder: {repo_id!r}, and no Hub repository can have that name") from error
     except Exception as error:
-        if names := near():
+        names = near()
+        if names and isinstance(error, errors.RepositoryNotFoundError):
             raise InvalidArgument(f"unknown model {repo_id!r}; did you mean {' or '.join(names)}?") from error
-        raise cannot_build(repo_id, error, pretrained=False) from error
+        raise cannot_build(repo_id, error, pretrained=False, near=names) from error
 
 
 def near_repositories(model_id: str, known: Iterable[str] = ()) -> list[str]:
@@ -137,8 +138,8 @@ def near_repositories(model_id: str, known: Iterable[str] = ()) -> list[str]:
     return [whole[key] for key in difflib.get_close_matches(model_id, whole, n=3, cutoff=0.8)]
 
 
-def cannot_build(model_id: str, error: Exception, *, pretrained: bool) -> HubMPQError:
-    """One sentence on why a model could not be built, from whatever its library raised."""
+def cannot_build(model_id: str, error: Exception, *, pretrained: bool, near: Sequence[str] = ()) -> HubMPQError:
+    """One sentence on why a model could not be built, from whatever its library raised, with names that look like it."""
     first = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
     said = f"[{type(error).__name__}: {shown(first, 160)}]"
     if not is_connection_error(error):
@@ -150,6 +151,8 @@ def cannot_build(model_id: str, error: Exception, *, pretrained: bool) -> HubMPQ
         return HubMPQError(
             f"the weights of {model_id!r} can't be fetched; check the name and the network ({way}) {said}"
         )
+    meant = f" (did you mean {' or '.join(near)}?)" if near else ""
     return HubMPQError(
-        f"the configuration of {model_id!r} can't be fetched; check the name and the network, or give a folder {said}"
+        f"the configuration of {model_id!r} can't be fetched; check the name{meant} and the network, or give a folder "
+        f"{said}"
     )

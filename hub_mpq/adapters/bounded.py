@@ -32,8 +32,8 @@ each). TinyViT runs 27 million for its 21 million weights, all others a tenth of
 NBYTES, NBYTES_PER_BYTE = 1 << 27, 64
 """Bytes of the largest tensor: so many, and for each byte of the file eight 1-bit weights in float64."""
 BESIDE, BESIDE_PER_BYTE = 1 << 27, 256
-"""Bytes of all tensors that no state dict has (masks, tables of positions), which the real network takes too: so many,
-and for each byte of the file. BEiT-large at 1024 pixels has 83 for each byte of its 1-bit weights."""
+"""Bytes of all tensors that no state dict has (masks, tables of positions), which the real network takes too.
+BEiT-large at 1024 pixels has 83 for each byte of its 1-bit weights."""
 RESIDENT, RESIDENT_PER_BYTE, RESIDENT_PER_TENSOR = 150 << 20, 3, 1 << 14
 """Bytes that the process may take meanwhile, the objects of Python included."""
 _EVERY = 256
@@ -146,7 +146,7 @@ def _beside_state(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _process() -> tuple[int, int, int]:
-    """(bytes of this process, nanoseconds of this thread, of all threads); all 0 where the system doesn't tell."""
+    """(bytes that this process has, nanoseconds of this thread, of all threads); 0 where the system doesn't tell."""
     try:
         with open("/proc/self/statm", "rb") as file:
             pages = int(file.read().split()[1])

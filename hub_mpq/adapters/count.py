@@ -100,25 +100,24 @@ def _grouped_product(
     return a.new_zeros([*groups, a.shape[-2], b.shape[-1]], dtype=out_dtype)
 
 
+def _is_stand_in(x: Tensor) -> bool:
+    """Whether floats are zeros that take no memory."""
+    steps = [step for n, step in zip(x.shape, x.stride(), strict=True) if n > 1]
+    return x.is_floating_point() and bool(steps) and not any(steps)
+
+
 def _answer(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What an operator answers on stand-ins: zeros that take no memory for large floats, whose values say nothing; its
-    own answer for whole numbers, masks and small tensors, which may decide what runs."""
+    """What an operator answers on stand-ins: zeros that take no memory where it would compute large floats from them,
+    whose values say nothing; its own answer for the rest, whole numbers and masks, which may decide what runs."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    first = args[0] if args else None
-    writes = func._schema.name.endswith("_") and isinstance(first, Tensor) and first.is_floating_point()
-    if (
-        writes
-        and not first.is_meta
-        and any(n > 1 and step == 0 for n, step in zip(first.shape, first.stride(), strict=True))
-    ):
-        torch.autograd.graph.increment_version(first)  # a part of zeros that take no memory
-        return first
-    if any(x.is_meta for x in tensors) or not any(x.is_floating_point() and x.numel() >= _LARGE for x in tensors):
+    if any(x.is_meta for x in tensors) or not any(_is_stand_in(x) for x in tensors):
         return func(*args, **kwargs)
-    if writes:
+    first = args[0] if args else None
+    if func._schema.name.endswith("_") and isinstance(first, Tensor) and _is_stand_in(first):
         torch.autograd.graph.increment_version(first)
         return first
-    if any(r.alias_info is not None for r in func._schema.returns):
+    large = any(x.is_floating_point() and x.numel() >= _LARGE for x in tensors)
+    if not large or any(r.alias_info is not None for r in func._schema.returns):
         return func(*args, **kwargs)
     on_meta = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
     try:

@@ -277,7 +277,9 @@ def _sounds(model: nn.Module, takes: Mapping[str, Any]) -> Iterator[Inputs]:
             yield {**values, **masks}
         yield values
 
-    if name == "input_values" and bins is None:
+    if bins is not None and name == "input_values":
+        yield from forms(1, frames, bins, of_frames=frames)
+    if name == "input_values":  # a model of waves may have bins for what it answers with
         channels = _first(audio, "audio_channels", "num_channels") or 1
         waves = [(1, _SAMPLES), (1, channels, _SAMPLES)]
         codec = not {"audio_codes", "n_quantizers", "num_quantizers"}.isdisjoint(takes)
@@ -287,12 +289,8 @@ def _sounds(model: nn.Module, takes: Mapping[str, Any]) -> Iterator[Inputs]:
         square = _first(audio, "spec_size")
         if square:  # a picture of the spectrogram
             yield from forms(1, 1, square**2 // bins, bins, of_frames=square**2 // bins)
-        if name == "input_values":
-            yield from forms(1, frames, bins, of_frames=frames)
-            yield {name: noise(1, _SAMPLES, like=model)}  # what it writes are spectrograms (SpeechT5)
-        else:
-            yield from forms(1, bins, frames, of_frames=frames)
-            yield from forms(1, frames, bins, of_frames=frames)
+        yield from forms(1, bins, frames, of_frames=frames)
+        yield from forms(1, frames, bins, of_frames=frames)
 
 
 _MASKS = ("feature_attention_mask", "input_features_mask")

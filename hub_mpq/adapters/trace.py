@@ -168,7 +168,8 @@ def observe_signed(model: nn.Module, names: Iterable[str], batch: Example) -> di
 
 def _spread_over_experts(model: nn.Module, run: ForwardRecord) -> None:
     """Give each expert that is a layer of its own, or that has layers of its own, the same share of the calls and
-    products of all: which one a token reaches is not known, and on meta tensors one stands for all."""
+    products of all: which one a token reaches is not known, and on meta tensors one stands for all. Experts that all
+    read as much stay as they are."""
     splits = [
         {i: f"{stack}.{i}" for i, _ in module.named_children()}
         for stack, module in model.named_modules()
@@ -176,6 +177,12 @@ def _spread_over_experts(model: nn.Module, run: ForwardRecord) -> None:
     ]
     for experts in (*splits, *routed_experts(model)):
         names = {name: i for i, name in enumerate(experts.values())}
+        calls = [c for c in run.calls if c.name in names]
+        read: Counter[str] = Counter()
+        for c in calls:
+            read[c.name] += c.count
+        if len(read) == len(names) and len(set(read.values())) == 1:
+            continue
 
         def share(whole: int, i: int, count: int = len(names)) -> int:
             whole //= run.batch
@@ -184,17 +191,16 @@ def _spread_over_experts(model: nn.Module, run: ForwardRecord) -> None:
         macs = sum(run.macs.pop(key) for key in list(run.macs) if key[0] in names)
         if macs:
             run.macs.update({(name, f"{name}.weight", False): share(macs, i) for name, i in names.items()})
-        calls = [c for c in run.calls if c.name in names]
         if calls:
             first, features = run.calls.index(calls[0]), sum(c.count for c in calls)
             rest = [c for c in run.calls[first:] if c.name not in names]
-            read = calls[0].reads
+            tensor = calls[0].reads
             each = [
                 replace(
                     calls[0],
                     name=name,
                     count=share(features, i),
-                    reads=None if read is None else (read[0], -1 - i, read[2]),  # its own rows, those of no other
+                    reads=None if tensor is None else (tensor[0], -1 - i, tensor[2]),  # its own rows, those of no other
                 )
                 for name, i in names.items()
             ]
@@ -218,13 +224,16 @@ def _used_outside(modules: dict[str, nn.Module], run: ForwardRecord) -> set[str]
     """Layers whose weight an operator read while no quantizable layer that holds it ran: it would read the float one.
 
     A tied head that is no layer (x @ embedding.weight.T), another weight that is made from it, a layer of another type
-    that shares it.
+    that shares it. So would a layer whose kind has its output channels along another axis (a transposed convolution
+    tied to an ordinary one): what is packed has the scales of one axis.
     """
     holders: dict[int, set[str]] = defaultdict(set)
+    axes: dict[int, set[object]] = defaultdict(set)
     for name, module in modules.items():
-        if layer_kind(module):
+        if kind := layer_kind(module):
             holders[id(module.weight)].add(name)
-    out: set[str] = set()
+            axes[id(module.weight)].add((kind.channel_axis, kind.row_axes))
+    out = {name for weight, names in holders.items() if len(axes[weight]) > 1 for name in names}
     for parts, running in run.uses:
         owners = [(modules[owner], key) for owner, _, key in (part.rpartition(".") for part in parts)]
         mine = {name for owner, key in owners for name in holders.get(id(getattr(owner, key, None)), ())}

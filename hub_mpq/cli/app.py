@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from .._version import __version__
-from ..errors import HubMPQError
+from ..errors import HubMPQError, last_line
 from . import bench, evaluate, hub, indicators, inspect, launch, quantize, solving
 from .options import Command
 
@@ -53,11 +53,8 @@ class Commands(TyperGroup):
 
 
 def _sentence(error: Exception) -> str:
-    """The message, of a length to read and without control characters; of an error that crossed from a loader's worker
-    with its traceback, the last line."""
-    text = str(error).strip()
-    if "Original Traceback" in text:
-        text = text.splitlines()[-1].partition(": ")[2]
+    """The message, of a length to read and without control characters."""
+    text = last_line(str(error)).strip()
     if not isinstance(error, (HubMPQError, OSError)):
         text = f"not enough memory; take a smaller input or batch ({text or 'MemoryError'})"
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))

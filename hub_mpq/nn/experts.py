@@ -18,10 +18,13 @@ from ..quantizers import LSQ, Quantizer
 from ..versions import warn_if_untested
 from .fused import Product, quantized
 from .packed import PackedLayer, packed_product
+from .types import type_name
 
 IMPLEMENTATION = "hub_mpq"
 """The name of the way to compute experts, in transformers' registry."""
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")
+_LLAMA4 = "transformers.models.llama4.modeling_llama4.Llama4TextExperts"
+"""Experts with a forward of their own, which is replaced."""
 
 
 class Stack(nn.Module):
@@ -128,8 +131,28 @@ def _to_layers(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *a
 
 
 def _is_stack_parent(module: nn.Module) -> bool:
-    """Whether transformers computes a module by its registry of ways to compute experts."""
+    """Whether transformers computes a module by its registry of ways to compute experts, or it is Llama 4's."""
+    if type_name(module) == _LLAMA4 or isinstance(vars(module).get("_concealed", (None,))[0], type):
+        return True
     return hasattr(module, "_is_expert_parallel") and hasattr(module, "is_transposed") and hasattr(module, "config")
+
+
+def _way(module: Any) -> Any:
+    """How a module computes its experts: the name of a way that transformers knows, or a class with its own forward."""
+    return module.config._experts_implementation if hasattr(module, "is_transposed") else type(module)
+
+
+def _set_way(module: Any, way: Any) -> None:
+    if isinstance(way, type):
+        module.__class__ = way
+    else:
+        module.config._experts_implementation = way
+
+
+def _calling_llama4() -> type[nn.Module]:
+    from .llama4_experts import CallingLlama4Experts
+
+    return CallingLlama4Experts
 
 
 def has_stacked_experts(model: nn.Module) -> bool:
@@ -160,19 +183,20 @@ def expose_experts(model: nn.Module) -> bool:
     """
     found = False
     parents = [module for module in model.modules() if _is_stack_parent(module)]
-    former = [module.config._experts_implementation for module in parents]
-    for module, implementation in zip(parents, former, strict=True):
+    former = [_way(module) for module in parents]
+    for module, way in zip(parents, former, strict=True):
+        transposed = isinstance(way, type) or module.is_transposed
         for name in _STACKS:
             weight = module._parameters.get(name)
             if weight is None or weight.dim() != 3:
                 continue
             delattr(module, name)
-            setattr(module, name, (TransposedExpertStack if module.is_transposed else ExpertStack)(weight))
+            setattr(module, name, (TransposedExpertStack if transposed else ExpertStack)(weight))
         if any(isinstance(module._modules.get(name), Stack) for name in _STACKS):
             found = True
-            module.config._experts_implementation = IMPLEMENTATION
             if "_concealed" not in vars(module):
-                module._concealed = implementation, module.register_load_state_dict_pre_hook(_to_layers)
+                module._concealed = way, module.register_load_state_dict_pre_hook(_to_layers)
+            _set_way(module, _calling_llama4() if isinstance(way, type) else IMPLEMENTATION)
     if found:
         warn_if_untested("transformers")
     return found
@@ -198,8 +222,8 @@ def conceal_experts(model: nn.Module) -> None:
                 delattr(module, name)
                 module.register_parameter(name, parameter)
         if not any(isinstance(module._modules.get(name), Stack) for name in _STACKS):
-            implementation, hook = vars(module).pop("_concealed")
-            module.config._experts_implementation = implementation
+            way, hook = vars(module).pop("_concealed")
+            _set_way(module, way)
             hook.remove()
 
 

@@ -57,9 +57,10 @@ def has_layers_to_expose(model: nn.Module) -> bool:
 def expose_layers(model: nn.Module) -> None:
     """Make layers of the weights that a float model computes with in a way of its own, in place.
 
-    The float function stays the same up to the order of sums, and so do the names of the state dict, but for layers
-    that are folded: these have a plain weight. Does nothing to what are layers already. `conceal_layers` undoes it
-    where names of Parameters have changed and all is float.
+    The float function stays the same up to the order of sums (at padded places nn.TransformerEncoder answers as in
+    training, where its nested way answers zeros), and so do the names of the state dict, but for layers that are
+    folded: these have a plain weight. Does nothing to what are layers already. `conceal_layers` undoes it where names
+    of Parameters have changed and all is float.
 
     Args:
         model: The model.
@@ -112,16 +113,18 @@ def layers_in_state(model: nn.Module, state: Mapping[str, Tensor], layers: Colle
     """A state dict of a float model as it is once `layers` are quantized: where one of them is a part of a Parameter,
     each part has an entry."""
     out = dict(state)
-    for name, module in model.named_modules():
+    first: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        own = first.setdefault(module, name)  # of a module under two names only the first has entries
         if isinstance(module, SplitStack) and name in out:
-            parts: dict[str, Any] = {f"{name}.{i}": layer.weight for i, layer in module.named_children()}
+            parts: dict[str, Any] = {f"{own}.{i}": layer.weight for i, layer in module.named_children()}
             if not parts.keys().isdisjoint(layers):
                 del out[name]
                 out.update(parts)
         elif isinstance(module, SplitMultiheadAttention) and module.is_float:
-            prefix = f"{name}." if name else ""
-            if any(f"{prefix}{layer}" in layers for layer in module.layers):
+            prefix, of_layers = (f"{n}." if n else "" for n in (name, own))
+            if any(f"{of_layers}{layer}" in layers for layer in module.layers):
                 for parameter in module.parameters_of():
                     out.pop(f"{prefix}{parameter}", None)
-                out.update(module.state_of_layers(prefix))
+                out.update(module.state_of_layers(of_layers))
     return out

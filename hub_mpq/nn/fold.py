@@ -31,6 +31,7 @@ _STANDARDIZED = (
 )
 _NORMS = "torch.nn.utils.parametrizations."
 _HOOKS = ("torch.nn.utils.weight_norm.WeightNorm", "torch.nn.utils.spectral_norm.SpectralNorm")
+_HOOK_MODULES = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm", "torch.nn.utils.parametrizations")
 
 
 class Folded(NamedTuple):
@@ -48,9 +49,9 @@ class Folded(NamedTuple):
 
 
 def _hook_of(module: nn.Module) -> Any:
-    """The hook that computes the weight of a layer before each call; None."""
+    """The hook that computes the weight of a layer, and nothing else of it, before each call; None."""
     hooks: list[Any] = [hook for hook in module._forward_pre_hooks.values() if _named(hook) in _HOOKS]
-    return next((hook for hook in hooks if hook.name == "weight"), None)
+    return hooks[0] if [hook.name for hook in hooks] == ["weight"] else None
 
 
 def _named(thing: Any) -> str:
@@ -144,7 +145,7 @@ def _normalized(module: Any, what: Folded) -> nn.Module:
             norms.train(training)
         out = _plain(type(module).__mro__[1], module, weight, any(p.requires_grad for p in norms.parameters()))
         del out._modules["parametrizations"]
-        return out  # type: ignore[no-any-return]
+        return _without_hooks(out)
     hook = _hook_of(module)
     spectral = what.form == "spectral_norm"
     weight = hook.compute_weight(module, do_power_iteration=False) if spectral else hook.compute_weight(module)
@@ -153,16 +154,16 @@ def _normalized(module: Any, what: Folded) -> nn.Module:
     for part in (*parts, "weight_u", "weight_v"):
         out._parameters.pop(part, None)
         out._buffers.pop(part, None)
-    for hooks in (out._forward_pre_hooks, out._state_dict_hooks, out._load_state_dict_pre_hooks):
-        for key in [k for k, h in hooks.items() if _of_norm(h)]:
+    return _without_hooks(out)
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    """A module without the hooks that torch's norms put on it."""
+    for hooks in (module._forward_pre_hooks, module._state_dict_hooks, module._load_state_dict_pre_hooks):
+        # torch wraps those of loading
+        for key in [k for k, h in hooks.items() if getattr(h, "hook", h).__module__ in _HOOK_MODULES]:
             del hooks[key]
-    return out  # type: ignore[no-any-return]
-
-
-def _of_norm(hook: Any) -> bool:
-    """Whether a hook is one that torch's older norms put on a module."""
-    inner = getattr(hook, "hook", hook)  # torch wraps those of loading
-    return type(inner).__module__ in ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")
+    return module
 
 
 def folded_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Folded]]:

@@ -11,8 +11,9 @@ def routed_experts(model: nn.Module) -> list[dict[str, str]]:
     """Lists of experts by name. Which expert a token reaches depends on the data, so that in one forward, or in a few
     batches, some may not run.
 
-    A list counts as one of experts if all its members are of one type and either it or the module that holds it says
-    how many experts there are (num_experts, num_local_experts, n_routed_experts): our construction.
+    A list counts as one of experts if its members are alike (of one type, with weights of the same names and shapes)
+    and either it or the module that holds it says how many experts there are (num_experts, num_local_experts,
+    n_routed_experts): our construction.
 
     Args:
         model: The model.
@@ -30,8 +31,13 @@ def routed_experts(model: nn.Module) -> list[dict[str, str]]:
         counts = [getattr(said, key, None) for said in (module, holder) for key in _COUNTS]
         if len(experts) not in counts or len({type(expert) for expert in experts.values()}) > 1:
             continue
-        first = next(iter(experts.values()))
-        for inner, layer in first.named_modules():
-            if isinstance(getattr(layer, "weight", None), Tensor):
-                found.append({key: f"{name}.{key}.{inner}".rstrip(".") for key in experts})
+        weights, *others = map(_weights, experts.values())
+        if all(other == weights for other in others):
+            found += [{key: f"{name}.{key}.{inner}".rstrip(".") for key in experts} for inner in weights]
     return found
+
+
+def _weights(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """{layer: shape of its weight}"""
+    layers = ((name, getattr(layer, "weight", None)) for name, layer in module.named_modules())
+    return {name: tuple(weight.shape) for name, weight in layers if isinstance(weight, Tensor)}

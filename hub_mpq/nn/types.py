@@ -12,7 +12,8 @@ from torch import nn
 from ..core.layer_kind import LayerKind, layer_kinds
 
 _REASONS: dict[str, str] = {
-    "torch.nn.modules.activation.MultiheadAttention": "its query, key and value weights are one fused Parameter",
+    "torch.nn.modules.activation.MultiheadAttention": "its query, key and value weights are another module's too, or "
+    "computed anew at each call",
 }
 
 _FAMILIES: tuple[tuple[type[nn.Module], str], ...] = (

@@ -195,6 +195,16 @@ FORMS = {
         {"input_features": (80, 16), "decoder_input_ids": (48,)},
         "model.encoder",
     ),
+    "SpeechT5ForSpeechToText": (
+        T.SpeechT5Config,
+        {
+            **{k: v for k, v in ENCODER.items() if k not in ("d_model", "num_mel_bins", "max_source_positions")},
+            "hidden_size": 32, "conv_dim": [8, 8], "conv_kernel": [10, 3], "conv_stride": [40, 8],
+            "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "speech_decoder_prenet_units": 16,
+        },
+        {"input_values": (16000,), "decoder_input_ids": (48,)},
+        "speecht5.encoder",
+    ),
     "VideoMAEForVideoClassification": (
         T.VideoMAEConfig,
         {**VISION, "num_frames": 4},
@@ -315,7 +325,7 @@ def no_network(monkeypatch, tmp_path):
     ],
 )
 def test_a_mistyped_name_is_told_at_once(no_network, name, near):
-    with pytest.raises(InvalidArgument, match=f"unknown model .* did you mean {near}"):
+    with pytest.raises(HubMPQError, match=rf"can't be fetched; check the name .did you mean {near}.* and the network"):
         HubMPQ.from_pretrained(name)
 
 

@@ -84,9 +84,17 @@ def test_every_product_is_counted_once(name):
 
 
 def test_hard_layers_stay_float_and_say_why():
-    floats = {op.name: op for op in load("beit_base_patch16_224", meta=True).graph.floats}
-    assert floats["blocks.0.attn.qkv"].macs == 197 * 768 * 2304
-    assert "outside its own forward" in floats["blocks.0.attn.qkv"].reason
+    floats = {op.name: op for op in load("sequencer2d_s", meta=True).graph.floats}
+    lstm = floats["stages.0.blocks.0.rnn_tokens.rnn_v"]
+    assert lstm.kind == "LSTM"
+    assert lstm.macs == 32 * 32 * 2 * 4 * 48 * (192 + 48)
+    assert "recurrent" in lstm.reason
+
+
+def test_the_layer_of_queries_keys_and_values_is_quantized():
+    graph = load("beit_base_patch16_224", meta=True).graph
+    assert graph["blocks.0.attn.qkv"].macs == 197 * 768 * 2304
+    assert not [op for op in graph.floats if op.weight_count]
 
 
 def test_norms_of_timm():
@@ -224,7 +232,7 @@ def test_a_packed_model_that_is_given_another_input_size_counts_at_that(tmp_path
 
 
 def test_what_timm_does_not_have():
-    with pytest.raises(InvalidArgument, match="unknown model 'resnet81'; did you mean resnet18"):
+    with pytest.raises(HubMPQError, match=r"'resnet81' can't be fetched; check the name .did you mean resnet18"):
         load("resnet81")
     with pytest.raises(InvalidArgument, match=r"timm has no model 'mobilenetv2_1oo'; did you mean .*mobilenetv2_100"):
         load("mobilenetv2_1oo", library="timm")

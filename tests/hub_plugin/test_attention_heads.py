@@ -104,8 +104,7 @@ def test_all_ways_of_loading_give_the_same(packed):
     assert same(packed.outputs(copy.deepcopy(model)), wanted)
     for resident in ("packed", "float"):
         assert same(packed.outputs(HubMPQ.from_pretrained(packed.folder, resident=resident)), wanted)
-    if packed.kind != "wavlm":  # torch pickles no parametrized convolution
-        assert same(packed.outputs(pickle.loads(pickle.dumps(model))), wanted)  # noqa: S301
+    assert same(packed.outputs(pickle.loads(pickle.dumps(model))), wanted)  # noqa: S301
 
 
 def test_saved_again_it_is_the_same_file(packed, tmp_path):

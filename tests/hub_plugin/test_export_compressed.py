@@ -207,7 +207,8 @@ def test_a_format_in_the_table_is_one_that_export_writes(net, monkeypatch, tmp_p
     monkeypatch.setitem(FORMATS, "toy", lambda *args: given.append(args) or 7)
     assert mpq.export(tmp_path, "toy") == 7
     ((folder, model, manifest, config, example),) = given
-    assert (folder, model, dict(config), example) == (tmp_path, mpq.model, {}, mpq.source.example)
+    assert (model, dict(config), example) == (mpq.model, {}, mpq.source.example)
+    assert folder.parent == tmp_path.parent, "a folder beside it, which takes its place when all is written"
     assert manifest.policy == mpq.policy
     with pytest.raises(InvalidArgument, match="known: compressed-tensors, gguf, onnx, toy"):
         mpq.export(tmp_path, "tflite")

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from hub_mpq import HubMPQ
 from hub_mpq.errors import InvalidArgument
 from hub_mpq.nn.expose import conceal_layers, expose_layers, has_layers_to_expose, names_of_parameters
-from hub_mpq.nn.multihead_attention import SplitMultiheadAttention
+from hub_mpq.nn.multihead_attention import SplitMultiheadAttention, attend
 from hub_mpq.nn.packing import predicted_nbytes
 from hub_mpq.nn.quantize import quantized_layers
+from hub_mpq.runtime.fused_graph import _Tracer
 
 LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 FORMS: list[dict[str, Any]] = [
@@ -353,3 +354,12 @@ def test_torchs_fused_encoder_keeps_off(monkeypatch):
             net(torch.ones(1, 4, 8))
         expose_layers(net)
         net(torch.ones(1, 4, 8))
+
+
+def test_a_graph_goes_through_it():
+    net = Called(True).eval()
+    expose_layers(net)
+    layers: Any = {name: None for name, _ in net.named_modules() if name.endswith("_proj")}
+    nodes = _Tracer(layers).trace(net).nodes
+    assert [node.target for node in nodes if node.target is attend] == [attend, attend]
+    assert layers.keys() <= {node.target for node in nodes if node.op == "call_module"}
