@@ -263,13 +263,32 @@ def _skeleton(cls: Any, config: Any, unused: dict[str, Any], *, meta: bool) -> n
         del config.quantization_config  # the skeleton is the float model
     build = cls.from_config if hasattr(cls, "from_config") else cls._from_config
     if not meta:
-        return build(config, **known).eval()
-    try:
-        with torch.device("meta"), _LiteralsHaveValues():
-            return build(config, **known).eval()
-    except RuntimeError:  # it computes with a literal and a tensor of meta
-        with torch.device("meta"):
-            return build(config, **known).eval()
+        model = build(config, **known)
+    else:
+        try:
+            with torch.device("meta"), _LiteralsHaveValues():
+                model = build(config, **known)
+        except RuntimeError:  # it computes with a literal and a tensor of meta
+            with torch.device("meta"):
+                model = build(config, **known)
+    tie(model)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def tie(model: Any, *, only_meta: bool = False) -> None:
+    """Tie what transformers left untied: it switches `tie_weights` off for all classes while it builds a model, so that
+    models which several threads build at once, and later ones, have weights of their own or stay on meta in part.
+
+    Args:
+        model: A model of transformers.
+        only_meta: Leave Parameters that are not on the meta device as they are.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        mine, shared = parameters.get(target), parameters.get(source)
+        if mine is not None and shared is not None and mine is not shared and (mine.is_meta or not only_meta):
+            owner, _, name = target.rpartition(".")
+            setattr(model.get_submodule(owner), name, shared)
 
 
 class _LiteralsHaveValues(TorchFunctionMode):

@@ -14,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..adapters.base import commit_of
+from ..adapters.transformers import tie
 from ..core import Budget, LayerBits, Policy
 from ..core.bits import check_group_size
 from ..core.files import FLOAT_COPY, PACKED
@@ -163,7 +164,7 @@ class MPQHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         _forget_packed_file(model)
-        _tie(model)
+        tie(model, only_meta=True)
         fill_scales(network_of(model))
         if not self.pre_quantized:
             from .plugin_quantize import quantize_in_place
@@ -227,16 +228,6 @@ class _Method:
 def _detach(model: Any) -> None:
     """Give a model that is float again transformers' own ways to save and push."""
     del model.save_pretrained, model.push_to_hub
-
-
-def _tie(model: Any) -> None:
-    """Tie what transformers left untied: it switches `tie_weights` off for a whole class while it builds one model,
-    so that models which several threads load at once, and later ones, stay on meta in part."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        if target in parameters and source in parameters and parameters[target].is_meta:
-            owner, _, name = target.rpartition(".")
-            setattr(model.get_submodule(owner), name, parameters[source])
 
 
 def _forget_packed_file(model: Any) -> None:
