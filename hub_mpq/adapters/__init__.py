@@ -74,7 +74,7 @@ def _near_names(model_id: str) -> list[str]:
 
 def _owner(model_id: str, file: Path) -> Library:
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise HubMPQError(f"the config.json of {model_id!r} can't be read: {error}") from error
     for library in libraries:

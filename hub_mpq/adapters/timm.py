@@ -210,7 +210,7 @@ def _revision(model: nn.Module) -> str | None:
 def _saved_arguments(model_id: str) -> dict[str, Any]:
     """Arguments that a folder's config.json builds its model with; before 1.0.31 timm does not tell."""
     file = Path(model_id) / "config.json"
-    found = json.loads(file.read_text()).get("model_args") if file.is_file() else None
+    found = json.loads(file.read_text(encoding="utf-8")).get("model_args") if file.is_file() else None
     return dict(found or {})
 
 
@@ -231,7 +231,7 @@ def _config(model: nn.Module, model_kwargs: dict[str, Any], input_size: Sequence
             _hub.save_config_for_hf(model, file, model_args=dict(model_kwargs))
         except (TypeError, ValueError, AttributeError) as error:
             raise HubMPQError(f"timm writes no config.json for a model built like this: {error}") from error
-        config: dict[str, Any] = json.loads(file.read_text())
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     own, arguments = config["pretrained_cfg"], config.get("model_args", {})
     built = model.pretrained_cfg["input_size"][1:]
     if own.get("fixed_input_size") and _pair(arguments.get("img_size", built)) != _pair(input_size[1:]):

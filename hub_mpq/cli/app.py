@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 import warnings
 from typing import Any
 
@@ -106,4 +108,7 @@ for _hub in (hub.push, hub.pull, hub.export):
 
 def main() -> None:
     """Entry point of the `hub-mpq` script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 shows escapes, and the command goes on
+            stream.reconfigure(errors="backslashreplace")
     app()

@@ -382,7 +382,7 @@ def model_args_of(items: list[str] | None, option: str = "--model-arg") -> dict[
 def read_json(path: Path) -> Any:
     """Content of a JSON file ("-": standard input); HubMPQError when it is none."""
     try:
-        text = typer.get_text_stream("stdin").read() if str(path) == "-" else path.read_text()
+        text = typer.get_text_stream("stdin").read() if str(path) == "-" else path.read_text(encoding="utf-8")
         return json.loads(text, object_pairs_hook=_once)
     except RecursionError:
         raise HubMPQError(f"{path} cannot be read as JSON: it is nested too deeply") from None

@@ -81,7 +81,7 @@ class Run:
         _check_states(self.folder, self.resume)
         if self.resume and (self.folder / SETTINGS).is_file():
             try:
-                before = json.loads((self.folder / SETTINGS).read_text())
+                before = json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise HubMPQError(f"{self.folder / SETTINGS} cannot be read: {error}") from error
             changed = sorted(k for k in {*before, *self.settings} if before.get(k) != self.settings.get(k))
@@ -95,7 +95,7 @@ class Run:
         from ..pack.atomic_folder import atomic_folder
 
         with atomic_folder(self.folder) as new:
-            (new / SETTINGS).write_text(json.dumps(self.settings, indent=2) + "\n")
+            (new / SETTINGS).write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
         return False
 
     def _holds_state(self) -> bool:

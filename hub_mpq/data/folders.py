@@ -14,7 +14,7 @@ IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".ti
 def read_class_map(path: str | Path) -> dict[str, int]:
     """{class folder: label} of a text file with one folder name a line, in the order of the labels."""
     try:
-        names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+        names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise HubMPQError(f"class map {path} cannot be read: {error}") from error
     if not names or len(set(names)) != len(names):

@@ -48,7 +48,7 @@ def export_gguf(
     if what := unwritten(model.config):
         state = float_copy_shapes(model, libraries.get(manifest.library))
         text = _tensor_types(entries_of(model, manifest.graph, wanted, state))
-        (folder / TENSOR_TYPES).write_text(text)
+        (folder / TENSOR_TYPES).write_text(text, encoding="utf-8")
         warnings.warn(
             f"{what} is not written as GGUF here: make its F16 file with llama.cpp's "
             f"convert_hf_to_gguf.py, then llama-quantize --tensor-type-file {TENSOR_TYPES} F16.gguf OUT.gguf Q8_0",
@@ -56,7 +56,7 @@ def export_gguf(
         )
         return len(text)
     entries = write_gguf(folder / FILE, model, manifest.graph, wanted, packed_tensors(model, manifest))
-    (folder / TENSOR_TYPES).write_text(_tensor_types(entries))
+    (folder / TENSOR_TYPES).write_text(_tensor_types(entries), encoding="utf-8")
     size = (folder / FILE).stat().st_size
     if later := [entry for entry in entries if entry.type != entry.wanted]:
         final = size + sum(padded(e.nbytes(e.wanted)) - padded(e.nbytes(e.type)) for e in later)

@@ -35,7 +35,7 @@ def local_preprocess(folder: Path | None, library: str, input_shape: tuple[int, 
             warnings.warn(f"{folder / name} is a link and is not copied", stacklevel=2)
         elif (folder / name).is_file():
             found[name] = (folder / name).read_bytes()
-    config = json.loads((folder / CONFIG).read_text()) if found else {}
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8")) if found else {}
     return {name: _resized(owner, name, content, config, input_shape) for name, content in found.items()}
 
 

@@ -127,7 +127,7 @@ def _preprocessing(folder: Path, manifest: Manifest, token: str | bool | None) -
 
 def _write_compressed(work: Path, folder: Path, manifest: Manifest, model: nn.Module | None) -> dict[str, Path]:
     """config.json and weights in compressed-tensors' form, and the manifest, which no other file would tell."""
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     export(work, COMPRESSED_TENSORS, model or load_folder(folder, None, {})[0].model, manifest, config, None)
     (work / MANIFEST).write_text(manifest.to_text(), encoding="utf-8")
     return {name: work / name for name in (CONFIG, FLOAT_COPY, MANIFEST)}
@@ -170,7 +170,7 @@ def _card(
     token: str | bool | None,
 ) -> dict[str, Path]:
     """The card and the evaluation file. A README.md that stands in the folder is the user's own and goes as it is."""
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     origin = origin_of(manifest, config, given["base_model"], token)
     indicators = read_folder_indicators(folder)
     facts = CardFacts(

@@ -130,7 +130,7 @@ def _remember(folder: Path, revision: str | None, offline: bool) -> None:
     if not offline and not COMMIT.fullmatch(name) and _REVISION.fullmatch(name):
         file = folder.parents[1] / "refs" / name
         with contextlib.suppress(OSError, HubMPQError):  # a cache that can only be read will do
-            if not file.is_file() or file.read_text() != folder.name:
+            if not file.is_file() or file.read_text(encoding="utf-8") != folder.name:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(file, [folder.name.encode()])
 

@@ -82,7 +82,7 @@ class Checkpoints:
         if self.spread is not None:
             self.spread.save(partial)
         if self.accelerator.is_main_process:
-            (partial / _RUN).write_text(json.dumps(self.run))
+            (partial / _RUN).write_text(json.dumps(self.run), encoding="utf-8")
         flush_tree(partial)
 
     def load(self) -> int:
@@ -93,7 +93,7 @@ class Checkpoints:
         if self.last is None:
             return 0
         try:
-            written = json.loads((self.last / _RUN).read_text())
+            written = json.loads((self.last / _RUN).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise HubMPQError(f"{self.last / _RUN} cannot be read: {error}") from error
         if written != self.run:
