@@ -194,7 +194,7 @@ def test_saving_over_a_folder_keeps_it_whole_when_the_disk_refuses(mpq, net, tra
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(folder, "write_packed", full)
-    with pytest.raises(HubMPQError, match="No space left"):
+    with pytest.raises(HubMPQError, match="the disk is full"):
         mpq.save_pretrained(tmp_path / "out")
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == kept
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
