@@ -139,7 +139,7 @@ def near_repositories(model_id: str, known: Iterable[str] = ()) -> list[str]:
 
 
 def cannot_build(model_id: str, error: Exception, *, pretrained: bool, near: Sequence[str] = ()) -> HubMPQError:
-    """One sentence on why a model could not be built, from whatever its library raised, with names that look like it."""
+    """One sentence on why a model could not be built, from whatever its library raised, with near names."""
     first = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
     said = f"[{type(error).__name__}: {shown(first, 160)}]"
     if not is_connection_error(error):

@@ -35,7 +35,8 @@ def trace(
 
     `example` has a batch axis in front. `head`: names of the classifier's layers or of modules that hold them, ()
     for none; by default the last quantizable layer that runs. `exclude`: glob patterns of layers to leave float.
-    The first layer with weights to run (the stem), every embedding and the head are fixed at 8 bits.
+    The first layer with weights to run (the stem), every embedding, the head and what shares a weight with one of these
+    are fixed at 8 bits.
     A layer that runs several times has its MACs and its input features added up.
     Of experts that are layers of their own each gets an equal share of what their stack has, as expected over tokens.
     Layers that share a Parameter get one `tie` and name its first user as `weight_owner`, those that never run
@@ -68,7 +69,7 @@ def trace(
     shared = set(owners.values())
     kinds = {name: kind for name in names if (kind := layer_kind(modules[name])) is not None}
     ties = _input_ties(run, {name for name, kind in kinds.items() if kind.shares_input})
-    fixed = _fixed(kinds, order, head)
+    fixed = _fixed(kinds, order, head, owners)
     readers = _first_readers(run, {n for n, kind in kinds.items() if not (kind.reads_indices or kind.weight_only)})
     layers = tuple(
         LayerSpec(
@@ -272,9 +273,13 @@ def _input_ties(run: ForwardRecord, names: set[str]) -> dict[str, str]:
     return {name: group[0] for group in groups.values() if len(group) > 1 for name in group}
 
 
-def _fixed(kinds: dict[str, LayerKind], order: list[str], head: Sequence[str] | None) -> dict[str, LayerBits]:
+def _fixed(
+    kinds: dict[str, LayerKind], order: list[str], head: Sequence[str] | None, owners: dict[str, str]
+) -> dict[str, LayerBits]:
     fixed = {name: EDGE_EMBEDDING for name, kind in kinds.items() if kind.reads_indices}
     multiply = [name for name in kinds if name not in fixed]
     last = multiply[-1:] if head is None else [n for n in multiply for h in head if f"{n}.".startswith(f"{h}.")]
     edges = [name for name in order[:1] if name in multiply] + last
+    shared = {owners.get(name, name) for name in (*fixed, *edges)}
+    edges += [name for name in multiply if owners.get(name, name) in shared]
     return {**{name: EDGE.of_weight if kinds[name].weight_only else EDGE for name in edges}, **fixed}

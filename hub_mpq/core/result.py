@@ -20,7 +20,8 @@ class Policy:
     graph_digest: str
 
     def check(self, graph: LayerGraph) -> None:
-        """Raise PolicyMismatch unless the policy speaks of exactly this graph's layers."""
+        """Raise PolicyMismatch unless the policy speaks of exactly this graph's layers, InvalidArgument for a width or
+        groups that a layer can't take."""
         names, mine = set(graph.names), set(self.bits)
         if names != mine or self.graph_digest != graph.digest:
             raise PolicyMismatch(names - mine, mine - names)
@@ -28,6 +29,11 @@ class Policy:
             if self.bits[layer.name].grouped and not layer.takes_groups:
                 raise InvalidArgument(
                     f"layer {layer.name!r} is a {layer.kind}: its weight has no groups and no zero points"
+                )
+            owner = layer.weight_owner
+            if owner is not None and self.bits[layer.name].of_weight != self.bits[owner].of_weight:
+                raise InvalidArgument(
+                    f"layers {layer.name!r} and {owner!r} share one weight: give both the same width of weights"
                 )
 
     @classmethod

@@ -47,6 +47,11 @@ class Folded(NamedTuple):
     hook: bool = False
     dim: int | None = None
 
+    @property
+    def is_standardized(self) -> bool:
+        """Whether it was a convolution that standardises its weight."""
+        return self.form not in ("weight_norm", "spectral_norm")
+
 
 def _hook_of(module: nn.Module) -> Any:
     """The hook that computes the weight of a layer, and nothing else of it, before each call; None."""
@@ -102,7 +107,7 @@ def fold_layers(model: nn.Module) -> None:
     """
     found = [(name, module, what) for name, module in model.named_modules() if (what := _foldable(module)) is not None]
     for name, module, what in found:
-        new = _standardized(module) if what.form[0].isupper() else _normalized(module, what)
+        new = _standardized(module) if what.is_standardized else _normalized(module, what)
         new.folded = what
         replace_layer(model, name, new)
 
@@ -184,7 +189,7 @@ def fold_notes(model: nn.Module) -> list[str]:
         model: The model.
     """
     counts = Counter(what.form for _, _, what in folded_layers(model))
-    return [f"folded: the weights of {n} layers are computed once ({form})" for form, n in counts.items()]
+    return [f"folded: the weights of {n} layer{'s' * (n > 1)} are computed once ({form})" for form, n in counts.items()]
 
 
 def check_folded(model: nn.Module, floats: Iterable[FloatOp]) -> str | None:
@@ -196,7 +201,7 @@ def check_folded(model: nn.Module, floats: Iterable[FloatOp]) -> str | None:
         model: The model.
         floats: What stayed float.
     """
-    there = {name: what for name, _, what in folded_layers(model) if what.form[0].isupper()}
+    there = {name: what for name, _, what in folded_layers(model) if what.is_standardized}
     old = [op.name for op in floats if op.name in there and op.kind == there[op.name].form]
     return f"layer {old[0]!r} is of before weights were folded; quantize the float model anew" if old else None
 

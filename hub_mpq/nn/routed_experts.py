@@ -11,9 +11,9 @@ def routed_experts(model: nn.Module) -> list[dict[str, str]]:
     """Lists of experts by name. Which expert a token reaches depends on the data, so that in one forward, or in a few
     batches, some may not run.
 
-    A list counts as one of experts if its members are alike (of one type, with weights of the same names and shapes)
-    and either it or the module that holds it says how many experts there are (num_experts, num_local_experts,
-    n_routed_experts): our construction.
+    A list counts as one of experts if its members (but those without weights, such as a dropout) are alike, of one type
+    with weights of the same names and shapes, and either it or the module that holds it says how many experts there are
+    (num_experts, num_local_experts, n_routed_experts): our construction.
 
     Args:
         model: The model.
@@ -27,7 +27,7 @@ def routed_experts(model: nn.Module) -> list[dict[str, str]]:
         if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) or len(module) < 2:
             continue
         holder = modules[name.rpartition(".")[0]]
-        experts = dict(module.named_children())
+        experts = {key: child for key, child in module.named_children() if any(True for _ in child.parameters())}
         counts = [getattr(said, key, None) for said in (module, holder) for key in _COUNTS]
         if len(experts) not in counts or len({type(expert) for expert in experts.values()}) > 1:
             continue

@@ -54,7 +54,7 @@ _KNOWN: dict[str, tuple[_Check, str]] = {
         _with(
             {"name": _text},
             {
-                "ignore_index": _number,
+                "ignore_index": _SETTING,
                 "output": _SETTING,
                 "label_keys": lambda keys: isinstance(keys, list) and all(map(_text, keys)),
             },

@@ -73,6 +73,13 @@ def test_an_expert_without_tokens_is_calibrated_on_what_the_others_read():
     assert mpq.model.experts[0](X).isfinite().all()
 
 
+def test_a_dropout_in_the_list_is_no_expert():
+    """NLLB-MoE."""
+    net = network()
+    net.experts = nn.ModuleDict({"0": net.experts[0], "1": net.experts[1], "2": net.experts[2], "drop": nn.Dropout()})
+    assert [set(rows) for rows in routed_experts(net)] == [{"0", "1", "2"}] * 3
+
+
 def test_all_weights_of_switch_transformers_are_quantized(tmp_path):
     config = transformers.SwitchTransformersConfig(
         **{"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 2},

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
-from hub_mpq import HubMPQ
+from hub_mpq import HubMPQ, LayerBits, Policy
+from hub_mpq.errors import InvalidArgument
 from hub_mpq.nn.packing import predicted_nbytes
 
 
@@ -116,3 +117,38 @@ def test_attention_that_shares_its_weight_says_why_it_stays_float():
     graph = HubMPQ.from_module(net, torch.randn(3, 5, 6)).graph
     (reason,) = {op.reason for op in graph.floats if op.name in ("a", "b") and op.weight_count}
     assert reason == "its query, key and value weights are another module's too, or computed anew at each call"
+
+
+class TiedHead(nn.Module):
+    """An embedding (or a stem) that shares its weight with a layer which is not the last."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.first = nn.Embedding(8, 8) if kind == "embedding" else nn.Linear(8, 8)
+        self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x)))
+
+
+@pytest.mark.parametrize("kind", ["embedding", "stem"])
+def test_what_shares_a_weight_with_a_fixed_layer_is_fixed_with_it(kind, tmp_path):
+    torch.manual_seed(0)
+    net, x = TiedHead(kind).eval(), torch.arange(8)[None] if kind == "embedding" else torch.randn(2, 8)
+    mpq = HubMPQ.from_module(net, x)
+    assert [str(layer.fixed) for layer in mpq.graph] == ["W8A32" if kind == "embedding" else "W8A8", "W8A8", "W8A8"]
+    mpq.apply_policy("W3A4", [x])
+    mpq.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(HubMPQ.from_pretrained(tmp_path, module=TiedHead(kind))(x), mpq(x))
+
+
+def test_a_policy_with_two_widths_of_one_weight_is_refused():
+    net, x = TiedHead("stem").eval(), torch.randn(2, 8)
+    mpq = HubMPQ.from_module(net, x, fixed={"*": None})
+    levels = zip(mpq.graph.names, ("W8A8", "W4A8", "W8A8"), strict=True)
+    policy = Policy({name: LayerBits.parse(level) for name, level in levels}, mpq.graph.digest)
+    with pytest.raises(InvalidArgument, match="share one weight"):
+        mpq.apply_policy(policy, [x])

@@ -6,9 +6,11 @@ import time
 import pytest
 from forge import seal, split
 
+from hub_mpq.core.task import tasks
 from hub_mpq.errors import InvalidArgument, PackedFormat
 from hub_mpq.pack import read_indicators, read_manifest, read_packed, read_shapes, write_indicators
 from hub_mpq.pack.canonical import MAX_DEPTH, dump_json, load_json
+from hub_mpq.pack.provenance import check_provenance
 
 
 def changed(path, change):
@@ -150,3 +152,8 @@ def test_the_search_for_a_duplicate_key_is_linear():
     with pytest.raises(InvalidArgument, match="duplicate key 'k59999'"):
         load_json("{" + ",".join([*keys, keys[-1]]) + "}", "it")
     assert time.process_time() - began < 20
+
+
+@pytest.mark.parametrize("name", tasks.names())
+def test_the_settings_of_each_task_can_be_read_again(name):
+    check_provenance({"task": json.loads(dump_json(tasks.get(name).settings()))})
