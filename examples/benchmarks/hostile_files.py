@@ -93,9 +93,17 @@ def bases(root: Path) -> dict[str, Path]:
     transformers.BertForSequenceClassification(bert).save_pretrained(root / "bert-float")
     vit = transformers.ViTConfig(image_size=16, patch_size=8, **small)
     transformers.ViTForImageClassification(vit).save_pretrained(root / "vit-float")
+    neo = {"attention_types": [[["global", "local"], 10]], "num_layers": 20, "num_heads": 1, "intermediate_size": 4}
+    neo_config = transformers.GPTNeoConfig(vocab_size=64, max_position_embeddings=64, hidden_size=4, **neo)
+    transformers.GPTNeoForCausalLM(neo_config).save_pretrained(root / "neo-float")
     timm_model = HubMPQ.from_pretrained("test_resnet", pretrained=False, num_classes=4, input_size=(3, 32, 32))
     made = {kind: HubMPQ.from_module(network(kind, 0), (example(kind)[:1],)) for kind in NETWORKS}
-    made |= {"timm": timm_model, **{kind: HubMPQ.from_pretrained(root / f"{kind}-float") for kind in ("bert", "vit")}}
+    made |= {
+        "timm": timm_model,
+        **{kind: HubMPQ.from_pretrained(root / f"{kind}-float") for kind in ("bert", "vit", "neo")},
+    }
+    swin = {"embed_dim": 4, "depths": [24, 2, 2, 2], "num_heads": [1] * 4, "num_classes": 4}
+    made["swin"] = HubMPQ.from_pretrained("swin_tiny_patch4_window7_224", pretrained=False, **swin)
     for kind, mpq in made.items():
         mpq.apply_policy("W2A4" if kind == "timm" else "W4A4")
         mpq.save_pretrained(root / kind)
@@ -209,6 +217,9 @@ def _provenance(manifest: dict[str, Any]) -> None:
     manifest["provenance"]["z"] = {f"k{i:06d}": 0 for i in range(12_000)}
 
 
+_REGNET = {"depth": 10**5, "wa": 1e9, "w0": 8, "wm": 1.0000001}
+
+
 def bombs(base: dict[str, Path], root: Path) -> Iterator[tuple[str, Path]]:
     """(what, folder) of each; none has more than 200 KB."""
     configs: list[tuple[str, str, Change]] = [
@@ -232,6 +243,11 @@ def bombs(base: dict[str, Path], root: Path) -> Iterator[tuple[str, Path]]:
         ("max_position_embeddings 1e10", "bert", _top(max_position_embeddings=10**10)),
         ("image_size 40000", "vit", _top(image_size=40000)),
         ("image_size 20000, patch_size 20000", "vit", _top(image_size=20000, patch_size=20000)),
+    ]
+    configs += [
+        ("12 masks of 110 MB beside the weights", "swin", _arguments(img_size=3000)),
+        ("a list of 1e8 words", "neo", _top(attention_types=[[["global"] * 1000, 10**5]])),
+        ("100,000 stages", "timm", _both(_top(architecture="regnetx_002"), _top(model_args=_REGNET))),
     ]
     video = {"model_type": "videomae", "architectures": ["VideoMAEModel"], "patch_size": 2, "num_frames": 2}
     configs.append(("a table of 1e9 positions in Python", "vit", _top(**video, image_size=10**5)))
@@ -281,7 +297,7 @@ def run_bombs(root: Path) -> None:
     answer, _, _ = cost(lambda: bases(root))  # in a process of its own: this one has nothing but the imports
     if not answer.startswith("loaded"):
         raise SystemExit(answer)
-    base = {kind: root / kind for kind in ("timm", "bert", "vit")}
+    base = {kind: root / kind for kind in ("timm", "bert", "vit", "swin", "neo")}
     print("| bomb | KB | MB | CPU s | answer |\n| --- | ---: | ---: | ---: | --- |")
     for what, folder in [*((f"none: {kind} as it is", base[kind]) for kind in base), *bombs(base, root)]:
         size = sum(path.stat().st_size for path in folder.iterdir()) / 1000

@@ -49,6 +49,10 @@ def check_output_file(path: str | os.PathLike[str]) -> None:
 def _checked(path: str | os.PathLike[str]) -> Path:
     """The path itself; InvalidArgument where the system has no such names, or a link there leads nowhere."""
     path = Path(path)
+    try:
+        os.path.abspath(path)
+    except OSError:
+        raise InvalidArgument(f"{path} cannot be written: the current folder is gone; name an absolute path") from None
     for part in (path, *path.parents):
         try:
             os.lstat(part)

@@ -63,7 +63,7 @@ def test_a_folder_costs_nothing_before_it_is_refused():
         assert answer.startswith(("refused: ", "loaded ")), (what, answer)
     loaded = {what for what, *_, answer in rows if answer.startswith("loaded ")}
     assert loaded == {
-        *(f"none: {kind} as it is" for kind in ("timm", "bert", "vit")),
+        *(f"none: {kind} as it is" for kind in ("timm", "bert", "vit", "swin", "neo")),
         "input_size [3, 20000, 20000]",  # the packed file says which input it is
         "input of the manifest [1e12]",  # as many tokens as the network takes
         "12,000 keys of provenance",

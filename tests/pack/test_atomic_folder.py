@@ -218,6 +218,17 @@ def test_the_current_folder_stays_the_same_one(tmp_path, monkeypatch):
     assert folder.stat().st_ino == before
 
 
+def test_a_current_folder_that_is_gone(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for check in (check_output_folder, check_output_file):
+        with pytest.raises(InvalidArgument, match="the current folder is gone"):
+            check("out")
+    save(tmp_path / "out", NEW)
+    assert state(tmp_path / "out") == NEW
+
+
 def test_a_link_to_a_folder_stays(tmp_path):
     folder = plain(tmp_path)
     (tmp_path / "latest").symlink_to("out")
