@@ -76,8 +76,7 @@ print(torch.get_default_dtype(), layer.weight.device, bool(layer.weight.any()))
 
 
 def test_loads_by_transformers_in_threads_are_equal_to_the_bit(bert):
-    """With tied weights, which transformers leaves untied when models are built at once. Its classes stay so: this has a
-    process of its own."""
+    """With tied weights. transformers leaves its classes untied after that: this has a process of its own."""
     assert python(THREADS_OF_TRANSFORMERS, bert.folder).splitlines() == ["24", "torch.float32 cpu True"]
 
 
