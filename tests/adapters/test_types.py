@@ -34,7 +34,7 @@ def test_kinds():
     ("make", "reason"),
     [
         (lambda: nn.GRU(2, 2), "recurrent"),
-        (lambda: nn.MultiheadAttention(2, 1), "fused"),
+        (lambda: nn.MultiheadAttention(2, 1), "another module's too"),
         (lambda: nn.Embedding(3, 2, max_norm=1.0), "max_norm"),
         (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), "a type of its own"),
         (lambda: nn.utils.spectral_norm(nn.Linear(2, 2)), "computed by a hook"),
