@@ -31,7 +31,11 @@ class Policy:
                     f"layer {layer.name!r} is a {layer.kind}: its weight has no groups and no zero points"
                 )
             owner = layer.weight_owner
-            if owner is not None and self.bits[layer.name].of_weight != self.bits[owner].of_weight:
+            if (
+                owner is not None
+                and owner in self.bits
+                and self.bits[layer.name].of_weight != self.bits[owner].of_weight
+            ):
                 raise InvalidArgument(
                     f"layers {layer.name!r} and {owner!r} share one weight: give both the same width of weights"
                 )
