@@ -88,8 +88,8 @@ class Manifest:
                     f"layer {layer.name!r:.80} is of kind {layer.kind!r:.40}, which nobody registered; "
                     "hub_mpq.core.register_layer_kind makes a kind known"
                 )
-        manifest.policy.check(manifest.graph)
         _check_owners(manifest)
+        manifest.policy.check(manifest.graph)
         check_provenance(manifest.provenance)
         if manifest.format_version > version:
             raise InvalidArgument(f"a file of format version {version} has no groups and no zero points")
