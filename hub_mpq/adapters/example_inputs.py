@@ -84,7 +84,7 @@ def _with_text(model: nn.Module, takes: Mapping[str, Any], form: Inputs, length:
             for kind in ("image", "audio")
             if (token := _placeholder(config, kind)) is not None and any(kind in _KIND.get(k, "") for k in form)
         ]
-        example["input_ids"] = _tokens(config.get_text_config(encoder=_has_encoder(config) or None), length, places)
+        example["input_ids"] = _tokens(_words(config), length, places)
         if any(count == 1 for _, count in places):  # the features are put in its place, and masked
             example["attention_mask"] = torch.ones_like(example["input_ids"])
         for name in takes:
@@ -100,6 +100,14 @@ def _with_text(model: nn.Module, takes: Mapping[str, Any], form: Inputs, length:
         channels = getattr(getattr(config, "decoder_config", None), "num_channels", None)
         example["decoder_input_ids"] = ids if channels is None else ids[..., None].repeat(1, 1, channels)
     return example
+
+
+def _words(config: Any) -> Any:
+    """The config with the vocabulary of the inputs: the encoder's where it has one of its own (Dia)."""
+    encoder = getattr(config, "encoder_config", None)
+    if hasattr(encoder, "vocab_size"):
+        return encoder
+    return config.get_text_config(encoder=_has_encoder(config) or None)
 
 
 def _has_encoder(config: Any) -> bool:

@@ -341,3 +341,12 @@ def test_a_name_like_no_other_is_told_at_once(no_network, name):
 def test_a_path_is_no_repository(no_network, name):
     with pytest.raises(InvalidArgument, match="no such folder"):
         HubMPQ.from_pretrained(name)
+
+
+def test_ids_are_of_the_vocabulary_that_reads_them():
+    """Dia's text has 256 words, its sound 1,028, and an end that only the sound has."""
+    with torch.device("meta"):
+        model = T.DiaForConditionalGeneration(T.DiaConfig()).eval()
+    example = example_for(model, 16)
+    assert example["input_ids"].max() < model.config.encoder_config.vocab_size
+    assert example["decoder_input_ids"].max() < model.config.decoder_config.vocab_size
