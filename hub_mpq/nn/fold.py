@@ -243,8 +243,8 @@ def unfolded_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
         first, second = (
             ("weight_g", "weight_v") if what.hook else (f"parametrizations.weight.original{i}" for i in (0, 1))
         )
-        out[f"{prefix}{first}"] = _magnitude(weight, what.dim)
-        out[f"{prefix}{second}"] = weight
+        out[f"{prefix}{first}"] = magnitude = _magnitude(weight, what.dim)
+        out[f"{prefix}{second}"] = _direction(weight, magnitude)
     return out
 
 
@@ -253,6 +253,12 @@ def _magnitude(weight: Tensor, dim: int | None) -> Tensor:
     return torch.norm_except_dim(weight, 2, -1 if dim is None else dim)
 
 
+def _direction(weight: Tensor, magnitude: Tensor) -> Tensor:
+    """The weight; ones where the magnitude is zero, for weight normalization divides by the norm of what is here."""
+    return torch.where(magnitude == 0, torch.ones_like(weight), weight)
+
+
+@torch.no_grad()
 def unfold_layers(model: nn.Module) -> None:
     """Give weight normalization back to the layers that had it, in place, so that the state dict is that of the model's
     own class; warns of layers where that can't be.
@@ -270,6 +276,9 @@ def unfold_layers(model: nn.Module) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             norm(module, "weight", what.dim)
+        both: Any = module if what.hook else module.parametrizations.weight  # type: ignore[union-attr]
+        first, second = ("weight_g", "weight_v") if what.hook else ("original0", "original1")
+        getattr(both, second).copy_(_direction(getattr(both, second), getattr(both, first)))
     if kept:
         warnings.warn(
             f"{len(kept)} layers, {kept[0][0]!r} first, keep the weight that {kept[0][1]} computed: don't load this "

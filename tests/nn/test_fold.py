@@ -16,7 +16,7 @@ from hub_mpq import HubMPQ
 from hub_mpq.adapters.restore_state import copied_structure
 from hub_mpq.errors import HubMPQError, PackedFormat
 from hub_mpq.nn.expose import expose_layers, names_of_parameters
-from hub_mpq.nn.fold import fold_layers, folded_layers, has_layers_to_fold, unfold_layers
+from hub_mpq.nn.fold import fold_layers, folded_layers, has_layers_to_fold, unfold_layers, unfolded_state
 from hub_mpq.nn.types import layer_kind
 
 
@@ -208,3 +208,22 @@ def test_a_file_of_before_is_refused(tmp_path, monkeypatch):
         assert torch.equal(HubMPQ.from_pretrained(tmp_path, module=net()).model(x), mpq.model(x))
     with pytest.raises(PackedFormat, match="'0' is of before weights were folded"):
         HubMPQ.from_pretrained(tmp_path, module=net())
+
+
+@pytest.mark.parametrize("form", [nn.utils.weight_norm, parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_slice_of_zeros_stays_zeros(form):
+    """Few bits round a slice of small weights to zeros, whose norm nothing can be divided by."""
+    net = nn.Sequential(form(nn.Conv1d(4, 6, 3), dim=2))
+    fold_layers(net)
+    with torch.no_grad():
+        net[0].weight[..., 1] = 0
+    x = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    wanted = net(x).detach()
+    state = unfolded_state(net, net.state_dict())
+    other = nn.Sequential(form(nn.Conv1d(4, 6, 3), dim=2))
+    other.load_state_dict(state)
+    torch.testing.assert_close(other(x), wanted)
+    unfold_layers(net)
+    torch.testing.assert_close(net(x), wanted)
+    assert net.state_dict().keys() == other.state_dict().keys()
