@@ -1,6 +1,8 @@
 """A Hub of its own for every test, and the real client pointed at it."""
 
 import hashlib
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,3 +76,13 @@ def digests(folder):
     return {
         str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
     }
+
+
+@pytest.fixture
+def no_waits(monkeypatch):
+    """The client's pauses between its attempts take no time."""
+    quick = SimpleNamespace(**{k: getattr(time, k) for k in dir(time) if not k.startswith("_")})
+    quick.sleep = lambda seconds: None
+    monkeypatch.setattr("huggingface_hub.utils._http.time", quick)
+    monkeypatch.setattr("huggingface_hub.file_download.time", quick)
+    monkeypatch.setattr("hub_mpq.hub.publish._draw", lambda manifest, path: False)

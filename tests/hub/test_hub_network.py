@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -17,19 +16,9 @@ from hub_mpq.errors import HubMPQError, PackedFormat
 from hub_mpq.hub.publish import publish
 from hub_mpq.hub.pull import pull, remote_manifest
 
-pytestmark = pytest.mark.hub
+pytestmark = [pytest.mark.hub, pytest.mark.usefixtures("no_waits")]
 NAME = "me/toy"
 ALWAYS = 10**6
-
-
-@pytest.fixture(autouse=True)
-def no_waits(monkeypatch):
-    """The client's pauses between its attempts take no time."""
-    quick = SimpleNamespace(**{k: getattr(time, k) for k in dir(time) if not k.startswith("_")})
-    quick.sleep = lambda seconds: None
-    monkeypatch.setattr("huggingface_hub.utils._http.time", quick)
-    monkeypatch.setattr("huggingface_hub.file_download.time", quick)
-    monkeypatch.setattr("hub_mpq.hub.publish._draw", lambda manifest, path: False)
 
 
 @pytest.fixture
