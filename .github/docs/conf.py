@@ -1,8 +1,4 @@
-"""Sphinx builds the API pages from the docstrings:
-
-    pip install -e ".[docs]"
-    python -m sphinx -W --keep-going .github/docs build/docs
-"""
+"""Sphinx builds the API pages from the docstrings: `python -m sphinx -W .github/docs build/docs`."""
 
 from typing import Any
 
