@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text()
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / ".github").glob("*.md")),
-    *sorted((ROOT / "examples").glob("*/*.md")),
+    *sorted((ROOT / "examples").rglob("*.md")),
     *sorted(ROOT.glob("hub_mpq/*/*.md")),
 ]
 TEXT = README + "".join(page.read_text() for page in sorted(GUIDES.glob("*.md")))
