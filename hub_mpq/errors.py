@@ -119,9 +119,7 @@ class InfeasibleBudget(HubMPQError):
         self.limits, self.least, self.binding = dict(limits), dict(least), sorted(binding)
         lower = set(at_least)
         words = {k: (">=", "maximum") if k in lower else ("<=", "minimum") for k in limits}
-        rows = ", ".join(
-            f"{k} {words[k][0]} {limits[k]:.10g} ({words[k][1]} {least[k]:.10g})" for k in sorted(limits)
-        )
+        rows = ", ".join(f"{k} {words[k][0]} {limits[k]:.10g} ({words[k][1]} {least[k]:.10g})" for k in sorted(limits))
         which = (
             f"cannot be met: {', '.join(self.binding)}"
             if self.binding
@@ -153,8 +151,7 @@ class PolicyMismatch(HubMPQError):
     def __init__(self, missing: Iterable[str], extra: Iterable[str]) -> None:
         self.missing, self.extra = sorted(missing), sorted(extra)
         super().__init__(
-            f"the policy is for another model: missing layers {_some(self.missing)}, "
-            f"unknown layers {_some(self.extra)}"
+            f"the policy is for another model: missing layers {_some(self.missing)}, unknown layers {_some(self.extra)}"
         )
 
 

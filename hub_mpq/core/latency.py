@@ -119,13 +119,17 @@ class LatencyTable:
             f"constant must be a non-negative number of seconds, got {_short(self.constant)}",
         )
         for name in ("factor", "float_factor", "whole", "whole_float", "float_model"):
-            _check(_seconds(getattr(self, name)), f"{name} must be a positive number, got {_short(getattr(self, name))}")
+            _check(
+                _seconds(getattr(self, name)), f"{name} must be a positive number, got {_short(getattr(self, name))}"
+            )
         _check(isinstance(self.entries, Mapping), f"entries must be a mapping, got {_short(self.entries)}")
         _check(bool(self.entries) or self.constant > 0, "the table holds no times: entries is empty and constant is 0")
         for layer, row in self.entries.items():
             _check(isinstance(row, Mapping) and FLOAT in row, f"layer {layer!r} has no entry for float")
             for key, value in row.items():
-                _check(key == FLOAT or _is_pair(key), f"layer {layer!r}: {_short(key)} is not a valid pair of bit-widths")
+                _check(
+                    key == FLOAT or _is_pair(key), f"layer {layer!r}: {_short(key)} is not a valid pair of bit-widths"
+                )
                 _check(_seconds(value), f"layer {layer!r} at {key}: {_short(value)} is not a valid time")
 
     def seconds(self, layer: str, bits: LayerBits) -> float:
@@ -201,7 +205,9 @@ class LatencyTable:
         elif unknown := self.entries.keys() - {layer.name for layer in graph}:
             why = f"names layer {min(unknown)!r}, which {graph.model_id!r} does not have"
         elif self.input_shape != graph.input_shape:
-            why = f"was measured with inputs of {_size(self.input_shape)}, but the model reads {_size(graph.input_shape)}"
+            why = (
+                f"was measured with inputs of {_size(self.input_shape)}, but the model reads {_size(graph.input_shape)}"
+            )
             size = graph.input_shape
         else:
             return

@@ -231,8 +231,8 @@ class LayerGraph:
             The new graph.
 
         Raises:
-            InvalidArgument: A pattern matches no layer, a level is not valid or has a float weight, or layers that share
-                a weight are pinned differently.
+            InvalidArgument: A pattern matches no layer, a level is not valid or has a float weight, or layers that
+                share a weight are pinned differently.
         """
         fixed = {layer.name: layer.fixed for layer in self.layers}
         for pattern, bits in pins.items():

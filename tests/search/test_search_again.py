@@ -135,10 +135,10 @@ def test_a_checkpoint_of_another_search_is_not_taken(net, train, tmp_path):
 def test_a_name_is_given_once(monkeypatch):
     monkeypatch.setattr(registry.strategies, "_found", {name: strategy_named(name) for name in BUILT_IN})
     for name in BUILT_IN:
-        with pytest.raises(InvalidArgument, match="itself"):
+        with pytest.raises(InvalidArgument, match="is a built-in strategy of hub_mpq"):
             registry.register_strategy(name)(type("Own", (registry.SearchStrategy,), {}))
     registry.register_strategy("mine")(type("Mine", (registry.SearchStrategy,), {}))
-    with pytest.raises(InvalidArgument, match="registered already"):
+    with pytest.raises(InvalidArgument, match="is already registered"):
         registry.register_strategy("mine")(type("Other", (registry.SearchStrategy,), {}))
 
 
