@@ -1,4 +1,4 @@
-"""The newest releases of other libraries that the tests have passed with, and a line for newer ones."""
+"""The newest tested releases of the libraries whose private interfaces are used, and a warning for newer ones."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ NEWEST_TESTED = {
     "huggingface_hub": (2, 4),
     "accelerate": (1, 15),
 }
-"""{library: (major, minor)} of those whose private interfaces are used; .github/CONTRIBUTING.md lists these. timm makes
-its minor releases by the third number."""
+"""{library: (major, minor)}; .github/CONTRIBUTING.md lists the private interfaces. timm numbers its minor releases in
+the third place."""
 
 logger = logging.getLogger(__name__)
 
 
 def newer_than_tested(library: str) -> str | None:
-    """The installed version of `library` if it is a newer minor release than any that was tested, else None."""
+    """The installed version of `library` if its minor release is newer than the newest tested one, else None."""
     newest = NEWEST_TESTED[library]
     try:
         installed = version(library)
@@ -34,11 +34,16 @@ def newer_than_tested(library: str) -> str | None:
 
 @cache
 def warn_if_untested(library: str) -> None:
-    """Log one line when a newer minor release of `library` is installed than was tested: once in a process, and in the
-    first of several processes only."""
+    """Log a warning if the installed minor release of `library` is newer than the newest tested one.
+
+    It is logged once per process, and only by the first of several processes.
+    """
     installed = newer_than_tested(library)
     if installed and os.environ.get("RANK", "0") == "0":
         tested = ".".join(map(str, NEWEST_TESTED[library]))
         logger.warning(
-            "hub_mpq uses private interfaces of %s and was tested up to %s; %s is installed", library, tested, installed
+            "hub_mpq uses private interfaces of %s and was tested up to %s, but %s is installed",
+            library,
+            tested,
+            installed,
         )

@@ -36,9 +36,9 @@ def mpq(net, train):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda mpq, train: mpq.search(bitop="W4A4"), "no option or limit 'bitop'; the limits are bitops, size"),
+        (lambda mpq, train: mpq.search(bitop="W4A4"), "unknown option or limit 'bitop'; limits: bitops, size"),
         (lambda mpq, train: mpq.search({"bitop": "W4A4"}), "'bitop'"),
-        (lambda mpq, train: mpq.search("W4A4"), "a budget is a Budget or a mapping"),
+        (lambda mpq, train: mpq.search("W4A4"), "budget must be a Budget or a mapping"),
         (lambda mpq, train: mpq.search(), "no budget given"),
         (lambda mpq, train: mpq.pareto("bitops", 3, sise="W4"), "'sise'"),
         (lambda mpq, train: mpq.check_reachable(bitops="W4A4", candidate=[2]), "'candidate'"),
@@ -222,21 +222,21 @@ def test_a_layer_that_was_pinned_when_scores_were_made_is_named(net, train):
 @pytest.mark.parametrize(
     ("kind", "values", "words"),
     [
-        (FinetuneOptions, {"steps": "3"}, "steps is a whole number or None, not '3'"),
-        (FinetuneOptions, {"steps": 2.5}, "steps is a whole number"),
-        (FinetuneOptions, {"epochs": float("nan")}, "epochs is a number, not nan"),
-        (FinetuneOptions, {"epochs": -1}, "epochs is a number of at least 0, not -1"),
-        (FinetuneOptions, {"lr": "x"}, "lr is a number"),
-        (FinetuneOptions, {"lr": -1}, "lr is a number of at least 0"),
-        (FinetuneOptions, {"smoothing": 5}, "smoothing is a number from 0 to 1"),
-        (FinetuneOptions, {"checkpoint_every": 0}, "checkpoint_every is a whole number of at least 1, not 0"),
-        (IndicatorOptions, {"distill": 2}, "distill is a number from 0 to 1"),
-        (IndicatorOptions, {"uniform": "no"}, "uniform is true or false"),
-        (IndicatorOptions, {"seed": 1.5}, "seed is a whole number"),
-        (IndicatorOptions, {"resume": "x"}, "resume is true or false"),
+        (FinetuneOptions, {"steps": "3"}, "steps must be an integer or None, got '3'"),
+        (FinetuneOptions, {"steps": 2.5}, "steps must be an integer"),
+        (FinetuneOptions, {"epochs": float("nan")}, "epochs must be a number, got nan"),
+        (FinetuneOptions, {"epochs": -1}, "epochs must be a number of at least 0, got -1"),
+        (FinetuneOptions, {"lr": "x"}, "lr must be a number"),
+        (FinetuneOptions, {"lr": -1}, "lr must be a number of at least 0"),
+        (FinetuneOptions, {"smoothing": 5}, "smoothing must be a number from 0 to 1"),
+        (FinetuneOptions, {"checkpoint_every": 0}, "checkpoint_every must be an integer of at least 1, got 0"),
+        (IndicatorOptions, {"distill": 2}, "distill must be a number from 0 to 1"),
+        (IndicatorOptions, {"uniform": "no"}, "uniform must be true or false"),
+        (IndicatorOptions, {"seed": 1.5}, "seed must be an integer"),
+        (IndicatorOptions, {"resume": "x"}, "resume must be true or false"),
         (IndicatorOptions, {"stepz": 3}, "did you mean 'steps'"),
         (Engine, {"bf61": True}, "did you mean 'bf16'"),
-        (Engine, {"bf16": 1}, "bf16 is true or false"),
+        (Engine, {"bf16": 1}, "bf16 must be true or false"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_where_it_is_written(kind, values, words):
@@ -248,7 +248,7 @@ def test_a_value_that_cannot_be_is_refused_where_it_is_written(kind, values, wor
 
 def test_an_engine_may_be_a_mapping(mpq, train):
     mpq.quantize(bitops="W4A4", train=train, steps=1, engine={"log_every": 5})
-    with pytest.raises(InvalidArgument, match="options are Engine or a mapping"):
+    with pytest.raises(InvalidArgument, match="options must be Engine or a mapping"):
         mpq.finetune(train, steps=1, engine=3)
     with pytest.raises(InvalidArgument, match="'fb16'"):
         mpq.train_indicators(train, steps=1, engine={"fb16": True})

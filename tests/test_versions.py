@@ -56,7 +56,7 @@ def test_a_newer_minor_is_told_once(monkeypatch, caplog, library):
         warn_if_untested(library)
     (line,) = log_lines(caplog)
     tested = ".".join(map(str, NEWEST_TESTED[library]))
-    assert f"{library} and was tested up to {tested}; {after(library)}.0.dev0+local is installed" in line
+    assert f"{library} and was tested up to {tested}, but {after(library)}.0.dev0+local is installed" in line
 
 
 @pytest.mark.parametrize("library", NEWEST_TESTED)

@@ -1,4 +1,4 @@
-"""The words of the package, as frozen dataclasses, and the registries that others add to. Standard library only."""
+"""The vocabulary of the package: frozen dataclasses, interfaces and extensible registries. Standard library only."""
 
 from .bits import FLOAT_BITS, Candidates, LayerBits, check_width
 from .budget import Budget

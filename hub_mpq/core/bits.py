@@ -1,4 +1,4 @@
-"""Widths: of one layer, and those a search may choose from."""
+"""Bit-widths: of one layer, and the candidates of a search."""
 
 from __future__ import annotations
 
@@ -10,33 +10,53 @@ from functools import total_ordering
 from ..errors import InvalidArgument
 
 FLOAT_BITS = 32
-"""The width that stands for "not quantized"."""
+"""The bit-width that stands for "not quantized"."""
 
 _LEVEL = re.compile(r"(?:W(\d{1,3})(?:g(\d{1,6}))?(z)?)?(?:A(\d{1,3}))?", re.IGNORECASE)
 
 
 def check_width(bits: object, *, allow_float: bool = False) -> int:
-    """Return `bits` as an int in 1..8 (or 32 with `allow_float`), or raise InvalidArgument."""
+    """Return a bit-width if it is valid.
+
+    Args:
+        bits: The bit-width, an integer from 1 to 8.
+        allow_float: Accept 32 (float) too.
+
+    Returns:
+        `bits`.
+
+    Raises:
+        InvalidArgument: `bits` is not a valid bit-width.
+
+    Example:
+        >>> from hub_mpq.core import check_width
+        >>> check_width(4), check_width(32, allow_float=True)
+        (4, 32)
+    """
     if isinstance(bits, bool) or not isinstance(bits, int):
-        raise InvalidArgument(f"a width is a whole number of bits from 1 to 8, not {bits!r}")
+        raise InvalidArgument(f"a bit-width must be an integer from 1 to 8, got {bits!r}")
     if not (1 <= bits <= 8 or (allow_float and bits == FLOAT_BITS)):
-        raise InvalidArgument(f"a width is from 1 to 8 bits{' (or 32: float)' if allow_float else ''}, not {bits}")
+        raise InvalidArgument(
+            f"a bit-width must be an integer from 1 to 8{' (or 32 for float)' if allow_float else ''}, got {bits}"
+        )
     return bits
 
 
 def check_group_size(size: object) -> int | None:
-    """Return a group size, a whole number of at least 8 or None, or raise InvalidArgument."""
+    """Return a group size (an integer from 8 to 999999, or None), or raise InvalidArgument."""
     if size is None or (isinstance(size, int) and not isinstance(size, bool) and 8 <= size < 10**6):
         return size
-    raise InvalidArgument(f"a group size is a whole number from 8 to 999999 (32, 64, 128), or None, not {size!r}")
+    raise InvalidArgument(
+        f"a group size must be None or an integer from 8 to 999999, such as 32, 64 or 128, got {size!r}"
+    )
 
 
 GroupSizes = int | None | Iterable["int | None"]
-"""One group size, or several for the solver to choose from; None: one scale per output channel."""
+"""One group size, or several for the solver to choose from; None means one scale per output channel."""
 
 
 def check_group_sizes(value: GroupSizes) -> tuple[int | None, ...]:
-    """The group sizes that a user names, in this order; InvalidArgument for what is none."""
+    """The group sizes in the given order, without duplicates; InvalidArgument if one is not valid."""
     several = isinstance(value, Iterable) and not isinstance(value, str)
     return tuple(dict.fromkeys(map(check_group_size, value if several else (value,)))) or (None,)  # type: ignore[arg-type]
 
@@ -44,19 +64,26 @@ def check_group_sizes(value: GroupSizes) -> tuple[int | None, ...]:
 @total_ordering
 @dataclass(frozen=True)
 class LayerBits:
-    """Widths of one layer's weight and of its input activation, and how the weight is scaled.
+    """The bit-widths of one layer's weight and input, and the granularity of the weight's scales.
 
-    Written "W4A8"; "W4g128A8" with a scale for every 128 weights, "W4g128zA32" with zero points too.
+    Written "W4A8"; "W4g128A8" with one scale per 128 weights, "W4g128zA32" with zero points as well.
 
     Args:
-        weight: Bits of a weight, 1 to 8; 32 is float.
-        activation: Bits of an input, 1 to 8; 32 is float.
-        group_size: Consecutive weights along the input axis that share a scale; None: one scale per output channel (or
-            per tensor). Only weights that are packed row by row have groups: of linear layers, embeddings, experts.
-        symmetric: False adds a zero point of `weight` bits to each scale. A 1-bit weight has none: it is {-s, +s}.
+        weight: Bit-width of the weight, 1 to 8, or 32 for float.
+        activation: Bit-width of the input activation, 1 to 8, or 32 for float.
+        group_size: Number of consecutive weights along the input axis that share a scale; None for one scale per
+            output channel (or per tensor). Only weights packed row by row can have groups: those of linear layers,
+            embeddings and experts.
+        symmetric: False adds a zero point of `weight` bits to each scale. A 1-bit weight {-s, +s} cannot have one.
 
     Raises:
-        InvalidArgument: A width, the group size or their combination does not exist.
+        InvalidArgument: A bit-width, the group size or their combination is not valid.
+
+    Example:
+        >>> from hub_mpq import LayerBits
+        >>> bits = LayerBits(4, 8, group_size=128)
+        >>> print(bits, bits == LayerBits.parse("W4g128A8"))
+        W4g128A8 True
     """
 
     weight: int
@@ -69,22 +96,30 @@ class LayerBits:
         check_width(self.activation, allow_float=True)
         check_group_size(self.group_size)
         if self.grouped and self.weight == FLOAT_BITS:
-            raise InvalidArgument("a float weight has no groups and no zero points")
+            raise InvalidArgument("a float weight cannot have groups or zero points")
         if not self.symmetric and self.weight == 1:
-            raise InvalidArgument("a 1-bit weight has no zero point: it is -s or +s")
+            raise InvalidArgument("a 1-bit weight cannot have a zero point: its values are -s and +s")
 
     @property
     def grouped(self) -> bool:
-        """Whether the weight has more than one scale per output channel, or zero points."""
+        """Whether the weight has a group size or zero points."""
         return self.group_size is not None or not self.symmetric
 
     @property
     def of_weight(self) -> LayerBits:
-        """The weight's part alone: what layers that share a weight have in common."""
+        """The same weight with a float input: the part that layers with a shared weight have in common."""
         return replace(self, activation=FLOAT_BITS)
 
     def with_groups(self, group_size: int | None, symmetric: bool = True) -> LayerBits:
-        """The same widths with other groups and zero points; a float weight has neither, a 1-bit one no zero point."""
+        """Return the same bit-widths with another group size and symmetry.
+
+        Args:
+            group_size: The group size, see `LayerBits`.
+            symmetric: False for zero points.
+
+        Returns:
+            The new bits. A float weight is returned unchanged, and a 1-bit weight gets no zero points.
+        """
         if self.weight == FLOAT_BITS:
             return self
         return replace(self, group_size=group_size, symmetric=symmetric or self.weight == 1)
@@ -101,10 +136,20 @@ class LayerBits:
 
     @classmethod
     def parse(cls, text: str) -> LayerBits:
-        """Parse "W4A8" or "W4g128zA8"; a part left out ("W4", "A8") is float."""
+        """Parse a level such as "W4A8" or "W4g128zA8".
+
+        Args:
+            text: The level. An omitted part ("W4", "A8") is float.
+
+        Returns:
+            The parsed bits.
+
+        Raises:
+            InvalidArgument: The text is not a valid level.
+        """
         match = _LEVEL.fullmatch(text.strip()) if isinstance(text, str) else None
         if not match or not match.group(0):
-            raise InvalidArgument(f"{text!r} is no level of bits; write for example W4A8")
+            raise InvalidArgument(f"{text!r} is not a valid bit-width level; use for example W4A8")
         weight, group, zero, activation = match.groups()
         return cls(
             int(weight or FLOAT_BITS), int(activation or FLOAT_BITS), None if group is None else int(group), not zero
@@ -112,10 +157,10 @@ class LayerBits:
 
 
 def nearest(choices: Iterable[LayerBits], bits: LayerBits) -> LayerBits:
-    """The choice that a level stands for [our construction]: the one that lacks the fewest bits of its widths.
+    """The choice closest to a level: the one that falls short of its bit-widths by the fewest bits.
 
-    Of several the one with the fewest bits to spare, then with the narrower weight (it has a scale for each output
-    channel, and the file becomes smaller), then with the level's groups and zero points.
+    Ties go to the choice that exceeds the level by the fewest bits, then to the narrower weight (it has one scale per
+    output channel, and the file becomes smaller), then to the level's group size and zero points. Our construction.
 
     Args:
         choices: At least one.
@@ -132,26 +177,34 @@ def nearest(choices: Iterable[LayerBits], bits: LayerBits) -> LayerBits:
 
 def _widths(values: Iterable[int], *, allow_float: bool = False) -> tuple[int, ...]:
     if not isinstance(values, Iterable) or isinstance(values, str):
-        raise InvalidArgument(f"candidates are a list of widths such as [2, 3, 4], not {values!r}")
+        raise InvalidArgument(f"candidates must be a list of bit-widths such as [2, 3, 4], got {values!r}")
     values = tuple(values)
     widths = values if allow_float and values == (FLOAT_BITS,) else tuple(sorted({check_width(v) for v in values}))
     if not widths:
-        raise InvalidArgument("candidates are empty: name at least one width from 1 to 8")
+        raise InvalidArgument("candidates are empty: give at least one bit-width from 1 to 8")
     return widths
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a search may choose from for one layer.
+    """The bit-widths and group sizes that a search may choose from for one layer.
 
     Args:
-        weight: Widths of the weight, ascending. Default of the LIMPQ authors: 2 to 6 bits.
-        activation: Widths of the input; (32,): it stays float, only weights are searched.
-        group_size: Group sizes of the weight, see `LayerBits`; the solver chooses where there are several.
-        symmetric: False: with zero points.
-        menu: Of a `Target`: all that the layer may become, in place of `weight`, `group_size` and `symmetric`, which
-            then say what it holds. Where it names widths of the input, these pairs and no others, in place of
-            `activation` too. None: every width with every group size.
+        weight: Bit-widths of the weight. The default, 2 to 6 bits, is that of the LIMPQ authors.
+        activation: Bit-widths of the input; (32,) keeps the input float, so that only weights are searched.
+        group_size: Group sizes of the weight, see `LayerBits`; the solver chooses if there are several.
+        symmetric: False for zero points.
+        menu: Everything that the layer may become, as a `Target` allows it. It replaces `weight`, `group_size` and
+            `symmetric`, which then describe what it contains, and, if it names input bit-widths, `activation` too: only
+            these pairs are then candidates. None for every bit-width with every group size.
+
+    Raises:
+        InvalidArgument: A bit-width or a group size is not valid, or there are none.
+
+    Example:
+        >>> from hub_mpq import Candidates
+        >>> [str(bits) for bits in Candidates(weight=(4, 8), activation=(8,)).pairs]
+        ['W4A8', 'W8A8']
     """
 
     weight: tuple[int, ...] = (2, 3, 4, 5, 6)
@@ -175,20 +228,27 @@ class Candidates:
 
     @property
     def weights(self) -> tuple[LayerBits, ...]:
-        """All that the weight may become, ascending; inputs do not count."""
+        """Everything that the weight may become, ascending, with float inputs."""
         if self.menu is not None:
             return tuple(sorted({bits.of_weight for bits in self.menu}))
         return tuple(sorted({bits for width in self.weight for bits in self.grouped(LayerBits(width, FLOAT_BITS))}))
 
     @property
     def pairs(self) -> tuple[LayerBits, ...]:
-        """All that the layer may become, ascending."""
+        """Everything that the layer may become, ascending."""
         if self.menu is not None and any(bits.activation != FLOAT_BITS for bits in self.menu):
             return self.menu
         return tuple(sorted(replace(bits, activation=a) for bits in self.weights for a in self.activation))
 
     def grouped(self, bits: LayerBits) -> tuple[LayerBits, ...]:
-        """The same widths with each of the group sizes, and of a menu with its zero points; () where it lacks them."""
+        """Return the candidates with the bit-widths of `bits`.
+
+        Args:
+            bits: The bit-widths; its group size and symmetry are ignored.
+
+        Returns:
+            One entry per group size; with a `menu`, the entries that it holds, or ().
+        """
         if self.menu is None:
             return tuple(bits.with_groups(size, self.symmetric) for size in self.group_size)
         found = self.weights if bits.activation == FLOAT_BITS else self.pairs
@@ -196,18 +256,26 @@ class Candidates:
 
     @property
     def grids(self) -> tuple[tuple[int | None, bool], ...]:
-        """(group size, symmetric) of all weights, ascending; one where nothing but the width is to be chosen."""
+        """The distinct (group size, symmetric) of all weights, ascending; one if only the bit-width is searched."""
         found = {(b.group_size, b.symmetric) for b in self.weights if b.weight > 1 or self.symmetric}
         return tuple(sorted(found or {(self.group_size[0], True)}, key=lambda grid: (grid[0] or 0, grid[1])))
 
     @property
     def float_inputs(self) -> bool:
-        """Whether inputs stay float."""
+        """Whether the inputs stay float."""
         return self.activation == (FLOAT_BITS,)
 
     @classmethod
     def of(cls, value: Candidates | Iterable[int] | None) -> Candidates:
-        """Candidates as they are, one list of widths for both, or None for the default."""
+        """Convert a value to candidates.
+
+        Args:
+            value: Candidates, which are returned unchanged; one list of bit-widths for both weights and inputs; or
+                None for the default.
+
+        Returns:
+            The candidates.
+        """
         if value is None:
             return cls()
         if isinstance(value, cls):

@@ -1,4 +1,4 @@
-"""Budgets: limits on a policy, parsed once."""
+"""Budgets: the limits on a policy."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Cost = tuple[float, Mapping[str, Mapping[str, float]]] | tuple[float, Mapping[st
 Costs = Mapping[str, Cost]
 
 NO_TABLE = (
-    "latency= needs the times of this model's layers on a runtime: `hub-mpq bench MODEL --runtime R -o table.json` "
-    "measures them, then latency_table='table.json' (--latency-table table.json)"
+    "latency= needs a table of this model's layer times on a runtime: measure it with "
+    "`hub-mpq bench MODEL --runtime R -o table.json`, then pass latency_table='table.json' (--latency-table table.json)"
 )
 
 
@@ -27,33 +27,41 @@ NO_TABLE = (
 class Budget:
     """Limits on a policy. Combine them freely; all must be met.
 
-    Each limit is an absolute amount or, where it says so, a level such as "W4A4", which applies to the searched layers
+    A limit is an absolute amount or, where noted below, a level such as "W4A4", which applies to the searched layers
     only. Strings need a unit ("5.7MB"); numbers are in the limit's own unit.
 
     Args:
-        bitops: A level, or BitOps of the whole model for one sample, float work counted at 32×32 bits ("34.7G").
-        size: Bytes of the packed file, header included ("5.7MB"), or a level ("W4").
-        compression: Float32 bytes of all quantized layers' weights over their packed bits, at least this ("12.2").
-        weight_bits: Mean bits of the searched layers' weights, each weight counted once.
-        activation_memory: Bytes of all quantized inputs of one sample together ("200KB"), or a level ("A4").
-        activation_peak: Bytes of the largest quantized input of one sample, or a level ("A4").
-        latency: Seconds of one call ("5ms") on the machine, runtime, batch and threads of `latency_table`.
-        latency_table: Times of the layers, of `HubMPQ.measure_latency` or `hub-mpq bench`: a table or its file.
-        costs: {name: (maximum, {layer: {"W4A4": cost}})}: costs of your own, such as measured milliseconds. A third
-            member, (maximum, table, constant), is what everything but the layers costs, which counts too.
-        others: Limits that were added by `register_limit`, by name.
+        bitops: BitOps of the whole model for one sample, with float work counted at 32×32 bits ("34.7G"), or a level
+            ("W4A4").
+        size: Bytes of the packed file, including its header ("5.7MB"), or a level ("W4").
+        compression: Minimum ratio of the float32 size of all quantized layers' weights to their packed size ("12.2").
+        weight_bits: Mean bit-width of the searched layers' weights, each weight counted once.
+        activation_memory: Total bytes of all quantized inputs of one sample ("200KB"), or a level ("A4").
+        activation_peak: Bytes of the largest quantized input of one sample ("50KB"), or a level ("A4").
+        latency: Seconds of one call ("5ms") on the machine, runtime, batch size and threads of `latency_table`.
+        latency_table: The layer times measured by `HubMPQ.measure_latency` or `hub-mpq bench`: a table or its file.
+        costs: Custom costs such as measured milliseconds: {name: (maximum, {layer: {"W4A4": cost}})}. An optional third
+            item, (maximum, table, constant), is the cost of everything but the layers, which counts too.
+        **others: Limits added by `register_limit`, by name.
+
+    Attributes:
+        given: {limit: the value as passed}.
+        limits: {limit: the parsed amount or level}.
 
     Raises:
-        InvalidArgument: No limit is given, one is unknown or cannot be parsed, or `latency` comes without a table.
+        InvalidArgument: No limit is given, a limit is unknown or cannot be parsed, or `latency` comes without a table.
 
     Example:
-        >>> Budget(bitops="W4A4", size="5.7MB")
+        >>> from hub_mpq import Budget
+        >>> budget = Budget(bitops="W4A4", size="5.7MB")
+        >>> print(budget, budget.limits["size"])
+        bitops W4A4, size 5.7MB 5700000.0
     """
 
     given: Mapping[str, str | float]
-    """The limits as they were written."""
+    """The limits as passed."""
     limits: Mapping[str, Value]
-    """{name: the amount or the level that was parsed}."""
+    """{name: the parsed amount or level}."""
     latency_table: LatencyTable | None
     costs: Costs
 
@@ -77,20 +85,22 @@ class Budget:
         given = {name: value for name, value in (own | others).items() if value is not None}
         for name in others:
             if name not in limits:
-                raise InvalidArgument(f"no option or limit {name!r}; the limits are {', '.join(limits.names())}, costs")
+                raise InvalidArgument(f"unknown option or limit {name!r}; limits: {', '.join(limits.names())}, costs")
         if latency is not None and latency_table is None:
             raise InvalidArgument(NO_TABLE)
         if not given and not costs and latency_table is None:
-            raise InvalidArgument('no budget given: name at least one limit, for example bitops="W4A4"')
+            raise InvalidArgument('no budget given: give at least one limit, for example bitops="W4A4"')
         if clash := sorted(set(costs or ()) & set(limits.names())):
-            raise InvalidArgument(f"cost {clash[0]!r} has the name of a limit")
+            raise InvalidArgument(f"cost {clash[0]!r} has the name of a limit; rename it")
         for name, cost in (costs or {}).items():
             if not _is_cost(cost):
-                raise InvalidArgument(f'cost {name!r} is (maximum, {{layer: {{"W4A4": cost}}}}), not {str(cost)[:60]}')
+                raise InvalidArgument(
+                    f'cost {name!r} must be (maximum, {{layer: {{"W4A4": cost}}}}), got {str(cost)[:60]}'
+                )
         if isinstance(latency_table, (str, os.PathLike)):
             latency_table = read_latency_table(latency_table)
         if latency_table is not None and not isinstance(latency_table, LatencyTable):
-            raise InvalidArgument(f"latency_table is a LatencyTable or its file, not {str(latency_table)[:60]}")
+            raise InvalidArgument(f"latency_table must be a LatencyTable or its file, got {str(latency_table)[:60]}")
         parsed = {name: limits.get(name).parse(value) for name, value in given.items()}
         object.__setattr__(self, "given", MappingProxyType(given))
         object.__setattr__(self, "limits", MappingProxyType(parsed))
@@ -99,17 +109,20 @@ class Budget:
 
     @classmethod
     def of(cls, budget: Budget | Mapping[str, Any] | None, named: Mapping[str, Any]) -> Budget | None:
-        """The budget of a call that takes one whole, or limits by name, or none.
+        """Merge a budget and limits given as keywords.
 
         Args:
             budget: A Budget, a mapping of limits, or None.
             named: Limits given as keywords; they replace those of `budget`.
 
+        Returns:
+            The merged budget; None if there is no limit at all.
+
         Raises:
             InvalidArgument: As for `Budget`.
         """
         if budget is not None and not isinstance(budget, (cls, Mapping)):
-            raise InvalidArgument(f"a budget is a Budget or a mapping of limits, not {budget!r}")
+            raise InvalidArgument(f"budget must be a Budget or a mapping of limits, got {budget!r}")
         if isinstance(budget, cls) and not named:
             return budget
         own = {**budget.given, **budget.tables} if isinstance(budget, Budget) else dict(budget or {})
@@ -120,16 +133,32 @@ class Budget:
         return cls(**whole)
 
     def replaced(self, name: str, value: str | float) -> Budget:
-        """The same budget with one limit set to another value."""
+        """Return the same budget with one limit set to another value.
+
+        Args:
+            name: The limit.
+            value: Its new value, as for `Budget`.
+
+        Returns:
+            The new budget.
+        """
         return type(self)(**{**self.given, **self.tables, name: value})
 
     @property
     def tables(self) -> dict[str, Any]:
-        """{keyword: what the budget brings beside its limits}: `costs` and `latency_table`."""
+        """The arguments that are not limits: {"costs": ..., "latency_table": ...}."""
         return {"costs": self.costs, "latency_table": self.latency_table}
 
     def with_groups(self, group_size: int | None, symmetric: bool = True) -> Budget:
-        """The same budget, its levels with groups and zero points where they name neither."""
+        """Return the same budget with a group size and symmetry in levels that do not specify them.
+
+        Args:
+            group_size: The group size, see `LayerBits`.
+            symmetric: False for zero points.
+
+        Returns:
+            The new budget.
+        """
         given: dict[str, Any] = dict(self.given)
         for name, value in self.limits.items():
             if isinstance(value, LayerBits) and not value.grouped:
@@ -150,7 +179,7 @@ def _made(given: Mapping[str, Any], tables: Mapping[str, Any]) -> Budget:
 
 
 def _is_cost(value: object) -> bool:
-    """Whether a value is a maximum and a table of costs, and perhaps a constant."""
+    """Whether a value is (maximum, table of costs) or (maximum, table of costs, constant)."""
     if not isinstance(value, (tuple, list)) or len(value) not in (2, 3):
         return False
     cap, table, *constant = value

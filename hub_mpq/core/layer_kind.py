@@ -1,4 +1,4 @@
-"""Kinds of layers: what the package has to know of one to quantize, pack and trace its layers."""
+"""Kinds of layers: what the package needs to know to quantize, pack and trace layers of a kind."""
 
 from __future__ import annotations
 
@@ -13,30 +13,36 @@ from .registry import Registry
 
 @dataclass(frozen=True)
 class LayerKind:
-    """One kind of layer with a single weight, such as "linear".
+    """A kind of layer with a single weight, such as "linear".
 
     Args:
-        name: The word that `LayerSpec.kind` and packed files use.
-        channel_axis: Axis of the weight with one scale per index: output channels, or the rows of an embedding.
+        name: The name used by `LayerSpec.kind` and in packed files.
+        channel_axis: Axis of the weight with one scale per index: the output channels, or the rows of an embedding.
         row_axes: (row axis, column axis) of a weight that is packed row by row, each row starting at a new 32-bit word;
-            rows are what `channel_axis` counts. (0, 1) or (1, 0) for a matrix; (-2, -1) or (-1, -2) for a stack of
-            matrices, whose rows follow one another, matrix by matrix. None packs the whole weight as one stream,
-            channel by channel: in memory order with a `channel_axis` of 0, else with `channel_axis=1` in front.
+            the row axis is `channel_axis`. (0, 1) or (1, 0) for a matrix; (-2, -1) or (-1, -2) for a stack of matrices,
+            whose rows are packed matrix by matrix. None packs the whole weight as one stream, channel by channel: in
+            memory order if `channel_axis` is 0, else with axis 1 moved to the front.
         types: Qualified names of the float module types, such as "torch.nn.modules.linear.Linear". A module is of this
             kind if its exact type is one of them; subclasses are not.
-        quantized: Class of the layer with quantizers, see `hub_mpq.nn.layers`. Either the class or "module:Class",
-            which is imported the first time it is needed.
+        quantized: Class of the layer with quantizers, see `hub_mpq.nn.layers`: the class, or "module:Class" to import
+            it on first use.
         packed: Class of the layer that keeps its weight packed, see `hub_mpq.nn.packed`; given like `quantized`.
-        reads_indices: True for layers that look up rows of the weight: their input has no bit-width, and they multiply
-            nothing.
-        weight_only: True for layers that multiply a float input: it has no bit-width either.
-        shares_input: True if layers of one parent that read the same tensor (q, k, v) have to agree on its bit-width.
-        macs: `macs(module, input, output)` returns the multiply-accumulates of one call, for the whole batch. The
-            tensors may be on the meta device. Needed only by kinds that multiply element by element; None counts
-            matrix products and convolutions as they run.
+        reads_indices: True for layers that look up rows of the weight: their input has no bit-width, and they do no
+            multiplications.
+        weight_only: True for layers that multiply a float input, which has no bit-width either.
+        shares_input: True if layers of one parent that read the same tensor (q, k, v) must agree on its bit-width.
+        macs: `macs(module, input, output)` returns the multiply-accumulates of one call for the whole batch; the
+            tensors may be on the meta device. Needed only by kinds that multiply element by element; None counts the
+            matrix products and convolutions that run.
 
     Raises:
-        InvalidArgument: `row_axes` and `channel_axis` do not fit together.
+        InvalidArgument: `row_axes` and `channel_axis` are not valid or do not fit together.
+
+    Example:
+        >>> from hub_mpq.core import layer_kinds
+        >>> linear = layer_kinds.get("linear")
+        >>> linear.channel_axis, linear.row_axes, linear.packed_class.__name__
+        (0, (0, 1), 'PackedLinear')
     """
 
     name: str
@@ -52,16 +58,16 @@ class LayerKind:
 
     def __post_init__(self) -> None:
         if self.row_axes not in (None, (0, 1), (1, 0), (-2, -1), (-1, -2)):
-            raise InvalidArgument(f"row_axes must be (0, 1), (1, 0), (-2, -1), (-1, -2) or None, not {self.row_axes!r}")
+            raise InvalidArgument(f"row_axes must be (0, 1), (1, 0), (-2, -1), (-1, -2) or None, got {self.row_axes!r}")
         if self.channel_axis not in ((0, 1) if self.row_axes is None else self.row_axes[:1]):
             raise InvalidArgument(
-                f"channel_axis must be the row axis, or 0 or 1 for a flat stream; not {self.channel_axis!r} "
+                f"channel_axis must be the row axis, or 0 or 1 for a flat stream, got {self.channel_axis!r} "
                 f"with row_axes={self.row_axes}"
             )
 
     @property
     def transposed(self) -> bool:
-        """Whether the rows that are packed are the columns of the weight."""
+        """Whether the packed rows are columns of the weight."""
         return self.row_axes is not None and self.row_axes[0] > self.row_axes[1]
 
     @property
@@ -99,11 +105,11 @@ def register_layer_kind(kind: LayerKind) -> LayerKind:
         The same kind.
 
     Raises:
-        InvalidArgument: The name is not a word, or another kind has the name or one of the types.
+        InvalidArgument: The name is not valid, or another kind has the name or one of the types.
 
     Example:
-        >>> from hub_mpq.core import LayerKind, register_layer_kind
-        >>> register_layer_kind(
+        >>> from hub_mpq import LayerKind, register_layer_kind
+        >>> kind = register_layer_kind(
         ...     LayerKind(
         ...         name="my_linear",
         ...         channel_axis=0,
@@ -112,9 +118,9 @@ def register_layer_kind(kind: LayerKind) -> LayerKind:
         ...         quantized="my_package.quantized:QuantMyLinear",
         ...         packed="my_package.quantized:PackedMyLinear",
         ...     )
-        ... )  # doctest: +SKIP
+        ... )
     """
     for other in layer_kinds:
         if other.name != kind.name and (taken := sorted({*other.types} & {*kind.types})):
-            raise InvalidArgument(f"type {taken[0]} is already of the layer kind {other.name!r}")
+            raise InvalidArgument(f"type {taken[0]} already belongs to the layer kind {other.name!r}")
     return layer_kinds.register(kind.name, kind)

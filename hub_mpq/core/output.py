@@ -1,4 +1,4 @@
-"""Where something is to be written, checked before the work that makes it."""
+"""Checks of output paths, made before the work whose result goes there."""
 
 from __future__ import annotations
 
@@ -10,49 +10,50 @@ from ..errors import InvalidArgument
 
 
 def check_output_folder(path: str | os.PathLike[str], files: Iterable[str] = ()) -> None:
-    """Check that a folder can be written, whether it is there or not. Nothing is made.
+    """Check that a folder can be written, whether it exists or not; nothing is created.
 
     Args:
-        path: The folder. A link to a folder stands for that folder.
-        files: Names of the files that are to be written.
+        path: The folder, or a link to it.
+        files: Names of the files to be written there.
 
     Raises:
-        InvalidArgument: It is a file or a link that leads nowhere, this user may not write there, or there is a folder
-            where a file is to be.
+        InvalidArgument: The path is a file or a broken link, is not writable, or one of the files is a folder.
     """
     folder = _checked(path)
     if folder.exists() and not folder.is_dir():
-        raise InvalidArgument(f"{folder} is a file; name a folder")
+        raise InvalidArgument(f"{folder} is a file; give a folder")
     for file in (folder / name for name in files):
         if file.is_dir() and not file.is_symlink():
-            raise InvalidArgument(f"{file} is a folder, and a file goes there; move it away or name another output")
+            raise InvalidArgument(f"{file} must be a file but is a folder; move it away or choose another output")
     _check_writable(folder, folder)
 
 
 def check_output_file(path: str | os.PathLike[str]) -> None:
-    """Check that a file can be written, whether it is there or not. Nothing is made.
+    """Check that a file can be written, whether it exists or not; nothing is created.
 
     Args:
         path: The file.
 
     Raises:
-        InvalidArgument: It is a folder, a device or a link that leads nowhere, or this user may not write there.
+        InvalidArgument: The path is a folder, a device or a broken link, or is not writable.
     """
     file = _checked(path)
     if file.is_dir():
-        raise InvalidArgument(f"{file} is a folder; name a file")
+        raise InvalidArgument(f"{file} is a folder; give a file")
     if file.exists() and not file.is_file():
-        raise InvalidArgument(f"{file} is not a regular file; name another file")
+        raise InvalidArgument(f"{file} is not a regular file; choose another file")
     _check_writable(file.parent, file)
 
 
 def _checked(path: str | os.PathLike[str]) -> Path:
-    """The path itself; InvalidArgument where the system has no such names, or a link there leads nowhere."""
+    """The path; InvalidArgument if it is not a valid path on this system, or contains a broken link."""
     path = Path(path)
     try:
         os.path.abspath(path)
     except OSError:
-        raise InvalidArgument(f"{path} cannot be written: the current folder is gone; name an absolute path") from None
+        raise InvalidArgument(
+            f"cannot write {path}: the current folder no longer exists; give an absolute path"
+        ) from None
     for part in (path, *path.parents):
         try:
             os.lstat(part)
@@ -60,9 +61,9 @@ def _checked(path: str | os.PathLike[str]) -> Path:
             continue
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise InvalidArgument(f"{str(path)[:200]!r} cannot be written: {reason}; name another output") from None
+            raise InvalidArgument(f"cannot write {str(path)[:200]!r}: {reason}; choose another output") from None
         if not os.path.exists(part):
-            raise InvalidArgument(f"{part} is a link that leads nowhere; remove it or name another output")
+            raise InvalidArgument(f"{part} is a broken link; remove it or choose another output")
         break
     return path
 
@@ -70,6 +71,6 @@ def _checked(path: str | os.PathLike[str]) -> Path:
 def _check_writable(folder: Path, output: Path) -> None:
     there = next(part for part in (folder, *folder.parents) if part.exists())
     if not there.is_dir():
-        raise InvalidArgument(f"{output} cannot be written: {there} is a file")
+        raise InvalidArgument(f"cannot write {output}: {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise InvalidArgument(f"{output} cannot be written: you may not write into {there}; name another output")
+        raise InvalidArgument(f"cannot write {output}: no permission to write to {there}; choose another output")

@@ -1,4 +1,4 @@
-"""Objects known by name: the package's own, and those that others register."""
+"""Registries: built-in and user-defined objects by name."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def _class_of(value: object) -> tuple[str, str]:
 
 
 class Registry(Generic[T]):
-    """Objects of one sort by name, in the order they were registered.
+    """Objects of one sort by name, in the order of their registration.
 
     Args:
-        sort: What the objects are, for errors ("limit", "layer kind").
-        home: Module that registers the package's own objects; imported the first time that anything is looked up, so
-            that importing `hub_mpq` stays light. None for a registry that starts empty.
+        sort: What the objects are, for error messages ("limit", "layer kind").
+        home: Module that registers the built-in objects; it is imported on the first lookup, so that importing
+            `hub_mpq` stays light. None for a registry that starts empty.
     """
 
     def __init__(self, sort: str, home: str | None = None) -> None:
@@ -36,42 +36,63 @@ class Registry(Generic[T]):
         self._filled = False
 
     def register(self, name: str, value: T) -> T:
-        """Make `value` known as `name` and return it.
+        """Register an object and return it.
 
-        A class of the user's, or an object of one, that is defined again (a cell of a notebook, a module that is loaded
-        as a script and by name) takes the place of the first.
+        A user-defined class, or an object of one, that is defined again (in a notebook cell, or by a module loaded both
+        as a script and by name) replaces the earlier one.
+
+        Args:
+            name: The name.
+            value: The object.
+
+        Returns:
+            `value`.
 
         Raises:
-            InvalidArgument: The name is not a word, or another object has it.
+            InvalidArgument: The name is not valid, or another object has it.
         """
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise InvalidArgument(f"a {self.sort} is named by letters, digits, '_', '.' and '-', not {name!r}")
+            raise InvalidArgument(
+                f"the name of a {self.sort} must be a letter followed by letters, digits, '_', '.' or '-', got {name!r}"
+            )
         if not (isinstance(value, type) and value.__module__.startswith(_PACKAGE)):
             self._fill()  # a name may be taken; the package's own classes are what it is filled with
         known = self._found.get(name)
         if known is not None and known is not value and known != value:
             (module, kind), (_, again) = _class_of(known), _class_of(value)
             if module.startswith(_PACKAGE) and kind != again:
-                raise InvalidArgument(f"{name!r} is a {self.sort} of hub_mpq itself; register {again} as another")
+                raise InvalidArgument(
+                    f"{name!r} is a built-in {self.sort} of hub_mpq; register {again} under another name"
+                )
             if kind != again or module.startswith(_PACKAGE):
-                raise InvalidArgument(f"a {self.sort} {name!r} is registered already ({module}.{kind})")
+                raise InvalidArgument(f"{self.sort} {name!r} is already registered ({module}.{kind})")
         self._found[name] = value
         return value
 
     def unregister(self, name: str) -> None:
-        """Forget an object that was registered; nothing happens when there is none."""
+        """Remove an object; an unknown name is ignored.
+
+        Args:
+            name: The name.
+        """
         self._found.pop(name, None)
 
     def get(self, name: str) -> T:
-        """The object of a name.
+        """Look up an object.
+
+        Args:
+            name: The name.
+
+        Returns:
+            The object.
 
         Raises:
-            InvalidArgument: No such object; the error lists those that there are.
+            InvalidArgument: The name is unknown; the error lists the known ones.
         """
         self._fill()
         if name not in self._found:
-            known = ", ".join(self._found) or "none is registered"
-            raise InvalidArgument(f"unknown {self.sort} {name!r}; known: {known}")
+            choices = f"choose from {', '.join(self._found)}" if self._found else "none is registered"
+            raise InvalidArgument(f"unknown {self.sort} {name!r}; {choices}")
         return self._found[name]
 
     def __contains__(self, name: object) -> bool:
@@ -83,7 +104,11 @@ class Registry(Generic[T]):
         return iter(list(self._found.values()))
 
     def names(self) -> list[str]:
-        """Names of all objects."""
+        """Return the names of all objects.
+
+        Returns:
+            The names, in the order of registration.
+        """
         self._fill()
         return list(self._found)
 

@@ -1,4 +1,4 @@
-"""What a search answers."""
+"""The results of a search: policies, their costs, and how they were measured."""
 
 from __future__ import annotations
 
@@ -14,21 +14,41 @@ from .layer import LayerGraph
 
 @dataclass(frozen=True)
 class Policy:
-    """Widths of every quantized layer (fixed ones included), for the graph with this digest."""
+    """The bit-widths of all quantized layers of a model, fixed ones included.
+
+    Args:
+        bits: {layer: bit-widths}.
+        graph_digest: Digest of the model's layers, see `LayerGraph.digest`.
+
+    Example:
+        >>> from hub_mpq import Policy
+        >>> from hub_mpq.adapters import load
+        >>> policy = Policy.uniform(load("test_resnet", meta=True).graph, "W4A4")
+        >>> str(policy.bits["layer1.0.conv1"]), str(policy.bits["fc"])
+        ('W4A4', 'W8A8')
+    """
 
     bits: Mapping[str, LayerBits]
     graph_digest: str
 
     def check(self, graph: LayerGraph) -> None:
-        """Raise PolicyMismatch unless the policy speaks of exactly this graph's layers, InvalidArgument for a width or
-        groups that a layer can't take."""
+        """Check that the policy can be applied to a model.
+
+        Args:
+            graph: The model's layers.
+
+        Raises:
+            PolicyMismatch: The policy does not name exactly the model's layers.
+            InvalidArgument: A layer does not support its bit-widths or group size, or layers that share a weight have
+                different weight bit-widths.
+        """
         names, mine = set(graph.names), set(self.bits)
         if names != mine or self.graph_digest != graph.digest:
             raise PolicyMismatch(names - mine, mine - names)
         for layer in graph:
             if self.bits[layer.name].grouped and not layer.takes_groups:
                 raise InvalidArgument(
-                    f"layer {layer.name!r} is a {layer.kind}: its weight has no groups and no zero points"
+                    f"layer {layer.name!r} of kind {layer.kind!r} does not support group sizes or zero points"
                 )
             owner = layer.weight_owner
             if (
@@ -37,21 +57,33 @@ class Policy:
                 and self.bits[layer.name].of_weight != self.bits[owner].of_weight
             ):
                 raise InvalidArgument(
-                    f"layers {layer.name!r} and {owner!r} share one weight: give both the same width of weights"
+                    f"layers {layer.name!r} and {owner!r} share one weight: give both the same weight bits"
                 )
 
     @classmethod
     def uniform(cls, graph: LayerGraph, bits: LayerBits | str) -> Policy:
-        """One level for every searched layer; fixed layers keep theirs, embeddings a float input."""
+        """Make a policy with one level for all searched layers.
+
+        Args:
+            graph: The model's layers.
+            bits: The level, such as "W4A4".
+
+        Returns:
+            The policy. Fixed layers keep their bit-widths, and embeddings their float input.
+        """
         level = LayerBits.parse(bits) if isinstance(bits, str) else bits
         return cls({layer.name: layer.fixed or layer.fitted(level) for layer in graph}, graph.digest)
 
     def with_groups(self, graph: LayerGraph, group_size: int | None, symmetric: bool = True) -> Policy:
-        """The same widths, with groups and zero points in the searched layers that name neither.
+        """Return the same policy with a group size and symmetry in searched layers that do not specify them.
 
         Args:
-            graph: The layers.
-            group_size, symmetric: As in `LayerBits`.
+            graph: The model's layers.
+            group_size: The group size, see `LayerBits`.
+            symmetric: False for zero points.
+
+        Returns:
+            The new policy.
         """
         bits = dict(self.bits)
         for layer in graph.searched:
@@ -61,20 +93,42 @@ class Policy:
 
     @property
     def weights_alone(self) -> bool:
-        """Whether all inputs stay float."""
+        """Whether only weights are quantized: all inputs stay float."""
         return all(bits.activation == FLOAT_BITS for bits in self.bits.values())
 
     def to_dict(self) -> dict[str, Any]:
+        """Convert the policy to JSON values.
+
+        Returns:
+            {"graph_digest": digest, "bits": {layer: "W4A4"}}.
+        """
         return {"graph_digest": self.graph_digest, "bits": {k: str(self.bits[k]) for k in self.bits}}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Policy:
+        """Rebuild a policy from the result of `to_dict`.
+
+        Args:
+            data: The JSON values.
+
+        Returns:
+            The policy.
+        """
         return cls({name: LayerBits.parse(text) for name, text in data["bits"].items()}, data["graph_digest"])
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a policy costs, whole model: {limit name: amount}. BitOps are counts, sizes are bytes."""
+    """The cost of the whole model at a policy; indexing by the name of a limit returns an amount.
+
+    Args:
+        amounts: {limit: amount}, in the unit of each limit; for example counts of BitOps, bytes of sizes.
+
+    Example:
+        >>> from hub_mpq.core import Usage
+        >>> Usage({"bitops": 3.5e9, "size": 5.7e6})["size"]
+        5700000.0
+    """
 
     amounts: Mapping[str, float]
 
@@ -83,26 +137,32 @@ class Usage:
 
 
 LEAST_SPEARMAN = 0.8
-"""A prediction whose rank correlation with measurements is lower is poor."""
+"""Minimum rank correlation of a good prediction with the measurements."""
 SLOPES = (0.5, 2.0)
-"""A prediction in the measurement's own unit is poor where measured over predicted lies outside these."""
+"""Range of measured over predicted of a good prediction in the unit of the measurement."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One policy, measured on held-out items that chose nothing.
+    """A policy measured on held-out items that did not influence the choice.
 
     Args:
         name: "optimum", "uniform W3A3", "level W4A2", "greedy fill", "perturbed 7" or "refit".
-        policy: Its widths.
-        predicted: Sum of the scores of its layers; None where a layer has no score at its widths.
+        policy: The policy.
+        predicted: Sum of its layers' scores; None if a layer has no score at its bit-widths.
         divergence: Mean over the items of the task's distance from the float model, see `Task.divergence`; infinite
             for outputs that are not finite.
-        standard_error: Of that mean; the items of one sample count as dependent.
-        difference: Its divergence less the optimum's, item by item; 0 for the optimum.
-        difference_error: Standard error of that mean difference.
-        samples: How many samples it was measured on.
-        items: How many items (samples, tokens, pixels) of theirs count.
+        standard_error: Standard error of `divergence`; the items of one sample are treated as dependent.
+        difference: Mean difference of the divergence from the optimum's, item by item; 0 for the optimum.
+        difference_error: Standard error of `difference`.
+        samples: Number of samples that were measured.
+        items: Number of items (samples, tokens, pixels) in them.
+
+    Example:
+        >>> from hub_mpq import Policy
+        >>> from hub_mpq.core import Measurement
+        >>> Measurement("optimum", Policy({}, ""), 0.1, 0.12, 0.01, 0.0, 0.0, samples=64, items=64).divergence
+        0.12
     """
 
     name: str
@@ -116,25 +176,41 @@ class Measurement:
     items: int
 
     def to_dict(self) -> dict[str, Any]:
+        """Convert the measurement to JSON values.
+
+        Returns:
+            {field: value}.
+        """
         return {**asdict(self), "policy": self.policy.to_dict()}
 
 
 @dataclass(frozen=True)
 class PredictionCheck:
-    """What scores predict of random policies within the budget, laid beside what these measure.
+    """How well the scores predict the measured divergence of random policies within the budget.
 
-    A prediction is good where Spearman's rank correlation is at least 0.8 (`LEAST_SPEARMAN`) and, for scores in the
-    unit of the measurement, the slope is from 0.5 to 2 (`SLOPES`).
+    A prediction is good if Spearman's rank correlation is at least 0.8 and, for scores in the unit of the measurement,
+    the slope is between 0.5 and 2.
 
     Args:
         spearman: Rank correlation of predicted and measured divergence over the policies.
-        slope: Median over the policies of measured over predicted; None for scores that have no unit of divergence.
-        policies: How many there were.
-        samples, items: What each was measured on.
-        refitted: Whether scores that were refitted to the measurements predicted held-out policies better, so that
-            their optimum was measured too.
-        spearman_refit, slope_refit: Of the refit, each policy predicted by a fit on others; None where none was tried.
-        seconds, forwards: What the check took: wall time, forward passes of a batch.
+        slope: Median over the policies of measured over predicted; None for scores that are not in a unit of
+            divergence.
+        policies: Number of policies.
+        samples: Number of samples that each policy was measured on.
+        items: Number of items (samples, tokens, pixels) in them.
+        refitted: Whether scores refitted to the measurements predicted held-out policies better, so that their optimum
+            was measured too.
+        spearman_refit: Rank correlation of the refit, where each policy is predicted by a fit on others; None if no
+            refit was tried.
+        slope_refit: Slope of the refit; None if no refit was tried.
+        seconds: Wall time of the check.
+        forwards: Number of forward passes of a batch.
+
+    Example:
+        >>> from hub_mpq.core import PredictionCheck
+        >>> check = PredictionCheck(spearman=0.93, slope=1.2, policies=20, samples=256, items=256)
+        >>> print(check.good, check)
+        True prediction over 20 random policies: Spearman 0.93, slope 1.20
     """
 
     spearman: float
@@ -150,7 +226,7 @@ class PredictionCheck:
 
     @property
     def good(self) -> bool:
-        """Whether both figures are within the stated bounds."""
+        """Whether the rank correlation and the slope are within the bounds of a good prediction."""
         return self.spearman >= LEAST_SPEARMAN and (self.slope is None or SLOPES[0] <= self.slope <= SLOPES[1])
 
     def __str__(self) -> str:
@@ -159,22 +235,28 @@ class PredictionCheck:
         text = f"prediction over {self.policies} random policies: Spearman {self.spearman:.2f}{slope}{poor}"
         if self.spearman_refit is not None and self.slope_refit is not None:
             kept = "kept" if self.refitted else "not kept"
-            text += f"; refitted: {self.spearman_refit:.2f}, slope {self.slope_refit:.2f} on held-out policies, {kept}"
+            figures = f"Spearman {self.spearman_refit:.2f}, slope {self.slope_refit:.2f}"
+            text += f"; refit: {figures} on held-out policies, {kept}"
         return text
 
 
 @dataclass(frozen=True)
 class Validation:
-    """How a search's policy was chosen among measured ones.
+    """How the policy of a search was chosen among measured policies.
 
     Args:
-        done: Whether at least the optimum and uniform were compared.
-        verdict: What came out, in one sentence.
-        data: What was measured on.
-        choosing: Samples that the choice was made on.
-        reporting: Other samples, that the reported figures are of.
-        seconds: Wall time, the check of the prediction included.
-        forwards: Forward passes of a batch, of the float and of the quantized model.
+        done: Whether at least the optimum and the uniform policy were compared.
+        verdict: The outcome in one sentence.
+        data: Description of the data.
+        choosing: Number of samples used for the choice.
+        reporting: Number of other samples, used for the reported figures.
+        seconds: Wall time, including the check of the prediction.
+        forwards: Number of forward passes of a batch, of the float and of the quantized model.
+
+    Example:
+        >>> from hub_mpq.core import Validation
+        >>> print(Validation(done=False, verdict="there are no batches"))
+        not validated: there are no batches
     """
 
     done: bool
@@ -190,29 +272,41 @@ class Validation:
             return f"not validated: {self.verdict}"
         return (
             f"{self.verdict}; chosen on {self.choosing:,} samples of {self.data}, measured on {self.reporting:,} others"
-            f" with {self.forwards:,} forward passes in {self.seconds:.1f} s"
+            f" ({self.forwards:,} forward passes, {self.seconds:.1f} s)"
         )
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best policy for the scores with the proof that goes with it, and the policy that was chosen by measuring.
+    """The result of a search: the optimum of the scores with its proof, and the policy chosen by measuring.
 
     Args:
         policy: The policy to use.
-        usage: What it costs.
-        status: Of the optimum: "optimal" (proved), or "feasible" (a time limit struck).
-        objective, bound, gap: Of the optimum: its sum of scores, what no policy's can be better than, their distance.
-        seconds: Of the solver, building its table included.
-        strategy: What made the scores.
-        seed: Of the scores.
-        details: What else there is to say of the search, JSON values only.
-        optimum: The policy of the best sum of scores; None stands for `policy`.
-        chosen_by: Which measured policy `policy` is: "optimum", "uniform", "level W3A3", "greedy fill", "perturbed" or
-            "refit".
-        measurements: Policies on held-out items, the optimum first; empty where nothing was measured.
-        check: What the scores predict of random policies; None where that was not measured.
-        validation: How the policy was chosen; None where that was not asked for.
+        usage: Its cost.
+        status: Status of the optimum: "optimal" (proved), or "feasible" (the time limit was reached).
+        objective: Sum of scores of the optimum.
+        bound: Bound on the sum of scores of any policy.
+        gap: Distance between `objective` and `bound`.
+        seconds: Time of the solver, including the construction of its table.
+        strategy: Name of the strategy that made the scores.
+        seed: Random seed of the scores.
+        details: Further facts about the search, JSON values only.
+        optimum: The policy with the best sum of scores; None if it is `policy`.
+        chosen_by: Which of the measured policies `policy` is: "optimum", "uniform", "level W3A3", "greedy fill",
+            "perturbed" or "refit".
+        measurements: Policies measured on held-out items, the optimum first; empty if nothing was measured.
+        check: How well the scores predict random policies; None if that was not measured.
+        validation: How the policy was chosen; None if validation was not requested.
+
+    Example:
+        >>> from hub_mpq import HubMPQ, Indicators
+        >>> from hub_mpq.adapters import load
+        >>> mpq = HubMPQ(load("test_resnet", meta=True))  # or HubMPQ.from_pretrained("test_resnet")
+        >>> scores = {layer.name: {2: 0.2, 4: 0.1} for layer in mpq.graph}
+        >>> mpq.scores = Indicators(scores, scores)
+        >>> result = mpq.search(bitops="W3A3", candidates=[2, 4])
+        >>> result.status, result.chosen_by, result.optimum == result.policy
+        ('optimal', 'optimum', True)
     """
 
     policy: Policy
@@ -236,7 +330,11 @@ class SearchResult:
             object.__setattr__(self, "optimum", self.policy)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values; a figure that is not finite is None."""
+        """Convert the result to JSON values.
+
+        Returns:
+            {field: value}; numbers that are not finite become None.
+        """
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         found |= {"policy": self.policy.to_dict(), "usage": dict(self.usage.amounts), "details": dict(self.details)}
         found["optimum"] = None if self.optimum is None else self.optimum.to_dict()
@@ -247,7 +345,7 @@ class SearchResult:
 
 
 def _json(tree: Any) -> Any:
-    """JSON values, in which what is not finite is null."""
+    """JSON values, with None for numbers that are not finite."""
     if isinstance(tree, Mapping):
         return {key: _json(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):

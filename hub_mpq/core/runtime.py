@@ -1,4 +1,4 @@
-"""What runs a quantized model: the interface of a runtime, and the registry of all runtimes."""
+"""The interface of a runtime (a library that executes quantized models), and the registry of runtimes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ from .registry import Registry
 
 @dataclass(frozen=True)
 class RuntimeLayers:
-    """What a runtime does with each quantized layer of a model.
+    """How a runtime computes each quantized layer of a model.
 
     Args:
         runtime: Name of the runtime.
         integer: Names of the layers that compute in integers.
-        float: {name: why it computes in float}.
+        float: {layer: why it computes in float}.
+
+    Example:
+        >>> from hub_mpq.core import RuntimeLayers
+        >>> layers = RuntimeLayers("onednn", integer=("conv1",), float={"fc": "its input stays float"})
+        >>> len(layers.integer), layers.float["fc"]
+        (1, 'its input stays float')
     """
 
     runtime: str
@@ -32,11 +38,16 @@ class Runtime(ABC):
     """A library that executes quantized models.
 
     Attributes:
-        name: Name of the runtime, as `runtime=` and `--runtime`.
-        generates: Whether models that it runs can `generate`.
-        time_by_width: Whether a layer's time depends on its widths. False: one kernel computes all of the menu.
-        package: The distribution and module that computes, whose version figures are of.
-        extra: The extra of hub-mpq that installs it; "" where nothing needs to be.
+        name: Name of the runtime, as in `runtime=` and `--runtime`.
+        generates: Whether its models support `generate`.
+        time_by_width: Whether a layer's time depends on its bit-widths. False if one kernel computes the whole menu.
+        package: Distribution and module that does the computation; figures are reported with its version.
+        extra: Extra of hub-mpq that installs it; "" if none is needed.
+
+    Example:
+        >>> from hub_mpq.core import runtimes
+        >>> runtimes.get("torch").available() is None
+        True
     """
 
     name: str
@@ -46,41 +57,53 @@ class Runtime(ABC):
     extra: ClassVar[str] = ""
 
     def available(self) -> str | None:
-        """Why the runtime cannot be used on this machine, in a few words; None when it can."""
+        """Return why the runtime cannot be used on this machine.
+
+        Returns:
+            The reason in a few words; None if the runtime can be used.
+        """
         if self.extra:
             try:
                 import_module(self.package)
             except Exception as error:  # what an installed package cannot load is an OSError, or of its own kind
-                return f"it needs pip install 'hub-mpq[{self.extra}]' ({error})"
+                return f"it requires `pip install 'hub-mpq[{self.extra}]'` ({error})"
         return None
 
     @abstractmethod
     def menu(self, layer: LayerSpec) -> tuple[LayerBits, ...]:
-        """All widths at which it computes a layer in integers and exactly on this CPU, ascending; () where none."""
+        """Return the bit-widths at which a layer is computed exactly, in integers, on this CPU.
+
+        Args:
+            layer: The layer.
+
+        Returns:
+            The bit-widths, ascending; () if there are none.
+        """
 
     @abstractmethod
     def build(self, model: Any, example: Any) -> tuple[Any, RuntimeLayers]:
-        """A module with the forward of `model` that computes on this runtime.
+        """Build a module that computes the forward pass of a model on this runtime.
 
         Args:
-            model: The quantized network (an nn.Module), with quantizers or packed; it stays as it is.
-            example: One batch, a tuple of positional arguments or a mapping of keyword arguments. Batch and length of
-                later calls may differ.
+            model: The quantized network (an `nn.Module`), with quantizers or packed; it is not modified.
+            example: One batch: a tuple of positional arguments or a mapping of keyword arguments. Later calls may have
+                other batch sizes and lengths.
 
         Returns:
-            (the module, an object of the model's class or of a subclass where that has a meaning; its layers).
+            (the module, its `RuntimeLayers`). The module is an instance of the model's class or a subclass where that
+            is meaningful.
 
         Raises:
-            HubMPQError: The model cannot run here, with the reason.
+            HubMPQError: The model cannot run on this runtime, with the reason.
         """
 
     @abstractmethod
     def observe(self, module: Any, batch: Any) -> Iterable[Any]:
-        """What each layer that computes in integers got and gave in one run, to compare with the exact result.
+        """Record the inputs and outputs of all layers that compute in integers, to compare them with the exact result.
 
         Args:
-            module: As `build` made it.
-            batch: As `example` of `build`.
+            module: A module made by `build`.
+            batch: One batch, like `example` of `build`.
 
         Returns:
             A `hub_mpq.runtime.certificate.LayerRun` for each layer.
@@ -94,9 +117,29 @@ R = TypeVar("R", bound=Runtime)
 
 
 def register_runtime(runtime: R) -> R:
-    """Make a runtime known by its name, and return it.
+    """Register a runtime.
+
+    Args:
+        runtime: The runtime; its name must be new.
+
+    Returns:
+        The same runtime.
 
     Raises:
-        InvalidArgument: The name is not a word, or another runtime has it.
+        InvalidArgument: The name is not valid, or another runtime has it.
+
+    Example:
+        >>> from hub_mpq import Runtime, register_runtime
+        >>> class Mine(Runtime):
+        ...     name = "mine"
+        ...
+        ...     def menu(self, layer):
+        ...         return ()
+        ...
+        ...     def build(self, model, example): ...  # return (module, RuntimeLayers)
+        ...
+        ...     def observe(self, module, batch):
+        ...         return []
+        >>> runtime = register_runtime(Mine())
     """
     return runtimes.register(getattr(runtime, "name", ""), runtime)  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""What a policy is made for: the menu of a program that others run, and the registry of all targets."""
+"""The interface of a target (a program or file format that policies are made for), and the registry of targets."""
 
 from __future__ import annotations
 
@@ -16,17 +16,24 @@ _FLOAT = LayerBits(FLOAT_BITS, FLOAT_BITS)
 
 
 class Target(ABC):
-    """A program, or a file format, that a policy is made for.
+    """A program or file format that a policy is made for.
 
-    A target that restricts nothing but widths needs `name` and `menu`.
+    A target that only restricts bit-widths needs `name` and `menu`.
 
     Attributes:
-        name: Name of the target, as `target=` and `--target`.
-        weight_only: Weights alone are quantized for it.
-        tied: Layers of one module that read one input (q, k, v; gate, up) are computed as one matrix, so their weights
-            take one choice.
-        own_size: What the file of the target is called in usage and reports, where its bytes are others than those of
-            the packed file; a `size` limit then counts these. "": the packed file counts.
+        name: Name of the target, as in `target=` and `--target`.
+        weight_only: Whether only weights are quantized.
+        tied: Whether layers of one module that read one input (q, k, v; gate, up) are computed as one matrix and so
+            must have the same bit-widths.
+        own_size: Name of the target's file in usage and reports, if its size differs from that of the packed file; a
+            `size` limit then counts its bytes. "" if the packed file counts.
+
+    Example:
+        >>> from hub_mpq.adapters import load
+        >>> from hub_mpq.core import LayerBits, targets
+        >>> layer = load("test_vit", meta=True).graph["blocks.0.mlp.fc1"]
+        >>> str(targets.get("onednn").level(layer, LayerBits(8, 8)))
+        'W7A8'
     """
 
     name: str
@@ -35,65 +42,101 @@ class Target(ABC):
     own_size: ClassVar[str] = ""
 
     def menu(self, layer: LayerSpec) -> tuple[LayerBits, ...]:
-        """All that a layer may become, ascending; () where it has to stay float. Inputs are float (32 bits) in layers
-        whose weight alone is quantized."""
+        """Return everything that a layer may become.
+
+        Args:
+            layer: The layer.
+
+        Returns:
+            The bit-widths, ascending; () if the layer must stay float. Inputs are float (32 bits) in layers whose
+            weight only is quantized.
+        """
         raise NotImplementedError
 
     def nbytes(self, layer: LayerSpec, bits: LayerBits) -> int:
-        """Bytes that a layer takes in the target's file, of a target with `own_size`.
+        """Return the bytes of a layer in the target's file; needed by targets with `own_size`.
 
         Args:
-            layer: The layer; one whose weight another layer owns takes none.
-            bits: One of its menu.
+            layer: The layer; one that shares another layer's weight takes none.
+            bits: Its bit-widths, from its menu.
+
+        Returns:
+            The bytes.
         """
         raise NotImplementedError
 
     def beside_nbytes(self, model: Any, graph: LayerGraph) -> int | None:
-        """Bytes of the target's file beside the layers, the same at every policy, of a target with `own_size`.
+        """Return the bytes of the target's file without the layers, equal for all policies; needed with `own_size`.
 
         Args:
-            model: The network (an nn.Module), float or quantized, perhaps on the meta device.
+            model: The network (an `nn.Module`), float or quantized, possibly on the meta device.
             graph: Its layers.
 
         Returns:
-            The bytes; None where they are not known, and `size` can be no limit.
+            The bytes; None if they are not known, in which case `size` cannot be limited.
         """
         raise NotImplementedError
 
     def notes(self, graph: LayerGraph) -> tuple[str, ...]:
-        """What a user of the target should know about a model, one sentence each."""
+        """Return what a user of the target should know about a model.
+
+        Args:
+            graph: The model's layers.
+
+        Returns:
+            The notes, one sentence each.
+        """
         return ()
 
     def level(self, layer: LayerSpec, bits: LayerBits) -> LayerBits:
-        """The choice that a level such as "W4" stands for in a layer [our construction].
+        """Return the choice from a layer's menu that a level such as "W4" stands for.
 
-        It is the level itself where the menu has it. Else the narrowest width that is not narrower, or the widest
-        there is; of that width groups and zero points as asked, or else the first of the menu. Where a pair of widths
-        is missing, the weight is the narrower one: W7A8 stands for W8A8.
+        It is the level itself if the menu has it; else the narrowest bit-width that is not narrower, or the widest one;
+        at that bit-width, the requested group size and zero points, or else the first entry of the menu. If a pair of
+        bit-widths is missing, the weight is narrowed: W8A8 becomes W7A8. Our construction.
+
+        Args:
+            layer: The layer.
+            bits: The level.
+
+        Returns:
+            The choice.
 
         Raises:
-            InvalidArgument: The layer has to stay float.
+            InvalidArgument: The layer must stay float.
         """
         alone = self.weight_only or layer.weight_only
         return nearest(self.checked_menu(layer), bits.of_weight if alone else bits)
 
     def levels(self, graph: LayerGraph, bits: Mapping[str, LayerBits]) -> dict[str, LayerBits]:
-        """`level` in several layers by name; an embedding whose weight another layer shares takes that one's width."""
+        """Apply `level` to several layers.
+
+        Args:
+            graph: The model's layers.
+            bits: {layer: level}.
+
+        Returns:
+            {layer: choice}; an embedding that shares its weight takes the bit-width of the other layer.
+        """
         return graph.with_shared_weights({name: self.level(graph[name], b) for name, b in bits.items()})
 
     def candidates(self, layer: LayerSpec, asked: Candidates, *, all_widths: bool = False) -> Candidates:
-        """What a layer may choose from: what was asked for, as far as the menu has it.
+        """Restrict the requested candidates of a layer to its menu.
 
-        Where the menu has none of the group sizes, as where none was asked for of a target whose types all have groups,
-        all of its own serve. Zero points that were asked for are left out where it has none.
+        If the menu has none of the requested group sizes (for example because none was requested and all types of the
+        target have groups), all of its group sizes are candidates. Requested zero points are dropped where the menu has
+        none.
 
         Args:
             layer: The layer.
-            asked: Candidates of the user.
-            all_widths: No widths were asked for: take all of the menu.
+            asked: The requested candidates.
+            all_widths: Whether no bit-widths were requested; the whole menu is then used.
+
+        Returns:
+            The candidates.
 
         Raises:
-            InvalidArgument: The layer has to stay float, or the menu has none of the widths.
+            InvalidArgument: The layer must stay float, or the menu has none of the bit-widths.
         """
         menu, alone = self.checked_menu(layer), self.weight_only or layer.weight_only
         inputs = (FLOAT_BITS,) if alone else asked.activation
@@ -102,7 +145,8 @@ class Target(ABC):
         found = [b for b in menu if b in named] if asked.menu else list(menu) if all_widths else widths
         if not found:
             raise InvalidArgument(
-                f"target {self.name!r}: layer {layer.name!r} takes {_listed(menu)} bits, none of the candidates"
+                f"target {self.name!r} supports none of the candidates of layer {layer.name!r}; "
+                f"choose from {_listed(menu)}"
             )
         if asked.menu is None and (grouped := [b for b in found if b.group_size in asked.group_size]):
             zeros = {(b.weight, b.group_size) for b in grouped if not b.symmetric and not asked.symmetric}
@@ -110,36 +154,64 @@ class Target(ABC):
         return Candidates(activation=(FLOAT_BITS,) if self.weight_only else asked.activation, menu=tuple(found))
 
     def checked_menu(self, layer: LayerSpec) -> tuple[LayerBits, ...]:
-        """The menu of a layer; InvalidArgument, with the way out, where it has to stay float."""
+        """Return the menu of a layer that must not be empty.
+
+        Args:
+            layer: The layer.
+
+        Returns:
+            The menu.
+
+        Raises:
+            InvalidArgument: The layer must stay float; the error names the option that excludes it.
+        """
         menu = self.menu(layer)
         if not menu:
             raise InvalidArgument(
                 f"target {self.name!r} has no quantized form for layer {layer.name!r} ({layer.kind}, "
-                f"{list(layer.weight_shape)}): leave it float with exclude=[{layer.name!r}]"
+                f"{list(layer.weight_shape)}); keep it float with exclude=[{layer.name!r}]"
             )
         return menu
 
     def check_layer(self, layer: LayerSpec, bits: LayerBits) -> None:
-        """Raise InvalidArgument, naming the nearest choice, for widths of a layer that the target cannot run."""
+        """Check that the target can run a layer at its bit-widths.
+
+        Args:
+            layer: The layer.
+            bits: Its bit-widths.
+
+        Raises:
+            InvalidArgument: It cannot; the error names the nearest choice.
+        """
         menu = self.menu(layer)
         if bits not in (*menu, _FLOAT):
-            instead = f"; the nearest is {nearest(menu, bits)}" if menu else ""
-            raise InvalidArgument(f"target {self.name!r} has no form of layer {layer.name!r} at {bits}{instead}")
+            instead = f"; the nearest choice is {nearest(menu, bits)}" if menu else ""
+            raise InvalidArgument(f"target {self.name!r} does not support layer {layer.name!r} at {bits}{instead}")
 
     def check(self, graph: LayerGraph, policy: Policy) -> None:
-        """Raise InvalidArgument, naming a layer, for a policy that the target cannot run."""
+        """Check that the target can run a policy.
+
+        Args:
+            graph: The model's layers.
+            policy: The policy.
+
+        Raises:
+            InvalidArgument: It cannot; the error names a layer.
+        """
         tied: dict[str, tuple[str, LayerBits]] = {}
         for layer in graph:
             bits = policy.bits[layer.name]
             if self.weight_only and bits.activation != FLOAT_BITS:
-                raise InvalidArgument(f"target {self.name!r} quantizes weights alone; layer {layer.name!r} is {bits}")
+                raise InvalidArgument(
+                    f"target {self.name!r} quantizes weights only, but layer {layer.name!r} is at {bits}"
+                )
             self.check_layer(layer, bits)
             if self.tied and layer.activation_tie is not None:
                 first, same = tied.setdefault(layer.activation_tie, (layer.name, bits))
                 if same != bits:
                     raise InvalidArgument(
-                        f"target {self.name!r} computes {first!r} and {layer.name!r} as one matrix: they are at {same} "
-                        f"and {bits}"
+                        f"target {self.name!r} computes {first!r} and {layer.name!r} as one matrix, so their "
+                        f"bit-widths must be equal, got {same} and {bits}"
                     )
 
 
@@ -150,18 +222,25 @@ T = TypeVar("T", bound=Target)
 
 
 def register_target(target: T) -> T:
-    """Make a target known by its name, and return it.
+    """Register a target.
+
+    Args:
+        target: The target; its name must be new.
+
+    Returns:
+        The same target.
 
     Raises:
-        InvalidArgument: The name is not a word, or another target has it.
+        InvalidArgument: The name is not valid, or another target has it.
 
     Example:
+        >>> from hub_mpq import LayerBits, Target, register_target
         >>> class Eight(Target):
         ...     name = "eight"
         ...
         ...     def menu(self, layer):
         ...         return (LayerBits(8, 32),)
-        >>> register_target(Eight())
+        >>> target = register_target(Eight())
     """
     targets.register(getattr(target, "name", ""), target)
     return target
@@ -169,6 +248,6 @@ def register_target(target: T) -> T:
 
 def _listed(menu: tuple[LayerBits, ...]) -> str:
     if all(b.activation == FLOAT_BITS for b in menu):
-        return ", ".join(map(str, sorted({b.weight for b in menu})))
+        return f"{', '.join(map(str, sorted({b.weight for b in menu})))} bits"
     missing = {(w, a) for w in range(1, 9) for a in range(1, 9)} - {(b.weight, b.activation) for b in menu}
-    return "1 to 8" + (f", but for {', '.join(f'W{w}A{a}' for w, a in sorted(missing))}," if missing else "")
+    return "1 to 8 bits" + (f" (except {', '.join(f'W{w}A{a}' for w, a in sorted(missing))})" if missing else "")

@@ -1,4 +1,4 @@
-"""Bytes of quantized inputs, all of one sample together and the largest of them."""
+"""Bytes of the quantized inputs of one sample: their total, and the largest one."""
 
 from __future__ import annotations
 
@@ -10,27 +10,73 @@ from ..core.limit import LayerAt
 
 
 def activation_nbytes(layer: LayerSpec, bits: LayerBits) -> int:
-    """Bytes of the layer's quantized input for one sample, rounded up; 0 for a layer that reads indices."""
+    """Compute the bytes of a layer's quantized input for one sample.
+
+    Args:
+        layer: The layer.
+        bits: Its bit-widths.
+
+    Returns:
+        The bytes, rounded up; 0 for a layer without a quantized input.
+
+    Example:
+        >>> from hub_mpq.adapters import load
+        >>> from hub_mpq.core import LayerBits
+        >>> from hub_mpq.cost import activation_nbytes
+        >>> activation_nbytes(load("test_resnet", meta=True).graph["fc"], LayerBits(8, 4))
+        48
+    """
     return 0 if layer.weight_only else -(-layer.activation_count * bits.activation // 8)
 
 
 def activation_memory(graph: LayerGraph, policy: Policy) -> int:
-    """Bytes of all quantized inputs of one sample together.
+    """Compute the total bytes of all quantized inputs of one sample.
 
-    A tensor that several layers read counts once for each width that they read it at.
+    A tensor that several layers read counts once for each bit-width at which it is read.
+
+    Args:
+        graph: The model's layers.
+        policy: The policy.
+
+    Returns:
+        The bytes.
+
+    Example:
+        >>> from hub_mpq.adapters import load
+        >>> from hub_mpq.core import Policy
+        >>> from hub_mpq.cost import activation_memory
+        >>> graph = load("test_resnet", meta=True).graph
+        >>> activation_memory(graph, Policy.uniform(graph, "W4A4"))
+        309296
     """
     policy.check(graph)
     return sum(_buffers((layer, policy.bits[layer.name]) for layer in graph).values())
 
 
 def activation_peak(graph: LayerGraph, policy: Policy) -> int:
-    """Bytes of the largest quantized input of one sample."""
+    """Compute the bytes of the largest quantized input of one sample.
+
+    Args:
+        graph: The model's layers.
+        policy: The policy.
+
+    Returns:
+        The bytes.
+
+    Example:
+        >>> from hub_mpq.adapters import load
+        >>> from hub_mpq.core import Policy
+        >>> from hub_mpq.cost import activation_peak
+        >>> graph = load("test_resnet", meta=True).graph
+        >>> activation_peak(graph, Policy.uniform(graph, "W4A4"))
+        76800
+    """
     policy.check(graph)
     return max((activation_nbytes(layer, policy.bits[layer.name]) for layer in graph), default=0)
 
 
 def _buffers(layers: Iterable[LayerAt]) -> dict[tuple[str, int], int]:
-    """{(first reader of a tensor, width): bytes}."""
+    """{(first reader of a tensor, bit-width): bytes}."""
     out: dict[tuple[str, int], int] = {}
     for layer, bits in layers:
         at = layer.buffer, bits.activation
@@ -39,7 +85,7 @@ def _buffers(layers: Iterable[LayerAt]) -> dict[tuple[str, int], int]:
 
 
 class _Activations(Limit):
-    """What both limits on inputs share: the cost of a layer is the bytes of its quantized input."""
+    """Common base of the limits on inputs: the cost of a layer is the bytes of its quantized input."""
 
     unit = "B"
     whole_numbers = True
@@ -53,14 +99,14 @@ class _Activations(Limit):
 
 
 class ActivationMemory(_Activations):
-    """Bytes of all quantized inputs of one sample together.
+    """Total bytes of all quantized inputs of one sample.
 
-    A tensor that several layers read is one buffer where they read it at one width, and one for each width where a
-    policy gives them several. A search under this limit considers one width only, so that the solver's sum is exact.
+    A tensor that several layers read is stored once per bit-width at which it is read. A search under this limit gives
+    all its readers one bit-width, so that the solver's sum is exact.
     """
 
     name, label = "activation_memory", "quantized activations of one sample"
-    help = 'Bytes of all quantized inputs of a sample ("200KB") or a level ("A4").'
+    help = 'Total bytes of all quantized inputs of one sample ("200KB"), or a level ("A4").'
     one_input = True
 
     def together(self, layers: Sequence[LayerAt], beside: Sequence[LayerAt] = ()) -> int:
@@ -77,7 +123,7 @@ class ActivationPeak(_Activations):
     """Bytes of the largest quantized input of one sample."""
 
     name, label = "activation_peak", "largest quantized activation of one sample"
-    help = 'Bytes of the largest quantized input ("50KB") or a level ("A4").'
+    help = 'Bytes of the largest quantized input of one sample ("50KB"), or a level ("A4").'
     over = "max"
 
     def reduction(self, graph: LayerGraph) -> Reduction:

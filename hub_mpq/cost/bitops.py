@@ -1,4 +1,4 @@
-"""BitOps: multiply-accumulates times weight bits times activation bits, per sample (LIMPQ §3.4)."""
+"""BitOps per sample: multiply-accumulates × weight bits × activation bits, as in the paper (LIMPQ, §3.4)."""
 
 from __future__ import annotations
 
@@ -6,19 +6,68 @@ from ..core import FLOAT_BITS, FloatOp, LayerBits, LayerGraph, LayerSpec, Limit,
 
 
 def layer_bitops(layer: LayerSpec, bits: LayerBits) -> int:
-    """BitOps of one layer at these widths, exact. An embedding multiplies nothing: 0."""
+    """Compute the BitOps of one layer for one sample.
+
+    Args:
+        layer: The layer.
+        bits: Its bit-widths.
+
+    Returns:
+        MACs × weight bits × activation bits; 0 for an embedding, which does no multiplications.
+
+    References:
+        LIMPQ (Tang et al., ECCV 2022), §3.4.
+
+    Example:
+        >>> from hub_mpq.adapters import load
+        >>> from hub_mpq.core import LayerBits
+        >>> from hub_mpq.cost import layer_bitops
+        >>> layer_bitops(load("test_resnet", meta=True).graph["fc"], LayerBits(4, 4))
+        1536000
+    """
     return layer.macs * bits.weight * bits.activation
 
 
 def float_bitops(op: FloatOp) -> int:
-    """BitOps of work that stays float: 32×32 a multiply-accumulate."""
+    """Compute the BitOps of work that stays float, at 32×32 bits per multiply-accumulate.
+
+    Args:
+        op: The work.
+
+    Returns:
+        The BitOps for one sample.
+
+    Example:
+        >>> from hub_mpq.adapters import load
+        >>> from hub_mpq.cost import float_bitops
+        >>> graph = load("test_resnet", meta=True, exclude=["fc"]).graph
+        >>> [float_bitops(op) for op in graph.floats]
+        [98304000]
+    """
     return op.macs * FLOAT_BITS * FLOAT_BITS
 
 
 def bitops_breakdown(graph: LayerGraph, policy: Policy) -> dict[str, int]:
-    """BitOps by part: searched and fixed layers, layers left float, products of two activations.
+    """Compute the BitOps of each part of a model for one sample.
 
-    Raises PolicyMismatch when the policy is for another graph. The parts add up to `graph_bitops`.
+    Args:
+        graph: The model's layers.
+        policy: The policy.
+
+    Returns:
+        {"searched", "fixed", "float" (layers that stay float), "attention" (products of two activations): BitOps};
+        they add up to `graph_bitops`.
+
+    Raises:
+        PolicyMismatch: The policy is for another model.
+
+    Example:
+        >>> from hub_mpq.adapters import load
+        >>> from hub_mpq.core import Policy
+        >>> from hub_mpq.cost import bitops_breakdown
+        >>> graph = load("test_resnet", meta=True).graph
+        >>> bitops_breakdown(graph, Policy.uniform(graph, "W4A4"))
+        {'searched': 1594982400, 'fixed': 183091200, 'float': 0, 'attention': 0}
     """
     policy.check(graph)
     parts = {"searched": 0, "fixed": 0, "float": 0, "attention": 0}
@@ -30,20 +79,51 @@ def bitops_breakdown(graph: LayerGraph, policy: Policy) -> dict[str, int]:
 
 
 def graph_bitops(graph: LayerGraph, policy: Policy) -> int:
-    """BitOps of the whole model for one sample, float work included."""
+    """Compute the BitOps of the whole model for one sample, including float work.
+
+    Args:
+        graph: The model's layers.
+        policy: The policy.
+
+    Returns:
+        The BitOps.
+
+    Example:
+        >>> from hub_mpq.adapters import load
+        >>> from hub_mpq.core import Policy, human
+        >>> from hub_mpq.cost import graph_bitops
+        >>> graph = load("test_resnet", meta=True).graph
+        >>> human(graph_bitops(graph, Policy.uniform(graph, "W4A4")))
+        '1.778 G'
+    """
     return sum(bitops_breakdown(graph, policy).values())
 
 
 def level_bitops(graph: LayerGraph, level: LayerBits | str) -> int:
-    """BitOps of the whole model with every searched layer at one level; fixed layers keep their widths."""
+    """Compute the BitOps of the whole model with all searched layers at one level.
+
+    Args:
+        graph: The model's layers.
+        level: The level, such as "W4A4"; fixed layers keep their bit-widths.
+
+    Returns:
+        The BitOps for one sample.
+
+    Example:
+        >>> from hub_mpq.adapters import load
+        >>> from hub_mpq.core import human
+        >>> from hub_mpq.cost import level_bitops
+        >>> human(level_bitops(load("test_resnet", meta=True).graph, "W8A8"))
+        '6.563 G'
+    """
     return graph_bitops(graph, Policy.uniform(graph, level))
 
 
 class BitOps(Limit):
-    """BitOps of the whole model for one sample; work that stays float counts 32×32 bits."""
+    """BitOps of the whole model for one sample; float work counts at 32×32 bits."""
 
     name, label = "bitops", "BitOps of the whole model"
-    help = 'BitOps of one sample: a level ("W4A4") or the whole model ("34.7G").'
+    help = 'BitOps of the whole model for one sample ("34.7G"), or a level ("W4A4").'
     whole_numbers = True
     level_parts = ("weight", "activation")
 

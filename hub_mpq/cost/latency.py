@@ -1,4 +1,4 @@
-"""Seconds of one call, from a table that was measured."""
+"""Seconds of one call, from a measured table."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from ..errors import InvalidArgument
 
 
 class Latency(Limit):
-    """Seconds of one call of the whole model, by a table of `HubMPQ.measure_latency`.
+    """Seconds of one call of the whole model, from a table of `HubMPQ.measure_latency`.
 
     Args:
-        table: The table of a budget; None: there is none, and nothing is known.
+        table: The table of the budget; without one the limit cannot be evaluated.
     """
 
     name, unit, label = "latency", "s", "latency of one call"
-    help = 'Time of one call ("5ms") at the runtime, batch and threads of --latency-table.'
+    help = 'Time of one call ("5ms") at the runtime, batch size and threads of --latency-table.'
 
     def __init__(self, table: LatencyTable | None = None) -> None:
         self.table = table

@@ -1,4 +1,4 @@
-"""Bytes of a packed weight and of everything a layer stores beside it: exact integers, as hub_mpq.pack writes them."""
+"""Bytes of packed weights and of what else a layer stores: exact, as `hub_mpq.pack` writes them."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from ..errors import InvalidArgument
 
 
 def packed_shape(kind: str, weight_shape: Sequence[int], num_bits: int) -> tuple[int, ...]:
-    """Shape, in int32 words, of `<layer>.weight_packed`: [rows, ceil(cols·b/32)], or [ceil(count·b/32)] for a kind that
-    is packed as one stream.
+    """Shape of `<layer>.weight_packed` in int32 words.
 
-    `weight_shape` is the module's own. InvalidArgument for an unknown kind, width or number of axes.
+    It is [rows, ceil(cols·b/32)], or [ceil(count·b/32)] for a kind that is packed as one stream. `weight_shape` is the
+    shape of the module's weight. Raises InvalidArgument for an unknown kind, bit-width or number of axes.
     """
     bits = check_width(num_bits)
     row_axes = layer_kinds.get(kind).row_axes
     if row_axes is None:
         if len(weight_shape) <= layer_kinds.get(kind).channel_axis:
             many = "two axes" if layer_kinds.get(kind).channel_axis else "one axis"
-            raise InvalidArgument(f"a {kind} weight has at least {many}, not the shape {tuple(weight_shape)}")
+            raise InvalidArgument(f"a {kind} weight must have at least {many}, got shape {tuple(weight_shape)}")
         return (-(-math.prod(weight_shape) * bits // 32),)
     if len(weight_shape) != (axes := 3 if row_axes[0] < 0 else 2):
         many = "two" if axes == 2 else "three"
-        raise InvalidArgument(f"a {kind} weight has {many} axes, not the shape {tuple(weight_shape)}")
+        raise InvalidArgument(f"a {kind} weight must have {many} axes, got shape {tuple(weight_shape)}")
     return (channel_count(kind, weight_shape), -(-weight_shape[row_axes[1]] * bits // 32))
 
 
 def row_shape(kind: str, weight_shape: Sequence[int]) -> tuple[int, int]:
-    """(rows, columns) of a weight that is packed row by row; a stack of matrices has the rows of all.
+    """(rows, columns) of a weight that is packed row by row; for a stack of matrices, the rows of all of them.
 
     Raises InvalidArgument for a kind whose weight is packed as one stream.
     """
     row_axes = layer_kinds.get(kind).row_axes
     if row_axes is None:
-        raise InvalidArgument(f"a {kind} weight has no groups and no zero points")
+        raise InvalidArgument(f"a {kind} weight cannot have groups or zero points")
     return channel_count(kind, weight_shape), weight_shape[row_axes[1]]
 
 
 def group_count(kind: str, weight_shape: Sequence[int], group_size: int | None) -> tuple[int, int]:
-    """(rows, groups of a row) of a weight that is packed row by row; a last group may be short.
+    """(rows, groups per row) of a weight that is packed row by row; the last group of a row may be shorter.
 
     Raises InvalidArgument for a kind whose weight is packed as one stream.
     """
@@ -49,8 +49,11 @@ def group_count(kind: str, weight_shape: Sequence[int], group_size: int | None) 
 
 
 def grid_nbytes(kind: str, weight_shape: Sequence[int], bits: LayerBits, *, per_channel: bool = True) -> int:
-    """Bytes of one weight's scales and zero points: float32 scales, one per output channel or one in all; of groups
-    float16 or bfloat16 ones; zero points of the weight's own width, in 32-bit words."""
+    """Bytes of one weight's scales and zero points.
+
+    Scales are float32, one per output channel or one in total; for groups they are float16 or bfloat16. Zero points
+    have the weight's bit-width and are packed into 32-bit words.
+    """
     if not bits.grouped:
         return 4 * (channel_count(kind, weight_shape) if per_channel else 1)
     rows, groups = group_count(kind, weight_shape, bits.group_size)
@@ -64,18 +67,18 @@ def packed_nbytes(kind: str, weight_shape: Sequence[int], num_bits: int) -> int:
 
 
 def channel_count(kind: str, weight_shape: Sequence[int]) -> int:
-    """Output channels of a weight (rows of an embedding; of a stack those of all its matrices): the number of its
-    per-channel scales."""
+    """The number of a weight's per-channel scales: its output channels, the rows of an embedding, or those of all
+    matrices of a stack."""
     axis = layer_kinds.get(kind).channel_axis
     return weight_shape[axis] * (math.prod(weight_shape[:-2]) if axis < 0 else 1)
 
 
 def layer_nbytes(layer: LayerSpec, bits: LayerBits, *, per_channel: bool = True, input_zero_point: bool = False) -> int:
-    """Bytes of the payload of a packed file that one layer takes at these widths (the header is not in it).
+    """Bytes that one layer takes in the payload of a packed file, without the header.
 
-    Packed weight, scales and zero points (`grid_nbytes`), the int64 weight shape, and, where the activation is
-    quantized, its float32 scale and with `input_zero_point` its int32 zero point. A float weight takes 4 bytes a value.
-    A layer whose weight another one owns stores its activation's part only.
+    They hold the packed weight, its scales and zero points (`grid_nbytes`), the int64 weight shape and, if the
+    activation is quantized, its float32 scale and, with `input_zero_point`, its int32 zero point. A float weight takes
+    4 bytes per value. A layer that shares another layer's weight stores the activation's part only.
     """
     total = 0
     if layer.weight_owner is None:
@@ -91,10 +94,10 @@ def layer_nbytes(layer: LayerSpec, bits: LayerBits, *, per_channel: bool = True,
 
 
 class Size(Limit):
-    """Bytes of the packed file, header included."""
+    """Bytes of the packed file, including its header."""
 
     name, unit, label = "size", "B", "packed file"
-    help = 'Bytes of the packed file ("5.7MB", "4MiB") or a level ("W4").'
+    help = 'Bytes of the packed file ("5.7MB", "4MiB"), or a level ("W4").'
     whole_numbers = True
     level_parts = ("weight",)
 

@@ -1,4 +1,4 @@
-"""Bits of weights: their mean, and how much smaller than float32 they are. Bytes of the packed file are in `size`."""
+"""Bits of weights: their mean, and the compression over float32. The bytes of the packed file are in `size`."""
 
 from __future__ import annotations
 
@@ -7,26 +7,60 @@ from ..errors import InvalidArgument
 
 
 def weight_bits(layer: LayerSpec, bits: LayerBits) -> int:
-    """Bits of the layer's weight alone, no scales; 0 when another layer owns the Parameter, so each counts once."""
+    """Compute the bits of a layer's weight, without scales.
+
+    Args:
+        layer: The layer.
+        bits: Its bit-widths.
+
+    Returns:
+        The bits; 0 if the layer shares another layer's weight, so that each weight counts once.
+
+    Example:
+        >>> from hub_mpq.adapters import load
+        >>> from hub_mpq.core import LayerBits
+        >>> from hub_mpq.cost import weight_bits
+        >>> weight_bits(load("test_resnet", meta=True).graph["fc"], LayerBits(4, 4))
+        384000
+    """
     return owned_weights(layer) * bits.weight
 
 
 def owned_weights(layer: LayerSpec) -> int:
-    """Weights of a layer that no other layer owns."""
+    """The number of a layer's weights; 0 if it shares another layer's weight."""
     return 0 if layer.weight_owner else layer.weight_count
 
 
 def mean_weight_bits(graph: LayerGraph, policy: Policy) -> float:
-    """Mean bits of the searched layers' weights, each weight counted once."""
+    """Compute the mean bit-width of the searched layers' weights, each weight counted once.
+
+    Args:
+        graph: The model's layers.
+        policy: The policy.
+
+    Returns:
+        The mean in bits.
+
+    Raises:
+        InvalidArgument: No layer is searched.
+
+    Example:
+        >>> from hub_mpq.adapters import load
+        >>> from hub_mpq.core import Policy
+        >>> from hub_mpq.cost import mean_weight_bits
+        >>> graph = load("test_resnet", meta=True).graph
+        >>> mean_weight_bits(graph, Policy.uniform(graph, "W4A4"))
+        4.0
+    """
     policy.check(graph)
     found = WeightBits().of_policy(graph, policy, 0)
     if found is None:
-        raise InvalidArgument("mean weight bits: no layer is searched")
+        raise InvalidArgument("cannot compute mean weight bits: no layer is searched")
     return found
 
 
 class _Weights(Limit):
-    """What both limits on weights share: the cost of a layer is the bits of its weight."""
+    """Common base of the limits on weights: the cost of a layer is the bits of its weight."""
 
     def of_layer(self, layer: LayerSpec, bits: LayerBits) -> int:
         return weight_bits(layer, bits)
@@ -36,15 +70,15 @@ class _Weights(Limit):
 
 
 class WeightBits(_Weights):
-    """Mean bits of the searched layers' weights, each weight counted once."""
+    """Mean bit-width of the searched layers' weights, each weight counted once."""
 
     name, label = "weight_bits", "mean bits of the searched weights"
-    help = "Mean bits of the searched weights."
+    help = "Mean bit-width of the searched weights."
 
     def amount(self, value: str | float) -> float:
         bits = parse_ratio(value, self.name)
         if not bits > 0:
-            raise InvalidArgument(f"weight_bits: {value!r} must be above zero")
+            raise InvalidArgument(f"weight_bits must be positive, got {value!r}")
         return bits
 
     def cap(self, graph: LayerGraph, value: float | LayerBits, base_bytes: int) -> float:
@@ -62,16 +96,16 @@ class WeightBits(_Weights):
 
 
 class Compression(_Weights):
-    """Float32 bytes of all quantized layers' weights over their packed bits (LIMPQ's ratio)."""
+    """Ratio of the float32 size of all quantized layers' weights to their packed size, as in the LIMPQ paper."""
 
     name, label, unit = "compression", "compression of the quantized weights", "x"
-    help = 'Float bytes over packed bytes of the quantized weights, at least ("12.2").'
+    help = 'Minimum ratio of float32 to packed size of the quantized weights ("12.2").'
     at_least = True
 
     def amount(self, value: str | float) -> float:
         ratio = parse_ratio(value)
         if not ratio >= 1:
-            raise InvalidArgument(f"compression: {value!r} must be at least 1")
+            raise InvalidArgument(f"compression must be at least 1, got {value!r}")
         return ratio
 
     def cap(self, graph: LayerGraph, value: float | LayerBits, base_bytes: int) -> float:

@@ -1,4 +1,4 @@
-"""The exact solver of tables: scores and costs in, the proved best choice of every layer out. NumPy and SCIP only."""
+"""The exact solver: from a table of scores and costs to the provably best choice per layer. NumPy and SCIP only."""
 
 from .solution import Solution
 from .solve import solve_table

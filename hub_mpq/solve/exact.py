@@ -1,4 +1,4 @@
-"""The last word on a policy: its cost and score from the table's own numbers, whole numbers exactly."""
+"""The score and costs of a policy from the table's own numbers; integers are summed exactly."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from .table import ParsedTable
 
 ROUNDING = 1e-12
-"""What a sum of fractional costs may pass its limit by, relative: its own rounding. Whole numbers: nothing."""
+"""Relative amount by which a sum of fractional costs may exceed its limit, for rounding; integers may not."""
 
 Amounts = Mapping[str, float]
 
 
 def total(values: Iterable[Any]) -> float:
-    """Exact int when all are whole numbers by type, else the correctly rounded float."""
+    """The exact sum if all values have an integer type, else the correctly rounded one."""
     numbers = list(values)
     if all(isinstance(v, Integral) for v in numbers):
         return sum(int(v) for v in numbers)
@@ -35,12 +35,12 @@ def usage(table: Mapping[str, Any], choices: Mapping[str, str], limits: Iterable
 
 
 def over(used: Amounts, limits: Amounts) -> list[str]:
-    """The limits that are passed."""
+    """The limits that are exceeded."""
     return [k for k, cap in limits.items() if used[k] > (cap if isinstance(used[k], int) else cap * (1 + ROUNDING))]
 
 
 def least(table: Mapping[str, Any], problem: ParsedTable) -> dict[str, float]:
-    """{limit: the least any policy reaches on it alone}, in closed form: the sum of each row's least cost."""
+    """{limit: minimum that any policy reaches}, each limit taken alone: the sum of each row's minimum cost."""
     layers, rows = table["layers"], list(zip(problem.names, problem.choices, strict=True))
 
     def cost(layer: str, choice: str, limit: str) -> Any:

@@ -1,4 +1,4 @@
-"""All part-policies of half of the rows whose reduced costs stay within a window."""
+"""Enumeration of the partial policies of half of the rows whose reduced costs stay within a window."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from .reduce import Core
 from .table import Floats
 
 MAX_STATES = 3_000_000
-"""More part-policies than this in one half, and the core goes to SCIP."""
+"""With more partial policies than this in one half, SCIP takes over."""
 MAX_WORK = 50_000_000
-"""Part-policies written in all windows together (one sorted counts as ten), before the core goes to SCIP."""
+"""With more partial policies than this in all windows together (a sorted one counts as ten), SCIP takes over."""
 
 
 @dataclass
 class Work:
-    """What is spent and may be spent: `deadline` on the clock of time.perf_counter, `done` part-policies written.
+    """The work done so far, and its limits.
 
-    The count, not the clock, decides when SCIP takes over, so that a slow machine gives the same answer.
+    `deadline` is a time of `time.perf_counter`; `done` counts the partial policies written. The count, not the clock,
+    decides when SCIP takes over, so that a slow machine gives the same answer.
     """
 
     deadline: float
@@ -33,7 +34,7 @@ class Work:
         self.done += amount
 
     def check(self, amount: int = 0) -> None:
-        """TooMany where `amount` more would be too much; OutOfTime past the deadline."""
+        """Raise TooMany if `amount` more would exceed the limit, OutOfTime after the deadline."""
         if self.done + amount > MAX_WORK:
             raise TooMany
         if time.perf_counter() > self.deadline:
@@ -41,17 +42,20 @@ class Work:
 
 
 class TooMany(Exception):
-    """The window holds more part-policies than are worth listing."""
+    """The window holds too many partial policies to list."""
 
 
 class OutOfTime(Exception):
-    """The time limit struck."""
+    """The time limit was reached."""
 
 
 @dataclass
 class _Step:
-    """How one row was added: the row of the core, its choices, how many columns there were before it, the column
-    each new one came from (per choice), and which of all these columns were kept (None: all)."""
+    """How one row was added.
+
+    `row` and `choices` of the core; `before`: number of columns before it; `origins`: per choice, the column that each
+    new one was derived from; `kept`: which of all these columns were kept (None: all).
+    """
 
     row: int
     choices: NDArray[np.intp]
@@ -62,7 +66,7 @@ class _Step:
 
 @dataclass
 class Half:
-    """Part-policies as columns of `state` (1 + m, N): sum of reduced costs, then costs above the base policy's."""
+    """Partial policies as columns of `state` (1 + m, N): sum of reduced costs, then costs above the base policy's."""
 
     state: Floats
     trail: list[_Step] = field(default_factory=list)
@@ -73,7 +77,7 @@ class Half:
         return cls(np.zeros((1 + m, 1)))
 
     def add(self, row: int, choices: NDArray[np.intp], steps: Floats, window: float, work: Work) -> None:
-        """Let `row` also take each of `choices` (q,), which changes the state by `steps` (1 + m, q)."""
+        """Let `row` also take each of `choices` (q,); each changes the state by a column of `steps` (1 + m, q)."""
         before = self.state
         blocks, origins, size = [before], [], before.shape[1]
         for step in steps.T:
@@ -91,7 +95,7 @@ class Half:
             raise TooMany
 
     def _merge(self) -> None:
-        """Of part-policies with equal costs keep the best: layers of equal shape make many of them."""
+        """Keep the best of partial policies with equal costs; layers of equal shape make many of them."""
         size = self.state.shape[1]
         weights = np.random.default_rng(0).random(len(self.state) - 1)
         order = np.lexsort((self.state[0], weights @ self.state[1:]))
@@ -105,7 +109,7 @@ class Half:
             self.merge_at = 16 * size
 
     def recall(self, column: int, choice: NDArray[np.intp]) -> None:
-        """Write the choices of one part-policy into `choice` (n,)."""
+        """Write the choices of one partial policy into `choice` (n,)."""
         for step in reversed(self.trail):
             if step.kept is not None:
                 column = int(step.kept[column])
@@ -120,9 +124,9 @@ class Half:
 
 
 def list_halves(core: Core, dual: Dual, window: float, work: Work) -> tuple[Half, Half]:
-    """Split the rows that can leave their base choice within `window` in two, and list both halves.
+    """Split the rows that can leave their base choice within `window` into two halves, and enumerate both.
 
-    Rows whose alternatives are dear come first (they add few part-policies), always to the smaller half.
+    Rows with expensive alternatives come first, since they add few partial policies; each is added to the smaller half.
     """
     m, n = len(core.caps), len(core.score)
     near = dual.reduced <= window

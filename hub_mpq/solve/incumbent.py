@@ -1,4 +1,4 @@
-"""A first policy when the exact search has not found one yet: repair, then exchanges for the better."""
+"""A first policy for when the exact search has not found one yet: repair, then improving exchanges."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from .lagrangian import Dual
 from .reduce import Core
 
 MAX_WORK = 50_000_000
-"""Costs of exchanges looked at in all steps together: beyond it a large table keeps the policy that it has."""
+"""Maximum number of exchange costs examined in all steps together; a large table then keeps its current policy."""
 MIN_STEPS = 50
-"""Steps that a large table takes whatever the time."""
+"""Steps that a large table takes even after the deadline."""
 
 
 def repair(core: Core, dual: Dual, deadline: float = math.inf) -> NDArray[np.intp] | None:
-    """A feasible policy (n,) near the dual's base policy, or None when none is met on the way.
+    """A feasible policy (n,) near the dual's base policy, or None if none is found.
 
-    Each step takes the exchanges that cost the least score per unit of violation they remove, violations counted in
-    parts of their cap: as many as remove half of it together, at least one. Then exchanges that lower the score, the
-    largest first, as many as fit together, until none is left.
+    Each step makes the exchanges that cost the least score per unit of removed violation, with violations relative to
+    their cap: as many as remove half of it together, at least one. Exchanges that lower the score follow, the largest
+    first, as many as fit together, until there are none.
 
-    `deadline`, on the clock of time.perf_counter: past it, and past `MIN_STEPS`, a policy that meets the limits is not
+    After `deadline`, a time of `time.perf_counter`, and after `MIN_STEPS`, a policy that meets the limits is not
     improved any further.
     """
     rows = np.arange(len(dual.base))

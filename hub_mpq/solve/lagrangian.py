@@ -1,9 +1,10 @@
-"""The Lagrangian bound: limits moved into the objective at a price.
+"""The Lagrangian bound: limits moved into the objective with prices.
 
 L(p) = Σ_rows min_choice (score + p·cost) − p·caps is a lower bound of every feasible policy for any prices p ≥ 0
 (Geoffrion 1974; for multiple-choice knapsacks its maximum is the LP bound, Sinha and Zoltners 1979). It is concave
-with kinks, so the minimum of each row is replaced by a soft minimum at a falling temperature, which Newton's method
-maximises in a few steps each. Whatever prices come out, the bound is then taken with the true minimum: it is valid.
+but not smooth, so the minimum of each row is replaced by a soft minimum at a falling temperature, which Newton's method
+maximises in a few steps each. The bound is then computed with the true minimum, so it is valid for whatever prices
+result.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from .table import Floats
 
 _COOLING, _STAGES, _NEWTON = 0.25, 11, 20
 MIN_WORK = 20_000_000
-"""Costs read before a time limit counts: a bound that says something is worth a second."""
+"""Costs read before a time limit takes effect: a useful bound is worth a second."""
 
 
 @dataclass(frozen=True)
 class Dual:
-    """Prices and what they say about a core.
+    """Prices of the limits, and the bound that they give.
 
-    `prices` (m,): score per unit of cost. `bound`: no policy of the core scores less. `base` (n,): the choice of
-    each row that is best at these prices. `reduced` (n, k): what another choice adds at least, 0 at `base`.
-    `slop`: rounding error that sums of these may carry.
+    `prices` (m,): score per unit of cost. `bound`: lower bound on the score of any policy of the core. `base` (n,): the
+    best choice of each row at these prices. `reduced` (n, k): the minimum that another choice adds, 0 at `base`.
+    `slop`: rounding error that sums of these may have.
     """
 
     prices: Floats
@@ -40,9 +41,9 @@ class Dual:
 
 
 def solve_dual(core: Core, deadline: float = math.inf) -> Dual:
-    """Prices near the best ones; NoPolicy when the bound passes the worst score there is.
+    """Nearly optimal prices; NoPolicy if the bound exceeds the worst possible score.
 
-    `deadline`, on the clock of time.perf_counter: past it, and past `MIN_WORK`, the best prices so far are taken.
+    After `deadline`, a time of `time.perf_counter`, and after `MIN_WORK`, the best prices so far are used.
     """
     scale = np.where(core.caps > 0, core.caps, 1.0)
     cost = core.cost / scale[:, None, None]
@@ -119,7 +120,7 @@ def _soft(
 
 
 def _newton(slope: Floats, curve: Floats, prices: Floats, unit: float) -> Floats:
-    """Ascent step in the prices that may move: those above zero, or pushed up from it."""
+    """Ascent step in the prices that can change: positive ones, and those with a positive slope."""
     step = np.zeros_like(prices)
     free = np.flatnonzero((prices > 0) | (slope > 0))
     if len(free):

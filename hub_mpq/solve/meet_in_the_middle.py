@@ -1,10 +1,10 @@
 """Exact search by meeting in the middle.
 
 With prices p and bound L, a feasible policy scores exactly L + Σ reduced costs + p·slack. So every policy within a
-window W of the bound is a pair of part-policies whose reduced costs sum to at most W and whose slacks lie in a box of
-sides W/p: a narrow box, found by sorting. If no pair is found, no policy scores below L + W: the window is a proved
-bound and grows. As soon as the best pair lies inside the window, it is the optimum (Horowitz and Sahni's split, 1974,
-over the core of reduced costs of Balas and Zemel, 1980).
+window W of the bound is a pair of partial policies whose reduced costs sum to at most W and whose slacks lie in a
+narrow box with sides W/p; such pairs are found by sorting. If there are none, no policy scores below L + W, so the
+window is a proved bound and is widened. Once the best pair lies inside the window, it is the optimum. The split is that
+of Horowitz and Sahni (1974), over the core of reduced costs of Balas and Zemel (1980).
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from .reduce import Core, NoPolicy
 from .table import Floats
 
 MAX_PAIRS = 100_000_000
-"""Pairs looked at in one window; above it the core goes to SCIP."""
+"""With more pairs than this in one window, SCIP takes over."""
 FEW_PAIRS = 1_000_000
-"""So many are looked at however far they lie from the bound: good policies early, for nothing."""
+"""Up to this many pairs are examined at any distance from the bound, which finds good policies early at no cost."""
 
 Accept = Callable[[NDArray[np.intp]], bool]
 
 
 @dataclass
 class Progress:
-    """What the search knows. `choice` (n,): best policy so far, None without one; it lies `above` the bound.
+    """The state of the search.
 
-    No policy lies below `proved` above the bound. `done`: the two have met (or the time is up: `out_of_time`).
+    `choice` (n,): the best policy so far, or None; its score is `above` over the bound. No policy's score is less than
+    `proved` over the bound. `done`: the two have met. `out_of_time`: the time limit was reached.
     """
 
     above: float = math.inf
@@ -50,10 +51,10 @@ class Progress:
 
 
 def search(core: Core, dual: Dual, accept: Accept, deadline: float, above: float = math.inf) -> Progress:
-    """Widen the window until it holds the optimum, or TooMany ends it. NoPolicy: the widest window holds none.
+    """Widen the window until it holds the optimum or too many pairs; NoPolicy if the widest window holds no policy.
 
-    `accept(choice)`: the exact check of a policy, asked only where the core is not exact. `above`: of a policy
-    known already.
+    `accept(choice)`: exact check of a policy, called only if the core is not exact. `above`: how far an already known
+    policy is above the bound.
     """
     out, work = Progress(above), Work(deadline)
     steps = np.sort(dual.reduced[(dual.reduced > dual.slop) & np.isfinite(dual.reduced)])
@@ -65,13 +66,13 @@ def search(core: Core, dual: Dual, accept: Accept, deadline: float, above: float
             last = window >= widest
             left, right = list_halves(core, dual, window + dual.slop, work)
             sizes = left.state.shape[1], right.state.shape[1]
-            # pairs outside the window are not all listed, but those that are give good policies early
+            # pairs outside the window are not all listed, but those that are listed give good policies early
             reach = math.inf if last or sizes[0] * sizes[1] <= FEW_PAIRS else 1.5 * window
             _join(core, dual, left, right, accept, work, out, reach)
             out.proved = min(window, out.above)
             if out.above <= window or last:
                 break
-            # part-policies grow like exp(sqrt(window)): this step makes about four times as many
+            # partial policies grow like exp(sqrt(window)): this step makes about four times as many
             window *= math.exp(2.5 / (math.log(sum(sizes)) + 1))
     except TooMany:
         return out
@@ -87,7 +88,7 @@ def search(core: Core, dual: Dual, accept: Accept, deadline: float, above: float
 def _join(
     core: Core, dual: Dual, left: Half, right: Half, accept: Accept, work: Work, out: Progress, reach: float
 ) -> None:
-    """Best feasible pair less than `reach` and less than `out.above` above the bound, into `out`."""
+    """Store in `out` the best feasible pair that is less than `reach` and `out.above` above the bound."""
     if left.state.shape[1] > right.state.shape[1]:
         left, right = right, left
     order_a, order_b = np.argsort(left.state[0]), np.argsort(right.state[0])
@@ -105,7 +106,7 @@ def _join(
             if core.exact or accept(choice):
                 return out.take(choice, float(total[j]))
 
-    # a dear part-policy of a only suits the cheap ones of b: halve b again and again while walking along a
+    # an expensive partial policy of a only fits cheap ones of b: halve b repeatedly while walking along a
     start, count, seen = 0, b.shape[1], 0
     while start < a.shape[1] and count:
         limit = min(reach, out.above)

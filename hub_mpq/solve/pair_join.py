@@ -1,4 +1,4 @@
-"""Which pairs of part-policies can leave a slack inside a narrow box: found by sorting, not by trying all."""
+"""Pairs of partial policies whose slack can lie in a narrow box, found by sorting instead of trying all."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _EDGE = 1e-9  # of a range: more than the rounding of a sort key, which is below
 class Pairs:
     """Pairs of columns of `a` (1 + m, N) and `b` (1 + m, M) whose slacks may fit; a superset of those that do.
 
-    A pair fits when each slack = spare − cost_a − cost_b is at least 0 and reduced costs + prices·slacks is at
-    most `limit`. The two limits with the narrowest box decide: b is sorted by its cell of box width along the first
-    and by its cost along the second, so that each column of a needs two looks. `count`: how many pairs.
+    A pair fits if each slack = spare − cost_a − cost_b is at least 0 and reduced costs + prices·slacks is at most
+    `limit`. The two limits with the narrowest box decide: b is sorted by its cell of box width along the first and by
+    its cost along the second, so that each column of a needs two lookups. `count`: number of pairs.
     """
 
     def __init__(self, a: Floats, b: Floats, spare: Floats, prices: Floats, limit: float) -> None:

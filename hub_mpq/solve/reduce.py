@@ -1,4 +1,4 @@
-"""Exact reduction before any search: what no policy, or no best policy, can use goes away."""
+"""Exact reduction before the search: choices that no feasible or no optimal policy can use are removed."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from .exact import ROUNDING
 from .table import Floats, ParsedTable
 
 EXACT = 2.0**53
-"""Whole numbers whose sums stay below this add up exactly in float64."""
+"""Integers whose sums stay below this add up exactly in float64."""
 
 MAX_WIDTH = 512
-"""Rows of more choices are compared with the best ones alone: the others would be k² comparisons."""
+"""Choices of longer rows are compared with the best ones only, to avoid k² comparisons."""
 MAX_ROUNDS = 100
-"""Passes over the table that delete what no policy can reach; each may open the way for another."""
+"""Maximum number of passes that delete what no policy can reach; each may enable another."""
 
 Mask = NDArray[np.bool_]
 
 
 class NoPolicy(Exception):
-    """Proved: no policy meets the limits."""
+    """No policy meets the limits (proved)."""
 
 
 @dataclass(frozen=True)
 class Core:
-    """What is left to decide: n rows of up to k choices under m limits.
+    """The remaining problem: n rows of up to k choices under m limits.
 
-    `score` (n, k), the least of each row is 0, +inf where there is no choice, in multiples of `unit`; `offset`: what is
-    missing from the problem's score. `cost` (m, n, k), the least of each row is 0, in units of the limit's greatest
-    common divisor, or of a power of two where costs are not whole; `caps` (m,), what may be spent of it. `rows` (n,)
-    and `columns` (n, k) lead back to the problem, `fixed` (rows of the problem,) holds the picks that are settled.
-    Where `exact` is False, costs are not whole: caps are rounded up a little, and a policy found here must be checked
-    with the table's own numbers.
+    `score` (n, k): in multiples of `unit`; the minimum of each row is 0, and +inf marks missing choices. `offset`: what
+    is missing from the problem's score. `cost` (m, n, k): in units of the limit's greatest common divisor, or of a
+    power of two if costs are not integers; the minimum of each row is 0. `caps` (m,): the available amounts. `rows`
+    (n,) and `columns` (n, k): indices into the problem. `fixed` (rows of the problem,): the settled picks. If `exact`
+    is False, costs are not integers: caps are rounded up slightly, and a policy must be checked with the table's own
+    numbers.
     """
 
     score: Floats
@@ -57,16 +57,16 @@ class Core:
 
 
 def reduce(problem: ParsedTable, deadline: float = math.inf) -> Core:
-    """Drop choices that no policy within the limits can take, then those dominated; NoPolicy when a row runs empty.
+    """Drop choices that no feasible policy can take, then dominated ones; NoPolicy if a row becomes empty.
 
-    `deadline`, on the clock of time.perf_counter: past it no more is dropped.
+    Nothing is dropped after `deadline`, a time of `time.perf_counter`.
     """
     alive = np.isfinite(problem.score)
     cost, caps, sure, whole = _above_least(problem, alive)
     alive = _reachable(cost, caps, alive, deadline)
     most = np.where(alive, cost, 0.0).max(2).sum(1)
     binding, before = np.flatnonzero(most > sure), -1
-    while len(binding) != before:  # a limit nobody can pass any more is no reason to keep a choice
+    while len(binding) != before:  # a limit that can no longer be exceeded is no reason to keep a choice
         alive &= ~_dominated(problem.score, cost[binding], alive, deadline)
         most = np.where(alive, cost, 0.0).max(2).sum(1)
         binding, before = binding[most[binding] > sure[binding]], len(binding)
@@ -97,10 +97,10 @@ def reduce(problem: ParsedTable, deadline: float = math.inf) -> Core:
 
 
 def _above_least(problem: ParsedTable, alive: Mask) -> tuple[Floats, Floats, Floats, Mask]:
-    """Costs (m, n, k) above the least of their row, and what may be spent on them (m,): rounded up, rounded down.
+    """Costs (m, n, k) above the minimum of their row, and the available amounts (m,), rounded up and rounded down.
 
-    Whole costs are divided by their greatest common divisor, so that sums of BitOps beyond 2^53 stay exact; the last
-    mask (m,) says for which limits they do. There both roundings are the same.
+    Integer costs are divided by their greatest common divisor, so that sums of BitOps beyond 2^53 stay exact; the last
+    mask (m,) tells for which limits they do. For these both roundings are equal.
     """
     low = np.where(alive, problem.cost, np.inf).min(2)
     cost = np.where(alive, problem.cost - low[:, :, None], 0.0)
@@ -119,12 +119,12 @@ def _above_least(problem: ParsedTable, alive: Mask) -> tuple[Floats, Floats, Flo
 
 
 def _power(values: Floats) -> int:
-    """The power of two just above the greatest value: in units of it tiny and huge numbers divide and multiply well."""
+    """The exponent of the power of two just above the largest value, a unit in which tiny and huge values are safe."""
     return int(np.frexp(values.max(initial=0.0))[1])
 
 
 def _reachable(cost: Floats, caps: Floats, alive: Mask, deadline: float) -> Mask:
-    """Delete each choice that breaks a limit even when every other row takes its least cost."""
+    """Delete each choice that exceeds a limit even if every other row takes its minimum cost."""
     for _ in range(MAX_ROUNDS):
         low = np.where(alive, cost, np.inf).min(2)
         spare = caps - low.sum(1)
@@ -140,7 +140,7 @@ def _reachable(cost: Floats, caps: Floats, alive: Mask, deadline: float) -> Mask
 
 
 def _dominated(score: Floats, cost: Floats, alive: Mask, deadline: float) -> Mask:
-    """Choices no better than another of the same row in score and in every cost; of equals the first stays."""
+    """Choices no better than another of the same row in score and every cost; the first of equal choices is kept."""
     n, k = score.shape
     if not len(cost):
         lone = np.where(alive, score, np.inf).argmin(1)
@@ -171,9 +171,9 @@ def _dominated(score: Floats, cost: Floats, alive: Mask, deadline: float) -> Mas
 
 
 def _dominated_in_row(values: Floats) -> NDArray[np.bool_]:
-    """The same for one long row of scores and costs (1 + m, k): all of them under one limit, many under several.
+    """The same for one long row of scores and costs (1 + m, k): finds all under one limit, many under several.
 
-    In the order of their scores a choice can only be dominated by an earlier one.
+    In the order of scores, a choice can only be dominated by an earlier one.
     """
     order = np.lexsort(values[::-1])
     ranked = values[1:, order]

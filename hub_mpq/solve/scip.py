@@ -1,4 +1,4 @@
-"""The general core by SCIP, where listing part-policies would be too many."""
+"""Solving with SCIP, for problems with too many partial policies to list."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .meet_in_the_middle import Accept, Progress
 from .reduce import Core, NoPolicy
 
 MAX_CUTS = 1000
-"""Choices that SCIP's tolerance let pass and exact arithmetic refused, before giving up on a proof."""
+"""Policies accepted within SCIP's tolerance but rejected by exact arithmetic, before giving up on a proof."""
 
 
 def search_scip(core: Core, dual: Dual, accept: Accept, seconds: float, known: Progress) -> None:
-    """Finish `known` with SCIP within `seconds`; NoPolicy when it proves that there is none.
+    """Finish `known` with SCIP within `seconds`; NoPolicy if it proves that there is none.
 
-    The objective is what a policy lies above the dual bound, Σ reduced costs + prices·slacks, in units of the window
-    still open: SCIP's absolute tolerances then are far below any difference that matters, and a slack variable
+    The objective is the distance of a policy from the dual bound, Σ reduced costs + prices·slacks, in units of the
+    remaining window. SCIP's absolute tolerances are then far below any relevant difference, and a slack variable
     bounded by window / price tells the presolver how tight the limits are. `accept`: the exact check.
     """
     from pyscipopt import Model, quicksum
@@ -82,7 +82,7 @@ def _loop(
     deadline: float,
     known: Progress,
 ) -> None:
-    """Solve; while the answer fails the exact check, forbid it and solve again."""
+    """Solve; while the solution fails the exact check, exclude it and solve again."""
     from pyscipopt import quicksum
 
     rows = np.arange(len(core.score))

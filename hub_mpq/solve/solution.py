@@ -1,4 +1,4 @@
-"""What the solver answers."""
+"""The result of the solver."""
 
 from __future__ import annotations
 
@@ -9,12 +9,24 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Solution:
-    """One choice a layer, and the proof that goes with it.
+    """One choice per layer, with its proof of optimality.
 
-    `status`: "optimal" (proved: `bound` is `objective`, `gap` is 0) or "feasible" (the time limit struck first).
-    `objective`: sum of the chosen scores, in the table's own sense; `bound`: no policy is better than this.
-    `gap`: |objective − bound| / max(|objective|, |bound|). `seconds`: wall time of the whole call.
-    `choices`: {layer: choice}. `usage`: {limit: amount used}, an int where every cost is one.
+    Args:
+        status: "optimal" (proved: `bound` equals `objective` and `gap` is 0) or "feasible" (the time limit was
+            reached).
+        objective: Sum of the chosen scores, in the sense of the table.
+        bound: Bound on the objective of any policy.
+        gap: Relative distance, |objective − bound| / max(|objective|, |bound|).
+        seconds: Wall time of the whole call.
+        choices: {layer: choice}.
+        usage: {limit: amount used}; an int if all costs are.
+
+    Example:
+        >>> from hub_mpq.solve import solve_table
+        >>> layers = {"fc": {"4": {"score": 2.0}, "8": {"score": 1.0}}}
+        >>> solution = solve_table({"sense": "min", "layers": layers})
+        >>> solution.status, solution.objective, solution.choices
+        ('optimal', 1.0, {'fc': '8'})
     """
 
     status: str
@@ -26,5 +38,9 @@ class Solution:
     usage: Mapping[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON values."""
+        """Convert the solution to JSON values.
+
+        Returns:
+            {field: value}.
+        """
         return asdict(self)

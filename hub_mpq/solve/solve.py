@@ -1,4 +1,4 @@
-"""Table in, proved best policy out."""
+"""The solver: from a table to the provably best policy."""
 
 from __future__ import annotations
 
@@ -22,27 +22,45 @@ from .solution import Solution
 from .table import ParsedTable, parse
 
 LARGE = 50_000
-"""Costs of a table for which a policy is found before the search, which may take all the time there is."""
+"""Number of costs above which a first policy is computed before the search, which may use up all the time."""
 
 
 def solve_table(
     table: Mapping[str, Any], *, time_limit: float | None = None, start: Mapping[str, str] | None = None
 ) -> Solution:
-    """Best choice of every layer under the limits, proved.
+    """Find the provably best choice for every layer under the limits.
 
-    `table`: {"sense": "min" | "max", "layers": {name: {choice: {"score": float, "cost": {limit: number}}}},
-    "limits": {limit: number}, "ties": [[name, …], …]}. A cost left out is 0, a choice left out is not available,
-    tied layers take one choice that all of them have. Sums of whole-number costs are held exactly; a sum of
-    fractional ones may pass its limit by 1e-12 of it, its own rounding. Two policies whose scores differ by less than
-    1e-12 of the sum of the scores' magnitudes count as equally good. Where whole-number costs, divided by their
-    greatest common divisor, still add up beyond 2^53, the answer is checked exactly and best up to 1e-12 of the limit.
+    Sums of integer costs are exact; a sum of fractional costs may exceed its limit by a relative 1e-12, for rounding.
+    Two policies whose scores differ by less than 1e-12 of the sum of the scores' magnitudes count as equally good. If
+    integer costs, divided by their greatest common divisor, still add up beyond 2^53, the answer is checked exactly and
+    is optimal up to 1e-12 of the limit.
 
-    `time_limit`: seconds; when it strikes, the best policy so far is returned as "feasible" with a bound that holds.
-    Reading the table and a first policy are not cut short: seconds for a table of 100,000 layers.
-    `start`: a policy to start from ({layer: choice}); ignored where it breaks a limit or a tie.
+    Args:
+        table: {"sense": "min" | "max", "layers": {name: {choice: {"score": float, "cost": {limit: number}}}},
+            "limits": {limit: number}, "ties": [[name, …], …]}. An omitted cost is 0, and an omitted choice is not
+            available. Tied layers take the same choice, which all of them must have.
+        time_limit: Seconds, after which the best policy so far is returned as "feasible", with a valid bound. Reading
+            the table and computing a first policy are not interrupted: seconds for a table of 100,000 layers. None for
+            no limit.
+        start: A policy to start from, {layer: choice}; ignored if it violates a limit or a tie.
 
-    Raises InvalidArgument (the layer at fault is named), InfeasibleBudget (with the least reachable value of every
-    limit), HubMPQError when the time limit strikes before any policy is found.
+    Returns:
+        The solution.
+
+    Raises:
+        InvalidArgument: The table or `start` is not valid; the error names the layer.
+        InfeasibleBudget: No policy meets the limits; the error reports the minimum of each.
+        HubMPQError: The time limit was reached before any policy was found.
+
+    Example:
+        >>> from hub_mpq import solve_table
+        >>> layers = {
+        ...     "conv": {"4": {"score": 3.0, "cost": {"bytes": 4}}, "8": {"score": 1.0, "cost": {"bytes": 8}}},
+        ...     "fc": {"4": {"score": 2.0, "cost": {"bytes": 2}}, "8": {"score": 1.0, "cost": {"bytes": 4}}},
+        ... }
+        >>> solution = solve_table({"sense": "min", "layers": layers, "limits": {"bytes": 10}})
+        >>> solution.choices, solution.objective, solution.usage
+        ({'conv': '8', 'fc': '4'}, 3.0, {'bytes': 10})
     """
     begin = time.perf_counter()
     deadline = begin + seconds("time_limit", time_limit)
@@ -54,13 +72,13 @@ def solve_table(
         raise InfeasibleBudget(problem.limits, least, exact.over(least, problem.limits)) from None
     if picks is None:
         spent = time.perf_counter() - begin
-        raise HubMPQError(f"no policy was found in {spent:.2g} s, nor proved impossible; give a longer time_limit")
+        raise HubMPQError(f"no policy was found or proved impossible in {spent:.2g} s; increase time_limit")
 
     policy = problem.policy(picks)
     choices = {name: policy[name] for name in table["layers"]}
     objective, used = exact.score(table, choices), exact.usage(table, choices, problem.limits)
     if exact.over(used, problem.limits):
-        raise HubMPQError(f"the solver's policy passes {exact.over(used, problem.limits)}; please report this table")
+        raise HubMPQError(f"the solver's policy exceeds {exact.over(used, problem.limits)}; please report this table")
     bound = objective + short if problem.maximise else objective - short
     gap = short / max(abs(objective), abs(bound)) if short else 0.0
     status = "feasible" if short else "optimal"
@@ -70,7 +88,7 @@ def solve_table(
 def _decide(
     table: Mapping[str, Any], problem: ParsedTable, first: NDArray[np.intp] | None, deadline: float
 ) -> tuple[NDArray[np.intp] | None, float]:
-    """The best picks known when the search ends (None: none known), and how far they may be from the best there is."""
+    """The best picks when the search ends (None if there are none), and their maximum distance from the optimum."""
     core = reduce(problem, deadline)
 
     def accept(choice: NDArray[np.intp]) -> bool:
@@ -108,13 +126,13 @@ def _repair(core: Core, dual: Dual, accept: Accept, found: Progress, deadline: f
 
 
 def _start(table: Mapping[str, Any], problem: ParsedTable, start: Mapping[str, str] | None) -> NDArray[np.intp] | None:
-    """The picks of a policy to start from; None where it breaks a tie or a limit."""
+    """The picks of the policy to start from; None if it violates a tie or a limit."""
     if start is None:
         return None
     layers = table["layers"]
     if set(start) != set(layers):
         odd = sorted(set(start) ^ set(layers))
-        raise InvalidArgument(f"start names other layers than the table: {odd}")
+        raise InvalidArgument(f"start must name the same layers as the table; they differ in {odd}")
     for name, choice in start.items():
         if choice not in layers[name]:
             raise InvalidArgument(f"start: layer {name!r} has no choice {choice!r}")

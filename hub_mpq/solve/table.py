@@ -1,4 +1,4 @@
-"""The public table of scores and costs → arrays: checked, tied layers merged into one row."""
+"""Parsing of the public table of scores and costs into arrays, with tied layers merged into one row."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ..errors import InvalidArgument
 
 Floats = NDArray[np.float64]
 MAX_NUMBERS = 200_000_000
-"""Scores and costs of a table as arrays, whose rows are as long as the longest: 1.6 GB."""
+"""Maximum number of scores and costs as arrays, with all rows as long as the longest one: 1.6 GB."""
 MAX_SUM = 1e305
-"""Scores, and costs under one limit, that could add up to more are refused: sums would overflow."""
+"""Scores, and costs under one limit, that could add up to more are rejected, since sums would overflow."""
 _INFINITE = (math.inf, -math.inf)
 
 
 @dataclass(frozen=True)
 class ParsedTable:
-    """A table as arrays: n rows (a layer, or the layers of one tie), up to k choices each, m limits.
+    """A table as arrays: n rows (a layer, or tied layers) of up to k choices, and m limits.
 
-    `score` (n, k): to be minimised whatever the sense; +inf pads rows with fewer choices.
-    `cost` (m, n, k); `caps` (m,), may be inf. `names[i]`: the layers of row i; `choices[i]`: its choices.
+    `score` (n, k): always to be minimised; +inf pads rows with fewer choices. `cost`: (m, n, k). `caps` (m,): may be
+    inf. `names[i]`: the layers of row i. `choices[i]`: its choices.
     """
 
     maximise: bool
@@ -38,20 +38,20 @@ class ParsedTable:
     caps: Floats
 
     def policy(self, picks: Sequence[int] | NDArray[np.intp]) -> dict[str, str]:
-        """{layer: choice} of one pick a row."""
+        """{layer: choice} from one pick per row."""
         rows = zip(self.names, self.choices, picks, strict=True)
         return {name: choices[pick] for names, choices, pick in rows for name in names}
 
 
 def parse(table: Mapping[str, Any]) -> ParsedTable:
-    """Check what `solve_table` takes and turn it into a ParsedTable; InvalidArgument names the layer at fault."""
+    """Validate the argument of `solve_table` and parse it; InvalidArgument names the invalid layer."""
     if not isinstance(table, Mapping):
-        raise InvalidArgument(f"a table is a mapping with sense, layers and limits, not {type(table).__name__}")
+        raise InvalidArgument(f"the table must be a mapping with sense, layers and limits, got {type(table).__name__}")
     if table.get("sense") not in ("min", "max"):
-        raise InvalidArgument(f'sense is "min" or "max", not {table.get("sense")!r}')
+        raise InvalidArgument(f'sense must be "min" or "max", got {table.get("sense")!r}')
     layers = table.get("layers")
     if not isinstance(layers, Mapping) or not layers:
-        raise InvalidArgument("layers is empty: a table has at least one layer {choice: {score, cost}}")
+        raise InvalidArgument("layers must be a mapping with at least one layer {choice: {score, cost}}")
     limits = _limits(table.get("limits", {}))
     starts, score, costs = _flatten(layers, list(limits))
     groups = _groups(layers, table.get("ties", ()))
@@ -64,7 +64,7 @@ def parse(table: Mapping[str, Any]) -> ParsedTable:
     if math.prod(shape) > MAX_NUMBERS:
         raise InvalidArgument(
             f"the table is too large: {shape[1]} rows of up to {shape[2]} choices and {shape[0] - 1} limits; "
-            f"rows times choices times (1 + limits) may be {MAX_NUMBERS:,}"
+            f"rows × choices × (1 + limits) must be at most {MAX_NUMBERS:,}"
         )
     out = np.zeros(shape)
     out[0] = np.inf
@@ -83,21 +83,21 @@ def parse(table: Mapping[str, Any]) -> ParsedTable:
 
 def _limits(limits: Any) -> dict[str, float]:
     if not isinstance(limits, Mapping):
-        raise InvalidArgument(f"limits are a mapping of a name to an amount, not {limits!r}")
+        raise InvalidArgument(f"limits must be a mapping {{name: amount}}, got {limits!r}")
     for name, cap in limits.items():
         if isinstance(cap, bool) or not isinstance(cap, Real) or cap != cap or cap < 0:
-            raise InvalidArgument(f"limit {name!r} is {cap!r}; it must be a number of zero or more")
+            raise InvalidArgument(f"limit {name!r} must be a non-negative number, got {cap!r}")
     small = {name: cap if cap <= MAX_SUM else math.inf for name, cap in limits.items()}
     return {name: int(cap) if isinstance(cap, Integral) else float(cap) for name, cap in small.items()}
 
 
 def _flatten(layers: Mapping[str, Any], limits: list[str]) -> tuple[dict[str, int], Floats, Floats]:
-    """Every choice of every layer in a row: where each layer starts, scores (N,), costs (m, N)."""
+    """All choices of all layers, concatenated: the start of each layer, scores (N,), costs (m, N)."""
     starts: dict[str, int] = {}
     rows: list[Mapping[str, Any]] = []
     for name, choices in layers.items():
         if not isinstance(choices, Mapping) or not choices:
-            raise InvalidArgument(f"layer {name!r} has no choices; give it at least one {{choice: {{score, cost}}}}")
+            raise InvalidArgument(f"layer {name!r} has no choices; give at least one {{choice: {{score, cost}}}}")
         starts[name] = len(rows)
         rows.extend(choices.values())
     try:
@@ -105,13 +105,13 @@ def _flatten(layers: Mapping[str, Any], limits: list[str]) -> tuple[dict[str, in
         bags = [row.get("cost") or {} for row in rows]
         costs = [_numbers([bag.get(limit, 0) for bag in bags]) for limit in limits]
     except (TypeError, KeyError, AttributeError, OverflowError):
-        score, costs = np.array([np.nan]), []  # the slow look below says where
+        score, costs = np.array([np.nan]), []  # the slow check below finds where
     everything = np.vstack([score, *costs]) if costs else score[None]
     if not np.isfinite(everything).all() or (everything[1:] < 0).any():
         _complain(layers, limits)
     for what, values in zip(["scores", *(f"costs {limit!r}" for limit in limits)], everything, strict=True):
         if np.abs(values).max() > MAX_SUM / len(values):
-            raise InvalidArgument(f"the {what} could add up to more than {MAX_SUM:g}; divide them by a common factor")
+            raise InvalidArgument(f"{what} could add up to more than {MAX_SUM:g}; divide them by a common factor")
     return starts, score, everything[1:]
 
 
@@ -130,20 +130,20 @@ def _complain(layers: Mapping[str, Any], limits: list[str]) -> None:
         for choice, row in choices.items():
             where = f"layer {name!r}, choice {choice!r}"
             if not isinstance(row, Mapping) or not isinstance(row.get("cost") or {}, Mapping):
-                raise InvalidArgument(f"{where}: a choice is {{score: number, cost: {{limit: number}}}}, not {row!r}")
+                raise InvalidArgument(f"{where}: expected {{score: number, cost: {{limit: number}}}}, got {row!r}")
             if not _is_number(row.get("score")):
-                raise InvalidArgument(f"{where}: score is {row.get('score')!r}; it must be a finite number")
+                raise InvalidArgument(f"{where}: score must be a finite number, got {row.get('score')!r}")
             for limit in limits:
                 cost = (row.get("cost") or {}).get(limit, 0)
                 if not _is_number(cost) or cost < 0:
-                    raise InvalidArgument(f"{where}: cost {limit!r} is {cost!r}; it must be finite and zero or more")
-    raise InvalidArgument("the table holds a number too large for a float")
+                    raise InvalidArgument(f"{where}: cost {limit!r} must be finite and non-negative, got {cost!r}")
+    raise InvalidArgument("the table holds a number that is too large for a float")
 
 
 def _groups(layers: Mapping[str, Any], ties: Any) -> list[list[str]]:
-    """Layers that take one choice together, in the order of the table; ties that share a layer are joined."""
+    """Groups of layers that take the same choice, in the order of the table; ties that share a layer are merged."""
     if ties is not None and (isinstance(ties, (str, bytes, Mapping)) or not isinstance(ties, Iterable)):
-        raise InvalidArgument(f"ties is a list of lists of layer names, not {ties!r}")
+        raise InvalidArgument(f"ties must be a list of lists of layer names, got {ties!r}")
     parent = {name: name for name in layers}
 
     def root(name: str) -> str:
@@ -154,10 +154,10 @@ def _groups(layers: Mapping[str, Any], ties: Any) -> list[list[str]]:
 
     for tie in ties or ():
         if isinstance(tie, (str, bytes)) or not isinstance(tie, Sequence):
-            raise InvalidArgument(f"a tie is a list of layer names, not {tie!r}")
+            raise InvalidArgument(f"a tie must be a list of layer names, got {tie!r}")
         for name in tie:
             if not isinstance(name, Hashable) or name not in parent:
-                raise InvalidArgument(f"tie {list(tie)!r} names layer {name!r}, which the table does not have")
+                raise InvalidArgument(f"tie {list(tie)!r} names unknown layer {name!r}")
             parent[root(name)] = root(tie[0])
     group: dict[str, list[str]] = {}
     for name in layers:

@@ -146,14 +146,14 @@ def test_a_folder_of_a_library_that_nobody_registered_is_refused(saved, name, mo
 
 
 def test_names_of_libraries(toy):
-    with pytest.raises(InvalidArgument, match="unknown library 'jax'; known: timm, transformers, module, toy"):
+    with pytest.raises(InvalidArgument, match="unknown library 'jax'; choose from timm, transformers, module, toy"):
         load("resnet18", library="jax")
     with pytest.raises(InvalidArgument, match="give the network itself"):
         load("resnet18", library="module")
     register_library(Toy())  # the class of the same name: a cell of a notebook that runs again
-    with pytest.raises(InvalidArgument, match="registered already"):
+    with pytest.raises(InvalidArgument, match="is already registered"):
         register_library(type("Another", (Toy,), {})())
-    with pytest.raises(InvalidArgument, match="itself"):
+    with pytest.raises(InvalidArgument, match="is a built-in library of hub_mpq"):
         register_library(type("Own", (Toy,), {"name": "timm"})())
     libraries.unregister("toy")
     with pytest.raises(HubMPQError, match="toy:tiny"):

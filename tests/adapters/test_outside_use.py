@@ -213,7 +213,7 @@ def test_every_form_is_one_network(net, tmp_path):
 
 
 def test_pinning_it_says_why_it_stays_float():
-    with pytest.raises(InvalidArgument, match=f"'first' stays float, {REASON}"):
+    with pytest.raises(InvalidArgument, match=f"'first' stays float: {REASON}"):
         HubMPQ.from_module(Transposed(), X[:1], fixed={"first": "W8A8"})
 
 

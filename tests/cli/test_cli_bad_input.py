@@ -45,11 +45,11 @@ def quantize(*more):
         (["--size", "4 bananas"], ["unknown unit 'bananas'"]),
         (["--compression", "much"], ["compression", "much"]),
         ([], ["no budget"]),
-        (["--bitops", "1K"], ["least reachable"]),
-        (["--size", "10KB"], ["size <= 10000", "least reachable"]),
-        (["--weight-bits", "1.5"], ["weight_bits <= 1.5", "least reachable 2)"]),
-        (["--compression", "20x"], ["compression >= 20", "greatest reachable 15."]),
-        (["--activation-memory", "1KB"], ["activation_memory <= 1000", "least reachable"]),
+        (["--bitops", "1K"], ["(minimum "]),
+        (["--size", "10KB"], ["size <= 10000", "(minimum "]),
+        (["--weight-bits", "1.5"], ["weight_bits <= 1.5", "minimum 2)"]),
+        (["--compression", "20x"], ["compression >= 20", "maximum 15."]),
+        (["--activation-memory", "1KB"], ["activation_memory <= 1000", "(minimum "]),
         (["--bitops", "W4A4", "--candidates", "0,2"], ["1 to 8", "0"]),
         (["--bitops", "W4A4", "--candidates", "4,9"], ["1 to 8", "9"]),
         (["--bitops", "W4A4", "--candidates", "few"], ["candidates", "few"]),
@@ -80,7 +80,7 @@ def test_a_bad_budget_costs_no_model_and_no_training(run, here, folder, monkeypa
     import hub_mpq.model
 
     monkeypatch.setattr(hub_mpq.model, "train_scores", None)
-    refused(run(*quantize("--data", folder, "--bitops", "1K")), "least reachable")
+    refused(run(*quantize("--data", folder, "--bitops", "1K")), "(minimum ")
     monkeypatch.setattr(hub_mpq.cli.models, "load", None)
     refused(run(*quantize("--bitops", "34")), "no unit")
 
@@ -183,7 +183,7 @@ def test_solve_refuses_bad_tables(run, here):
     refused(run("solve", "table.json"), "table")
     layers = {"a": {"x": {"score": 1.0, "cost": {"bytes": 5}}}}
     Path("table.json").write_text(json.dumps({"sense": "min", "layers": layers, "limits": {"bytes": 4}}))
-    refused(run("solve", "table.json"), "least reachable 5")
+    refused(run("solve", "table.json"), "(minimum 5)")
 
 
 def test_outputs_are_not_overwritten(run, here, folder, packed, indicators):
@@ -195,7 +195,7 @@ def test_outputs_are_not_overwritten(run, here, folder, packed, indicators):
     shutil.copytree(packed, "out", dirs_exist_ok=True)
     before = Path("out/model.mpq.safetensors").read_bytes()
     refused(run(*quantize("--bitops", "W4A4", "--data", folder)), "--overwrite")
-    refused(run(*quantize("--bitops", "1K", "--data", folder, "--overwrite")), "least reachable")
+    refused(run(*quantize("--bitops", "1K", "--data", folder, "--overwrite")), "(minimum ")
     assert Path("out/model.mpq.safetensors").read_bytes() == before
     again = ["indicators", *MODEL, *LOADING, "--data", folder, "--steps", "1", "--output"]
     refused(run(*again, indicators), "exists", "--overwrite")

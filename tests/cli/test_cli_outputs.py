@@ -48,7 +48,7 @@ def test_a_link_that_leads_nowhere(run, here, command):
     Path(logs).symlink_to("nowhere")
     refused = run(*command, name)
     assert refused.exit_code == 2
-    assert refused.stderr == f"hub-mpq: {logs} is a link that leads nowhere; remove it or name another output\n"
+    assert refused.stderr == f"hub-mpq: {logs} is a broken link; remove it or choose another output\n"
     assert os.listdir(here) == [logs]
 
 
@@ -85,4 +85,4 @@ def test_a_folder_in_the_place_of_a_file_of_the_model(run, here, packed):
     Path("out/config.json").mkdir()
     refused = run(*COMMANDS["quantize"], "out", "--overwrite")
     assert refused.exit_code == 2
-    assert "out/config.json is a folder, and a file goes there" in refused.stderr
+    assert "out/config.json must be a file but is a folder" in refused.stderr

@@ -224,9 +224,9 @@ def test_kinds_that_do_not_fit_are_refused(toy):
         replace(KIND, channel_axis=0)
     with pytest.raises(InvalidArgument, match="channel_axis must be the row axis"):
         replace(KIND, row_axes=None, channel_axis=2)
-    with pytest.raises(InvalidArgument, match="registered already"):
+    with pytest.raises(InvalidArgument, match="is already registered"):
         register_layer_kind(replace(KIND, shares_input=False))
-    with pytest.raises(InvalidArgument, match=r"Linear is already of the layer kind 'linear'"):
+    with pytest.raises(InvalidArgument, match=r"Linear already belongs to the layer kind 'linear'"):
         register_layer_kind(replace(KIND, name="other", types=("torch.nn.modules.linear.Linear",)))
     assert "other" not in layer_kinds
 

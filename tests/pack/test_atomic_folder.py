@@ -223,7 +223,7 @@ def test_a_current_folder_that_is_gone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     for check in (check_output_folder, check_output_file):
-        with pytest.raises(InvalidArgument, match="the current folder is gone"):
+        with pytest.raises(InvalidArgument, match="the current folder no longer exists"):
             check("out")
     save(tmp_path / "out", NEW)
     assert state(tmp_path / "out") == NEW
@@ -345,10 +345,10 @@ def test_links_in_the_place_of_leftovers_are_left_alone(tmp_path):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda p: p.symlink_to("nowhere"), "leads nowhere"),
-        (lambda p: p.symlink_to(p), "leads nowhere"),
+        (lambda p: p.symlink_to("nowhere"), "is a broken link"),
+        (lambda p: p.symlink_to(p), "is a broken link"),
         (lambda p: p.write_text("x"), "is a file"),
-        (lambda p: (p / CONFIG).mkdir(parents=True), "a file goes there"),
+        (lambda p: (p / CONFIG).mkdir(parents=True), "must be a file but is a folder"),
     ],
     ids=["dangling", "loop", "file", "a folder for a file"],
 )
@@ -375,7 +375,7 @@ def test_paths_that_are_refused_before_anything_is_made(tmp_path, monkeypatch):
     check_output_folder(tmp_path / "a" / "b" / "c")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     for check in (check_output_folder, check_output_file):
-        with pytest.raises(InvalidArgument, match="you may not write"):
+        with pytest.raises(InvalidArgument, match="no permission to write"):
             check(tmp_path / "new" / "er")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "pipe"]
 

@@ -138,9 +138,9 @@ def changed(path, old, new):
         (b'format_version":"2', b'format_version":"3', "reads versions 1 to 2"),
         (b"W6g16A32", b"W6g24A32", "weight_scale"),
         (b"W5g8zA32", b"W5g88A32", "weight_scale"),
-        (b"W4zA32", b"W4z_32", "is no level"),
-        (b"W3A4", b"W3z4", "is no level"),
-        (b"W3A4", b"W3zA", "is no level"),
+        (b"W4zA32", b"W4z_32", "is not a valid bit-width level"),
+        (b"W3A4", b"W3z4", "is not a valid bit-width level"),
+        (b"W3A4", b"W3zA", "is not a valid bit-width level"),
         (b"W1g8A32", b"W1g7A32", "group size"),
     ],
 )

@@ -182,9 +182,9 @@ def test_a_front_over_latency(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"graph_digest": "0" * 64}, "layers are not those"),
+        ({"graph_digest": "0" * 64}, "layers differ from those"),
         ({"entries": {"ghost": {"float": 1e-3}}}, "names layer 'ghost', which 'toy' does not have"),
-        ({"input_shape": (3, 16, 16)}, "inputs of 3×16×16, and the model reads 3×8×8"),
+        ({"input_shape": (3, 16, 16)}, "inputs of 3×16×16, but the model reads 3×8×8"),
         ({"machine": "another CPU, 64 cores, AVX2"}, "measured on another CPU"),
     ],
 )

@@ -292,7 +292,7 @@ def test_the_reference_is_equal_to_the_bit(tmp_path):
 def test_refusals(monkeypatch):
     x = noise(2, 3, 32, 32)
     mpq = quantized(timm_net("resnet18"), "W4A4", x)
-    with pytest.raises(InvalidArgument, match="unknown runtime 'tensorrt'; known: torch, onednn"):
+    with pytest.raises(InvalidArgument, match="unknown runtime 'tensorrt'; choose from torch, onednn"):
         mpq.to_runtime("tensorrt")
     with pytest.raises(InvalidArgument, match="is not quantized: apply a policy"):
         HubMPQ.from_module(timm_net("resnet18"), x).to_runtime("onednn")

@@ -99,7 +99,9 @@ def test_candidates_are_pairs(target):
     assert found.grouped(W8A8) == ()
     assert found.grouped(LayerBits(8, 32)) == (LayerBits(8, 32),)
     assert set(target.candidates(LINEAR, Candidates(), all_widths=True).pairs) == ALL - {W8A8}
-    with pytest.raises(InvalidArgument, match="takes 1 to 8, but for W8A8, bits, none of the candidates"):
+    with pytest.raises(
+        InvalidArgument, match=r"none of the candidates of layer '.+'; choose from 1 to 8 bits \(except W8A8\)"
+    ):
         target.candidates(LINEAR, Candidates((8,), (8,)))
     with pytest.raises(InvalidArgument, match="none of the candidates"):
         target.candidates(LINEAR, Candidates((4,), (32,)))
@@ -164,15 +166,17 @@ def test_what_training_settled_on_takes_the_nearest_pair(net):
 
 def test_a_pin_or_a_policy_that_it_cannot_run_is_refused(net, train):
     x = torch.zeros(1, 1, 8, 8)
-    with pytest.raises(InvalidArgument, match="'onednn' has no form of layer '0' at W8A8; the nearest is W7A8"):
+    with pytest.raises(
+        InvalidArgument, match="'onednn' does not support layer '0' at W8A8; the nearest choice is W7A8"
+    ):
         HubMPQ.from_module(net, x, target="onednn", fixed={"0": "W8A8"})
-    with pytest.raises(InvalidArgument, match="at W4A32; the nearest is W4A8"):
+    with pytest.raises(InvalidArgument, match="at W4A32; the nearest choice is W4A8"):
         HubMPQ.from_module(net, x, target="onednn", fixed={"3": "W4"})
     with pytest.raises(InvalidArgument, match="computes in integers; weight_only=True keeps inputs float"):
         HubMPQ.from_module(net, x, target="onednn", weight_only=True)
     mpq = HubMPQ.from_module(net, x, target="onednn", fixed={"0": "W8A7", "13": None})
     assert str(mpq.graph["0"].fixed) == "W8A7"
-    with pytest.raises(InvalidArgument, match="at W8A8; the nearest is W7A8"):
+    with pytest.raises(InvalidArgument, match="at W8A8; the nearest choice is W7A8"):
         mpq.apply_policy(Policy(dict.fromkeys(mpq.graph.names, W8A8), mpq.graph.digest))
     mpq.apply_policy("W8A8", train)
     assert set(written(mpq.policy).values()) == {"W8A7", "W7A8"}

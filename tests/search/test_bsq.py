@@ -225,12 +225,12 @@ def test_planes_are_clipped_every_step_and_requantized_every_so_many(net):
     [
         ({"planes": 2.5}, "planes .* from 1 to 7, not 2.5"),
         ({"planes": "7"}, "planes .* not '7'"),
-        ({"every": "x"}, "every is a whole number of at least 1, not 'x'"),
+        ({"every": "x"}, "every must be an integer of at least 1, got 'x'"),
         ({"every": 0}, "every .* not 0"),
-        ({"activation_bits": "a"}, "activation_bits is a whole number from 1 to 8, not 'a'"),
+        ({"activation_bits": "a"}, "activation_bits must be an integer from 1 to 8, got 'a'"),
         ({"activation_bits": True}, "activation_bits .* not True"),
         ({"activation_bits": 40}, "activation_bits .* not 40"),
-        ({"strength": "high"}, "strength is a finite number of at least 0, not 'high'"),
+        ({"strength": "high"}, "strength must be a finite number of at least 0, got 'high'"),
         ({"plane_lr": -1.0}, "plane_lr .* not -1"),
     ],
 )

@@ -120,10 +120,10 @@ def test_every_step_ends_within_the_candidates(net):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"start": "abc"}, "start is a whole number from 1 to 8, not 'abc'"),
+        ({"start": "abc"}, "start must be an integer from 1 to 8, got 'abc'"),
         ({"start": 0}, "start .* not 0"),
         ({"start": 20}, "start .* not 20"),
-        ({"strength": "high"}, "strength is a finite number of at least 0, not 'high'"),
+        ({"strength": "high"}, "strength must be a finite number of at least 0, got 'high'"),
         ({"strength": -1.0}, "strength .* not -1"),
         ({"strength": float("nan")}, "strength .* not nan"),
         ({"power_of_two_step": "yes"}, "power_of_two_step is true or false, not 'yes'"),

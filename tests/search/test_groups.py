@@ -187,12 +187,12 @@ def test_levels_in_words():
             LayerBits.parse(text)
     assert str(Budget(size="W4", bitops="W4g32A8").with_groups(128, False)) == "bitops W4g32A8, size W4g128zA32"
     assert str(Budget(activation_peak="A4", size="W1").with_groups(None, False)) == "size W1, activation_peak A4"
-    with pytest.raises(InvalidArgument, match="a group size is"):
+    with pytest.raises(InvalidArgument, match="a group size must be"):
         Candidates((4,), (32,), (True,))
     assert Candidates((4,), (32,), 16) == Candidates([4], [32], [16])
     assert Candidates((4,), (32,), None) == Candidates((4,), (32,), [])
     for wrong in ((4,), ("4",), ((4,), 32)):
-        with pytest.raises(InvalidArgument, match="a list of widths"):
+        with pytest.raises(InvalidArgument, match="a list of bit-widths"):
             Candidates(*wrong)
 
 
@@ -201,8 +201,8 @@ def test_levels_in_words():
     [
         ({"rounding": "gptq"}, "needs train="),
         ({"rounding": "awq", "train": BATCHES}, "'gptq' or 'nearest'"),
-        ({"group_size": 7, "train": BATCHES}, "a group size is"),
-        ({"group_size": "128", "train": BATCHES}, "a group size is"),
+        ({"group_size": 7, "train": BATCHES}, "a group size must be"),
+        ({"group_size": "128", "train": BATCHES}, "a group size must be"),
         ({"group_size": 128.0, "train": BATCHES}, "not 128.0"),
         ({"rounding": "gptq", "per_channel": False, "train": BATCHES}, "a scale for each output channel"),
         ({"group_size": [None, 16], "strategy": "limpq", "train": BATCHES}, "can't choose among them"),

@@ -192,7 +192,7 @@ def test_named_costs():
     result = search_policy(graph, scores, Budget(costs={"latency_ms": (2.0, table)}), base_bytes=0)
     assert result.policy.bits["body.1"].weight == 2
     assert result.usage["latency_ms"] == 2.0
-    with pytest.raises(InvalidArgument, match="no entry for W"):
+    with pytest.raises(InvalidArgument, match=r"no entry for layer 'body.1' at W"):
         search_policy(graph, scores, Budget(costs={"latency_ms": (2.0, {"body.1": {"W2A2": 1.0}})}), base_bytes=0)
 
 

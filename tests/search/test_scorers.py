@@ -281,7 +281,7 @@ def test_a_layer_that_nothing_reaches_keeps_all_its_choices(name):
 @pytest.mark.parametrize("name", SCORERS)
 @pytest.mark.parametrize("batches", [0, -1, 2.5, "2", True])
 def test_a_number_of_batches_is_a_whole_number(name, batches, net, train):
-    with pytest.raises(InvalidArgument, match=f"batches is a whole number of at least 1, not {batches!r}"):
+    with pytest.raises(InvalidArgument, match=f"batches must be an integer of at least 1, got {batches!r}"):
         HubMPQ.from_module(net, torch.zeros(1, 1, 8, 8)).train_scores(
             train, strategy=name, strategy_options={"batches": batches}
         )
@@ -289,7 +289,7 @@ def test_a_number_of_batches_is_a_whole_number(name, batches, net, train):
 
 @pytest.mark.parametrize("probes", [0, -1, 2.5, "8"])
 def test_a_number_of_probes_is_a_whole_number(probes, net, train):
-    with pytest.raises(InvalidArgument, match=f"probes is a whole number of at least 1, not {probes!r}"):
+    with pytest.raises(InvalidArgument, match=f"probes must be an integer of at least 1, got {probes!r}"):
         HubMPQ.from_module(net, torch.zeros(1, 1, 8, 8)).train_scores(
             train, strategy="hessian", strategy_options={"probes": probes}
         )

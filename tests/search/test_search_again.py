@@ -70,7 +70,7 @@ def test_two_searches_of_one_seed_write_the_same_file(net, train, tmp_path):
         ({"strategy": "mse", "bitops": "W3A3", "indicator_options": {"preset": "authors"}}, "preset is an option of"),
         ({"bitops": "W3A3", "indicator_options": {"epoch": 1}}, "no option 'epoch'; did you mean 'epochs'"),
         ({"bitops": "W3A3", "finetune_options": {"learning_rate": 1}}, "no option 'learning_rate'"),
-        ({"bitop": "W3A3"}, "no option or limit 'bitop'"),
+        ({"bitop": "W3A3"}, "unknown option or limit 'bitop'"),
         ({"bitops": "W3A3", "strategy_options": {"unifrom": False}}, "options of strategy 'limpq'.*unifrom"),
         ({"strategy": "mse", "bitops": "W3A3", "alpha": 2.0}, "alpha"),
         ({"strategy": "mse", "bitops": "W3A3", "fixed": {"*": "W4A4"}}, "nothing to search"),
@@ -135,10 +135,10 @@ def test_a_checkpoint_of_another_search_is_not_taken(net, train, tmp_path):
 def test_a_name_is_given_once(monkeypatch):
     monkeypatch.setattr(registry.strategies, "_found", {name: strategy_named(name) for name in BUILT_IN})
     for name in BUILT_IN:
-        with pytest.raises(InvalidArgument, match="itself"):
+        with pytest.raises(InvalidArgument, match="is a built-in strategy of hub_mpq"):
             registry.register_strategy(name)(type("Own", (registry.SearchStrategy,), {}))
     registry.register_strategy("mine")(type("Mine", (registry.SearchStrategy,), {}))
-    with pytest.raises(InvalidArgument, match="registered already"):
+    with pytest.raises(InvalidArgument, match="is already registered"):
         registry.register_strategy("mine")(type("Other", (registry.SearchStrategy,), {}))
 
 

@@ -49,28 +49,44 @@ HEAD = ("layers", "head", "8")
     [
         (("sense",), "least", "sense"),
         (("sense",), None, "sense"),
-        (("layers",), {}, "layers is empty"),
-        (("layers",), ["stem"], "layers is empty"),
+        (("layers",), {}, "layers must be a mapping with at least one layer"),
+        (("layers",), ["stem"], "layers must be a mapping with at least one layer"),
         (("layers", "head"), {}, "layer 'head' has no choices"),
         (("layers", "head"), None, "layer 'head' has no choices"),
         (HEAD, 3.0, "layer 'head', choice '8'"),
-        (HEAD, {"cost": {}}, "layer 'head', choice '8': score is None"),
-        ((*HEAD, "score"), math.nan, "layer 'head', choice '8': score is nan"),
-        ((*HEAD, "score"), math.inf, "layer 'head', choice '8': score is inf"),
-        ((*HEAD, "score"), "1.0", "layer 'head', choice '8': score is '1.0'"),
-        ((*HEAD, "score"), True, "layer 'head', choice '8': score is True"),
+        (HEAD, {"cost": {}}, "layer 'head', choice '8': score must be a finite number, got None"),
+        ((*HEAD, "score"), math.nan, "layer 'head', choice '8': score must be a finite number, got nan"),
+        ((*HEAD, "score"), math.inf, "layer 'head', choice '8': score must be a finite number, got inf"),
+        ((*HEAD, "score"), "1.0", "layer 'head', choice '8': score must be a finite number, got '1.0'"),
+        ((*HEAD, "score"), True, "layer 'head', choice '8': score must be a finite number, got True"),
         ((*HEAD, "cost"), 3, "layer 'head', choice '8'"),
-        ((*HEAD, "cost", "bytes"), -1, "layer 'head', choice '8': cost 'bytes' is -1"),
-        ((*HEAD, "cost", "bytes"), math.nan, "layer 'head', choice '8': cost 'bytes' is nan"),
-        ((*HEAD, "cost", "bytes"), math.inf, "layer 'head', choice '8': cost 'bytes' is inf"),
-        ((*HEAD, "cost", "bytes"), None, "layer 'head', choice '8': cost 'bytes' is None"),
+        (
+            (*HEAD, "cost", "bytes"),
+            -1,
+            "layer 'head', choice '8': cost 'bytes' must be finite and non-negative, got -1",
+        ),
+        (
+            (*HEAD, "cost", "bytes"),
+            math.nan,
+            "layer 'head', choice '8': cost 'bytes' must be finite and non-negative, got nan",
+        ),
+        (
+            (*HEAD, "cost", "bytes"),
+            math.inf,
+            "layer 'head', choice '8': cost 'bytes' must be finite and non-negative, got inf",
+        ),
+        (
+            (*HEAD, "cost", "bytes"),
+            None,
+            "layer 'head', choice '8': cost 'bytes' must be finite and non-negative, got None",
+        ),
         ((*HEAD, "cost", "bytes"), 10**400, "too large"),
-        (("limits",), 13, "limits are a mapping"),
-        (("limits", "bytes"), math.nan, "limit 'bytes' is nan"),
-        (("limits", "bytes"), -1, "limit 'bytes' is -1"),
-        (("limits", "bytes"), "13MB", "limit 'bytes' is '13MB'"),
-        (("ties",), [["stem", "body"]], "layer 'body'"),
-        (("ties",), ["stem"], "a tie is a list"),
+        (("limits",), 13, "limits must be a mapping"),
+        (("limits", "bytes"), math.nan, "limit 'bytes' must be a non-negative number, got nan"),
+        (("limits", "bytes"), -1, "limit 'bytes' must be a non-negative number, got -1"),
+        (("limits", "bytes"), "13MB", "limit 'bytes' must be a non-negative number, got '13MB'"),
+        (("ties",), [["stem", "body"]], "unknown layer 'body'"),
+        (("ties",), ["stem"], "a tie must be a list"),
         (("layers", "tail"), {"16": {"score": 1.0}}, None),
     ],
 )
@@ -121,7 +137,10 @@ def test_ties_of_one_and_ties_that_touch():
 
 @pytest.mark.parametrize(
     ("start", "words"),
-    [({"stem": "4"}, "other layers"), ({"stem": "4", "head": "5", "tail": "8"}, "layer 'head' has no choice '5'")],
+    [
+        ({"stem": "4"}, "must name the same layers"),
+        ({"stem": "4", "head": "5", "tail": "8"}, "layer 'head' has no choice '5'"),
+    ],
 )
 def test_a_start_that_speaks_of_another_table(start, words):
     with pytest.raises(InvalidArgument, match=words):

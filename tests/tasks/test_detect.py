@@ -102,7 +102,7 @@ def test_a_name_or_an_object_is_taken_as_it_is_and_a_wrong_one_refused():
     assert task_of("regression", net).name == "regression"
     mine = Task.custom(lambda output, labels: (output - labels).abs().mean(), name="mine")
     assert task_of(mine, net).name == "mine"
-    with pytest.raises(InvalidArgument, match=r"unknown task 'regresion'; known: .*regression"):
+    with pytest.raises(InvalidArgument, match=r"unknown task 'regresion'; choose from .*regression"):
         task_of("regresion", net)
     with pytest.raises(InvalidArgument, match="not type"):
         task_of(Classification, net)

@@ -66,15 +66,15 @@ def test_bad_settings(net):
     with pytest.raises(InvalidArgument, match=r"2 to 8 bits, not 2\.5"):
         CyclicPrecision(copy.deepcopy(net), 2.5)
     for cycles in (0, -1, 1.5, True):
-        with pytest.raises(InvalidArgument, match=f"cycles is a whole number of at least 1, not {cycles}"):
+        with pytest.raises(InvalidArgument, match=f"cycles must be an integer of at least 1, got {cycles}"):
             CyclicPrecision(copy.deepcopy(net), 3, cycles)
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"cycles": 0}, "cycles is a whole number of at least 1, not 0"),
-        ({"cyclic_bits": 2.5}, r"cyclic_bits is a whole number or None, not 2\.5"),
+        ({"cycles": 0}, "cycles must be an integer of at least 1, got 0"),
+        ({"cyclic_bits": 2.5}, r"cyclic_bits must be an integer or None, got 2\.5"),
         ({"gradient_quantizer": "nonsense"}, "a gradient quantizer is one of .*, not 'nonsense'"),
     ],
 )
