@@ -140,8 +140,8 @@ def not_run_line(graph: LayerGraph) -> str:
         return ""
     named = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
     return (
-        f"{share:.0%} of the weights were not used by the example input; they stay float and their cost is not counted: "
-        f"{named}"
+        f"{share:.0%} of the weights were not used by the example input; they stay float and their cost is not "
+        f"counted: {named}"
     )
 
 
