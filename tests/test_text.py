@@ -217,7 +217,7 @@ def test_perplexity_of_other_tasks_text_is_refused(tmp_path):
     transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
     mpq = HubMPQ.from_pretrained(save_tokenizer(tmp_path / "bert"))
     (tmp_path / "text.txt").write_text(words(100))
-    with pytest.raises(InvalidArgument, match="needs a causal language model, got BertForMaskedLM"):
+    with pytest.raises(InvalidArgument, match="BertForMaskedLM is no causal language model"):
         mpq.perplexity(tmp_path / "text.txt")
 
 

@@ -137,8 +137,7 @@ def measure(
         return task.metrics(output, labels, task.samples(batch))
     if reference is None:
         raise InvalidArgument(
-            "batches without labels are compared with the float model, which is not available here; give batches with "
-            "labels"
+            "the batches have no labels, and there is no float model to compare with; give batches with labels"
         )
     with fixed_draws(device, seed):
         wanted = task.forward(reference, batch)

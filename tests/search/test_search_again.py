@@ -146,7 +146,7 @@ def test_a_name_is_given_once(monkeypatch):
 def test_a_broken_file_is_one_sentence(tmp_path, text):
     file = tmp_path / "own.py"
     file.write_text(text)
-    with pytest.raises(InvalidArgument, match="cannot be imported"):
+    with pytest.raises(InvalidArgument, match="cannot import the source"):
         strategy_named(f"{file}:own")
 
 
