@@ -1,10 +1,10 @@
-"""A timm model on an ImageNet folder: float, calibrated, uniform and mixed, from float weights to the reloaded folder.
+"""Compare a timm model on ImageNet: float, calibrated, uniform and mixed precision, saved and loaded again.
 
     python examples/imagenet.py --data IMAGENET --model resnet18 --bitops W4A4
 
-IMAGENET holds train/ and val/ with class folders and, where folders are a subset of the model's classes, classes.txt
-with one folder name a line in label order. The row of a model of your own is made the same way: see `mobilenetv1_075`,
-which no timm name builds, and which goes in by HubMPQ.from_module with `--checkpoint FILE`.
+IMAGENET holds the folders train/ and val/, with one folder per class. If these are a subset of the model's classes, it
+also holds classes.txt, with one folder name per line in label order. Custom models work the same way: `mobilenetv1_075`
+has no timm name, so it is loaded with HubMPQ.from_module and `--checkpoint FILE`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SMALL_MOBILENET = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bili
 
 
 def mobilenetv1_075(checkpoint: str | None) -> nn.Module:
-    """MobileNetV1 with 0.75 of the channels: `timm.create_model` has no name for it, its builder does."""
+    """Build MobileNetV1 with 0.75 of the channels, which timm's builder supports, but `timm.create_model` does not."""
     from timm.models.efficientnet import _gen_mobilenet_v1
 
     net = _gen_mobilenet_v1("mobilenetv1_100", channel_multiplier=0.75, pad_type="same", bn_eps=1e-3)
@@ -40,7 +40,7 @@ def mobilenetv1_075(checkpoint: str | None) -> nn.Module:
 
 
 def load(args: argparse.Namespace) -> tuple[HubMPQ, Any]:
-    """(the model, how its images are prepared)."""
+    """Return the model and the configuration of its preprocessing."""
     shape = (3, args.size, args.size)
     if args.model == "mobilenetv1_075":
         net = mobilenetv1_075(args.checkpoint)
@@ -50,7 +50,7 @@ def load(args: argparse.Namespace) -> tuple[HubMPQ, Any]:
 
 
 def joint_over_float(mpq: HubMPQ, batches: list[Any], rounds: int = 3) -> list[float]:
-    """Seconds of a joint step over (n + 1) float steps, float and joint runs taking turns on the same batches."""
+    """Measure the time of a joint step relative to n + 1 float steps; both runs alternate on the same batches."""
     ratios = []
     widths = len(Candidates().weight)
     for _ in range(rounds):
@@ -64,19 +64,19 @@ def joint_over_float(mpq: HubMPQ, batches: list[Any], rounds: int = 3) -> list[f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, type=Path)
-    parser.add_argument("--model", default="resnet18")
-    parser.add_argument("--checkpoint", help="safetensors file of the float weights")
-    parser.add_argument("--bitops", default="W4A4")
-    parser.add_argument("--size", type=int, default=224, help="pixels a side")
+    parser.add_argument("--data", required=True, type=Path, help="folder with train/ and val/")
+    parser.add_argument("--model", default="resnet18", help="timm name, or mobilenetv1_075")
+    parser.add_argument("--checkpoint", help="safetensors file with the float weights")
+    parser.add_argument("--bitops", default="W4A4", help="budget, a bit-width level")
+    parser.add_argument("--size", type=int, default=224, help="image size in pixels")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--indicator-steps", type=int, default=60)
-    parser.add_argument("--indicator", choices=("divergence", "scale", "raw scale"), help="what is read out")
+    parser.add_argument("--indicator-steps", type=int, default=60, help="steps of the indicator training")
+    parser.add_argument("--indicator", choices=("divergence", "scale", "raw scale"), help="default: divergence")
     parser.add_argument("--steps", type=int, default=120, help="fine-tuning steps")
-    parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--distill", type=float, default=1.0)
+    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of fine-tuning")
+    parser.add_argument("--distill", type=float, default=1.0, help="weight of distillation, 0 to 1")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("imagenet-mpq"))
+    parser.add_argument("--output", type=Path, default=Path("imagenet-mpq"), help="folder of the packed model")
     args = parser.parse_args()
 
     mpq, config = load(args)
@@ -104,8 +104,8 @@ def main() -> None:
     row("W8A8, calibrated only", time.perf_counter() - began)
     indicators = mpq.train_indicators(train, steps=args.indicator_steps, seed=args.seed, indicator=args.indicator)
     result = mpq.search(bitops=args.bitops)
-    row(f"uniform {args.bitops}, tuned", tuned(args.bitops))
-    row(f"mixed at {args.bitops}, tuned", tuned(result.policy))
+    row(f"uniform {args.bitops}, fine-tuned", tuned(args.bitops))
+    row(f"mixed at {args.bitops}, fine-tuned", tuned(result.policy))
     mpq.result = result
     mpq.save_pretrained(args.output)
     again = HubMPQ.from_pretrained(args.output, module=mpq.float_model)
@@ -118,7 +118,7 @@ def main() -> None:
     print(f"search: {result.seconds * 1000:.1f} ms, {result.status}, gap {result.gap}")
     print(f"reloaded logits equal: {equal}")
     low, middle, high = joint_over_float(mpq, [batch for batch, _ in zip(train, range(6), strict=False)])
-    print(f"joint step over its passes as float steps: {middle:.3f} ({low:.3f} to {high:.3f})")
+    print(f"time of a joint step / float steps of the same passes: {middle:.3f} ({low:.3f} to {high:.3f})")
 
 
 def float_bitops(mpq: HubMPQ) -> float:

@@ -1,9 +1,10 @@
-"""A search strategy of your own: one file, registered by name, ending in the same solver as all others.
+"""A custom search strategy in one file: registered by name, and solved like the built-in ones.
 
     python examples/new_strategy.py
     hub-mpq quantize MODEL --strategy examples/new_strategy.py:fan-out --data … --bitops W4A4 -o out
 
-This one scores a layer by how many outputs read each of its weights, so that busy weights keep their bits.
+It scores a layer by the number of outputs that use each of its weights, so that weights which are used often keep more
+bits.
 """
 
 import torch
@@ -16,7 +17,14 @@ from hub_mpq.search.strategy import additive
 
 @register_strategy("fan-out")
 class FanOut(SearchStrategy):
-    """Options are the constructor's keywords. A strategy that trains keeps `trains = True` and yields `losses`."""
+    """Score layers by the fan-out of their weights.
+
+    The keyword arguments of the constructor are the options of the strategy. This one does not train; a strategy that
+    trains keeps `trains = True` and implements `losses`.
+
+    Args:
+        power: Exponent of the fan-out.
+    """
 
     trains = False
 

@@ -1,4 +1,4 @@
-"""Pictures of policies, fronts and indicators, for people."""
+"""Plots of policies, Pareto fronts and indicators."""
 
 from __future__ import annotations
 
@@ -17,15 +17,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WEIGHT, ACTIVATION = "#1f4e79", "#e08214"
-_ACROSS = 56  # layers side by side; more go into further rows, so that names and numbers can be read
+_ACROSS = 56  # layers in one row of a plot; more are wrapped, so that names and numbers stay readable
 
 
 def check_plot(path: str | Path) -> None:
-    """Raise HubMPQError when matplotlib is missing, InvalidArgument when `path` is no picture or cannot be written."""
+    """Check that a plot can be written to a file, before the work that it shows.
+
+    Args:
+        path: The file to write: `.png`, `.svg` or `.pdf`.
+
+    Raises:
+        HubMPQError: matplotlib is not installed.
+        InvalidArgument: The suffix is not supported, or the file cannot be written.
+
+    Example:
+        >>> from hub_mpq.plot import check_plot
+        >>> check_plot("policy.png")
+    """
     if find_spec("matplotlib") is None:
-        raise HubMPQError("pictures need matplotlib: pip install 'hub-mpq[report]'")
+        raise HubMPQError("plots need matplotlib: pip install 'hub-mpq[report]'")
     if Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise InvalidArgument(f"a picture is a .png, .svg or .pdf file, not {str(path)!r}")
+        raise InvalidArgument(f"a plot must be a .png, .svg or .pdf file, got {str(path)!r}")
     check_output_file(path)
 
 
@@ -49,7 +61,7 @@ def _save(figure: Figure, path: str | Path) -> None:
 
 
 def _rows(names: Sequence[str]) -> list[list[str]]:
-    """The layers in rows of equal length, in order."""
+    """Wrap the layers into rows of equal length, in order."""
     rows = -(-len(names) // _ACROSS)
     across = -(-len(names) // rows)
     return [list(names[i : i + across]) for i in range(0, len(names), across)]
@@ -66,7 +78,27 @@ def _name_layers(axes: Axes, names: Sequence[str], across: int) -> None:
 
 
 def plot_policy(graph: LayerGraph, policy: Policy, path: str | Path, *, title: str | None = None) -> None:
-    """Bits per layer in the order the layers run: weights upwards, activations downwards; fixed layers hatched."""
+    """Plot the bit-widths of each layer, in execution order.
+
+    Weight bits point up and activation bits point down. Fixed layers are hatched.
+
+    Args:
+        graph: The layers of the model.
+        policy: Their bit-widths.
+        path: The file to write: `.png`, `.svg` or `.pdf`. Its folder is created.
+        title: Title of the plot; None for the model's id.
+
+    Raises:
+        HubMPQError: matplotlib is not installed, or the file cannot be written.
+        InvalidArgument: The suffix is not supported.
+        PolicyMismatch: The policy is for other layers.
+
+    Example:
+        >>> from hub_mpq import HubMPQ, Policy
+        >>> from hub_mpq.plot import plot_policy
+        >>> graph = HubMPQ.from_pretrained("test_resnet", pretrained=False).graph
+        >>> plot_policy(graph, Policy.uniform(graph, "W4A4"), "policy.png")
+    """
     policy.check(graph)
     rows = _rows(graph.names)
     across = len(rows[0])
@@ -89,7 +121,7 @@ def plot_policy(graph: LayerGraph, policy: Policy, path: str | Path, *, title: s
 
 
 def _bar(axes: Axes, x: int, bits: int, sign: int, colour: str, fixed: bool) -> None:
-    """One bar with its number; a float part is a word in place of a bar."""
+    """Draw one bar with its number; "float" stands in place of a bar."""
     height = 0 if bits == FLOAT_BITS else bits
     style: dict[str, Any] = {"hatch": "////", "edgecolor": "white", "alpha": 0.55} if fixed else {}
     axes.bar(x, sign * height, width=0.82, color=colour, linewidth=0, **style)
@@ -117,10 +149,31 @@ def _policy_legend(figure: Figure, fixed: bool) -> None:
 def plot_pareto(
     results: Mapping[str, Sequence[SearchResult]], path: str | Path, *, x: str = "bitops", title: str | None = None
 ) -> None:
-    """Fronts of proved optima: the limit across, the objective (sum of the layers' scores) upwards, one line a name."""
+    """Plot Pareto fronts: the sum of the layers' scores over one limit.
+
+    Args:
+        results: `{name of the line: what HubMPQ.pareto returned}`.
+        path: The file to write: `.png`, `.svg` or `.pdf`. Its folder is created.
+        x: Name of the limit on the horizontal axis.
+        title: Title of the plot; None for a default.
+
+    Raises:
+        HubMPQError: matplotlib is not installed, or the file cannot be written.
+        InvalidArgument: There are no results, the limit is unknown, or the suffix is not supported.
+
+    Example:
+        >>> from hub_mpq import Policy, SearchResult
+        >>> from hub_mpq.core import Usage
+        >>> from hub_mpq.plot import plot_pareto
+        >>> front = [
+        ...     SearchResult(Policy({}, ""), Usage({"bitops": 1e9 * i}), "optimal", 1 / i, 1 / i, 0.0, 0.0, "limpq")
+        ...     for i in (1, 2, 3)
+        ... ]
+        >>> plot_pareto({"toy": front}, "front.png")
+    """
     limit = limits.get(x)
     if not any(results.values()):
-        raise InvalidArgument("there is no point to draw")
+        raise InvalidArgument("results must hold at least one point to plot")
     from matplotlib.ticker import EngFormatter
 
     figure = _figure(path, 6.5, 4.4)
@@ -142,10 +195,28 @@ def plot_pareto(
 
 
 def plot_indicators(indicators: Indicators, path: str | Path, *, title: str | None = None) -> None:
-    """What each layer and width was found to be worth, one line a width, on a log axis: weights above, inputs below."""
+    """Plot the indicator of each layer on a log axis, one line for each bit-width.
+
+    Weight indicators are above, activation indicators are below.
+
+    Args:
+        indicators: Scores that have one value for each operand and bit-width, as LIMPQ's.
+        path: The file to write: `.png`, `.svg` or `.pdf`. Its folder is created.
+        title: Title of the plot; None for a default.
+
+    Raises:
+        HubMPQError: matplotlib is not installed, or the file cannot be written.
+        InvalidArgument: There are no weight indicators, or the suffix is not supported.
+
+    Example:
+        >>> from hub_mpq import Indicators
+        >>> from hub_mpq.plot import plot_indicators
+        >>> found = Indicators({"conv": {2: 0.3, 4: 0.1}, "fc": {2: 0.2, 4: 0.05}}, {"conv": {2: 0.1, 4: 0.02}})
+        >>> plot_indicators(found, "indicators.png")
+    """
     names = list(indicators.weight)
     if not names:
-        raise InvalidArgument("the indicators name no layer")
+        raise InvalidArgument("indicators must have values for at least one layer")
     rows = _rows(names)
     across = len(rows[0])
     figure = _figure(path, _width(across), 1.0 + 5.6 * len(rows))
@@ -158,12 +229,12 @@ def plot_indicators(indicators: Indicators, path: str | Path, *, title: str | No
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False, fontsize=8
     )
-    figure.suptitle(title or "indicators: the larger, the more a layer needs its bits", fontsize=11)
+    figure.suptitle(title or "indicators: larger values mean that a layer needs more bits", fontsize=11)
     _save(figure, path)
 
 
 def _scales(axes: Axes, table: Mapping[str, Mapping[int, float]], names: Sequence[str]) -> None:
-    """One line a width over the layers that have it."""
+    """Draw one line for each bit-width over the layers that have it."""
     from matplotlib import colormaps
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
@@ -176,7 +247,7 @@ def _scales(axes: Axes, table: Mapping[str, Mapping[int, float]], names: Sequenc
     axes.set_yscale("log")
     top = max((v for row in table.values() for v in row.values()), default=1.0)
     low = max(axes.get_ylim()[0], top * 1e-9)
-    axes.set_ylim(bottom=low)  # layers that the loss does not feel run out below
+    axes.set_ylim(bottom=low)  # layers that hardly change the loss may leave the axis at the bottom
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if top < 1000 * low else (1.0,), numticks=20))
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.yaxis.set_minor_formatter(NullFormatter())

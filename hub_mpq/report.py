@@ -1,4 +1,4 @@
-"""The table a user wants to read."""
+"""Human-readable reports of a model, its policy and how the policy was chosen."""
 
 from __future__ import annotations
 
@@ -13,11 +13,30 @@ from .cost.size import layer_nbytes
 from .errors import shown
 
 NOT_RUN_SHARE = 0.05
-"""Weights that may stay unreached without a word."""
+"""Share of the weights that may go unused by the example input without a warning."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Text table: first column to the left, the others to the right. Cells are cut and escaped, as `shown` does."""
+    """Format a plain-text table.
+
+    The first column is left-aligned, the others are right-aligned. Cells are cut to 120 characters, and control
+    characters are escaped.
+
+    Args:
+        head: Column titles.
+        rows: Cells of each row, as many as there are titles.
+
+    Returns:
+        The table, one line for each row, without a trailing newline.
+
+    Example:
+        >>> from hub_mpq.report import table
+        >>> print(table(["layer", "bits"], [["conv1", "W8A8"], ["fc", "W4A4"]]))
+        layer  bits
+        -----  ----
+        conv1  W8A8
+        fc     W4A4
+    """
     rows = [[shown(cell, 120) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
 
@@ -36,16 +55,32 @@ def report(
     expected: Mapping[str, tuple[float, float | None]] | None = None,
     unit: str = "",
 ) -> str:
-    """Per layer and in all; layers left float and products of activations at the end.
+    """Format the report of a model: bits and costs of each layer, totals, metrics and times.
+
+    Layers that stay float, and products of activations, come last. `HubMPQ.report` calls this function.
 
     Args:
-        graph: The layers.
-        policy: Their widths; None before a search.
-        usage: Costs of the policy.
-        metrics: {"float" | "quantized": figures}.
-        seconds: {stage: wall time}.
-        expected: {searched layer: (estimated divergence that its widths cause, its relative standard error)}.
-        unit: What that is counted in.
+        graph: The layers of the model.
+        policy: Bit-widths of the layers; None before a search.
+        usage: Total costs of the policy; None to omit them.
+        metrics: `{"float" | "quantized": metrics}`, as measured by `HubMPQ.evaluate`.
+        seconds: `{stage: wall time in seconds}`.
+        expected: `{searched layer: (estimated divergence caused by its bit-widths, relative standard error or None)}`;
+            None to omit the column.
+        unit: Unit of `expected`, which is the title of its column: "kl" or "target_error".
+
+    Returns:
+        The report as text.
+
+    Example:
+        >>> from hub_mpq import HubMPQ, Policy
+        >>> from hub_mpq.report import report
+        >>> mpq = HubMPQ.from_pretrained("test_resnet", pretrained=False)
+        >>> policy = Policy.uniform(mpq.graph, "W4A4")
+        >>> text = report(mpq.graph, policy, mpq.usage(policy), {"quantized": {"top1": 87.5}}, {"search": 0.25})
+        >>> print("\\n".join(text.splitlines()[-2:]))
+        quantized: top1 87.5
+        seconds: search 0.25
     """
     rows = []
     for layer in graph:
@@ -86,37 +121,102 @@ def report(
 
 
 def not_run_line(graph: LayerGraph) -> str:
-    """A sentence where more than 5 % of the weights never ran in the traced forward, else ""."""
+    """Describe the weights that the example input did not use.
+
+    Args:
+        graph: The layers of the model, as traced with its example input.
+
+    Returns:
+        One sentence if more than 5 % of the weights did not run, else "".
+
+    Example:
+        >>> from hub_mpq import HubMPQ
+        >>> from hub_mpq.report import not_run_line
+        >>> not_run_line(HubMPQ.from_pretrained("test_resnet", pretrained=False).graph)
+        ''
+    """
     share, modules = graph.not_run()
     if share <= NOT_RUN_SHARE:
         return ""
     named = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
     return (
-        f"{share:.0%} of the weights never ran on the example input, so they stay float and their work is not counted: "
-        f"{named}"
+        f"{share:.0%} of the weights were not used by the example input; they stay float and their cost is not "
+        f"counted: {named}"
     )
 
 
 def warn_of_not_run(graph: LayerGraph) -> None:
-    """Give `not_run_line` as a warning, if there is one."""
+    """Warn if more than 5 % of the weights were not used by the example input.
+
+    Args:
+        graph: The layers of the model, as traced with its example input.
+
+    Example:
+        >>> from hub_mpq import HubMPQ
+        >>> from hub_mpq.report import warn_of_not_run
+        >>> warn_of_not_run(HubMPQ.from_pretrained("test_resnet", pretrained=False).graph)
+    """
     if missed := not_run_line(graph):
         warnings.warn(missed, stacklevel=3)
 
 
 def estimate(value: float, error: float | None) -> str:
-    """A value with its relative standard error."""
+    """Format a value with its relative standard error.
+
+    Args:
+        value: The value.
+        error: Its relative standard error, a fraction of the value; None if unknown.
+
+    Returns:
+        The value with three significant digits, and the error in percent if known.
+
+    Example:
+        >>> from hub_mpq.report import estimate
+        >>> estimate(0.01234, 0.08)
+        '0.0123 ± 8%'
+    """
     return f"{value:.3g}" if error is None else f"{value:.3g} ± {error:.0%}"
 
 
 def figures_line(figures: Mapping[str, Any], between: str = "  ") -> str:
-    """Measured figures in one line; the task's name is text, the others numbers."""
+    """Format measured metrics on one line.
+
+    Args:
+        figures: Metrics as returned by `HubMPQ.evaluate`: numbers, and strings such as the name of the task.
+        between: Separator of the metrics.
+
+    Returns:
+        The metrics in order, numbers with four significant digits.
+
+    Example:
+        >>> from hub_mpq.report import figures_line
+        >>> figures_line({"task": "classification", "top1": 91.234, "samples": 512.0})
+        'task classification  top1 91.23  samples 512'
+    """
     texts = {shown(k, 120): shown(v, 120) if isinstance(v, str) else f"{v:.4g}" for k, v in figures.items()}
     return between.join(f"{k} {v}" for k, v in texts.items())
 
 
 def measurements(result: SearchResult) -> str:
-    """How a search's policy was chosen: the table of what was measured, the verdict, the check of the prediction; ""
-    for a policy that nobody asked to measure."""
+    """Explain how the policy of a search was chosen.
+
+    Args:
+        result: What `HubMPQ.search` returned.
+
+    Returns:
+        The table of the measured policies, the verdict, and how well the scores predict measurements; "" if no
+        measurement was requested.
+
+    Example:
+        >>> from hub_mpq import Policy, SearchResult
+        >>> from hub_mpq.core import Usage, Validation
+        >>> from hub_mpq.report import measurements
+        >>> print(measurements(SearchResult(
+        ...     Policy({}, ""), Usage({}), "optimal", 0.0, 0.0, 0.0, 0.0, "limpq",
+        ...     validation=Validation(False, "only 4 samples are held out"),
+        ... )))
+        not validated: only 4 samples are held out
+    """
     lines = []
     if result.measurements:
         rows = [
@@ -130,7 +230,7 @@ def measurements(result: SearchResult) -> str:
             ]
             for m in result.measurements
         ]
-        lines.append(table(["policy (* returned)", "predicted", "divergence", "less the optimum's"], rows))
+        lines.append(table(["policy (* returned)", "predicted", "divergence", "vs. optimum"], rows))
     if result.validation is not None:
         lines.append(str(result.validation))
     if result.check is not None:
@@ -139,7 +239,23 @@ def measurements(result: SearchResult) -> str:
 
 
 def latency_line(facts: Mapping[str, Any]) -> str:
-    """What was measured of a policy that was searched for under a latency."""
+    """Format the measured latency of a policy that was searched for under a latency limit.
+
+    Args:
+        facts: `measured`, `spread`, `limit` and `predicted` in seconds, and the `runtime`, `batch_size`, `threads` and
+            `machine` of the measurement, as in `HubMPQ.history["latency"]`.
+
+    Returns:
+        One line.
+
+    Example:
+        >>> from hub_mpq.report import latency_line
+        >>> facts = {"measured": 0.0048, "spread": 0.0001, "limit": 0.005, "predicted": 0.0047}
+        >>> facts |= {"runtime": "onednn", "batch_size": 1, "threads": 2, "machine": "2 cores, AVX2"}
+        >>> print(latency_line(facts))  # doctest: +NORMALIZE_WHITESPACE
+        latency: 4.8 ms ± 100 us measured on onednn (batch 1, 2 threads, 2 cores, AVX2);
+        limit 5 ms, predicted 4.7 ms
+    """
     measured, spread, limit, predicted = (
         human_seconds(facts[key]) for key in ("measured", "spread", "limit", "predicted")
     )

@@ -197,7 +197,7 @@ def test_indicators_of_another_strategy_than_asked_are_refused(mpq, train):
     assert {n: b for n, b in mpq.policy.bits.items() if n in found.inferred} == found.inferred
     for wrong in ({"zzz": "W4A4"}, dict.fromkeys(found.pairs, "W32A4")):
         bad = replace(found, provenance={**found.provenance, "inferred": wrong})
-        with pytest.raises(InvalidArgument, match="not those of this model"):
+        with pytest.raises(InvalidArgument, match="for another model"):
             mpq.quantize(train=train, epochs=0, indicators=bad)
 
 

@@ -60,7 +60,7 @@ def test_fronts(limit, tmp_path, svg_text):
     text = texts_of(tmp_path / "front.svg")
     assert ">ours<" in text
     assert ">theirs<" in text
-    with pytest.raises(InvalidArgument, match="no point"):
+    with pytest.raises(InvalidArgument, match="at least one point"):
         plot.plot_pareto({"none": []}, tmp_path / "empty.svg")
     with pytest.raises(InvalidArgument, match="seconds"):
         plot.plot_pareto({"ours": front}, tmp_path / "empty.svg", x="seconds")

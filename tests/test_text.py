@@ -88,12 +88,12 @@ def test_no_more_than_one_window_of_logits_is_held(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"context": 65}, "2 to 64 tokens"),
-        ({"context": 1}, "2 to 64 tokens"),
-        ({"context": 32, "stride": 33}, "1 to 32 tokens"),
-        ({"stride": 0}, "1 to 64 tokens"),
-        ({"ids": [5]}, "two token ids or more, not 1"),
-        ({"ids": [0.5, 1.0]}, "two token ids or more"),
+        ({"context": 65}, "from 2 to 64 tokens"),
+        ({"context": 1}, "from 2 to 64 tokens"),
+        ({"context": 32, "stride": 33}, "from 1 to 32 tokens"),
+        ({"stride": 0}, "from 1 to 64 tokens"),
+        ({"ids": [5]}, "at least two integer token ids, got 1"),
+        ({"ids": [0.5, 1.0]}, "at least two integer token ids"),
     ],
 )
 def test_lengths_out_of_range_are_named(changes, words):
@@ -110,7 +110,7 @@ def test_what_are_no_token_ids_of_the_model_is_named(ids):
 
 def test_perplexity_is_of_causal_language_models():
     config = transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-    with pytest.raises(InvalidArgument, match="BertForMaskedLM is no causal language model"):
+    with pytest.raises(InvalidArgument, match="needs a causal language model, got BertForMaskedLM"):
         perplexity(transformers.BertForMaskedLM(config), tokens(100))
 
 

@@ -1,4 +1,4 @@
-"""BSQ: bit planes as parameters, a group lasso empties them, empty ones are dropped (Yang et al., ICLR 2021)."""
+"""BSQ: bit planes are parameters, and planes that a group lasso empties are dropped (Yang et al., ICLR 2021)."""
 
 from __future__ import annotations
 
@@ -26,18 +26,30 @@ from .tied_layers import shared_widths, widest_of_ties
 
 @register_strategy("bsq")
 class BSQ(SearchStrategy):
-    """Loss: task + strength · Σ_l (#Para_l·#Bit_l/#Para)·Σ_i sqrt(‖[p_i; n_i]‖² + 1e-8) [sure]. Weights only;
-    activations are trained at one width, `activation_bits` (None: the widest candidate that the budget affords to
-    weights and inputs alike; a cost of the user's own is not looked at) or the candidate next to it.
+    """Bit-level sparsity (BSQ), for the bit-widths of weights.
 
-    planes: 7 and a sign are 8 bits. every: re-quantize each so many steps as well as after every epoch.
-    Scores [ours]: ‖Q(W) − W‖² / ‖W‖² of the weight W that the planes hold, rounded to a narrower width at the scales
-    that a policy starts from. Planes that are empty at the bottom cost nothing; those that are cut are rounded off, not
-    lost: their own energy is nearly all of a weight with a few large elements, at 2 bits as at 3.
-    The paper has no other activation width than the one trained at; here every candidate is scored, so that a budget
-    that can be met is met, and each bit away from the trained width counts more than all weights together: it is left
-    only where the budget forces it [ours].
-    Without a budget the alive planes and the sign are the width, the widest of them where layers share theirs.
+    The loss is task + strength · Σ_l (#Para_l·#Bit_l/#Para)·Σ_i sqrt(‖[p_i; n_i]‖² + 1e-8), as in the paper.
+    Activations are trained at one bit-width.
+
+    The scores are our construction: ‖Q(W) − W‖² / ‖W‖² of the weight W that the planes hold, rounded to a narrower
+    bit-width with the scales that a policy starts from. Empty planes at the bottom cost nothing. Planes that are cut
+    are rounded off, not lost: the energy of the planes themselves would be nearly all of a weight with a few large
+    elements, at 2 bits as at 3.
+
+    The paper has one activation bit-width only, the one used in training. Here every candidate is scored, so that every
+    feasible budget can be met; each bit of difference from that bit-width counts more than all weights together, so it
+    is given up only where the budget requires it. This is our construction, too.
+
+    Without a budget, the bit-width of a layer is its number of remaining planes and the sign; layers that share a
+    bit-width take the widest.
+
+    Args:
+        strength: Multiplier of the group lasso.
+        planes: Number of bit planes at the start, without the sign: 7 for 8 bits.
+        every: Steps between re-quantizations, in addition to the one after every epoch; None for none.
+        activation_bits: Bit-width of activations in training, or the nearest candidate; None for the widest candidate
+            that the budget affords to weights and inputs alike, ignoring custom costs.
+        plane_lr: Learning rate of the planes.
     """
 
     unit = "squared error relative to the weight"
@@ -104,10 +116,10 @@ class BSQ(SearchStrategy):
 
     def after_epoch(self, model: nn.Module, epoch: int) -> bool:
         self.requantize()
-        return True  # planes are exact bits again: the optimizer's memory is of others
+        return True  # the planes are rebuilt, so the optimizer's state no longer fits
 
     def requantize(self) -> None:
-        """Exact planes, empty ones dropped; no layer's function changes."""
+        """Round the planes to exact bits and drop empty ones, without changing the function of any layer."""
         for tensor in self.tensors.values():
             tensor.requantize()
 
@@ -116,8 +128,8 @@ class BSQ(SearchStrategy):
         return out
 
     def inferred(self, model: nn.Module) -> dict[str, LayerBits]:
-        """Every layer's alive planes and the sign as the least candidate that holds them."""
-        # a carry's plane beside all others and the sign are nine
+        """Return, for every layer, the narrowest candidate that holds its remaining planes and the sign."""
+        # all planes, one more for a carry, and the sign would be nine bits
         found = {n: LayerBits(min(self._owner(n).bits, 8), self.activation[n]) for n in self.layers}
         return widest_of_ties(self.graph, found, self.candidates)
 

@@ -1,4 +1,4 @@
-"""The package's own strategies: importing them registers them."""
+"""The built-in strategies; importing this module registers them."""
 
 from . import bsq, dq, ebs, hessian, limpq, posttraining, seam
 

@@ -1,4 +1,4 @@
-"""Which widths each layer may take."""
+"""The candidate bit-widths of each layer."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ CandidatesLike = Candidates | Iterable[int] | Mapping[str, "Candidates | Iterabl
 def resolve_candidates(
     graph: LayerGraph, value: CandidatesLike, group_size: GroupSizes = None, symmetric: bool = True
 ) -> dict[str, Candidates]:
-    """{searched layer: candidates}.
+    """Resolve what a user passes as candidates to the candidates of each layer.
 
     Args:
         graph: The layers.
-        value: One list of widths for all, a Candidates, or {kind or name pattern: either} where later entries win and
-            layers that none names take the default.
-        group_size: Of candidates that name none, in layers whose weights can have groups.
-        symmetric: False: these layers have zero points.
+        value: A list of bit-widths or a `Candidates` for all layers, or `{kind or name pattern: either}`, where later
+            entries override earlier ones and other layers take the default.
+        group_size: Group sizes of candidates that have none, in layers whose weights can have groups.
+        symmetric: False to give these layers zero points.
+
+    Returns:
+        `{searched layer: candidates}`.
 
     Raises:
-        InvalidArgument: A key that is no kind and matches no layer, or a group size that does not exist.
+        InvalidArgument: A key matches neither a kind nor a layer, or a group size is not valid.
     """
     sizes = check_group_sizes(group_size)
     found, layers = _widths(graph, value), {layer.name: layer for layer in graph.searched}
@@ -39,24 +42,24 @@ def resolve_candidates(
 
 
 def check_one_grid(candidates: Mapping[str, Candidates]) -> None:
-    """Refuse a choice of group sizes at one width, for scores of widths alone.
+    """Check that no layer chooses among several group sizes, which scores of bit-widths alone cannot tell apart.
 
     Args:
-        candidates: Of any layers.
+        candidates: `{layer: candidates}`.
 
     Raises:
-        InvalidArgument: A layer has one.
+        InvalidArgument: A layer does.
     """
     for name, c in candidates.items():
         if any(len(c.grouped(LayerBits(width, FLOAT_BITS))) > 1 for width in c.weight):
             raise InvalidArgument(
-                f"layer {name!r} has several group sizes, and scores of widths alone can't choose among them; score "
-                "them by a post-training strategy with rounding='gptq' or 'nearest'"
+                f"cannot choose among the group sizes of layer {name!r} by scores of bit-widths alone; use a "
+                "post-training strategy with rounding='gptq' or 'nearest'"
             )
 
 
 def weights_alone(graph: LayerGraph, candidates: Mapping[str, Candidates]) -> bool:
-    """Whether all inputs stay float, those of fixed layers too."""
+    """Whether all inputs stay float, including those of fixed layers."""
     fixed = {x.fixed.activation for x in graph if x.fixed is not None}
     return all(c.float_inputs for c in candidates.values()) and fixed <= {FLOAT_BITS}
 
@@ -71,13 +74,13 @@ def _widths(graph: LayerGraph, value: CandidatesLike) -> dict[str, Candidates]:
         named = matching([x.name for x in graph.searched], key)
         hits = [x.name for x in graph.searched if x.kind == key or x.name in named]
         if not hits:
-            raise InvalidArgument(f"candidates: {key!r} is no kind of layer and matches no searched layer")
+            raise InvalidArgument(f"candidates: {key!r} matches no searched layer and no kind of layer")
         out.update(dict.fromkeys(hits, chosen))
     return out
 
 
 def first_groups(candidates: Mapping[str, Candidates], asked: Iterable[int | None] = ()) -> tuple[int | None, bool]:
-    """The group size and symmetry that a level in a budget stands for: the first that was asked for and is there."""
+    """Return the group size and symmetry that a level in a budget stands for: the first available one of `asked`."""
     for c in candidates.values():
         if c.group_size != (None,) or not c.symmetric:
             return next((size for size in asked if size in c.group_size), c.group_size[0]), c.symmetric

@@ -1,4 +1,4 @@
-"""Budgets as differentiable costs, for strategies that learn widths under a penalty."""
+"""Budgets as differentiable costs, for strategies that learn bit-widths with a penalty."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 from ..core import Candidates, LayerGraph, Limit, Reduction
 
 Widths = Mapping[str, tuple[Tensor, "Tensor | None"]]
-"""{searched layer: (weight bits, activation bits)}: real numbers that may carry gradients."""
+"""`{searched layer: (weight bits, activation bits)}`: real numbers that may carry gradients."""
 
 
 class DifferentiableCosts:
-    """Cost of real-valued widths over each limit: 1 where the cap is reached.
+    """Costs of real-valued bit-widths, relative to each limit: 1 at the cap.
 
     Args:
         graph: The layers of the model.
-        limits: {name: (limit, cap on what the searched layers take together)}, as `searched_limits` gives them. A limit
-            without a `Reduction`, such as a table of the user's, has no gradient and is left to the solver.
+        limits: `{name: (limit, cap on the total of the searched layers)}`, as returned by `searched_limits`. A limit
+            without a `Reduction`, such as a custom table, has no gradient and is left to the solver.
     """
 
     def __init__(self, graph: LayerGraph, limits: Mapping[str, tuple[Limit, float]]) -> None:
@@ -29,17 +29,22 @@ class DifferentiableCosts:
         self.limits = {name: (r, cap) for name, (r, cap) in found.items() if r is not None and cap > 0}
 
     def ratios(self, widths: Widths) -> dict[str, Tensor]:
-        """{limit: amount / cap}."""
+        """Return `{limit: amount / cap}`."""
         return {name: evaluate(r, widths) / cap for name, (r, cap) in self.limits.items()}
 
     def over(self, widths: Widths, power: int = 1) -> Tensor:
-        """Σ over limits of relu(amount/cap − 1)^power; 0 without limits. Relative: one strength fits all [ours]."""
+        """Compute Σ relu(amount/cap − 1)^power over the limits; 0 without limits.
+
+        The excess is relative, so that one strength fits all limits, which is our construction.
+        """
         terms = [torch.relu(ratio - 1) ** power for ratio in self.ratios(widths).values()]
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
     def affordable(self, widths: Iterable[int], candidates: Mapping[str, Candidates]) -> int:
-        """The widest of `widths` that all layers may take together within the limits, each between its own least and
-        greatest candidate; the narrowest of `widths` when none fits."""
+        """Return the widest of `widths` that meets the limits in all layers, clamped to the candidates of each layer.
+
+        If none does, return the narrowest.
+        """
 
         def level(bits: int, of: Sequence[int]) -> Tensor:
             return torch.tensor(float(min(max(bits, of[0]), of[-1])))
@@ -56,7 +61,7 @@ class DifferentiableCosts:
 
 
 def evaluate(reduction: Reduction, widths: Widths) -> Tensor:
-    """What layers of these widths take of a limit."""
+    """Compute the cost of layers of these bit-widths."""
     rows = []
     for name, (weight, activation) in widths.items():
         if reduction.activation and activation is None:

@@ -1,4 +1,4 @@
-"""DQ as a strategy: widths follow from learned steps and ranges, under a soft budget (Uhlich et al., ICLR 2020)."""
+"""DQ: bit-widths follow from learned step sizes and ranges, under a soft budget (Uhlich et al., ICLR 2020)."""
 
 from __future__ import annotations
 
@@ -25,18 +25,30 @@ from .tied_layers import shared_widths, widest_of_ties
 
 @register_strategy("dq")
 class DQSearch(SearchStrategy):
-    """Loss: task + strength·Σ relu(S/S0 − 1)² over the constraints [sure; relative S: ours], gradients of (d, qmax)
-    clipped to [−d, d], then projected. SGD with one learning rate for everything, as the paper's claim has it.
+    """Differentiable quantization (DQ), with learned step sizes and ranges.
 
-    parametrization: "step-range" (the paper's), "bits-step", "bits-range". grid: "uniform" or "power-of-two".
-    weight_bytes, activation_bytes: constraints on the searched layers, bytes or "70KB"; activation: "max" (the
-    largest layer) or "sum". Without them, the budget searched for is the constraint. They are soft: they steer the
-    training, the solver holds the budget alone, and widths inferred beyond them come with a warning. Search needs no
-    budget: the inferred widths are a policy. start: width to start from; None: the widest level within the constraint,
-    so that a short run spends its steps on the trade between layers and not on the way there; on the power-of-two grid
-    at most 4 bits, whose least codes are next to nothing already [ours].
-    Scores [ours]: noise falls as 4^−b, and the noise that a layer has at its learned (real) width β is taken to hurt as
-    much as any other layer's at its own: 4^(β−b) at width b.
+    The loss is task + strength·Σ relu(S/S0 − 1)² over the constraints, as in the paper, except that the excess is
+    relative, which is our construction. As in the paper, gradients of (d, qmax) are clipped to [−d, d], the parameters
+    are then projected, and SGD has one learning rate for everything.
+
+    Constraints are soft: they steer the training, while the solver meets the budget only. If inferred bit-widths exceed
+    a constraint, a warning says so. A budget is not required: the inferred bit-widths are a policy.
+
+    The scores are our construction. Noise falls as 4^−b, and the noise of each layer at its learned (real) bit-width β
+    is assumed to be equally harmful, so the score at b bits is 4^(β−b).
+
+    Args:
+        parametrization: "step-range" (the paper's choice), "bits-step" or "bits-range".
+        grid: "uniform" or "power-of-two".
+        power_of_two_step: Whether step sizes are powers of two.
+        weight_bytes: Constraint on the weights of the searched layers: bytes, or a string such as "70KB". Without
+            constraints, the budget is the constraint.
+        activation_bytes: Constraint on the activations of the searched layers, likewise.
+        activation: "max" to constrain the largest activation, or "sum" for all of them.
+        strength: Multiplier of the penalty.
+        start: Initial bit-width, 1 to 8. None for the widest level within the constraint, so that a short run spends
+            its steps on the trade-off between layers; on the power-of-two grid at most 4 bits, whose smallest codes are
+            almost zero already. This default is our construction.
     """
 
     unit = "noise relative to that at the learned width"
@@ -55,11 +67,11 @@ class DQSearch(SearchStrategy):
         strength: float = 1.0,
         start: int | None = None,
     ) -> None:
-        DQ(signed=True, bounds=(2, 8), parametrization=parametrization, grid=grid)  # refuse bad words at once
+        DQ(signed=True, bounds=(2, 8), parametrization=parametrization, grid=grid)  # checks these arguments
         if activation not in ("max", "sum"):
-            raise InvalidArgument(f"activation is max or sum, not {activation!r}")
+            raise InvalidArgument(f"activation must be 'max' or 'sum', got {activation!r}")
         if not isinstance(power_of_two_step, bool):
-            raise InvalidArgument(f"power_of_two_step is true or false, not {power_of_two_step!r}")
+            raise InvalidArgument(f"power_of_two_step must be a bool, got {power_of_two_step!r}")
         self.kind = {"parametrization": parametrization, "grid": grid, "power_of_two_step": power_of_two_step}
         self.strength = number("strength", strength)
         self.start = None if start is None else whole("start", start, 1, 8)
@@ -75,12 +87,12 @@ class DQSearch(SearchStrategy):
         self, model: nn.Module, graph: LayerGraph, candidates: Mapping[str, Candidates], norms: Mapping[str, str]
     ) -> None:
         self.graph, self.candidates = graph, candidates
-        for inputs in (False, True):  # before the training, not after it
+        for inputs in (False, True):  # raises before the training
             list(shared_widths(graph, candidates, inputs=inputs))
         if self.constraints and self.limits:
             warnings.warn(
-                "weight_bytes and activation_bytes only steer DQ's training, the policy is held to the budget alone: "
-                "put size=, activation_memory= or activation_peak= beside it for limits that hold",
+                "weight_bytes and activation_bytes only steer the training of DQ, and the policy meets the budget "
+                "alone; for limits that must be met, add size=, activation_memory= or activation_peak= to the budget",
                 stacklevel=2,
             )
 
@@ -97,7 +109,7 @@ class DQSearch(SearchStrategy):
 
     @torch.no_grad()
     def calibrate(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
-        """Start at one width everywhere, the range of least squared error."""
+        """Start with one bit-width everywhere, and with ranges that minimize the squared error."""
         for name, layer in self.layers.items():
             q = layer.weight_quantizer
             bits = self._start(q)
@@ -127,7 +139,7 @@ class DQSearch(SearchStrategy):
         return [{"name": "quantizers", "params": params, "lr": self.scale_lr, "weight_decay": 0.0}]
 
     def widths(self, *, real: bool = False) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """{layer: (weight, activation) bits}, differentiable; real: before they are rounded up."""
+        """Return differentiable `{layer: (weight bits, activation bits)}`; with `real`, before rounding up."""
 
         def of(q: DQ) -> Tensor:
             return q.real_width() if real else q.width()
@@ -150,8 +162,10 @@ class DQSearch(SearchStrategy):
             q.project()
 
     def inferred(self, model: nn.Module) -> dict[str, LayerBits]:
-        """Every layer's learned width; of layers that share widths (ties), the widest. Warns of a constraint that the
-        widths are over, where no budget is going to decide."""
+        """Return the learned bit-width of every layer, the widest one of tied layers.
+
+        Without a budget, which would decide, warn if these bit-widths exceed a constraint.
+        """
         found = self._found()
         if self.limits:
             return found
@@ -164,8 +178,8 @@ class DQSearch(SearchStrategy):
                 asked, unit = ("weight_bytes", 8) if name == "weight_bits" else ("activation_bytes", 1)
                 cap = self.constraints[name][1] / unit
                 warnings.warn(
-                    f"the widths that DQ settled on take {float(ratio) * cap:.0f} bytes of {asked}={cap:g}, which is a "
-                    "soft constraint: search longer or with more strength, or name a budget, which is met exactly",
+                    f"the bit-widths learned by DQ take {float(ratio) * cap:.0f} bytes and exceed the soft constraint "
+                    f"{asked}={cap:g}; train longer, increase strength, or pass a budget, which is always met",
                     stacklevel=2,
                 )
         return found

@@ -1,4 +1,4 @@
-"""EBS: strengths of all widths learned beside shared meta weights (Li et al., 2020)."""
+"""EBS: strengths of all bit-widths, learned together with shared meta weights (Li et al., 2020)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .train_val_split import train_val_split
 
 NETWORK = ("weights", "biases", "scales")
 TIE = 1e-3
-RMS = 0.1  # well below the loop's clipping at 1
+RMS = 0.1  # well below the clipping of the training loop, at 1
 
 
 def falling(values: Sequence[float]) -> list[float]:
-    """The nearest sequence that never rises (isotonic regression by pooling neighbours)."""
+    """Return the nearest non-increasing sequence (isotonic regression by pooling neighbours)."""
     pools: list[tuple[float, int]] = []
     for value in values:
         pools.append((value, 1))
@@ -39,20 +39,32 @@ def falling(values: Sequence[float]) -> list[float]:
 
 @register_strategy("ebs")
 class EBS(SearchStrategy):
-    """One weight, one convolution a layer; operands are mixtures over widths [sure]. E[BitOps] under a hinge.
+    """Efficient bit-width search (EBS), with differentiable mixtures of bit-widths.
 
-    update: "bilevel": weights learn on the training half of each pair, strengths on the held-out half; "mixed":
-    weights by ∇L_train, strengths by ∇L_train + balance·∇L_val (He et al., 2020); "single": all on one batch.
-    gumbel: stochastic mixtures, temperature annealed from `temperature` to 0.1 of it over the search; else softmax.
-    strength: of relu(E[cost]/cap − 1) [relative: ours].
+    As in the paper, each layer has one weight and one convolution, whose operands are mixtures over bit-widths, and a
+    hinge penalizes the expected cost.
 
-    [ours] Strengths learn by SGD on a gradient whose size is normalised over all layers together: Adam moves every
-    strength alike in a short run, which hides which layer cares. Scores: −log p without the push of the hinge: the ILP
-    holds the budget itself, and a hinge that was active all along would send every layer to its least width. Without
-    that push a wider width cannot be worse for the task: what contradicts it is noise, and is pooled (isotonic);
-    1e-3·4^−b decides where strengths say nothing, so that no budget is left unused. Labels are not smoothed unless that
-    is asked for: a trained network is more certain than smoothed labels, so that whatever makes it less certain, as
-    narrow widths do, lowers their loss.
+    The following is our construction:
+
+    - The hinge is relative to the limit.
+    - Strengths are trained by SGD, on a gradient that is normalised over all layers together. In a short run, Adam
+      moves all strengths by the same amount, which hides the differences between layers.
+    - The scores are −log p without the push of the hinge, because the solver meets the budget, and a hinge that is
+      always active would send every layer to its lowest bit-width. Without that push, a wider bit-width cannot be worse
+      for the task: what contradicts this is noise and is pooled (isotonic regression). A term of 1e-3·4^−b decides
+      where strengths are equal, so that no budget is left unused.
+    - Labels are not smoothed by default. A trained network is more certain than smoothed labels, so narrow bit-widths,
+      which make it less certain, would lower the loss.
+
+    Args:
+        update: "bilevel": weights are trained on the training half of each pair of batches, strengths on the held-out
+            half. "mixed": weights by ∇L_train, strengths by ∇L_train + balance·∇L_val (He et al., 2020). "single": both
+            on the same batch.
+        gumbel: Whether mixtures are stochastic, with a temperature that is annealed to a tenth; else softmax.
+        strength: Multiplier of relu(E[cost]/cap − 1).
+        balance: Multiplier of the held-out loss, for "mixed".
+        temperature: Initial temperature, above 0; the lower, the sharper the mixtures.
+        strength_lr: Learning rate of the strengths.
     """
 
     unit = "negative log probability"
@@ -72,9 +84,9 @@ class EBS(SearchStrategy):
         strength_lr: float = 2e-2,
     ) -> None:
         if update not in ("bilevel", "mixed", "single"):
-            raise InvalidArgument(f"update is bilevel, mixed or single, not {update!r}")
+            raise InvalidArgument(f"update must be 'bilevel', 'mixed' or 'single', got {update!r}")
         if number("temperature", temperature) == 0:
-            raise InvalidArgument("temperature is above 0; the closer to it, the sharper the mixtures")
+            raise InvalidArgument("temperature must be above 0, got 0")
         self.update, self.gumbel, self.temperature = update, gumbel, float(temperature)
         self.strength, self.balance = number("strength", strength), number("balance", balance)
         self.strength_lr = number("strength_lr", strength_lr)
@@ -97,7 +109,7 @@ class EBS(SearchStrategy):
         self.costs = DifferentiableCosts(graph, self.limits)
 
     def calibrate(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
-        """Every width's scale starts at its least squared error."""
+        """Initialize the scale of every bit-width to minimize the squared error."""
         for name, layer in self.layers.items():
             for bits in layer.weight_quantizer.widths:
                 layer.weight_quantizer.lsq.init(bits, weight_scale_mse(layer.weight, bits, axis=None))
@@ -121,7 +133,10 @@ class EBS(SearchStrategy):
             mixture.temperature = self.temperature * 0.1 ** (step / max(total - 1, 1))
 
     def widths(self) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """{layer: expected (weight, activation) bits}; their product is E[bits·bits], strengths being independent."""
+        """Return `{layer: expected (weight bits, activation bits)}`.
+
+        Strengths are independent, so the product is the expected product of the bit-widths.
+        """
         return {
             name: (
                 m.weight_quantizer.expected_width(),
@@ -131,7 +146,7 @@ class EBS(SearchStrategy):
         }
 
     def penalty(self) -> Tensor:
-        """strength · Σ relu(E[cost]/cap − 1); a zero that has a gradient where nothing is over."""
+        """Compute strength · Σ relu(E[cost]/cap − 1), which has a gradient even where it is zero."""
         idle = sum(m.prices.sum() for m in self.mixtures) * 0.0
         return self.strength * self.costs.over(self.widths()).to(idle) + idle  # type: ignore[union-attr,arg-type,return-value]
 
@@ -153,7 +168,7 @@ class EBS(SearchStrategy):
         yield self.penalty(), "prices"
 
     def before_step(self, model: nn.Module, step: int) -> None:
-        """One factor for all strengths and prices: the strengths' gradients get the root mean square RMS."""
+        """Scale gradients of strengths and prices by one factor that sets the strengths' root mean square to RMS."""
         grads = [m.strengths.grad for m in self.mixtures if m.strengths.grad is not None]
         if not grads:
             return
@@ -164,12 +179,12 @@ class EBS(SearchStrategy):
                     parameter.grad.mul_(RMS / rms)
 
     def task(self, model: nn.Module, batch: Any) -> Tensor:
-        """What the network is to learn."""
+        """Compute the loss of the task."""
         return self.loss.loss(model, batch)
 
     @torch.no_grad()
     def scores(self, model: nn.Module) -> Scores:
-        """−log softmax(strengths) of both widths."""
+        """Return −log softmax(strengths), made non-increasing, of both operands."""
 
         def row(m: Mixture) -> dict[int, float]:
             scores = falling((-torch.log_softmax(m.strengths.double(), 0)).tolist())

@@ -18,9 +18,9 @@ from .prediction import TOKENS as CHECKED_TOKENS
 from .train_val_split import cut, drawn
 
 SAMPLES, TOKENS = 2048, 4096
-"""What is held out at most, both halves together: so many samples, or tokens."""
+"""Maximum number of held-out samples, or tokens, in both halves together."""
 CALIBRATION = 16
-"""Batches that scales and norms are estimated on, as `HubMPQ.apply_policy` takes them."""
+"""Number of batches for calibrating scales and re-estimating norms, as in `HubMPQ.apply_policy`."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class HeldOut:
     """Two halves of held-out batches, which share no sample.
 
     Args:
-        choosing: What policies are chosen on.
-        reporting: What the chosen one is reported on.
-        data: What they are, in words.
+        choosing: Batches that the policy is chosen on.
+        reporting: Batches that the reported figures are measured on.
+        data: Description of the data.
     """
 
     choosing: list[Any]
@@ -38,8 +38,10 @@ class HeldOut:
     data: str
 
     def few(self, meter: PolicyMeter) -> list[Any]:
-        """The small sample of a check: the first choosing batches, with up to 128 samples or 512 tokens; one at least,
-        cut where it is larger."""
+        """Return a small sample for a check: the first choosing batches, with up to 128 samples or 512 tokens.
+
+        There is at least one batch, cut if it is larger.
+        """
         taken: list[Any] = []
         samples = tokens = 0
         for batch in self.choosing:
@@ -55,13 +57,14 @@ class HeldOut:
 
 
 def hold_out(meter: PolicyMeter, batches: Iterable[Any], data: str) -> HeldOut:
-    """Take up to 2,048 samples, or 4,096 tokens, and split them: by turns batch for batch, or each batch in two where
-    there are fewer than four.
+    """Take up to 2,048 samples, or 4,096 tokens, and split them into two halves.
+
+    Batches alternate between the halves. If there are fewer than four, each batch is cut in two.
 
     Args:
-        meter: Tells what a batch holds.
-        batches: The batches; no more are read than are taken.
-        data: What they are, in words.
+        meter: What counts the samples and items of a batch.
+        batches: The batches; only as many as needed are read.
+        data: Description of the data.
 
     Raises:
         InvalidArgument: There are fewer than two samples.
@@ -78,20 +81,23 @@ def hold_out(meter: PolicyMeter, batches: Iterable[Any], data: str) -> HeldOut:
         if samples >= SAMPLES or tokens >= TOKENS:
             break
     if not taken:
-        raise InvalidArgument(f"beside what calibrates, {data} hold nothing to measure on: give more than one sample")
+        raise InvalidArgument(f"{data} must hold more than one sample, since some are used for calibration")
     if len(taken) >= 4:
         return HeldOut(taken[::2], taken[1::2], data)
     try:
         return HeldOut([cut(batch, 0) for batch in taken], [cut(batch, 1) for batch in taken], data)
     except InvalidArgument:  # a batch of one sample
         if len(taken) < 2:
-            raise InvalidArgument("a policy is chosen and reported on different samples: give two at least") from None
+            raise InvalidArgument("validation needs at least two samples to choose and report on") from None
         return HeldOut(taken[::2], taken[1::2], data)
 
 
 def spread(loader: Iterable[Any], seed: int) -> Iterable[Any]:
-    """Batches of a loader from all over its data: a DataLoader that reads in order, perhaps class by class, is read in
-    an order drawn from `seed`. The loader itself stays as it is; others are read as they come."""
+    """Return batches from all parts of the data of a loader.
+
+    A DataLoader that reads in order, perhaps class by class, is read in a random order given by `seed`. The loader
+    itself is not changed; other loaders keep their order.
+    """
     if not isinstance(loader, DataLoader) or type(loader.sampler) is not SequentialSampler or is_sharded(loader):
         return seeded(loader, seed=seed)
     indices = None if loader.batch_size is None else drawn(loader)
@@ -110,12 +116,15 @@ def spread(loader: Iterable[Any], seed: int) -> Iterable[Any]:
 
 
 def beyond(train: Iterable[Any], seed: int, scored: int) -> tuple[list[Any], Iterable[Any]]:
-    """(batches to calibrate on, the batches behind them, which no score was read from) of training data.
+    """Split training data into batches for calibration and later batches that no score was computed from.
 
     Args:
         train: The training data.
-        seed: Of the scores, which were read from the first batches in the order that it shuffles to.
-        scored: From how many.
+        seed: Seed of the scores, which were computed from the first batches in the order that it shuffles to.
+        scored: Number of those batches.
+
+    Returns:
+        (batches to calibrate on, batches to measure on).
     """
     batches = iter(seeded(train, seed=seed))
     first = list(islice(batches, max(CALIBRATION, scored)))
@@ -123,15 +132,23 @@ def beyond(train: Iterable[Any], seed: int, scored: int) -> tuple[list[Any], Ite
 
 
 def apart(batches: Iterable[Any], seed: int) -> tuple[list[Any], Iterable[Any]]:
-    """(batches to calibrate on, batches to measure on) of data that are used for nothing else: a quarter of the
-    batches calibrate, 16 at most; where there are fewer than four, half of each, or the first one where a batch is a
-    single sample. Raises InvalidArgument where there is no batch."""
+    """Split data that are used for nothing else into batches to calibrate on and batches to measure on.
+
+    A quarter of the batches, 16 at most, is for calibration. If there are fewer than four, it is half of each batch, or
+    the first batch if one of them is a single sample.
+
+    Returns:
+        (batches to calibrate on, batches to measure on).
+
+    Raises:
+        InvalidArgument: There is no batch, or `batches` is not iterable as batches.
+    """
     if isinstance(batches, (bool, str)):
-        raise InvalidArgument(f"validate takes batches, such as a DataLoader or a list, not {batches!r}")
+        raise InvalidArgument(f"validate must be batches, such as a DataLoader or a list, got {batches!r}")
     rest = iter(spread(batches, seed))
     first = list(islice(rest, 4 * CALIBRATION))
     if not first:
-        raise InvalidArgument("validate holds no batch")
+        raise InvalidArgument("validate must hold at least one batch")
     count = len(first) // 4
     if count:
         return first[:count], chain(first[count:], rest)

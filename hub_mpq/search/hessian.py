@@ -1,4 +1,4 @@
-"""Hessian trace scorer (HAWQ-V2, Dong et al., NeurIPS 2020), by Hutchinson's estimate."""
+"""Scores by the trace of the Hessian (HAWQ-V2, Dong et al., NeurIPS 2020), with Hutchinson's estimator."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from .strategy import register_strategy
 
 @register_strategy("hessian")
 class Hessian(PostTraining):
-    """½·trace(H)/n · ‖T − Q(T)‖² for weights and for inputs, n the number of elements [HAWQ-V2's mean trace; for inputs
-    the trace is that of an additive disturbance, per sample: our construction].
+    """Scores by the trace of the Hessian: ½·trace(H)/n · ‖T − Q(T)‖², where n is the number of elements.
 
-    H is the Hessian of the task's mean divergence from the output itself, the Fisher matrix where there are classes, so
-    that a score is the mean divergence of an error of that size in a random direction; HAWQ-V2 takes the labels' loss,
-    whose unit is none of the divergence [our construction].
-    trace(H) ≈ mean of vᵀHv over `probes` draws of v in {−1, +1}, one double backward each. A negative estimate
-    counts as 0. Rounding errors are in no random direction (those of large weights under large inputs count most), so
-    that sums can be several times too small; `examples/benchmarks/prediction.py --strategy hessian` measures it.
+    The mean trace is that of HAWQ-V2. For inputs, it is the trace for an additive disturbance, per sample, which is our
+    construction.
+
+    H is the Hessian of the task's mean divergence from the output itself (for classes, the Fisher matrix). A score is
+    thus the mean divergence caused by an error of that size in a random direction. This is our construction, too:
+    HAWQ-V2 uses the loss of the labels, whose unit is not that of the divergence.
+
+    trace(H) is the mean of vᵀHv over `probes` draws of v in {−1, +1}, with one double backward each. Negative estimates
+    count as 0. Rounding errors are not in random directions (those of large weights under large inputs matter most), so
+    sums can be several times too small; `examples/benchmarks/prediction.py --strategy hessian` measures by how much.
 
     Args:
-        batches: How many are looked at.
-        probes: Draws of v for each batch.
-
-    Raises:
-        InvalidArgument: `batches` or `probes` is not a whole number of at least 1.
+        batches: Number of batches, at least 1.
+        probes: Draws of v for each batch, at least 1.
     """
 
     def __init__(self, *, batches: int = 1, probes: int = 8) -> None:
@@ -53,7 +53,7 @@ class Hessian(PostTraining):
         self.traces = {n: (weight[n], activation.get(n, 0.0)) for n in self.layers}
 
     def _traces(self, model: nn.Module, batches: Sequence[Any]) -> tuple[dict[str, float], dict[str, float]]:
-        """(traces over the weights, traces over one sample's input) of every layer; the loss is a mean over items."""
+        """Estimate the traces for the weights and for one sample's inputs; the loss is a mean over items."""
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         generator = torch.Generator().manual_seed(self.seed)
@@ -61,7 +61,7 @@ class Hessian(PostTraining):
 
         def disturb(_m: nn.Module, args: Any, kwargs: Any, name: str) -> tuple[tuple[Tensor], dict[str, Any]]:
             x = first_operand(args, kwargs)
-            moved.append((name, torch.zeros_like(x, requires_grad=True)))  # again for a layer that runs again
+            moved.append((name, torch.zeros_like(x, requires_grad=True)))  # one for each run of the layer
             return (x + moved[-1][1],), {}
 
         handles = [
@@ -75,7 +75,7 @@ class Hessian(PostTraining):
         weight, activation = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
         items = 0
         try:
-            # fused attention has no second derivative
+            # fused attention does not support second derivatives
             with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
                 for batch in batches:
                     moved.clear()
@@ -98,7 +98,7 @@ class Hessian(PostTraining):
         }
 
     def probe(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
-        """(summed divergence of the output from itself, how many items): zero, without slope, with this Hessian."""
+        """Return the summed divergence of the output from itself, whose value and gradient are zero, and the items."""
         task = self.loss.task
         output = task.forward(model, batch)
         values, kept = task.divergence(output, output, task.mask(batch))
@@ -106,7 +106,7 @@ class Hessian(PostTraining):
 
     @staticmethod
     def _products(grads: Sequence[Tensor | None], leaves: Sequence[Tensor], generator: torch.Generator) -> list[float]:
-        """vᵀHv of every leaf with one draw; v of different leaves are independent, so cross terms average out."""
+        """Compute vᵀHv of every leaf for one draw; cross terms average out, because v is independent across leaves."""
         v = [(torch.randint(0, 2, x.shape, generator=generator) * 2 - 1).to(x) for x in leaves]
         dot = torch.stack([(g * s).sum() for g, s in zip(grads, v, strict=True) if g is not None]).sum()
         if not dot.requires_grad:

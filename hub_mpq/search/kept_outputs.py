@@ -1,4 +1,4 @@
-"""Outputs of the float model on held-out batches, on disk, so that each policy is compared with the same ones."""
+"""Outputs of the float model on held-out batches, kept on disk for the comparison with each policy."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 LIMIT = 1 << 32
-"""Bytes that are kept at most. What is beyond has to be computed again."""
+"""Maximum number of bytes that are kept; further outputs are computed again."""
 
 
 class _File(NamedTuple):
-    """A tensor that is on disk, its bytes as they lay in memory."""
+    """A tensor on disk, with the bytes that it had in memory."""
 
     path: Path
     dtype: torch.dtype
@@ -24,26 +24,28 @@ class _File(NamedTuple):
     device: torch.device
 
     def tensor(self) -> Tensor:
-        """The tensor, mapped: its bytes are read where they are looked at."""
+        """Memory-map the tensor; its bytes are read on access."""
         flat = torch.from_file(str(self.path), shared=False, size=self.shape.numel(), dtype=self.dtype)
         return flat.view(self.shape).to(self.device)
 
 
 class KeptOutputs:
-    """Outputs by batch, in a temporary folder that goes with the object: logits over a large vocabulary outgrow the
-    model that they are of, and only one batch's are in memory at a time."""
+    """Outputs by batch, in a temporary folder that is removed with the object.
+
+    Logits over a large vocabulary can exceed the size of the model, so only those of one batch are in memory at a time.
+    """
 
     def __init__(self) -> None:
-        self._kept: dict[int, tuple[Any, list[Any], TreeSpec]] = {}  # by the batch's identity, and the batch to keep it
+        self._kept: dict[int, tuple[Any, list[Any], TreeSpec]] = {}  # by id; the batch keeps it valid
         self._left, self._count = LIMIT, 0
         self._folder: Path | None = None
 
     def add(self, batch: Any, output: Any) -> None:
-        """Keep what a batch gave, unless it does not fit, or holds objects that are no tensors, numbers or texts.
+        """Keep the output of a batch, if it fits and holds only tensors, numbers and strings.
 
         Args:
-            batch: The batch; it is held too.
-            output: Tensors, alone or in tuples, lists, dicts and outputs of transformers.
+            batch: The batch, which is kept as well.
+            output: Tensors, also in tuples, lists, dicts and transformers' outputs.
         """
         leaves, form = tree_flatten(output)
         size = sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
@@ -52,7 +54,7 @@ class KeptOutputs:
             return
         try:
             self._kept[id(batch)] = batch, [self._written(leaf) for leaf in leaves], form
-        except OSError:  # a full disk: it is computed again
+        except OSError:  # the disk is full: the output is computed again
             size = self._left
         self._left -= size
 
@@ -69,7 +71,7 @@ class KeptOutputs:
         return file
 
     def get(self, batch: Any) -> Any:
-        """The output of a batch, to the bit; None where it was not kept."""
+        """Return the output of a batch, bit for bit; None if it was not kept."""
         if id(batch) not in self._kept:
             return None
         _, leaves, form = self._kept[id(batch)]

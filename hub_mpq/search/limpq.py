@@ -1,4 +1,4 @@
-"""LIMPQ: every layer's importance from one joint training of its quantizers' scales (Tang et al., ECCV 2022)."""
+"""LIMPQ: the importance of every layer, from one joint training of all quantizers' scales (Tang et al., ECCV 2022)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "log": True,
         "indicator": "divergence",
     },
-    # the LIMPQ authors', for ImageNet-sized runs
+    # settings of LIMPQ's authors, for ImageNet-sized runs
     "authors": {
         "optimizer": "sgd",
         "lr": 1e-2,
@@ -44,26 +44,39 @@ PRESETS: dict[str, dict[str, Any]] = {
         "indicator": "raw scale",
     },
 }
-# {indicator: the unit of its values}; a divergence's is known once it is measured
+# {indicator: unit of its values}; that of a divergence is known once it is measured
 INDICATORS = {"divergence": "", "scale": "relative_power", "raw scale": "scale"}
 
 
 @register_strategy("limpq")
 class LIMPQ(SearchStrategy):
-    """Atomic operation of the paper (§3.3): a pass at each uniform width, one pass at random widths, one step.
+    """Learned layer importance (LIMPQ), from one joint training at all bit-widths.
 
-    preset: "short" or "authors" (`PRESETS`). scale_lr: learning rate of log s (Adam) [ours: the authors' SGD hardly
-    moves a scale in a short run], None: the preset's. freeze_weights: only scales and norms learn.
-    uniform: False leaves the uniform passes out, for ablations.
-    indicator: what is read out at the end. "divergence" (our construction): the estimated divergence of the output, by
-    `sensitivity`, when one operand is quantized with its trained scale s_b. It has one unit for all layers, weights and
-    activations, so it needs no α. "scale" (our construction): the paper's indicator without its unit, the relative
-    power (s_b/rms)², by `relative_power`; it falls with the width and needs no α either. Both have weight scales per
-    output channel, from the start of `weight_grid`. "raw scale": s_b itself, one a tensor, from the authors'
-    start, α balancing the sums (the paper). A scale has the unit of its tensor, and a norm behind a layer makes that
-    unit arbitrary: 0.1 means little in one layer and much in the next. It is smaller at 1 bit than at 2, so it
-    cannot rank 1 bit.
-    granularity: of the weight scales, "tensor" or "channel", where the indicator's own is not wanted (an ablation).
+    Each optimizer step is the paper's atomic operation (§3.3): one pass at each uniform bit-width and one pass at
+    random bit-widths.
+
+    There are three indicators:
+
+    - "divergence" (our construction) is the estimated divergence of the output, by `sensitivity`, when one operand is
+      quantized with its trained scale s_b. Its unit is the same for all layers, weights and activations, so it needs no
+      multiplier α.
+    - "scale" (our construction) is the paper's indicator without its unit: the relative power (s_b/rms)², by
+      `relative_powers`. It falls with the bit-width and needs no α either.
+    - "raw scale" is s_b itself, as in the paper, with one scale per tensor, initialized as by the authors, and α to
+      balance the sums. A scale has the unit of its tensor, and a norm after the layer makes that unit arbitrary: 0.1 is
+      small in one layer and large in the next. It is smaller at 1 bit than at 2, so it cannot rank 1 bit.
+
+    The first two have weight scales per output channel, initialized by `weight_grid`.
+
+    Args:
+        preset: "short" (our construction, for runs of tens to thousands of steps) or "authors" (the settings of LIMPQ's
+            authors, for ImageNet-sized runs), see `PRESETS`.
+        scale_lr: Learning rate of the scales, for "short" of log s with Adam (our construction, since the authors' SGD
+            hardly moves a scale in a short run); None for that of the preset.
+        freeze_weights: Whether only scales and norms are trained.
+        uniform: False to omit the passes at uniform bit-widths, for ablations.
+        indicator: "divergence", "scale" or "raw scale"; None for that of the preset.
+        granularity: "tensor" or "channel" for weight scales, for ablations; None for that of the indicator.
     """
 
     batches = 16
@@ -84,13 +97,13 @@ class LIMPQ(SearchStrategy):
         granularity: str | None = None,
     ) -> None:
         if preset not in PRESETS:
-            raise InvalidArgument(f"preset is one of {', '.join(sorted(PRESETS))}, not {preset!r}")
+            raise InvalidArgument(f"preset must be one of {', '.join(sorted(PRESETS))}, got {preset!r}")
         self.preset, chosen = preset, PRESETS[preset]
         self.indicator = chosen["indicator"] if indicator is None else indicator
         if self.indicator not in INDICATORS:
-            raise InvalidArgument(f"indicator is {' or '.join(INDICATORS)}, not {indicator!r}")
+            raise InvalidArgument(f"indicator must be one of {', '.join(INDICATORS)}, got {indicator!r}")
         if granularity not in ("tensor", "channel", None):
-            raise InvalidArgument(f"granularity is tensor or channel, not {granularity!r}")
+            raise InvalidArgument(f"granularity must be 'tensor' or 'channel', got {granularity!r}")
         self.per_channel = (granularity or ("tensor" if self.indicator == "raw scale" else "channel")) == "channel"
         self.unit = INDICATORS[self.indicator]
         self.optimizer, self.lr, self.log = chosen["optimizer"], chosen["lr"], chosen["log"]
@@ -105,9 +118,9 @@ class LIMPQ(SearchStrategy):
         candidates: Mapping[str, Candidates],
         norms: Mapping[str, str],
     ) -> None:
-        """Put multi-width quantizers into the searched layers of `model` and banks into its norms, in place.
+        """Insert quantizers of all bit-widths into the searched layers and banks into the norms, in place.
 
-        norms: {norm name: layer whose output it reads}. Fixed layers stay float while indicators train.
+        Fixed layers stay float while indicators are trained.
         """
         searched = {layer.name for layer in graph.searched}
         quantize_with_lsq(
@@ -134,7 +147,7 @@ class LIMPQ(SearchStrategy):
                         parameter.requires_grad_(False)
 
     def calibrate(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
-        """Starts, from this process's first batch."""
+        """Initialize the scales."""
         least_error = self.indicator != "raw scale"
         calibrate_weights(model, mse=least_error)
         calibrate_inputs(model, dict(inputs), mse=least_error)
@@ -145,14 +158,14 @@ class LIMPQ(SearchStrategy):
         return groups
 
     def set_widths(self, model: nn.Module, widths: Mapping[str, int]) -> None:
-        """Select each layer's width (weights and activations share it), and its norm's bank."""
+        """Select the bit-width of each layer, for weights and activations, and the bank of its norm."""
         model = getattr(model, "module", model)
         for name, module in self.layers.items():
             for quantizer in (module.weight_quantizer, module.input_quantizer):
                 if isinstance(quantizer, LSQ):
                     quantizer.set_width(quantizer.nearest(widths[name]))
         for norm, layer in self.norms.items():
-            # a norm behind a layer that is not searched follows the pass's first layer
+            # a norm after a layer that is not searched follows the first layer of the pass
             width = widths.get(layer, next(iter(widths.values())))
             select_bank(model, norm, self.widths.index(width))
 
@@ -167,7 +180,7 @@ class LIMPQ(SearchStrategy):
         return [f"loss/{bits} bits" for bits in self.widths if self.uniform] + ["loss/random widths"]
 
     def watch(self, model: nn.Module) -> dict[str, float]:
-        """The scales' trajectories: of each layer, side and width, over its start."""
+        """Return the scale of each layer, operand and bit-width, relative to its initial value."""
         out: dict[str, float] = {}
         for name, module in self.layers.items():
             for side, q in (("weight", module.weight_quantizer), ("activation", module.input_quantizer)):
@@ -177,11 +190,11 @@ class LIMPQ(SearchStrategy):
         return out
 
     def read_out(self, model: nn.Module, batches: Sequence[Any]) -> None:
-        """What the trained scales mean: relative powers, or divergences; nothing to do for "raw scale"."""
+        """Compute relative powers or divergences from the trained scales; nothing to do for "raw scale"."""
         if self.indicator == "raw scale":
             return
         model.eval()
-        self.set_widths(model, dict.fromkeys(self.layers, self.widths[-1]))  # the banks nearest to float
+        self.set_widths(model, dict.fromkeys(self.layers, self.widths[-1]))  # the banks that are nearest to float
         if self.indicator == "scale":
             inputs = share_samples(sample_inputs(model, batches, self.loss.task.forward))
             with widths_off(model):
@@ -193,19 +206,19 @@ class LIMPQ(SearchStrategy):
         self.unit = self.found.unit
 
     def _scales(self, which: str, *, start: bool = False) -> Rows:
-        """{layer: {bits: scale}} of one operand's quantizers: trained, or as they started."""
+        """Return `{layer: {bits: scale}}` of one operand, trained or initial."""
         out = {}
         for name, module in self.layers.items():
             quantizer = getattr(module, which)
             if isinstance(quantizer, LSQ):
-                # per channel: the root mean square, so that one number stands for the layer
+                # the root mean square over channels, so that a layer has one number
                 scales = (quantizer.base if start else quantizer.scales).detach().double()
                 table = scales.square().mean(1).sqrt().tolist()
                 out[name] = dict(zip(quantizer.widths, table, strict=True))
         return out
 
     def indicators(self, model: nn.Module) -> Indicators:
-        """The indicators of weights and inputs."""
+        """Return the indicators of weights and inputs."""
         weight, activation = self._scales("weight_quantizer"), self._scales("input_quantizer")
         signed = {name: bool(self.layers[name].input_quantizer.zero_points.any()) for name in activation}
         if self.indicator == "divergence":
@@ -215,7 +228,7 @@ class LIMPQ(SearchStrategy):
         return Indicators(weight, activation, signed)
 
     def details(self, model: nn.Module) -> dict[str, Any]:
-        """The settings, and how far the scales moved."""
+        """Return the settings, and how far the scales have moved."""
         sides = {"weight": "weight_quantizer", "activation": "input_quantizer"}
         moved = {}
         for side, which in sides.items():

@@ -1,4 +1,4 @@
-"""Measure policies: how far each of them takes the outputs from those of the float model."""
+"""Measure policies: the divergence of their outputs from those of the float model."""
 
 from __future__ import annotations
 
@@ -24,29 +24,30 @@ from .kept_outputs import KeptOutputs
 
 
 class PolicyMeter:
-    """Measures any policy of a model's candidates on one copy of it, whose quantizers hold all candidate widths.
+    """Measure any policy on one copy of a model, whose quantizers hold all candidate bit-widths.
 
-    The copy at a policy computes what `HubMPQ.apply_policy` makes of the float model: calibrated scales,
-    BatchNorm statistics re-estimated for each policy. Nothing here speaks to other processes, so the main one can
-    measure alone. A model that draws random numbers in its forward draws the same ones at each policy.
+    At a policy, the copy computes the same as the model that `HubMPQ.apply_policy` creates: scales are calibrated, and
+    BatchNorm statistics are re-estimated for each policy. There is no communication with other processes, so the main
+    process can measure alone. A model that draws random numbers in its forward draws the same ones at each policy.
 
     Args:
-        model: The float model; it stays as it is.
+        model: The float model, which is not changed.
         graph: Its layers.
-        candidates: Widths of every searched layer.
-        calibration: Batches. Scales of activations are calibrated on the first `scale_batches` of them, BatchNorm
-            statistics re-estimated on the first `norm_batches`.
-        task: What the model is for, which says what is compared; None to find out from the model and the first batch.
-        example: One input as the network takes it, which says how many inputs a batch has.
-        per_channel: One weight scale per output channel, else one per tensor.
-        scale_batches, norm_batches: As `HubMPQ.apply_policy` does.
-        rounded: Weights that were rounded before at all candidates; None: to the nearest points.
+        candidates: `{searched layer: candidate bit-widths}`.
+        calibration: Batches. Scales of activations are calibrated on the first `scale_batches` of them, and BatchNorm
+            statistics are re-estimated on the first `norm_batches`.
+        task: Task of the model, which tells what is compared; None to infer it from the model and the first batch.
+        example: One input as the network takes it, which tells how many inputs a batch has.
+        per_channel: Whether weights have one scale per output channel, else one per tensor.
+        scale_batches: Number of batches for calibrating scales, as in `HubMPQ.apply_policy`.
+        norm_batches: Number of batches for re-estimating norms, as in `HubMPQ.apply_policy`.
+        rounded: Weights that have been rounded at all candidates; None to round to nearest.
 
     Attributes:
-        forwards: Forward passes of a batch so far, of the float and of the quantized model.
+        forwards: Number of forward passes of a batch so far, of the float and the quantized model.
 
     Raises:
-        InvalidArgument: There is no calibration batch, no layer that can be quantized, or a layer's weight holds NaN
+        InvalidArgument: There is no calibration batch, no layer that can be quantized, or the weight of a layer has NaN
             or infinite values.
     """
 
@@ -73,7 +74,7 @@ class PolicyMeter:
             raise InvalidArgument("the calibration data are empty")
         self.norm_batches = norm_batches
         self.task = task_of(task, model, self.calibration[0], example)
-        # rounded weights take the place of the copy's, quantizers leave them as they are
+        # rounded weights overwrite those of the copy; quantizers do not change weights
         own = {id(model.get_submodule(name).weight) for name in graph.names} if rounded is not None else set()
         self.model = copied(model, (p for p in model.parameters() if id(p) not in own)).eval()
         widths = {
@@ -84,7 +85,7 @@ class PolicyMeter:
             for layer in graph
         }
         if rounded is None and (several := [name for name, c in candidates.items() if len(c.grids) > 1]):
-            raise InvalidArgument(f"layer {several[0]!r} has several group sizes: its weight has to be rounded first")
+            raise InvalidArgument(f"layer {several[0]!r} has several group sizes; round its weight first")
         self.rounded, self._taken = rounded, dict[str, LayerBits]()
         groups = {x.name: candidates[x.name].weights[-1] if x.fixed is None else x.fixed for x in graph}
         self.layers: dict[str, Any] = quantize_with_lsq(
@@ -102,25 +103,31 @@ class PolicyMeter:
 
     @torch.no_grad()
     def measure(self, policy: Policy, batches: Iterable[Any]) -> Tensor:
-        """The divergence of every item that counts, as `Task.divergence` defines it, float64 on the CPU.
+        """Measure the divergence of every item that counts, as defined by `Task.divergence`.
 
         Args:
-            policy: Widths of every layer, searched ones within the candidates.
-            batches: Held-out batches; labels are not looked at. The float model's outputs on them are kept on disk.
+            policy: Bit-widths of every layer, which must be candidates for searched layers.
+            batches: Held-out batches; labels are ignored. The float model's outputs on them are kept on disk.
+
+        Returns:
+            One divergence for each item, float64 on the CPU.
 
         Raises:
-            PolicyMismatch: The policy is for another graph.
-            InvalidArgument: A width is no candidate, or a fixed layer's is not its own.
+            PolicyMismatch: The policy is for other layers.
+            InvalidArgument: A bit-width is not a candidate, or not that of a fixed layer.
         """
         rows = [values[mask] for values, mask in self._divergences(policy, batches)]
         return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.float64)
 
     @torch.no_grad()
     def measure_samples(self, policy: Policy, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
-        """(sum of the divergences of each sample's items, how many of them count), float64 on the CPU.
+        """Measure the divergences of each sample, summed over its items.
 
-        Arguments and errors as for `measure`. For batches whose items are too many to keep (pixels), and for standard
-        errors: the items of one sample are not independent.
+        This is for batches with too many items to keep, such as pixels, and for standard errors, since the items of a
+        sample are not independent. Arguments and errors are those of `measure`.
+
+        Returns:
+            (sum over the items of each sample, number of items that count), float64 on the CPU.
         """
         sums, counts = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.float64)]
         for values, mask in self._divergences(policy, batches):
@@ -130,7 +137,7 @@ class PolicyMeter:
         return torch.cat(sums), torch.cat(counts)
 
     def items(self, batch: Any) -> tuple[int, int, bool]:
-        """(samples of a batch, items of it that count, whether they are tokens); runs the float model on it."""
+        """Run the float model on a batch; return its samples, its items that count, and whether they are tokens."""
         with torch.no_grad(), evaluating(self.float_model):
             moved = to_device(batch, self.device)
             output = self._reference(batch, moved)
@@ -138,7 +145,7 @@ class PolicyMeter:
         return len(mask), int(mask.sum()), mask.dim() == 2
 
     def _divergences(self, policy: Policy, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-        """(divergence of every item, mask of those that count) of each batch, on the CPU."""
+        """Yield the divergence of every item, and the mask of those that count, of each batch, on the CPU."""
         self._set(policy)
         with evaluating(self.float_model):
             for own in batches:
@@ -164,19 +171,19 @@ class PolicyMeter:
         return output
 
     def _set(self, policy: Policy) -> None:
-        """Bring the copy to a policy."""
+        """Set the copy to a policy."""
         policy.check(self.graph)
         for name, module in self.layers.items():
             bits, fixed = policy.bits[name], self.graph[name].fixed
             if fixed is not None and bits != fixed:
-                raise InvalidArgument(f"layer {name!r} is fixed at {fixed}, and the policy has {bits}")
+                raise InvalidArgument(f"layer {name!r} is fixed at {fixed}, got {bits} in the policy")
             sides = [(module.weight_quantizer, bits.weight, "weight")]
             if module.input_quantizer is not None:
                 sides.append((module.input_quantizer, bits.activation, "input"))
             for quantizer, width, side in sides:
                 if width != FLOAT_BITS and width not in quantizer.widths:
                     raise InvalidArgument(
-                        f"layer {name!r}: {width} bits is no candidate of its {side} ({_listed(quantizer.widths)})"
+                        f"layer {name!r}: {side} bits must be one of {_listed(quantizer.widths)}, got {width}"
                     )
                 if self.rounded is not None and side == "weight":
                     self._take(name, module, bits, self.rounded)
@@ -184,9 +191,9 @@ class PolicyMeter:
                 self._calibrate(name, module, quantizer, width, side)
                 quantizer.set_width(None if width == FLOAT_BITS else width)
             if module.input_quantizer is None and bits.activation != FLOAT_BITS:
-                raise InvalidArgument(f"layer {name!r}: its input stays float, and the policy has {bits}")
+                raise InvalidArgument(f"layer {name!r}: its input must stay float, got {bits} in the policy")
         if shared := self._conflict(policy):
-            raise InvalidArgument(f"layers {shared[0]!r} and {shared[1]!r} share one weight and take one width")
+            raise InvalidArgument(f"layers {shared[0]!r} and {shared[1]!r} share a weight and need equal weight bits")
         self._restore(self._float_statistics)
         key = tuple(policy.bits[name] for name in self.graph.names)
         if key not in self._estimated:
@@ -203,7 +210,7 @@ class PolicyMeter:
         self._restore(self._estimated[key])
 
     def _calibrate(self, name: str, module: Any, quantizer: Any, bits: int, side: str) -> None:
-        """Set the scales of a width when it is first taken."""
+        """Set the scales of a bit-width when it is first used."""
         if bits == FLOAT_BITS or (id(quantizer), bits) in self._calibrated:
             return
         self._calibrated.add((id(quantizer), bits))
@@ -213,14 +220,14 @@ class PolicyMeter:
             calibrate_input(module, self.samples[name], bits, mse=True)
 
     def _take(self, name: str, module: Any, bits: LayerBits, rounded: RoundedWeights) -> None:
-        """Give a layer its rounded weight, unless it has it."""
+        """Set the rounded weight of a layer, unless it is set already."""
         module.weight_quantizer.set_width(None)
         if self.graph[name].weight_owner is None and self._taken.get(name) != bits.of_weight:
             module.weight.copy_(rounded.packed(name, bits).dequantize())
             self._taken[name] = bits.of_weight
 
     def _conflict(self, policy: Policy) -> tuple[str, str] | None:
-        """Two layers that share a weight and have different widths for it."""
+        """Return two layers that share a weight and have different bit-widths for it, if any."""
         for layer in self.graph:
             owner = layer.weight_owner or layer.name
             if owner in policy.bits and policy.bits[layer.name].of_weight != policy.bits[owner].of_weight:

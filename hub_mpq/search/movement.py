@@ -1,4 +1,4 @@
-"""Did the scales learn anything? How far they went, and whether their ranking changed."""
+"""Whether the scales were learned: how far they moved, and whether their ranking changed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ Scales = Mapping[str, Mapping[int, float]]
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks with ties averaged."""
+    """Compute ranks; ties have their average."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rho; 1.0 when there is nothing to rank."""
+    """Compute Spearman's rank correlation; 1.0 if all values of an argument are equal."""
     x, y = _ranks(a), _ranks(b)
     if x.std() == 0 or y.std() == 0:
         return 1.0
@@ -24,8 +24,12 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def movement(start: Scales, end: Scales) -> dict[str, float]:
-    """Median and largest relative change of the scales, and their rank correlation with the start over the layers of
-    one width (mean over widths). An indicator that equals its initialisation is not learned."""
+    """Compute how far scales have moved; an indicator that equals its initial value has not been learned.
+
+    Returns:
+        The median and largest relative change of the scales, and their rank correlation with the initial values over
+        the layers at one bit-width, averaged over the bit-widths.
+    """
     names = sorted(end)
     if not names:
         return {}

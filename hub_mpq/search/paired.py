@@ -1,4 +1,4 @@
-"""Means over items and paired differences of them, with standard errors that know which items one sample has."""
+"""Means over items and their paired differences, with standard errors clustered by sample."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ import torch
 from torch import Tensor
 
 Sums = tuple[Tensor, Tensor]
-"""(sum of the divergences of each sample's items, how many of them count)."""
+"""(sum of the divergences of each sample's items, number of items that count)."""
 
 
 def mean_of(sums: Sums) -> tuple[float, float]:
-    """(mean over items, its standard error with the items of a sample as dependent); infinite for a broken policy."""
+    """Return the mean over items and its standard error; infinite if a divergence is not finite.
+
+    Items of one sample are treated as dependent.
+    """
     return _clustered(*sums)
 
 
 def difference_of(sums: Sums, other: Sums) -> tuple[float, float]:
-    """(mean over items of a policy's divergence less another's, its standard error), paired sample by sample."""
+    """Return the mean over items of a policy's divergence minus another's and its standard error, paired by sample."""
     if not torch.isfinite(other[0]).all():
         return (-math.inf, 0.0) if torch.isfinite(sums[0]).all() else (0.0, math.inf)
     return _clustered(sums[0] - other[0], sums[1])

@@ -1,4 +1,4 @@
-"""One budget, one policy; or a front of them."""
+"""Search the policy of one budget, or a Pareto front of policies."""
 
 from __future__ import annotations
 
@@ -32,17 +32,20 @@ from .scores import Scores
 
 
 def usage_of(graph: LayerGraph, policy: Policy, budget: Budget | None, base_bytes: int) -> Usage:
-    """Whole-model cost of a policy: every registered limit, BitOps of the searched layers, and the budget's tables.
+    """Compute the whole-model cost of a policy.
 
     Args:
         graph: The layers of the model.
-        policy: Their widths.
-        budget: Brings costs of its own; may be None.
-        base_bytes: Bytes of the packed file beside the searched layers.
+        policy: Their bit-widths.
+        budget: A budget, whose custom costs are included; may be None.
+        base_bytes: Bytes of the packed file apart from the searched layers.
+
+    Returns:
+        The amount of every registered limit, the BitOps of the searched layers, and the budget's custom costs.
     """
     policy.check(graph)
     there = graph.at(policy.bits)
-    # base_bytes holds the fixed layers at the graph's own widths
+    # base_bytes includes the fixed layers at the bit-widths of the graph
     base_bytes += sum(_stored(layer, policy.bits[layer.name]) - _stored(layer, layer.fixed) for layer in graph)
     amounts: dict[str, float] = {}
     for limit in all_limits(budget):
@@ -54,11 +57,11 @@ def usage_of(graph: LayerGraph, policy: Policy, budget: Budget | None, base_byte
 
 
 def longest_header(policy: Policy, scores: Scores) -> Policy:
-    """A policy of a table's choices whose header is the longest: with groups and zero points where any choice has them.
+    """Return the policy with the longest header: with groups and zero points wherever a choice has them.
 
     Args:
-        policy: What layers without scores take.
-        scores: {searched layer: {widths: score}}.
+        policy: Bit-widths of layers without scores.
+        scores: `{searched layer: {bit-widths: score}}`.
     """
 
     def entries(bits: LayerBits) -> tuple[Any, ...]:
@@ -68,7 +71,7 @@ def longest_header(policy: Policy, scores: Scores) -> Policy:
 
 
 def _stored(layer: LayerSpec, bits: LayerBits | None) -> int:
-    """Bytes of a fixed layer in a packed file; 0 for a searched one."""
+    """Return the bytes of a fixed layer in a packed file; 0 for a searched one."""
     return 0 if layer.fixed is None or bits is None else layer_nbytes(layer, bits, input_zero_point=True)
 
 
@@ -84,9 +87,24 @@ def search_policy(
     time_limit: float | None = None,
     details: Mapping[str, Any] | None = None,
 ) -> SearchResult:
-    """The policy of least (or greatest) total score within the budget, proved by the solver.
+    """Find the policy with the best total score within a budget, proved by the solver.
 
-    Raises InfeasibleBudget with the least reachable value of each limit.
+    Args:
+        graph: The layers of the model.
+        scores: `{searched layer: {bit-widths: score}}`.
+        budget: The limits.
+        base_bytes: Bytes of the packed file apart from the searched layers.
+        sense: "min" if smaller scores are better, else "max".
+        strategy: Name of the strategy that made the scores.
+        seed: Seed of the scores.
+        time_limit: Seconds for the solver; None for no limit.
+        details: Further details for the result, JSON values only.
+
+    Returns:
+        The policy with its cost and its proof.
+
+    Raises:
+        InfeasibleBudget: No policy meets the budget; the error reports the minimum of each limit.
     """
     began = time.perf_counter()
     problem = build(graph, scores, budget, base_bytes=base_bytes, sense=sense)
@@ -108,37 +126,37 @@ def search_policy(
 
 
 def inferred_policy(graph: LayerGraph, indicators: Indicators, candidates: Mapping[str, Candidates]) -> Policy:
-    """The policy that a strategy's training settled on, with the candidates' groups and zero points.
+    """Return the policy that training settled on, with the groups and zero points of the candidates.
 
-    A pair of widths that the menu of a target lacks becomes the nearest one, see `hub_mpq.core.bits.nearest`.
+    A pair of bit-widths that is not in the menu of a target is replaced by the nearest one, see
+    `hub_mpq.core.bits.nearest`.
 
-    Raises InvalidArgument for a strategy that needs a budget.
+    Raises:
+        InvalidArgument: The strategy needs a budget, or the scores are of another model.
     """
     found = indicators.inferred
     if found is None:
-        raise InvalidArgument(
-            f"strategy {indicators.strategy!r} infers no widths: name a budget, for example bitops='W4A4'"
-        )
+        raise InvalidArgument(f"strategy {indicators.strategy!r} needs a budget, for example bitops='W4A4'")
     searched = {layer.name for layer in graph.searched}
     if not searched <= set(found) or any(found[name].weight == FLOAT_BITS for name in searched):
-        raise InvalidArgument("the widths that the scores say training settled on are not those of this model")
+        raise InvalidArgument("the bit-widths stored with the scores are for another model; score the layers again")
     grouped = {n: next(iter(candidates[n].grouped(found[n])), nearest(candidates[n].pairs, found[n])) for n in searched}
     grouped = graph.with_shared_weights(grouped)
     return Policy({x.name: x.fixed or grouped[x.name] for x in graph}, graph.digest)
 
 
 def _front_limit(graph: LayerGraph, name: str, others: Budget | None) -> Limit:
-    """The limit that a front runs over."""
+    """Return the limit that a front is computed over."""
     own = [limit for limit in all_limits(others) if not isinstance(limit, CostTable)]
     usable = {limit.name: limit for limit in own if limit.over == "sum" and not limit.at_least}
     if name not in usable:
-        raise InvalidArgument(f"a front can run over {', '.join(usable)}, not {name!r}")
+        raise InvalidArgument(f"limit must be one of {', '.join(usable)}, got {name!r}")
     usable[name].check(graph)
     return usable[name]
 
 
 def _ends(graph: LayerGraph, scores: Scores, limit: Limit, base_bytes: int) -> tuple[float, float]:
-    """Least and greatest whole-model amount of a limit over the available widths."""
+    """Return the minimum and maximum whole-model amount of a limit."""
     fixed = fixed_of(graph)
     costs = [(x, {bits: limit.of_layer(x, bits) for bits in scores[x.name]}) for x in graph.searched]
     ends = [
@@ -146,7 +164,7 @@ def _ends(graph: LayerGraph, scores: Scores, limit: Limit, base_bytes: int) -> t
         for end in (min, max)
     ]
     if None in ends:
-        raise InvalidArgument(f"{limit.name} means nothing for this model: no layer is searched")
+        raise InvalidArgument(f"{limit.name} cannot limit this model, since no layer is searched")
     return ends[0], ends[1]  # type: ignore[return-value]
 
 
@@ -164,11 +182,23 @@ def pareto_front(
     time_limit: float | None = None,
     finish: Callable[[SearchResult, Budget], SearchResult] | None = None,
 ) -> list[SearchResult]:
-    """Best policies at `points` budgets of one limit, spaced evenly in ratio between the least and the greatest.
+    """Find the best policies at several budgets of one limit, in equal ratios from its minimum to its maximum.
 
-    Points that the other limits make unreachable are left out; equal policies stand once. `time_limit`: seconds for all
-    points, each of which may take an even share of what is left. `finish` makes of each result and its budget the one
-    that is returned.
+    Args:
+        graph: The layers of the model.
+        scores: `{searched layer: {bit-widths: score}}`.
+        limit: Name of the limit.
+        points: Number of budgets.
+        base_bytes: Bytes of the packed file apart from the searched layers.
+        others: Further limits, which all policies meet.
+        sense: "min" if smaller scores are better, else "max".
+        strategy: Name of the strategy that made the scores.
+        seed: Seed of the scores.
+        time_limit: Seconds for all points, each of which may take an equal share of the rest; None for no limit.
+        finish: Called with each result and its budget; its result is returned instead.
+
+    Returns:
+        The results. Points that the other limits make infeasible and repeated policies are omitted.
     """
     deadline = time.perf_counter() + seconds("time_limit", time_limit)
     across = _front_limit(graph, limit, others)
@@ -178,7 +208,7 @@ def pareto_front(
     for i in range(points):
         part = i / (points - 1)
         cap = low * (high / low) ** part if high > low > 0 else low + (high - low) * part
-        # rounding up keeps the least point reachable
+        # rounding up keeps the first point feasible
         value = float(math.ceil(cap)) if across.whole_numbers else cap * (1 + 1e-12)
         budget = others.replaced(limit, value) if others else Budget(**{limit: value})
         try:

@@ -1,4 +1,4 @@
-"""Scorers for users who cannot train: seconds to minutes on a few batches, any model with a forward."""
+"""Training-free scores: seconds to minutes on a few batches, for any model with a forward."""
 
 from __future__ import annotations
 
@@ -23,22 +23,19 @@ from .strategy import SearchStrategy, additive, register_strategy
 
 
 def read(inputs: Mapping[str, Tensor], name: str) -> Tensor:
-    """What a layer reads; a one where no batch reached it, so that it has scores like the others."""
+    """Return the sampled input of a layer, or a one if no batch reached it, so that it can be scored."""
     return inputs.get(name, torch.ones(1))
 
 
 class PostTraining(SearchStrategy):
-    """Base of the scorers: LSQ quantizers at every candidate width, calibrated scales, no training.
+    """Base class of training-free strategies: calibrated LSQ quantizers at every candidate bit-width.
 
-    A scorer fills `weight` and `activation` ({layer: {bits: score}}) in `measure`. A score estimates how far the task's
-    output moves when this operand alone is quantized, the mean divergence over items, so that their sum over layers
-    predicts the divergence of a whole policy. Labels are not looked at.
+    A subclass fills `weight` and `activation`, each `{layer: {bits: score}}`, in `measure`. A score estimates the mean
+    divergence of the task's output over items when this operand alone is quantized, so that the sum over layers
+    predicts the divergence of a whole policy. Labels are ignored.
 
     Args:
-        batches: How many are looked at.
-
-    Raises:
-        InvalidArgument: `batches` is not a whole number of at least 1.
+        batches: Number of batches, at least 1.
     """
 
     trains, keeps_weights = False, True
@@ -47,7 +44,7 @@ class PostTraining(SearchStrategy):
         self.batches = whole("batches", batches, 1)
         self.weight: Rows = {}
         self.activation: Rows = {}
-        self.groups: dict[str, LayerBits] = {}  # of quantizers that know widths alone
+        self.groups: dict[str, LayerBits] = {}  # of quantizers that only have bit-widths
 
     def attach(
         self, model: nn.Module, graph: LayerGraph, candidates: Mapping[str, Candidates], norms: Mapping[str, str]
@@ -60,8 +57,8 @@ class PostTraining(SearchStrategy):
         groups = self.groups = {n: c.weights[-1] for n, c in candidates.items()}
         if several := [n for n, c in candidates.items() if len(c.grids) > 1]:
             raise InvalidArgument(
-                f"layer {several[0]!r} has several group sizes to choose from: their weights have to be rounded before "
-                "they are scored, by quantize(…, train=batches, epochs=0) with rounding='gptq' or 'nearest'"
+                f"layer {several[0]!r} has several candidate group sizes, so its weight must be rounded first; use "
+                "quantize(…, train=batches, epochs=0) with rounding='gptq' or 'nearest'"
             )
         self.layers = quantize_with_lsq(model, graph, widths, per_channel=True, groups=groups)
 
@@ -77,23 +74,23 @@ class PostTraining(SearchStrategy):
                     self.unit = self.loss.task.unit(self.output(model, batches[0]))
 
     def measure(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
-        """Fill the rows. All quantizers are off; `at` turns one on."""
+        """Fill `weight` and `activation`. All quantizers are off; `at` turns one on."""
         raise NotImplementedError
 
     def quantizers(self) -> Iterator[tuple[str, Rows, Any, Any]]:
-        """(layer name, row to fill, quantizer, layer) of every operand that has a width to choose."""
+        """Yield (layer name, rows to fill, quantizer, layer) of every operand whose bit-width is searched."""
         for name, module in self.layers.items():
             yield name, self.weight, module.weight_quantizer, module
             if module.input_quantizer is not None:
                 yield name, self.activation, module.input_quantizer, module
 
     def output(self, model: nn.Module, batch: Any) -> Any:
-        """The network's output, on the same random numbers each time where it draws some."""
+        """Compute the output of the network, with the same random numbers each time if it draws some."""
         with fixed_draws(next(model.parameters()).device, self.seed):
             return self.loss.task.forward(model, batch)
 
     def divergence(self, model: nn.Module, batches: Sequence[Any], references: Sequence[Any]) -> float:
-        """Mean divergence, over the items that count, of the quantizers in force from the `references`."""
+        """Compute the mean divergence from the references, over the items that count, with the current quantizers."""
         moved, items = 0.0, 0
         for batch, reference in zip(batches, references, strict=True):
             values, kept = self.loss.task.divergence(self.output(model, batch), reference, self.loss.task.mask(batch))
@@ -109,7 +106,7 @@ class PostTraining(SearchStrategy):
 
 
 def noise(quantizer: LSQ, x: Tensor) -> dict[int, Tensor]:
-    """{bits: Q(x) − x} at all widths."""
+    """Return `{bits: Q(x) − x}` for all bit-widths."""
     out = {}
     for bits in quantizer.widths:
         with at(quantizer, bits):
@@ -119,12 +116,16 @@ def noise(quantizer: LSQ, x: Tensor) -> dict[int, Tensor]:
 
 @register_strategy("mse")
 class MSE(PostTraining):
-    """‖Q(T) − T‖² / ‖T‖² of weights and of inputs, times one factor for all layers [our construction].
+    """Scores by relative squared error: ‖Q(T) − T‖² / ‖T‖² of weights and inputs, times a factor for all layers.
 
-    The factor makes the scores of the middle candidate widths add up to the divergence that was measured with every
-    searched layer at its middle width, so that the unit is the divergence's. It knows how large an error is in each
-    layer, not how much it matters there: where layers differ in that, as in decoders, it can't rank policies well, and
-    a search with `validate=` tells so. The cheapest scorer, for models without a backward pass.
+    The factor, which is our construction, makes the scores at the middle candidate bit-widths add up to the divergence
+    that is measured with every searched layer at its middle bit-width, so that the scores have the unit of the
+    divergence. The scores reflect how large the error of each layer is, but not how much it matters. Where layers
+    differ in that, as in decoders, they cannot rank policies well; a search with `validate=` reports this. This is the
+    cheapest strategy, for models without a backward pass.
+
+    Args:
+        batches: Number of batches, at least 1.
     """
 
     factor = 1.0
@@ -141,7 +142,7 @@ class MSE(PostTraining):
             rows.update({n: {b: self.factor * score for b, score in found.items()} for n, found in rows.items()})
 
     def _factor(self, model: nn.Module, batches: Sequence[Any]) -> float:
-        """Measured divergence over the sum of the scores, all searched layers at their middle widths; 1 without one."""
+        """Return measured divergence / sum of scores at the middle bit-widths; 1 if one of them is not positive."""
         with batch_statistics(model):
             references = [self.output(model, batch) for batch in batches]
             total = 0.0
@@ -160,10 +161,16 @@ class MSE(PostTraining):
 
 @register_strategy("kl")
 class KL(PostTraining):
-    """The divergence measured with one operand of one layer quantized: KL where there are classes, else the squared
-    error of all outputs in units of their variance. One forward a layer, operand and width.
+    """Scores by the measured divergence of the output with one operand of one layer quantized.
 
-    BatchNorms that a policy re-estimates normalise by the batch meanwhile, in both networks [our construction].
+    For classes, this is the KL divergence, else the squared error of all outputs relative to their variance. It takes
+    one forward pass per layer, operand and bit-width.
+
+    BatchNorms whose statistics a policy re-estimates normalise by the batch in both networks, which is our
+    construction.
+
+    Args:
+        batches: Number of batches, at least 1.
     """
 
     def __init__(self, *, batches: int = 1) -> None:
@@ -182,8 +189,11 @@ class KL(PostTraining):
 
 @register_strategy("gradient")
 class Gradient(PostTraining):
-    """The divergence's estimate by `sensitivity`, at calibrated scales: LIMPQ's default without its
-    training."""
+    """Scores by the divergence that `sensitivity` estimates, at calibrated scales: LIMPQ's default without training.
+
+    Args:
+        batches: Number of batches, at least 1.
+    """
 
     found: Sensitivity
 

@@ -1,4 +1,4 @@
-"""Does the sum of scores predict what a policy measures? A check over random policies, and scores refitted to it."""
+"""Check over random policies whether sums of scores predict measurements, and refit the scores to them."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from .scores import Scores
 from .space import SearchSpace
 
 POLICIES = 20
-"""How many random policies a check measures."""
+"""Number of random policies that a check measures."""
 LEAST_POLICIES = 9
-"""With fewer that differ nothing is said."""
+"""Minimum number of different policies for a check."""
 SAMPLES, TOKENS = 128, 512
-"""What each of them is measured on: up to so many samples, or tokens."""
+"""Maximum number of samples, or tokens, that each policy is measured on."""
 SIGMAS = (0.35, 0.8)
-"""Deviation of the logarithm of perturbed scores, least and greatest."""
+"""Minimum and maximum standard deviation of the logarithm of perturbed scores."""
 SPREAD = 0.5
-"""How far the factors of a refit are expected to be from their common one."""
+"""Expected deviation of the factors of a refit from their common factor."""
 FOLDS = 3
 
 Parts = Mapping[str, Mapping[LayerBits, tuple[float, float]]]
-"""{layer: {widths: (score of its weight, score of its input)}}; they add up to its score."""
+"""`{layer: {bit-widths: (score of the weight, score of the input)}}`; the two add up to the score of the layer."""
 Vector = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A check with what it measured.
+    """A check with its measurements.
 
     Args:
-        check: Its figures.
-        policies: The policies.
-        perturbed: Which of them are optima of perturbed scores; the others owe nothing to the scores.
+        check: The result of the check.
+        policies: The policies that were measured.
+        perturbed: Whether each of them is an optimum of perturbed scores; the others are independent of the scores.
         measured: Divergence of each policy.
-        refit: Scores refitted to the measurements, in the measurement's unit; None where they do not predict better.
+        refit: Scores refitted to the measurements, in their unit; None if they do not predict better.
     """
 
     check: PredictionCheck
@@ -55,14 +55,18 @@ class Prediction:
 
 
 def random_policies(space: SearchSpace, count: int, seed: int) -> list[tuple[Policy, bool]]:
-    """Policies that fill a budget and differ from each other: (policy, whether it comes from the scores).
+    """Draw different random policies that fill a budget.
 
-    By turns the greedy fill at random worths of layers, and the optimum of scores perturbed by 0.35 to 0.8.
+    They alternate between the greedy fill with random weights of the layers, and the optimum of scores perturbed by
+    0.35 to 0.8.
 
     Args:
         space: The budget and the scores.
-        count: How many; fewer where the budget leaves fewer.
-        seed: Of what is drawn.
+        count: Maximum number of policies; there are fewer if the budget allows fewer.
+        seed: Seed of the draws.
+
+    Returns:
+        `[(policy, whether it depends on the scores)]`.
     """
     rng = np.random.default_rng([seed, 1])
     found: dict[tuple[LayerBits, ...], tuple[Policy, bool]] = {}
@@ -88,22 +92,22 @@ def check_prediction(
     refit: bool = False,
     in_time: Callable[[], bool] = lambda: True,
 ) -> Prediction | None:
-    """Measure random policies of a budget and lay them beside the sums of their scores.
+    """Measure random policies within a budget and compare them with the sums of their scores.
 
     Args:
         space: The budget and the scores.
-        meter: What measures.
+        meter: What measures policies.
         batches: A small sample, see `SAMPLES`.
-        unit: Of the scores, see `Indicators.unit`.
-        parts: What the scores consist of.
-        seed: Of the random policies.
-        policies: How many.
-        refit: Refit the scores also where they predict well.
-        in_time: Whether another policy may be measured.
+        unit: Unit of the scores, see `Indicators.unit`.
+        parts: The scores of weights and inputs, which add up to the scores.
+        seed: Seed of the random policies.
+        policies: Number of policies.
+        refit: Whether to refit the scores even if they predict well.
+        in_time: Tells whether there is time to measure another policy.
 
     Returns:
-        None where fewer than `LEAST_POLICIES` policies differ, or the time did not allow for so many, or all of them
-        measure the same.
+        The check, or None if fewer than `LEAST_POLICIES` different policies exist or were measured in time, or if all
+        of them have the same divergence.
     """
     began, before = time.perf_counter(), meter.forwards
     found: list[tuple[Policy, bool]] = []
@@ -120,7 +124,7 @@ def check_prediction(
     if len(found) < LEAST_POLICIES:
         return None
     measured = np.array(means)
-    if (measured == measured[0]).all():  # of outputs that never change, or are never finite
+    if (measured == measured[0]).all():  # the outputs never change, or are never finite
         return None
     predicted = np.array([space.predicted(policy) for policy, _ in found], dtype=np.float64)
     slope = None
@@ -128,7 +132,7 @@ def check_prediction(
         usable = predicted > 0
         slope = float(np.median(measured[usable] / predicted[usable])) if usable.any() else math.inf
     sign = 1 if space.sense == "min" else -1
-    told = (predicted != predicted[0]).any()  # equal predictions rank nothing
+    told = (predicted != predicted[0]).any()  # equal predictions have no ranking
     rank = rank_correlation(sign * predicted, measured) if told else 0.0
     check = PredictionCheck(rank, slope, len(found), samples, items)
     scores = None
@@ -138,7 +142,7 @@ def check_prediction(
     return Prediction(check, tuple(p for p, _ in found), tuple(o for _, o in found), tuple(means), scores)
 
 
-# the refit: measured ≈ Σ over groups of layers of factor · (sum of the group's scores)
+# the refit: measured ≈ Σ over groups of layers of factor · (sum of the scores of the group)
 
 
 def _by_kind(layer: LayerSpec, operand: str, bits: int) -> str:
@@ -155,24 +159,29 @@ def _together(layer: LayerSpec, operand: str, bits: int) -> str:
 
 
 GROUPINGS: tuple[Callable[[LayerSpec, str, int], str], ...] = (_together, _by_kind, _by_width)
-"""What a refit gives one factor: all scores, operands of layers of one kind, or operands at one width [our
-construction]."""
+"""Groups that have one factor in a refit: all scores, operands of one kind of layer, or operands at one bit-width.
+
+This is our construction.
+"""
 
 
 def _refitted(
     check: PredictionCheck, space: SearchSpace, parts: Parts, policies: Sequence[Policy], measured: Vector
 ) -> tuple[PredictionCheck, Scores | None]:
-    """(the check with its refit's figures, the scores where they predict held-out policies better).
+    """Refit the scores to measurements, if that predicts held-out policies better.
 
-    Each third of the policies is predicted by fits on the others, of each grouping. The one that misses least (median
-    of |log(predicted / measured)|) is kept if it misses by less than the scores themselves, which for scores that have
-    no unit of divergence are their best multiple, and ranks no worse.
+    For each grouping, each third of the policies is predicted by a fit on the others. The grouping with the smallest
+    error, the median of |log(predicted / measured)|, is kept if its error is smaller than that of the scores themselves
+    and its ranking is not worse. Scores without a unit of divergence are first multiplied by their best factor.
+
+    Returns:
+        The check with the figures of the refit, and the refitted scores or None.
     """
     usable = np.isfinite(measured) & (measured > 0)
     if usable.sum() < LEAST_POLICIES:
         return check, None
     kept, y = [p for p, ok in zip(policies, usable, strict=True) if ok], measured[usable]
-    fold = np.arange(len(y)) // 2 % FOLDS  # policies of both origins in each fold
+    fold = np.arange(len(y)) // 2 % FOLDS  # both kinds of policies in each fold
     best, scores = (math.inf, 0.0, 0.0), None
     for group_of in GROUPINGS:
         names, features = _features(space, parts, kept, group_of)
@@ -183,7 +192,7 @@ def _refitted(
             train = fold != k
             held[~train] = features[~train] @ fit_factors(features[train], y[train])
         own = rank_correlation(raw, y)
-        rank = own if len(names) == 1 else rank_correlation(held, y)  # one factor leaves the order as it is
+        rank = own if len(names) == 1 else rank_correlation(held, y)  # one factor does not change the order
         miss = _miss(held, y)
         if miss < best[0]:
             best, scores = (miss, rank, float(np.median(y / np.maximum(held, 1e-300)))), None
@@ -201,7 +210,7 @@ def _miss(predicted: Vector, measured: Vector) -> float:
 def _features(
     space: SearchSpace, parts: Parts, policies: Sequence[Policy], group_of: Callable[[LayerSpec, str, int], str]
 ) -> tuple[list[str], Vector]:
-    """(names of the groups, sum of each group's scores [policies, groups])."""
+    """Return the names of the groups and the sum of the scores of each group, `[policies, groups]`."""
     rows: list[dict[str, float]] = []
     for policy in policies:
         row: dict[str, float] = {}
@@ -222,7 +231,7 @@ def _scaled(
     factors: Mapping[str, float],
     group_of: Callable[[LayerSpec, str, int], str],
 ) -> Scores:
-    """The scores with each part times its group's factor; a group that no policy showed has the mean factor."""
+    """Multiply each part of the scores by the factor of its group; groups without a factor have the mean factor."""
     mean = float(np.mean(list(factors.values())))
     out: dict[str, dict[LayerBits, float]] = {}
     for layer in space.graph.searched:
@@ -235,15 +244,18 @@ def _scaled(
 
 
 def fit_factors(features: Vector, measured: Vector) -> Vector:
-    """The factor of each group: measured ≈ features · factors, factors not negative.
+    """Fit a nonnegative factor for each group: measured ≈ features · factors.
 
-    Least squares of the relative error, Huber's weights beyond 1.345 deviations, and a ridge towards the common factor,
-    the median of measured over predicted. The ridge is that of factors with a deviation of `SPREAD` and errors with
-    the deviation that the factors leave [our construction].
+    The fit minimizes the squared relative error, with Huber's weights beyond 1.345 deviations and a ridge penalty
+    towards the common factor, the median of measured / predicted. The ridge assumes that factors have a deviation of
+    `SPREAD` and errors have that of the residuals; it is our construction.
 
     Args:
-        features: [policies, groups], not negative, above zero in each row.
-        measured: [policies], above zero.
+        features: Sums of scores, `[policies, groups]`, nonnegative and not all zero in a row.
+        measured: Measured divergences, `[policies]`, above zero.
+
+    Returns:
+        The factors, `[groups]`.
     """
     common = float(np.median(measured / features.sum(1)))
     a = common * features / measured[:, None]
@@ -256,7 +268,7 @@ def fit_factors(features: Vector, measured: Vector) -> Vector:
         weight = np.minimum(1.0, 1.345 * noise / np.maximum(error, 1e-12))
         gram, right = (a * weight[:, None]).T @ a, a.T @ weight
         before = factors.copy()
-        for _ in range(50):  # coordinate descent keeps factors from below zero
+        for _ in range(50):  # coordinate descent keeps the factors nonnegative
             for g in range(len(factors)):
                 rest = right[g] - gram[g] @ factors + gram[g, g] * factors[g]
                 factors[g] = max((rest + ridge) / (gram[g, g] + ridge), 0.0)

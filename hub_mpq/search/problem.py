@@ -1,4 +1,4 @@
-"""A budget and scores become the solver's table, and its answer a policy."""
+"""Turn a budget and scores into a table for the solver, and its solution into bit-widths."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .tied_layers import merge_inputs
 
 @dataclass(frozen=True)
 class Problem:
-    """The multiple-choice knapsack of a budget.
+    """The multiple-choice knapsack problem of a budget.
 
     Args:
-        table: What `solve_table` takes.
-        meaning: {table row: {choice: {layer: widths}}}.
+        table: The table for `solve_table`.
+        meaning: `{table row: {choice: {layer: bit-widths}}}`.
         graph: The layers of the model.
-        limits: The limits that the table holds, by name: they tell amounts in the user's own terms.
-        base_bytes: Bytes of the packed file beside the searched layers.
+        limits: The limits in the table by name, which convert amounts to whole-model terms.
+        base_bytes: Bytes of the packed file apart from the searched layers.
     """
 
     table: dict[str, Any]
@@ -34,9 +34,16 @@ class Problem:
     base_bytes: int
 
     def solve(self, time_limit: float | None = None) -> tuple[Solution, dict[str, LayerBits]]:
-        """(solution, widths of the searched layers). Raises InfeasibleBudget in whole-model terms."""
+        """Solve the problem.
+
+        Returns:
+            The solution and the bit-widths of the searched layers.
+
+        Raises:
+            InfeasibleBudget: No policy meets the budget; the error is in whole-model terms.
+        """
         limits = self.table["limits"]
-        # a limit below what is fixed leaves less than nothing to the searched layers, which is no limit to a solver
+        # a limit below the cost of fixed layers leaves a negative amount, which the solver does not accept
         possible = {**self.table, "limits": {name: max(cap, 0) for name, cap in limits.items()}}
         try:
             solution = solve_table(possible, time_limit=time_limit)
@@ -62,36 +69,40 @@ class Problem:
 
 
 def _checked_limits(graph: LayerGraph, budget: Budget) -> list[tuple[Limit, Value]]:
-    """The limits of a budget; InvalidArgument for a table that does not fit the model."""
+    """Return the limits of a budget; raise InvalidArgument if one does not fit the model."""
     found = limits_of(budget)
     if not found:
-        raise InvalidArgument("a latency table alone limits nothing: name a limit, for example latency='5ms'")
+        raise InvalidArgument("latency_table needs a limit, for example latency='5ms'")
     for limit, _ in found:
         limit.check(graph)
     return found
 
 
 def searched_limits(graph: LayerGraph, budget: Budget, base_bytes: int) -> dict[str, tuple[Limit, float]]:
-    """{limit: (the limit, cap on what the searched layers take together)}, fixed and float parts off.
+    """Return the caps on the searched layers, as targets of strategies with soft constraints.
 
-    What strategies with a soft constraint aim at. Raises InvalidArgument as `build` does.
+    Returns:
+        `{name: (limit, cap on the total of the searched layers)}`, without the fixed and float parts.
+
+    Raises:
+        InvalidArgument: A limit does not fit the model.
     """
     return {x.name: (x, x.cap(graph, value, base_bytes)) for x, value in _checked_limits(graph, budget)}
 
 
 def build(graph: LayerGraph, scores: Scores, budget: Budget, *, base_bytes: int, sense: str = "min") -> Problem:
-    """The multiple-choice knapsack of a budget.
+    """Build the multiple-choice knapsack problem of a budget.
 
     Args:
         graph: The layers of the model.
-        scores: {searched layer: {widths: score}}.
+        scores: `{searched layer: {bit-widths: score}}`.
         budget: The limits.
-        base_bytes: Bytes of the packed file beside the searched layers (header, fixed layers, float tensors).
-        sense: "min" when a smaller score is better.
+        base_bytes: Bytes of the packed file apart from the searched layers (header, fixed layers, float tensors).
+        sense: "min" if smaller scores are better, else "max".
 
     Raises:
-        InvalidArgument: A limit that makes no sense for this model.
-        InfeasibleBudget: A limit on the largest layer that no width meets.
+        InvalidArgument: A limit does not fit the model.
+        InfeasibleBudget: No bit-width meets a limit on the largest layer.
     """
     graph.check_layers()
     parsed = _checked_limits(graph, budget)
@@ -113,7 +124,7 @@ def build(graph: LayerGraph, scores: Scores, budget: Budget, *, base_bytes: int,
             bits: (
                 score,
                 {
-                    # of the layers of one input, whose widths are one choice, the first is charged
+                    # layers that share an input have one choice of bit-width; the first one is charged
                     name: 0
                     if limit.one_input and first.get(layer.buffer) != layer.name
                     else limit.together([(layer, bits)], fixed)
@@ -138,7 +149,7 @@ def build(graph: LayerGraph, scores: Scores, budget: Budget, *, base_bytes: int,
 
 
 def _peak(limit: Limit, graph: LayerGraph, value: Value, base_bytes: int) -> float:
-    """The most a single searched layer may take; InfeasibleBudget when a fixed one takes more."""
+    """Return the cap on a single searched layer; raise InfeasibleBudget if a fixed layer exceeds it."""
     cap = limit.cap(graph, value, base_bytes)
     beside = limit.beside(graph, base_bytes)
     if not isinstance(value, LayerBits) and beside > cap:

@@ -16,10 +16,15 @@ from .train_val_split import drawn
 
 
 class ClassSampler:
-    """Batches of indices: `classes` classes times `per_class` samples of each; the same for a seed and an epoch.
+    """Sample batches of indices, with the same number of classes and of samples per class in each.
 
-    index: {class: indices}. A class of fewer samples repeats them.
-    An epoch has as many batches as hold all samples once.
+    The batches depend on the seed and the epoch. An epoch has enough batches for all samples once.
+
+    Args:
+        index: `{class: indices of its samples}`; a class with too few samples repeats them.
+        classes: Number of classes in a batch.
+        per_class: Number of samples of each class in a batch.
+        seed: Seed of the sampling.
     """
 
     def __init__(self, index: dict[int, list[int]], classes: int, per_class: int, seed: int) -> None:
@@ -43,7 +48,7 @@ class ClassSampler:
             while len(chosen) < self.classes:
                 if not order:
                     order = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
-                # the rest of one round may hold a class that the batch has already
+                # the rest of a round may hold a class that is already in the batch
                 fresh = next((name for name in order if name not in chosen), None)
                 if fresh is None:
                     order = []
@@ -60,12 +65,19 @@ class ClassSampler:
 
 
 KEYS = (*Classification.label_keys, *PLAIN_LABELS)
-"""Where a sample that is a dict has its class."""
+"""Keys of the class in a sample that is a dict."""
 
 
 def labels_of_data(data: Any, indices: Sequence[int] | None = None) -> list[int]:
-    """Class of every sample of a data set, or of those named: from `targets`, `labels` or `tensors`, else by reading
-    them. Raises InvalidArgument for labels that are no single whole number."""
+    """Return the class of every sample of a data set, from `targets`, `labels` or `tensors`, else by reading it.
+
+    Args:
+        data: The data set.
+        indices: The samples; None for all.
+
+    Raises:
+        InvalidArgument: A sample has no label, or its label is not a single integer.
+    """
     indices = range(len(data)) if indices is None else indices
     if isinstance(data, Subset):
         return labels_of_data(data.dataset, [data.indices[i] for i in indices])
@@ -84,7 +96,7 @@ def labels_of_data(data: Any, indices: Sequence[int] | None = None) -> list[int]
         else:
             label = item[1] if isinstance(item, (tuple, list)) and len(item) > 1 else None
         if label is None:
-            raise InvalidArgument("the data have no labels, and a proxy is drawn by class")
+            raise InvalidArgument("a proxy needs labelled data, since it is drawn by class")
         labels.append(_class_of(label))
     return labels
 
@@ -96,23 +108,24 @@ def _class_of(label: Any) -> int:
     except (TypeError, ValueError, RuntimeError, OverflowError):
         whole = False
     if not whole:
-        raise InvalidArgument(f"a proxy is drawn by class, and this label is no whole number: {str(label)[:60]}")
+        raise InvalidArgument(f"a proxy is drawn by class, so labels must be integers, got {str(label)[:60]}")
     return number
 
 
 def class_loader(
     loader: Iterable[Any], share: float, classes: int | None, per_class: int, seed: int
 ) -> DataLoader[Any]:
-    """`share` of every class of what a DataLoader draws (at least 2 samples), in batches of classes × per_class.
+    """Load a share of every class that a DataLoader draws, at least 2 samples, in batches of classes × per_class.
 
-    Raises InvalidArgument for a loader whose data set cannot be indexed or whose sampler has no length.
+    Raises:
+        InvalidArgument: The data set cannot be indexed, or the sampler has no length.
     """
     if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__len__"):
-        raise InvalidArgument("a share of the data needs a DataLoader over a data set with a length; or give a loader")
+        raise InvalidArgument("proxy as a share needs a DataLoader over a data set with a length; or pass a loader")
     chosen = drawn(loader)
     if not chosen:
-        missing = "has no length" if chosen is None else "draws nothing"
-        raise InvalidArgument(f"a share of the data is taken of what the sampler draws, and the loader's {missing}")
+        missing = "no length" if chosen is None else "no samples"
+        raise InvalidArgument(f"proxy as a share needs a sampler of samples, and the loader's has {missing}")
     index: dict[int, list[int]] = {}
     for i, label in zip(chosen, labels_of_data(loader.dataset, chosen), strict=True):
         if label != Classification().ignore_index:
@@ -134,5 +147,5 @@ def class_loader(
 
 
 def labels_in(labels: Iterable[Any]) -> int:
-    """The greatest of the labels of all batches, −1 when there are none."""
+    """Return the largest label of all batches, or −1 if there are none."""
     return max((int(y.max()) for y in labels if y is not None and y.numel()), default=-1)

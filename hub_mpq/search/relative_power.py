@@ -14,20 +14,23 @@ from .sensitivity import LEAST, Rows, at, monotone
 
 @torch.no_grad()
 def relative_power(quantizer: LSQ, x: Tensor) -> dict[int, float]:
-    """{bits: (s/rms)²} of a tensor at every width of its quantizer [our construction].
+    """Compute (s/rms)² of a tensor at every bit-width of its quantizer, which is our construction.
 
-    The error of a uniform quantizer has the power s²/12, so (s/rms)² is twelve times the tensor's noise-to-signal
-    ratio: it has no unit, it is the same quantity for weights and inputs, and powers are what adds up over layers.
-    Scales per channel count by the mean of their squares.
+    The error of a uniform quantizer has the power s²/12, so (s/rms)² is twelve times the noise-to-signal ratio of the
+    tensor. It has no unit, it is the same quantity for weights and inputs, and powers are what adds up over layers. For
+    scales per channel, the mean of their squares is used.
 
-    Two levels are no uniform grid: the s of {−s, +s} is near mean|x|, below that of 2 bits, and the s of {0, s} says
-    more than its error does. At 1 bit the error itself is taken, in the same unit: 12 · mean((Q(x) − x)²) / rms².
+    Two levels are not a uniform grid: the s of {−s, +s} is near mean|x|, below that of 2 bits, and the s of {0, s}
+    exceeds its error. At 1 bit, the error itself is used in the same unit: 12 · mean((Q(x) − x)²) / rms².
 
-    No width counts less than a wider one. A tensor of zeros has the least value that can be stored.
+    The values do not increase with the bit-width. A tensor of zeros has the smallest value that can be stored.
 
     Args:
-        quantizer: Its widths and scales; off afterwards.
-        x: The weight, or a sample [1, values] of what a layer reads.
+        quantizer: The quantizer with its scales, which is off afterwards.
+        x: The weight, or a sample `[1, values]` of the input of a layer.
+
+    Returns:
+        `{bits: (s/rms)²}`.
     """
     largest = float(x.abs().max()) if x.numel() else 0.0
     if largest == 0:
@@ -41,16 +44,19 @@ def relative_power(quantizer: LSQ, x: Tensor) -> dict[int, float]:
 
 
 def _power(x: Tensor, unit: float) -> float:
-    """Mean square in units of `unit`, so that the squares of tiny values are not lost."""
+    """Compute the mean square in units of `unit`, so that squares of tiny values do not underflow."""
     return float((x.double() / unit).square().mean())
 
 
 def relative_powers(layers: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> tuple[Rows, Rows]:
-    """(of weights, of inputs): {layer: `relative_power`} of quantized layers whose quantizers are off.
+    """Compute `relative_power` of the weights and inputs of quantized layers, whose quantizers are off.
 
     Args:
-        layers: {name: quantized layer}.
-        inputs: {name: values that the layer reads, 1-D}; one that was not reached counts as zeros.
+        layers: `{name: quantized layer}`.
+        inputs: `{name: sampled input values, 1-D}`; a layer without them counts as reading zeros.
+
+    Returns:
+        (of weights, of inputs), each `{layer: {bits: value}}`.
     """
     weight = {name: relative_power(module.weight_quantizer, module.weight) for name, module in layers.items()}
     activation = {

@@ -1,4 +1,4 @@
-"""From indicators to one score per layer and pair of widths (LIMPQ §3.4, and any other strategy)."""
+"""From indicators to one score per layer and pair of bit-widths (LIMPQ §3.4, and any other strategy)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Scores = Mapping[str, Mapping[LayerBits, float]]
 
 
 def available(scales: Mapping[int, float]) -> list[int]:
-    """Widths of a layer that joint training left usable, ascending.
+    """Return the usable bit-widths of a layer after joint training, in ascending order.
 
-    A scale below that of the next wider width is an outlier of the training; its width is dropped, but never the
-    narrowest one, so that no budget becomes unreachable.
+    A scale below that of the next wider bit-width is an outlier of the training, and its bit-width is dropped. The
+    narrowest one is never dropped, so that no budget becomes infeasible.
     """
     widths = sorted(scales)
     kept = {b for b, wider in pairwise(widths) if scales[b] >= scales[wider]}
@@ -25,19 +25,22 @@ def available(scales: Mapping[int, float]) -> list[int]:
 
 
 def balance(indicators: Indicators) -> float:
-    """Default α: Σ activation indicators / Σ weight indicators, so that both count alike [ours]."""
+    """Return Σ activation indicators / Σ weight indicators, which gives both equal weight; this is our construction."""
     weight = sum(s for row in indicators.weight.values() for s in row.values())
     activation = sum(s for row in indicators.activation.values() for s in row.values())
     return activation / weight if weight and activation else 1.0
 
 
 def default_alpha(indicators: Indicators) -> float:
-    """1 for indicators whose weights and activations share a unit: divergences and relative powers. Else `balance`."""
+    """Return the default α: 1 if weights and activations have the same unit (divergences, relative powers).
+
+    Otherwise it is `balance`.
+    """
     return 1.0 if indicators.predicts or indicators.unit in ("loss", "relative_power") else balance(indicators)
 
 
 def scored_candidates(indicators: Indicators, graph: LayerGraph, *, weight_only: bool = False) -> dict[str, Candidates]:
-    """{searched layer: all widths that it has indicators for}."""
+    """Return `{searched layer: all bit-widths that it has indicators for}`."""
     return {
         x.name: Candidates(
             tuple(indicators.weight.get(x.name, (2,))),
@@ -48,7 +51,7 @@ def scored_candidates(indicators: Indicators, graph: LayerGraph, *, weight_only:
 
 
 def equal_scores(graph: LayerGraph, candidates: Mapping[str, Candidates]) -> Scores:
-    """{searched layer: {widths: 0}} of all candidates: for a search that only asks whether a budget can be met."""
+    """Return a score of 0 for all candidates, for a search that only tests whether a budget is feasible."""
     return {
         x.name: dict.fromkeys(candidates[x.name].weights if x.weight_only else candidates[x.name].pairs, 0.0)
         for x in graph.searched
@@ -63,30 +66,32 @@ def score_table(
     *,
     weight_only: bool = False,
 ) -> tuple[Scores, float]:
-    """What the solver adds up: ({searched layer: {widths: score}}, α); `indicators.sense` tells which way is better.
+    """Build the scores that the solver adds up.
 
     Args:
-        indicators: Scores by whatever strategy.
+        indicators: Scores of any strategy; their `sense` tells whether smaller or larger ones are better.
         graph: The layers of the model.
-        candidates: Widths that may be taken; None for all that have a score.
+        candidates: `{searched layer: candidates}`; None for all that have a score.
         alpha: Multiplier for LIMPQ's weight indicators; None for `default_alpha`.
-        weight_only: Inputs stay float.
+        weight_only: Whether inputs stay float.
+
+    Returns:
+        (`{searched layer: {bit-widths: score}}`, α).
 
     Raises:
-        InvalidArgument: A layer has no score at any candidate, or an alpha for another strategy than LIMPQ.
+        InvalidArgument: A layer has no score at its candidates, or alpha was given for another strategy than LIMPQ.
     """
     there = {*indicators.weight, *indicators.pairs}
     if missing := [layer.name for layer in graph.searched if layer.name not in there]:
         raise InvalidArgument(
-            f"layer {missing[0]!r} has no score (perhaps it was fixed when they were learned): learn them again, or "
-            "pass fixed="
+            f"layer {missing[0]!r} has no score; score the layers again, or pass fixed= if it was fixed at that time"
         )
     if not indicators.pairs:
         chosen = candidates or scored_candidates(indicators, graph, weight_only=weight_only)
         used = default_alpha(indicators) if alpha is None else alpha
         return limpq_scores(indicators, graph, chosen, used), used
     if alpha is not None:
-        raise InvalidArgument(f"alpha weighs LIMPQ's indicators; scores of {indicators.strategy!r} take none")
+        raise InvalidArgument(f"alpha only applies to LIMPQ's indicators, got scores of {indicators.strategy!r}")
     table = {}
     for layer in graph.searched:
         row = dict(indicators.pairs.get(layer.name, {}))
@@ -98,15 +103,16 @@ def score_table(
         if weight_only:
             row = {bits: score for bits, score in row.items() if bits.activation == FLOAT_BITS}
         if not row:
-            raise InvalidArgument(f"layer {layer.name!r} has no score at these candidates; search with them")
+            raise InvalidArgument(f"layer {layer.name!r} has no score at these candidates; score the layers with them")
         table[layer.name] = row
     return table, 0.0
 
 
 def _in_groups(name: str, row: Mapping[LayerBits, float], wanted: Candidates) -> dict[LayerBits, float]:
-    """Scores of widths alone serve for any one group size: the same row with that. Scores of groups stay as they are.
+    """Apply the group size of the candidates to scores of bit-widths alone; scores of groups are unchanged.
 
-    Raises InvalidArgument where scores of widths alone would have to tell group sizes apart.
+    Raises:
+        InvalidArgument: There are several group sizes, which scores of bit-widths alone cannot tell apart.
     """
     if any(bits.grouped for bits in row):
         return dict(row)
@@ -117,9 +123,11 @@ def _in_groups(name: str, row: Mapping[LayerBits, float], wanted: Candidates) ->
 def expected_divergence(
     indicators: Indicators | None, graph: LayerGraph, policy: Policy | None, *, weight_only: bool = False
 ) -> dict[str, tuple[float, float | None]]:
-    """{searched layer: (estimated divergence that the policy's widths cause, its relative standard error or None)}.
+    """Estimate the divergence that a policy causes in each layer.
 
-    Empty where scores are no divergences, or were made for other layers or widths than the policy's.
+    Returns:
+        `{searched layer: (divergence, its relative standard error or None)}`; empty if the scores are not divergences,
+        or are for other layers or bit-widths than those of the policy.
     """
     if indicators is None or policy is None or not indicators.predicts:
         return {}
@@ -135,12 +143,15 @@ def expected_divergence(
 def score_parts(
     indicators: Indicators, scores: Scores, alpha: float
 ) -> dict[str, dict[LayerBits, tuple[float, float]]]:
-    """{layer: {widths: (the weight's part of the score, the input's)}}; of pairs all of it counts as the weight's.
+    """Split scores into the parts of the weight and the input; scores of pairs count as the weight's.
 
     Args:
-        indicators: What the scores were made of.
-        scores: As `score_table` gave them.
-        alpha: The multiplier that it used.
+        indicators: The indicators that the scores were built from.
+        scores: The scores, as returned by `score_table`.
+        alpha: The multiplier, as returned by `score_table`.
+
+    Returns:
+        `{layer: {bit-widths: (part of the weight, part of the input)}}`.
     """
     out: dict[str, dict[LayerBits, tuple[float, float]]] = {}
     for name, row in scores.items():
@@ -151,7 +162,7 @@ def score_parts(
 
 
 def candidates_of(scores: Scores) -> dict[str, Candidates]:
-    """{layer: all widths that a table of scores has}."""
+    """Return `{layer: all bit-widths that have a score}`."""
     found = {
         name: Candidates(
             tuple({bits.weight for bits in row}),
@@ -168,12 +179,11 @@ def candidates_of(scores: Scores) -> dict[str, Candidates]:
 
 
 def in_scored_groups(candidates: Mapping[str, Candidates], scores: Scores) -> dict[str, Candidates]:
-    """Candidates, of which those that name neither groups nor zero points stand for what was scored of their widths,
-    where no plain width was.
+    """Give candidates without groups or zero points those that were scored, where plain bit-widths were not.
 
     Args:
-        candidates: Of any layers.
-        scores: {layer: {widths: score}}, perhaps of other layers.
+        candidates: `{layer: candidates}`.
+        scores: `{layer: {bit-widths: score}}`, possibly of other layers.
     """
     out = dict(candidates)
     for name, c in candidates.items():
@@ -186,9 +196,13 @@ def in_scored_groups(candidates: Mapping[str, Candidates], scores: Scores) -> di
 def limpq_scores(
     indicators: Indicators, graph: LayerGraph, candidates: Mapping[str, Candidates], alpha: float
 ) -> dict[str, dict[LayerBits, float]]:
-    """{layer: {widths: activation indicator + α · weight indicator}} of the searched layers; smaller is better.
+    """Compute activation indicator + α · weight indicator of the searched layers; smaller is better.
 
-    Raises InvalidArgument when a layer or a candidate width has no indicator.
+    Returns:
+        `{layer: {bit-widths: score}}`.
+
+    Raises:
+        InvalidArgument: A layer or a candidate bit-width has no indicator.
     """
     out: dict[str, dict[LayerBits, float]] = {}
     for layer in graph.searched:
@@ -207,5 +221,5 @@ def limpq_scores(
 def _pick(table: Mapping[str, Mapping[int, float]], name: str, widths: tuple[int, ...], what: str) -> dict[int, float]:
     row = table.get(name, {})
     if missing := [b for b in widths if b not in row]:
-        raise InvalidArgument(f"layer {name!r} has no {what} indicator for {missing} bits; train them with candidates")
+        raise InvalidArgument(f"layer {name!r} has no {what} indicator for {missing} bits; train it with candidates")
     return {b: row[b] for b in available({b: row[b] for b in widths})}

@@ -1,4 +1,4 @@
-"""SEAM: search on a small proxy data set, keep the policy for the target (Tang et al., ACM MM 2023)."""
+"""SEAM: search on a small proxy data set and keep the policy for the target (Tang et al., ACM MM 2023)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,14 @@ from .strategy import register_strategy
 
 
 def margin_loss(features: Tensor, labels: Tensor, margin: float) -> Tensor:
-    """mean_i(1 − cos(z_i, μ_{y_i})) + mean_{c≠c'} relu(cos(μ_c, μ_c') − margin) [ours]: compact classes, far apart.
+    """Compute mean_i(1 − cos(z_i, μ_{y_i})) + mean_{c≠c'} relu(cos(μ_c, μ_c') − margin), for compact, distant classes.
 
-    features [N, d] are L2-normalised here; centres are the batch's. Zero separation term for a single class.
+    This is our construction. The centres μ are those of the batch. With a single class, the second term is 0.
+
+    Args:
+        features: Features `[N, d]`, which are L2-normalised here.
+        labels: Class of each sample, `[N]`.
+        margin: Cosine between centres that is not penalized.
     """
     z = F.normalize(features.float(), dim=1)
     classes, index = labels.unique(return_inverse=True)
@@ -39,14 +44,24 @@ def margin_loss(features: Tensor, labels: Tensor, margin: float) -> Tensor:
 
 @register_strategy("seam")
 class SEAM(EBS):
-    """Differentiable widths as in EBS; loss = CE(proxy) + strength·relu(E[cost]/cap − 1) + discriminability·L_margin
-    on the features the head reads [abstract sure, loss ours].
+    """Class-aware search on a proxy data set (SEAM), with differentiable bit-widths as in EBS.
 
-    proxy: a share of the target's training data (0.04: 4 % of each class), or a loader of labelled batches of another
-    data set, whose classes may be others: then a fresh head is trained for `warmup` steps first, the rest frozen. The
-    classifier has to be a layer of the graph (not excluded), and must not itself be searched with a loader.
-    classes, per_class: a batch of a share holds that many classes and images of each (K ≥ 4); classes None: as many as
-    fill the user's batch size.
+    The loss is CE(proxy) + strength·relu(E[cost]/cap − 1) + discriminability·L_margin on the features that the head
+    reads. The approach follows the abstract of the paper; the loss is our construction.
+
+    The classifier must be a layer of the graph, so it must not be excluded. With a loader as the proxy, its bit-widths
+    must be fixed.
+
+    Args:
+        proxy: A fraction of the training data (0.04 for 4 % of each class), or a loader of labelled batches of another
+            data set. That data set may have other classes: a new head is first trained for `warmup` steps, with the
+            rest frozen.
+        discriminability: Multiplier of the margin loss.
+        margin: Cosine between class centres that is not penalized, −1 to 1.
+        classes: Number of classes in a batch, if `proxy` is a fraction; None for as many as fill the user's batch size.
+        per_class: Number of images of each class in a batch, at least 4.
+        warmup: Training steps of a new head.
+        **options: Options of EBS.
     """
 
     def __init__(
@@ -62,17 +77,17 @@ class SEAM(EBS):
     ) -> None:
         super().__init__(**{"update": "single", **options})
         if self.update != "single":
-            raise InvalidArgument("seam learns weights and strengths on one proxy batch: update is single")
+            raise InvalidArgument("update must be 'single' for seam, which trains everything on one proxy batch")
         self.share = float(proxy) if is_finite(proxy) else None  # type: ignore[arg-type]
         loads = isinstance(proxy, Iterable) and not isinstance(proxy, (str, bytes))
         if not (loads if self.share is None else 0 < self.share <= 1):
-            raise InvalidArgument(f"proxy is a share above 0 and at most 1, or a loader of batches; not {proxy!r}")
+            raise InvalidArgument(f"proxy must be a number above 0 and at most 1, or a loader, got {proxy!r}")
         if isinstance(proxy, Iterator):
-            raise InvalidArgument("a proxy is read more than once: give a loader or a list of batches, not an iterator")
+            raise InvalidArgument("proxy must be readable several times, got an iterator; pass a loader or a list")
         if whole("per_class", per_class, 1) < 4:
-            raise InvalidArgument(f"compactness needs at least 4 images of a class in a batch, not {per_class}")
+            raise InvalidArgument(f"per_class must be at least 4, got {per_class}")
         if not is_finite(margin) or not -1 <= margin <= 1:
-            raise InvalidArgument(f"margin is a cosine, from -1 to 1, not {margin!r}")
+            raise InvalidArgument(f"margin must be a cosine between -1 and 1, got {margin!r}")
         self.proxy, self.discriminability, self.margin = proxy, number("discriminability", discriminability), margin
         self.classes = None if classes is None else whole("classes", classes, 1)
         self.per_class, self.warmup = per_class, whole("warmup", warmup, 0)
@@ -92,16 +107,16 @@ class SEAM(EBS):
         self.head = graph.layers[-1].name
         if self.share is None and self.head in self.layers:
             raise InvalidArgument(
-                f"a loader as proxy gets a head of its own, so {self.head!r} cannot be searched; leave its widths fixed"
+                f"layer {self.head!r} must have fixed bit-widths, since a loader as proxy needs a new head"
             )
 
     def calibrate(self, model: nn.Module, batches: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
         super().calibrate(model, batches, inputs)
         labels = self.loss.task.labels(batches[0])
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 1:
-            raise InvalidArgument("seam needs one class label a sample in its proxy data")
+            raise InvalidArgument("seam needs proxy data with one class label for each sample")
         if self.loss.distill:
-            raise InvalidArgument("seam learns from labels alone; leave distill out")
+            raise InvalidArgument("seam trains on labels alone; omit distill")
         self.check_head(model, batches[0])
         if self.share is None:
             self.renew_head(model, max(labels_in(map(self.loss.task.labels, self.source)) + 1, 2))
@@ -109,9 +124,9 @@ class SEAM(EBS):
 
     @torch.no_grad()
     def check_head(self, model: nn.Module, batch: Any) -> None:
-        """Raise InvalidArgument unless the graph's last layer is the classifier: runs last, as wide as the logits.
+        """Raise InvalidArgument unless the last layer of the graph is the classifier: runs last, and gives the logits.
 
-        An excluded classifier is in no graph, and the last layer there is another one, with other features.
+        An excluded classifier is not in the graph, whose last layer is then another one, with other features.
         """
         ran: list[nn.Module] = []
         weighted = [m for m in model.modules() if isinstance(w := getattr(m, "weight", None), Tensor) and w.dim() > 1]
@@ -127,17 +142,15 @@ class SEAM(EBS):
         head: Any = model.get_submodule(self.head)
         if ran[-1:] != [head] or head.weight.shape[0] != classes:
             raise InvalidArgument(
-                f"seam needs the classifier among the layers, and the last of them, {self.head!r}, does not give the "
-                "logits; do not exclude the classifier"
+                f"seam needs the classifier as the last layer, and {self.head!r} does not compute the logits; do not "
+                "exclude the classifier"
             )
 
     def renew_head(self, model: nn.Module, classes: int) -> None:
-        """A head of its own for a proxy of other classes, trained on frozen features; the copy only."""
+        """Replace the head of the copy for a proxy with other classes, and train it on frozen features."""
         old = model.get_submodule(self.head)
         if not isinstance(old, nn.Linear):
-            raise InvalidArgument(
-                f"a proxy of other classes needs a linear head, {self.head!r} is {type(old).__name__}"
-            )
+            raise InvalidArgument(f"a loader as proxy needs a Linear head, got {type(old).__name__} for {self.head!r}")
         width = old.in_features
         generator = torch.Generator().manual_seed(self.seed)
         head = nn.Linear(width, classes)
@@ -177,11 +190,11 @@ class SEAM(EBS):
                     if steps >= self.warmup:
                         break
                 if steps == before:
-                    raise InvalidArgument("the proxy gave its batches once only; give a loader that can be read again")
+                    raise InvalidArgument("proxy gave no batches when it was read again; pass a loader or a list")
         finally:
             handle.remove()
             model.train(training)
-            optimizer.zero_grad(set_to_none=True)  # else the search's first step had it in its gradient
+            optimizer.zero_grad(set_to_none=True)  # else the first step of the search would include this gradient
 
     def _keep(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._features = [first_operand(args, kwargs)]

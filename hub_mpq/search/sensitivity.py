@@ -1,4 +1,4 @@
-"""How far the output moves when one operand of one layer is quantized: the Fisher information's estimate."""
+"""Estimate, by the Fisher information, how far the output moves when one operand of one layer is quantized."""
 
 from __future__ import annotations
 
@@ -24,12 +24,23 @@ from ..train.random_draws import fixed_draws
 Rows = dict[str, dict[int, float]]
 LEAST = 1e-30
 SAMPLES, POSITIONS = 512, 4096
-"""How much is read: enough that the number of samples, which bounds the rank of the estimated Fisher information, is
-no limit."""
+"""Maximum number of samples and positions that are read.
+
+They are large enough that the number of samples, which bounds the rank of the estimated Fisher information, is not the
+limiting factor.
+"""
 
 
 class Sensitivity(NamedTuple):
-    """Divergence of the output by layer and width, with the standard error of each, and what it is counted in."""
+    """Divergence of the output by layer and bit-width.
+
+    Attributes:
+        weight: `{layer: {bits: divergence}}` of weights.
+        activation: The same of inputs.
+        weight_error: Standard errors of `weight`.
+        activation_error: Standard errors of `activation`.
+        unit: Unit of the divergence.
+    """
 
     weight: Rows
     activation: Rows
@@ -38,8 +49,10 @@ class Sensitivity(NamedTuple):
     unit: str
 
     def relative_error(self) -> dict[str, float]:
-        """{layer: standard error of its two operands' sum at the narrowest widths, over that sum}; none where it is
-        unknown (of one sample) or where nothing was found that could spread."""
+        """Return `{layer: relative standard error of the sum of its operands, at the narrowest bit-widths}`.
+
+        Layers are omitted where it is unknown, as with a single sample, or zero.
+        """
         out = {}
         for name, row in self.weight.items():
             narrow = [(row, self.weight_error[name])]
@@ -52,7 +65,7 @@ class Sensitivity(NamedTuple):
 
 @contextmanager
 def at(quantizer: LSQ, bits: int) -> Iterator[None]:
-    """One quantizer on at a width, then off."""
+    """Turn a quantizer on at a bit-width, then off."""
     quantizer.set_width(bits)
     try:
         yield
@@ -61,8 +74,11 @@ def at(quantizer: LSQ, bits: int) -> Iterator[None]:
 
 
 def like(moved: Tensor, y: Tensor) -> Tensor:
-    """`moved` with each channel's mean and deviation (dimension 1) brought to those of `y`, as a BatchNorm that reads
-    it will once it has seen it. One or two values a channel stay as they are: no error of them would be left."""
+    """Adjust the mean and deviation of each channel (dimension 1) of `moved` to those of `y`.
+
+    A BatchNorm that reads it will do the same after re-estimation. With one or two values per channel nothing is
+    changed, because no error would be left.
+    """
     if y.numel() <= 2 * y.shape[1]:
         return moved
     dims = [d for d in range(y.dim()) if d != 1]
@@ -72,8 +88,7 @@ def like(moved: Tensor, y: Tensor) -> Tensor:
 
 
 def monotone(row: Mapping[Any, float]) -> dict[Any, float]:
-    """{width, or LayerBits: value} in which no width has less than a wider one of the same groups, and at
-    least what can be stored."""
+    """Make `{bits or LayerBits: value}` non-increasing in the bit-width within the same groups, and at least LEAST."""
     out = {bits: max(value, LEAST) for bits, value in sorted(row.items())}
     groups: dict[Any, list[Any]] = {}
     for bits in sorted(out, reverse=True):
@@ -84,9 +99,9 @@ def monotone(row: Mapping[Any, float]) -> dict[Any, float]:
 
 
 def counted(items: float) -> float:
-    """How many items there are to take a mean over. Raises InvalidArgument when there are none."""
+    """Return the number of items to average over; raise InvalidArgument if there are none."""
     if not items:
-        raise InvalidArgument("no item of the batches counts: their masks leave everything out")
+        raise InvalidArgument("the masks of the batches must keep at least one item")
     return items
 
 
@@ -98,36 +113,38 @@ def sensitivity(
     normed: Collection[str] = (),
     seed: int = 0,
 ) -> Sensitivity:
-    """Estimated divergence from the float model when one operand alone is quantized, a mean over the task's items.
+    """Estimate the divergence from the float model when one operand alone is quantized, as a mean over items.
 
-    To second order the divergence is half the square of an error, measured by the Fisher information. For labels drawn
-    from the model's own output it is the mean of ½(g·ΔY)²: Y is the layer's output, ΔY what quantizing its weight or
-    its input changes in it, and g the gradient of −log p(label). `Task.probe` is such a random value of every item,
-    also for tasks without a distribution, whose divergence is a squared error. So all layers and operands are counted
-    in one unit, the task's divergence, and their sum estimates a policy's.
+    To second order, the divergence is half the square of an error in the metric of the Fisher information. For labels
+    drawn from the model's own output, this is the mean of ½(g·ΔY)², where Y is the output of the layer, ΔY its change
+    when the weight or the input is quantized, and g the gradient of −log p(label). `Task.probe` provides such a random
+    value for every item, also for tasks without a distribution, whose divergence is a squared error. All layers and
+    operands thus have one unit, the divergence of the task, and their sum estimates that of a policy.
 
-    A weight's errors at all places of an image add up, so g·ΔY is summed over each sample. Where the items are
-    positions themselves (tokens, pixels: `Task.positional`) it is taken at each position, which leaves out how errors
-    at two positions act together, but needs far fewer samples [our construction]. A layer that runs more than once has
-    one error of all its runs, and so has a stack of experts at each token that reaches several of them. Experts that
-    are layers of their own have what they change at the tokens that reach them, as a mean over all tokens. What a
-    BatchNorm behind a layer removes, a channel's shift and scale, is not counted [our construction].
+    The errors of a weight add up over the positions of an image, so g·ΔY is summed over each sample. Where the items
+    are positions (tokens or pixels, see `Task.positional`), it is taken at each position, which neglects the
+    interaction of errors at different positions, but needs far fewer samples; this is our construction. A layer that
+    runs several times has one error for all its runs, as has a stack of experts for each token that reaches several of
+    them. Experts that are separate layers have the change at the tokens that reach them, averaged over all tokens.
+    Shifts and scales of channels that a BatchNorm after the layer removes are not counted, which is our construction,
+    too.
+
+    This takes one forward and backward pass per batch, and one run of each layer per operand and bit-width.
 
     Args:
-        layers: {name: quantized layer}; all quantizers off.
-        model: The network that holds them, in eval mode.
-        batches: What to run it on; labels are not used. Reading ends before a batch that would go beyond `SAMPLES`
-            samples in all, and after one that reached `POSITIONS` items where items are positions.
-        task: What the output means.
-        normed: Names of layers that a BatchNorm reads.
-        seed: Of the drawn labels.
+        layers: `{name: quantized layer}`; all quantizers are off.
+        model: The network with these layers, in eval mode.
+        batches: Batches; labels are ignored. Reading ends before a batch that would exceed `SAMPLES` samples in total
+            and, if items are positions, after the batch that reaches `POSITIONS` items.
+        task: Task of the model.
+        normed: Names of the layers that a BatchNorm reads.
+        seed: Seed of the drawn labels.
 
     Returns:
-        Values that do not fall with the width, and standard errors over samples. One forward and backward a batch, and
-        one run of each layer an operand and width. Of several processes: the mean of all.
+        Values that do not increase with the bit-width, and their standard errors over samples; the mean over processes.
 
     Raises:
-        InvalidArgument: No item of the batches counts.
+        InvalidArgument: The masks of the batches exclude all items.
     """
     sides = {
         "weight": {n: m.weight_quantizer for n, m in layers.items()},
@@ -149,7 +166,7 @@ def sensitivity(
 
     @torch.no_grad()
     def add(name: str, x: Tensor, more: tuple[Any, ...], grad: Tensor) -> None:
-        if unsure:  # the gradient of the first sample alone
+        if unsure:  # this gradient is that of the first sample alone
             if name in unsure:
                 axes[name] = int(not grad[:, 1:].any() and bool(grad[1:].any()))
             return
@@ -162,7 +179,7 @@ def sensitivity(
                 _matrix_errors(module, x) if direct else _errors(module, quantizers[name], (x, *more), name in normed)
             ):
                 product = (grad.float() * error).movedim(axes.get(name, 0), 0)
-                if more:  # an expert's rows are some of the tokens
+                if more:  # the rows of an expert are some of the tokens
                     _, tokens, count = more
                     product = product.new_zeros(count, 1).index_add_(0, tokens, product.sum(1, keepdim=True))
                 found[side, bits] = _products(product, module, batch_size, task.positional)
@@ -183,15 +200,15 @@ def sensitivity(
         def keep(
             _m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, name: str = name
         ) -> Tensor | None:
-            if forward:  # not a block's second run, on the way back
+            if forward:  # not the second run of a block, in the backward pass
                 calls[name] = calls.get(name, 0) + 1
                 if not task.positional and name not in axes and _may_be_second(output, batch_size):
                     unsure.add(name)
-            if not torch.is_grad_enabled():  # a block's first run
+            if not torch.is_grad_enabled():  # the first run of a block
                 return None
             x = first_operand(args, kwargs).detach()
             more = args[1:] if isinstance(_m, Stack) else ()
-            # nothing that learns stands before it; a copy, for what follows may change it in place
+            # without a gradient, nothing before it is trained; a copy, since the next module may change it in place
             own = output if output.requires_grad else output.detach().requires_grad_().clone()
             own.register_hook(lambda grad: add(name, x, more, grad))
             return own
@@ -219,7 +236,7 @@ def sensitivity(
                     values[0].sum().backward(retain_graph=True)
                     unsure.clear()
                 values.sum().backward()
-                for name in list(held):  # a call whose output went nowhere
+                for name in list(held):  # a call whose output was not used
                     settle(name)
                 items, samples = items + float(kept.sum()), samples + batch_size
     finally:
@@ -240,8 +257,7 @@ def sensitivity(
 
 
 def _fill_unreached(model: nn.Module, layers: Mapping[str, Any], means: Rows, errors: Rows) -> None:
-    """Give experts that no token reached the mean of their stack's others, in both: what they cost is not known, and
-    not nothing."""
+    """Give experts without tokens the mean of the other experts of their stack, since their cost is unknown, not 0."""
     stacks: dict[str, list[str]] = {}
     for name, module in layers.items():
         if isinstance(module, Stack) and (part := stack_and_expert(model, name)) is not None:
@@ -255,8 +271,8 @@ def _fill_unreached(model: nn.Module, layers: Mapping[str, Any], means: Rows, er
 
 
 def _errors(module: Any, quantizer: Any, args: tuple[Any, ...], normed: bool) -> Iterator[tuple[Any, Tensor]]:
-    """(width, what it changes in a layer's output, float32) for all widths of one of its quantizers."""
-    # the class's forward: calling the module would run the hooks again
+    """Yield (bits, change of the output of a layer, float32) for all bit-widths of one of its quantizers."""
+    # the forward of the class, since calling the module would run the hooks again
     y = type(module).forward(module, *args).float()
     for bits in quantizer.widths:
         with at(quantizer, bits):
@@ -265,7 +281,7 @@ def _errors(module: Any, quantizer: Any, args: tuple[Any, ...], normed: bool) ->
 
 
 def _matrix_errors(module: Any, x: Tensor) -> Iterator[tuple[Any, Tensor]]:
-    """As `_errors` for the weight of a matrix product, in one product a width: x·ΔW."""
+    """Yield the same as `_errors` for the weight of a matrix product, by one product x·ΔW per bit-width."""
     weight, x = module.weight.float(), x.float()
     for bits in module.weight_quantizer.widths:
         with at(module.weight_quantizer, bits):
@@ -274,19 +290,23 @@ def _matrix_errors(module: Any, x: Tensor) -> Iterator[tuple[Any, Tensor]]:
 
 
 def _variance(first: float, second: float, samples: float) -> float:
-    """Variance of a sum over samples of which the sum and the sum of squares are known; infinite for a single one."""
+    """Compute the variance of a sum over samples from the sum and the sum of squares; infinite for one sample."""
     return max(second - first * first / samples, 0.0) * samples / (samples - 1) if samples > 1 else math.inf
 
 
 def _may_be_second(output: Tensor, samples: int) -> bool:
-    """Whether the samples of an output may lie along its second axis ([positions, samples, …]); parts of samples may
-    have the same form ([windows of all samples, positions, …])."""
+    """Whether the second axis of an output may be that of the samples, as in `[positions, samples, …]`.
+
+    Parts of samples may have the same shape, as in `[windows of all samples, positions, …]`.
+    """
     return output.dim() > 2 and output.shape[1] == samples > 1
 
 
 def _products(product: Tensor, module: nn.Module, samples: int, positional: bool) -> Tensor:
-    """g·ΔY summed over each sample, [samples, 1], or at every position, [samples, positions]; with one row for every
-    row of the output where its first axis is not a whole number of rows a sample."""
+    """Sum g·ΔY over each sample, `[samples, 1]`, or at every position, `[samples, positions]`.
+
+    If the first axis of the output is not a multiple of the samples, there is one row for each of its rows.
+    """
     if positional:
         product = product.sum(1 if module.weight.dim() > 2 and product.dim() > 2 else -1)
     rows = product.reshape(samples, -1) if len(product) % max(samples, 1) == 0 else product.flatten(1)

@@ -1,4 +1,4 @@
-"""What a search chooses from: the scores and the policies that a budget allows."""
+"""The search space: scores, and the policies that a budget allows."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .problem import build
 from .scores import Scores
 
 SOLVE_SECONDS = 2.0
-"""Of one solve beside the optimum's; what is best by then is taken."""
+"""Time limit of each solve apart from that of the optimum; the best solution by then is used."""
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The policies of a budget, and what their scores are.
+    """The policies within a budget, and their scores.
 
     Args:
         graph: The layers of the model.
-        scores: {searched layer: {widths: score}}.
+        scores: `{searched layer: {bit-widths: score}}`.
         budget: The limits.
-        base_bytes: Bytes of the packed file beside the searched layers.
-        sense: "min" when a smaller score is better.
+        base_bytes: Bytes of the packed file apart from the searched layers.
+        sense: "min" if smaller scores are better, else "max".
     """
 
     graph: LayerGraph
@@ -37,7 +37,7 @@ class SearchSpace:
     sense: str = "min"
 
     def solve(self, scores: Scores, sense: str | None = None) -> Policy | None:
-        """The best policy within the budget for other scores; None where none is found in `SOLVE_SECONDS`."""
+        """Return the best policy within the budget for other scores; None if none is found in `SOLVE_SECONDS`."""
         problem = build(self.graph, scores, self.budget, base_bytes=self.base_bytes, sense=sense or self.sense)
         try:
             _, bits = problem.solve(SOLVE_SECONDS)
@@ -46,17 +46,19 @@ class SearchSpace:
         return self.policy(bits)
 
     def policy(self, bits: dict[str, LayerBits]) -> Policy:
-        """The policy of these widths of the searched layers; the fixed ones keep theirs."""
+        """Return the policy with these bit-widths in the searched layers; fixed layers keep theirs."""
         return Policy({x.name: x.fixed or bits[x.name] for x in self.graph}, self.graph.digest)
 
     def predicted(self, policy: Policy) -> float | None:
-        """The sum of the layers' scores; None where a layer has none at its widths."""
+        """Return the sum of the scores of the layers; None if a layer has no score at its bit-widths."""
         rows = [self.scores[x.name].get(policy.bits[x.name]) for x in self.graph.searched]
         return None if None in rows else float(sum(rows))  # type: ignore[arg-type]
 
     def fill(self, policy: Policy) -> float | None:
-        """The greatest part of any limit that a policy takes, of what is left to the searched layers; None where it
-        passes one. 1 is a full budget."""
+        """Return the largest fraction of any limit that the searched layers use, of what fixed layers leave of it.
+
+        A full budget is 1; None if a limit is exceeded.
+        """
         parsed, graph, parts = limits_of(self.budget), self.graph, [0.0]
         if any(limit.one_input for limit, _ in parsed):
             graph = graph.with_one_width_per_input()
@@ -66,7 +68,7 @@ class SearchSpace:
             each = [[pair] for pair in searched] if limit.over == "max" else [searched]
             try:
                 used = max(limit.together(pairs, fixed) for pairs in each)
-            except InvalidArgument:  # a table of costs without these widths
+            except InvalidArgument:  # a table of costs does not have these bit-widths
                 return None
             if over({limit.name: used}, {limit.name: cap}):
                 return None
@@ -74,9 +76,10 @@ class SearchSpace:
         return max(parts)
 
     def levels(self, candidates: dict[str, Candidates]) -> list[LayerBits]:
-        """Levels that all searched layers can take and that meet every limit, the dearest first.
+        """Return the levels that are candidates of all searched layers and meet every limit, the most costly first.
 
-        Of levels that fill the budget alike, the one of more bits, then of nearer widths, then of wider inputs.
+        Levels that fill the budget equally are ordered by more bits, then by closer bit-widths of weights and inputs,
+        then by wider inputs.
         """
         names = [x.name for x in self.graph.searched]
         inputs = [candidates[x.name].activation for x in self.graph.searched if not x.weight_only]
@@ -88,7 +91,7 @@ class SearchSpace:
         for level in dict.fromkeys(bits.with_groups(*group) for bits in plain for group in groups):
             policy = Policy.uniform(self.graph, level)
             if any(policy.bits[x.name] not in _choices(x, candidates[x.name]) for x in self.graph.searched):
-                continue  # of group sizes, or a pair, that not all layers can choose
+                continue  # not all layers can have this group size or pair
             part = self.fill(policy)
             if part is not None:
                 found.append((round(part, 9), level.weight * level.activation, level))
@@ -96,13 +99,18 @@ class SearchSpace:
         return [level for _, _, level in reversed(found)]
 
     def greedy_fill(self) -> Policy | None:
-        """The policy that raises the narrowest widths first until a limit is full, as the solver makes it: every bit
-        more in an operand is worth a quarter of the one before, in all layers alike."""
+        """Return the policy that raises the narrowest bit-widths first until a limit is full, found by the solver.
+
+        Each additional bit of an operand is worth a quarter of the previous one, equally in all layers.
+        """
         return self.solve(_power_of_noise(self.scores, {}), "min")
 
     def perturbed(self, rng: np.random.Generator, sigma: float, scores: Scores | None = None) -> Policy | None:
-        """The optimum of scores that are off by factors: their logarithms have deviation `sigma`, and a third each of
-        the variance is the layer's, its weight width's and its input width's [our construction]."""
+        """Return the optimum of scores that are perturbed by random factors.
+
+        The logarithms of the factors have the standard deviation `sigma`. A third of the variance each comes from the
+        layer, its weight bits and its input bits; this is our construction.
+        """
         step = sigma / np.sqrt(3)
         out = {}
         for name, row in (scores or self.scores).items():
@@ -113,8 +121,11 @@ class SearchSpace:
         return self.solve(out)
 
     def random(self, rng: np.random.Generator) -> Policy | None:
-        """A policy that owes nothing to the scores: the greedy fill with a random worth of the operands of each layer,
-        lognormal of deviation 1 [our construction]."""
+        """Return a random policy that is independent of the scores.
+
+        It is the greedy fill with random weights of the operands of each layer, lognormal with deviation 1; this is our
+        construction.
+        """
         worth = {name: (float(np.exp(rng.normal())), float(np.exp(rng.normal()))) for name in self.scores}
         return self.solve(_power_of_noise(self.scores, worth), "min")
 
@@ -124,7 +135,7 @@ def _choices(layer: LayerSpec, candidates: Candidates) -> tuple[LayerBits, ...]:
 
 
 def _power_of_noise(scores: Scores, worth: dict[str, tuple[float, float]]) -> Scores:
-    """4^−b of each operand, times its worth: what the power of uniform rounding noise is proportional to."""
+    """Return 4^−b of each operand times its weight, which the power of uniform rounding noise is proportional to."""
     out = {}
     for name, row in scores.items():
         weight, activation = worth.get(name, (1.0, 1.0))

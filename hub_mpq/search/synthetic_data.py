@@ -1,4 +1,4 @@
-"""Inputs for calibration when the user gives none: noise, drawn towards the statistics that BatchNorm remembers."""
+"""Synthetic inputs for calibration without data: noise, optimised towards the statistics of BatchNorm."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ from ..tasks import to_device
 STEPS = 20
 BATCH = 8
 _KEPT = {"mask", "masks", "label", "labels", "target", "targets", "position", "positions"}
-"""Words in the names of inputs that stay as the example has them."""
+"""Words in the names of inputs that are copied from the example."""
 _LOOKUPS = {"embedding": 0, "_embedding_bag": 0, "_embedding_bag_forward_only": 0, "index_select": None, "gather": None}
-"""{operator that looks rows up: the axis of the table, None where an argument tells}."""
+"""{operator that looks up rows: the axis of the table, None if it is an argument}."""
 _COPIES = ("_to_copy", "clone")
 
 
 class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Which table each of some tensors of indices is looked up in, while it is entered.
+    """Record which table each of some tensors of indices is looked up in.
 
-    `found`: {storage key of the indices: {storage key of the table: its rows}}. Raises IndexError for an index that no
-    table has, before CUDA would abort the process's context.
+    An index that is out of range raises IndexError, before CUDA would abort the context of the process.
+
+    Attributes:
+        found: `{storage key of the indices: {storage key of the table: number of its rows}}`.
     """
 
     def __init__(self, model: nn.Module, indices: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tables = {storage_key(t) for t in (*model.parameters(), *model.buffers())}
         self.origin = {storage_key(t): storage_key(t) for t in indices}
-        self.alive: list[Tensor] = []  # a freed storage's key may come again
+        self.alive: list[Tensor] = []  # the key of a freed storage may be reused
         self.found: dict[int, dict[int, int]] = defaultdict(dict)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -57,7 +59,7 @@ class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _lookup(name: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, int]:
-    """Table, indices and number of rows of an operator that looks rows up."""
+    """Return the table, the indices and the number of rows of an operator that looks up rows."""
     axis = _LOOKUPS[name]
     if axis is not None:
         return args[0], args[1], args[0].shape[axis]
@@ -68,7 +70,7 @@ def _check_indices(name: str, args: tuple[Any, ...]) -> None:
     if name in _LOOKUPS:
         _, indices, rows = _lookup(name, args)
         least, pairs = 0, [(indices, rows)]
-    elif name == "index":  # table[indices], where a negative index counts from the end
+    elif name == "index":  # table[indices], where negative indices count from the end
         whole = [x if x is not None and x.dtype in (torch.int32, torch.int64) else None for x in args[1]]
         masked = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
         pairs = [] if masked else [(x, n) for x, n in zip(whole, args[0].shape, strict=False) if x is not None]
@@ -81,7 +83,7 @@ def _check_indices(name: str, args: tuple[Any, ...]) -> None:
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(key of the nearest mapping, tensor) of every tensor, however it is nested."""
+    """Yield (key of the innermost mapping, tensor) of every nested tensor."""
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, Mapping):
@@ -97,9 +99,9 @@ def _counts_up(x: Tensor) -> bool:
 
 
 def _tokens(model: nn.Module, example: Any) -> dict[int, int]:
-    """{id of a tensor of ids: how many there are}: what looks rows of a table up and is no position.
+    """Return `{id() of a tensor of token ids: number of tokens}`: the indices into a table that are not positions.
 
-    Positions count up by one and have a table of their own, beside the larger one of the tokens.
+    Positions count up by one and have their own table, which is smaller than that of the tokens.
     """
     whole = [x for _, x in _leaves(example) if x.dtype in (torch.int32, torch.int64)]
     if not whole:
@@ -120,8 +122,10 @@ def _tokens(model: nn.Module, example: Any) -> dict[int, int]:
 
 
 def _vocabulary(config: Any) -> tuple[int | None, list[int]]:
-    """How many tokens a transformers config knows, None for any other, and which of them have a meaning, such as the
-    end of a text or the place of an image."""
+    """Return the number of tokens of a transformers config, and the special ones, such as the end of a text.
+
+    For other configs the number is None.
+    """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     pairs = [pair for part in (config, text) for pair in getattr(part, "__dict__", {}).items()]
     special = {v for k, v in pairs if k.endswith(("token_id", "token_index")) and type(v) is int}
@@ -129,20 +133,20 @@ def _vocabulary(config: Any) -> tuple[int | None, list[int]]:
 
 
 def _is_mask(x: Tensor) -> bool:
-    """Whether floats are zeros and ones, or zeros and what an addition removes."""
+    """Whether floats are a mask: zeros and ones, or zeros and large negative numbers."""
     zero = x == 0
     return bool(zero.any()) and bool((~zero).any()) and bool((zero | (x == 1)).all() or (zero | (x <= -1e4)).all())
 
 
 class _Drawing:
-    """The inputs of a synthetic batch, drawn one by one.
+    """Draw the inputs of a synthetic batch, one by one.
 
-    Inputs get `BATCH` samples, or, where one of them lacks the batch axis of the first, keep their shapes.
+    Inputs have `BATCH` samples, or keep their shapes if one of them does not have the batch axis of the first.
 
     Attributes:
-        leaves: ids of the example's tensors.
-        drawn: Those that are drawn; the others stay as the example has them.
-        alike: Whether inputs get `BATCH` samples.
+        leaves: id() of each tensor of the example.
+        drawn: Those that are drawn; the others are copied from the example.
+        alike: Whether inputs have `BATCH` samples.
     """
 
     def __init__(self, model: nn.Module, example: Any, seed: int) -> None:
@@ -182,7 +186,7 @@ class _Drawing:
         return self._ids(samples, self.tokens[id(x)]) if id(x) in self.tokens else samples
 
     def _ids(self, samples: Tensor, count: int) -> Tensor:
-        """Random ids; of a text, those with a meaning stay where they are and are drawn nowhere else."""
+        """Draw random ids; special tokens of a text keep their places and are not drawn."""
         text = self.vocabulary is not None and count >= self.vocabulary
         ids = torch.randint(self.vocabulary if text else count, samples.shape, generator=self.generator)
         ids = ids.to(samples.dtype)
@@ -193,14 +197,14 @@ class _Drawing:
 
 
 def _by_name(model: nn.Module, example: Any) -> Any:
-    """The example with keywords for several positional inputs, where the model's forward has names for them."""
+    """Turn several positional inputs of the example into keywords, if the model's forward has names for them."""
     if isinstance(example, Tensor):
         return (example,)
     if isinstance(example, Mapping) or len(example) < 2:
         return example
     try:
         parameters = list(inspect.signature(model.forward).parameters.values())[: len(example)]
-    except ValueError:  # TorchScript has none
+    except ValueError:  # TorchScript has no names
         return example
     if len(parameters) < len(example) or any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
         return example
@@ -208,17 +212,17 @@ def _by_name(model: nn.Module, example: Any) -> Any:
 
 
 def _runs(model: nn.Module, batch: Any) -> bool:
-    """Whether a model takes a batch as it stands."""
+    """Whether a model runs on a batch."""
     try:
         with state_restored(model), _Lookups(model, []):
             call(model, to_device(batch, device_of(model)))
-    except Exception:  # a model may raise anything on numbers or sizes that it doesn't expect
+    except Exception:  # a model may raise anything on values or sizes that it does not expect
         return False
     return True
 
 
 def _drawn(model: nn.Module, example: Any, seed: int) -> Any:
-    """The example with as many of its inputs drawn as the model runs on, in `BATCH` samples if it takes them."""
+    """Draw as many inputs of the example as the model runs on, with `BATCH` samples if it accepts them."""
     drawing = _Drawing(model, example, seed)
     for several in (True, False):
         drawing.alike &= several
@@ -237,15 +241,20 @@ def _drawn(model: nn.Module, example: Any, seed: int) -> Any:
 
 
 def synthetic_batch(model: nn.Module, example: Any, seed: int = 0) -> Any:
-    """A batch shaped like `example`: Gaussian noise for float inputs, random ids for tokens and types of tokens.
+    """Create a batch like the example: Gaussian noise for float inputs, random ids for tokens and token types.
 
-    What is looked up in which table is seen in one forward on the example. Masks, positions, labels, single numbers
-    and whole numbers that nothing looks up stay as the example has them, and so does an input of which the model takes
-    no others (corners of boxes). A model that does not take several samples gets the example's own shapes. Several
-    positional inputs become keywords, or, where they have no names, `((first, second),)`.
+    One forward on the example shows which inputs are looked up in which table. The following are copied from the
+    example: masks, positions, labels, single numbers, integers that are not looked up, and inputs for which the model
+    does not accept other values, such as corners of boxes. If the model does not accept several samples, the batch has
+    the shapes of the example. Several positional inputs become keywords or, without names, `((first, second),)`.
 
-    With BatchNorm layers, float noise is optimised for a few steps so that each norm's input has the mean and
-    variance it remembers (the idea of ZeroQ, Cai et al., 2020) [our schedule].
+    With BatchNorm layers, float noise is optimised for a few steps so that the input of each norm has the mean and
+    variance of its running statistics. This is the idea of ZeroQ (Cai et al., 2020), with our own schedule.
+
+    Args:
+        model: The network.
+        example: One input as the network takes it.
+        seed: Seed of the noise.
     """
     batch = _drawn(model, _by_name(model, example), seed)
     if isinstance(batch, Mapping):
@@ -277,7 +286,7 @@ def _match_statistics(model: nn.Module, norms: list[nn.modules.batchnorm._BatchN
         try:
             for _ in range(STEPS):
                 losses.clear()
-                model(x.clone())  # which the model may write to
+                model(x.clone())  # a copy, which the model may modify
                 if not any(loss.requires_grad for loss in losses):
                     break
                 (x.grad,) = torch.autograd.grad(torch.stack(losses).mean(), [x])

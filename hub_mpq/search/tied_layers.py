@@ -1,4 +1,4 @@
-"""Layers that read one input quantize it once: they share the activation width, not the weight width."""
+"""Layers that read the same input quantize it once: they share activation bits, but not weight bits."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ Combo = tuple[dict[str, LayerBits], float, dict[str, float]]
 def merge_inputs(
     graph: LayerGraph, rows: Mapping[str, Row], sense: str
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, dict[str, LayerBits]]]]:
-    """(table rows, their meaning): one row per group of layers that read one input, one per other layer.
+    """Build one table row for each group of layers that read the same input, and for each other layer.
 
-    A group's choices are the products of its layers' weight widths at one activation width. An embedding that shares
-    its weight with a layer of such a group (a tied head) joins it, as its own choices say nothing of inputs. Products
-    that another beats in score and in every cost are left out while the group is built: exact, and it keeps q, k, v at
-    some dozens of choices instead of hundreds.
+    The choices of a group are the products of its layers' weight bits, at each number of activation bits. An embedding
+    that shares its weight with a layer of a group (a tied head) joins the group, because its own choices do not include
+    inputs. While a group is built, products that another one dominates in score and in every cost are omitted. This is
+    exact, and leaves dozens of choices for q, k, v instead of hundreds.
+
+    Returns:
+        (table rows, `{row: {choice: {layer: bit-widths}}}`).
+
+    Raises:
+        InvalidArgument: Layers of a group have no common choice.
     """
     groups: dict[str, list[str]] = {}
     tied: dict[str, str] = {}
@@ -35,7 +41,7 @@ def merge_inputs(
     for names in groups.values():
         combos = _product(names, rows, sense, {name: graph[name].tie for name in names})
         if not combos:
-            raise InvalidArgument(f"layers {', '.join(names)} share widths and have no candidate in common")
+            raise InvalidArgument(f"layers {', '.join(names)} must share bit-widths and have no common candidate")
         row = names[0] if len(names) == 1 else "+".join(names)
         labels = [_label(bits) for bits, _, _ in combos]
         table[row] = {
@@ -48,10 +54,19 @@ def merge_inputs(
 def shared_widths(
     graph: LayerGraph, candidates: Mapping[str, Candidates], *, inputs: bool
 ) -> Iterator[tuple[list[str], tuple[int, ...]]]:
-    """Searched layers that take one width together, and the candidates that all of them have.
+    """Group the searched layers that must have the same bit-width.
 
-    inputs: False: weight widths, one for the layers of a tie. True: activation widths, one for the layers of a tie or
-    of one input, and for those that a layer of both joins. Raises InvalidArgument where there is no common candidate.
+    Args:
+        graph: The layers of the model.
+        candidates: `{layer: candidates}`.
+        inputs: False for weight bits, which tied layers share. True for activation bits, which are shared by tied
+            layers, by layers that read the same input, and by layers that are connected by both.
+
+    Yields:
+        (names of the layers, bit-widths that are candidates of all of them).
+
+    Raises:
+        InvalidArgument: Layers of a group have no common candidate.
     """
     groups: list[tuple[set[tuple[str, str]], list[str]]] = []
     for layer in graph.searched:
@@ -69,14 +84,14 @@ def shared_widths(
         common = set(sets[0]).intersection(*sets)
         if not common:
             what = "activation" if inputs else "weight"
-            raise InvalidArgument(f"layers {', '.join(names)} take one {what} width and have no candidate in common")
+            raise InvalidArgument(f"layers {', '.join(names)} must share {what} bits and have no common candidate")
         yield names, tuple(sorted(common))
 
 
 def widest_of_ties(
     graph: LayerGraph, bits: Mapping[str, LayerBits], candidates: Mapping[str, Candidates]
 ) -> dict[str, LayerBits]:
-    """Widths that are candidates and break no tie: layers that share a width take the widest of theirs."""
+    """Make bit-widths consistent with candidates and ties: layers that share one take the widest of theirs."""
     weight: dict[str, int] = {}
     activation: dict[str, int] = {}
     for names, widths in shared_widths(graph, candidates, inputs=False):
@@ -89,7 +104,7 @@ def widest_of_ties(
 
 
 def _at_least(bits: int, widths: Sequence[int]) -> int:
-    """The least of the widths that is no narrower than `bits`; the greatest when there is none."""
+    """Return the narrowest of the bit-widths that is at least `bits`, else the widest."""
     return next((b for b in widths if b >= bits), widths[-1])
 
 
@@ -116,7 +131,7 @@ def _product(names: list[str], rows: Mapping[str, Row], sense: str, ties: Mappin
                 for b, s, c in options
                 if all(bits[n].of_weight == b.of_weight for n in bits if ties[name] and ties[n] == ties[name])
             ]
-            # a width that a layer to come must share is no choice to drop yet
+            # bit-widths that a later layer must share cannot be dropped yet
             later = {ties[n] for n in names[i + 1 :]} - {None}
             alike: dict[tuple[LayerBits, ...], list[Combo]] = {}
             for combo in combos:

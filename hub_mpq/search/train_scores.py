@@ -1,4 +1,4 @@
-"""Run a strategy on a copy of a model: from data to scores that serve any number of budgets."""
+"""Run a search strategy on a copy of a model, from data to scores that serve any number of budgets."""
 
 from __future__ import annotations
 
@@ -42,30 +42,33 @@ def train_scores(
     engine: Engine | None = None,
     rounded: RoundedWeights | None = None,
 ) -> Indicators:
-    """Scores of every searched layer, by a strategy of the registry; `model` itself stays as it is.
+    """Score every searched layer by a registered strategy; `model` is not changed.
 
-    Launched as several processes, each takes its part of the batches; starts, gradients and what is read out are
-    averaged over them, so that all return the same scores.
+    If several processes were launched, each takes its part of the batches. Initial scales, gradients and scores are
+    averaged over them, so all processes return the same scores.
 
     Args:
         model: The float model.
         graph: Its layers.
-        norms: {BatchNorm: layer whose output it reads}.
-        train: Batches (inputs, labels), dicts with labels, or inputs alone, then by distillation.
-        candidates: Widths of every searched layer.
-        options: Length of the search and so on; scorers that do not train ignore the length.
-        strategy: Name of the strategy, or "source:name" of one of the user's own.
-        strategy_options: For the strategy's constructor.
-        budget: What strategies with a penalty aim at while they train.
-        base_bytes: Bytes of the packed file beside the searched layers.
-        task: What the model is for; None to find out from it and the first batch.
-        example: One input as the network takes it, which says how many inputs a batch has.
+        norms: `{BatchNorm: layer whose output it normalizes}`.
+        train: Batches: `(inputs, labels)`, dicts with labels, or inputs alone, for distillation.
+        candidates: `{searched layer: its candidate bit-widths}`.
+        options: Length of the search and other options; strategies that do not train ignore the length.
+        strategy: Name of the strategy, or "source:name" of a custom one.
+        strategy_options: Arguments of the strategy's constructor.
+        budget: Target of strategies that train with a cost penalty.
+        base_bytes: Bytes of the packed file apart from the searched layers.
+        task: Task of the model; None to infer it from the model and the first batch.
+        example: One input as the network takes it, which tells how many inputs a batch has.
         engine: Precision, memory, trackers.
-        rounded: For a post-training strategy: weights as they are going to be rounded, at all candidates.
+        rounded: For a post-training strategy: the weights as they will be rounded, at all candidates.
+
+    Returns:
+        The scores, with their provenance.
 
     Raises:
-        InvalidArgument: Nothing is searched, an option the strategy does not have, data it cannot use, or a layer's
-            weight that holds NaN or infinite values.
+        InvalidArgument: No layer is searched, the strategy does not have an option, the data cannot be used, or the
+            weight of a layer has NaN or infinite values.
     """
     began = time.perf_counter()
     graph.check_layers()
@@ -76,7 +79,10 @@ def train_scores(
     hooks.seed, hooks.searched = options.seed, [layer.name for layer in graph.searched]
     hooks.rounded = rounded
     if hooks.trains and not hooks.weights_alone and any(c.float_inputs for c in candidates.values()):
-        raise InvalidArgument(f"strategy {name!r} searches the widths of inputs too; weights alone: limpq or a scorer")
+        raise InvalidArgument(
+            f"strategy {name!r} also searches the bit-widths of inputs; for weights alone use limpq or a strategy that "
+            "does not train"
+        )
     hooks.limits = searched_limits(graph, budget, base_bytes) if budget is not None else {}
     rereadable(train)
     source = hooks.loader(train)
@@ -136,5 +142,5 @@ def train_scores(
 
 
 def half(batch: Any) -> Any:
-    """The training half of a pair of batches; a plain batch as it is."""
+    """Return the training half of a pair of batches, or the batch itself if it is not a pair."""
     return batch.train if isinstance(batch, Pair) else batch

@@ -1,4 +1,4 @@
-"""Pairs of batches (train, held out) from the user's one loader, for strategies that learn on two splits."""
+"""Pairs of training and held-out batches from one loader, for strategies that train on two splits."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ..train.batches import has_length
 
 
 def drawn(loader: DataLoader[Any]) -> list[int] | None:
-    """Sorted indices of the samples that a DataLoader reads; None when its sampler has no length.
+    """Return the sorted indices of the samples that a DataLoader reads; None if its sampler has no length.
 
-    Of a sampler that chooses others every epoch: those of one epoch. How often it takes each is not kept.
+    If the sampler chooses other samples in every epoch, these are the samples of one epoch. Repetitions are omitted.
     """
     if loader.batch_size is None and loader.batch_sampler is not None:
         sampler: Any = loader.batch_sampler
@@ -34,14 +34,14 @@ def drawn(loader: DataLoader[Any]) -> list[int] | None:
 
 
 class PairDataset(Dataset[Any]):
-    """Item i is (a training sample, a held-out sample): the data set split once, by a seed, into two halves."""
+    """A data set split into two halves by a seed; each item is a training sample and a held-out sample."""
 
     def __init__(self, data: Any, seed: int) -> None:
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
         self.data, self.length = data, len(data) // 2
         self.train, self.held = order[: self.length], order[self.length : 2 * self.length]
         if not self.length:
-            raise InvalidArgument("a split into training and held-out data needs at least 2 samples")
+            raise InvalidArgument("splitting into training and held-out data needs at least 2 samples")
 
     def __len__(self) -> int:
         return self.length
@@ -65,9 +65,9 @@ class _PairCollate:
 
 
 class SplitBatches:
-    """Each batch of a loader cut in two. For loaders that are no DataLoader: the halves of a fixed list stay apart.
+    """Cut each batch of a loader in two, for loaders other than DataLoader; the halves of a fixed list stay separate.
 
-    A batch of one sample, the last of many, is trained on; beside it the held-out half before comes again.
+    If the last batch is a single sample, it is used for training, and the previous held-out half is repeated.
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:
@@ -91,7 +91,7 @@ class SplitBatches:
 
 
 def cut(batch: Any, part: int) -> Any:
-    """Half of a batch: of every tensor and array, and of lists with an entry a sample (labels, detection's dicts)."""
+    """Return half of a batch: of tensors, arrays, and lists with one entry per sample, such as detection labels."""
     if isinstance(batch, Mapping):
         return {k: cut(v, part) for k, v in batch.items()}
     if isinstance(batch, (tuple, list)) and any(isinstance(v, (Tensor, np.ndarray, tuple)) for v in batch):
@@ -99,17 +99,16 @@ def cut(batch: Any, part: int) -> Any:
     if not isinstance(batch, (Tensor, np.ndarray, list)) or getattr(batch, "ndim", 1) == 0:
         return batch
     if len(batch) < 2:
-        raise InvalidArgument("a split into training and held-out data needs batches of at least 2 samples")
+        raise InvalidArgument("splitting into training and held-out data needs batches of at least 2 samples")
     middle = len(batch) // 2
     return batch[middle:] if part else batch[:middle]
 
 
 def train_val_split(loader: Iterable[Any], seed: int) -> Iterable[Any]:
-    """A loader of (train, held-out) batches, each half of the size: as many images a step, as many steps an epoch.
+    """Make a loader of (train, held-out) batches of half the size, with the same number of steps in an epoch.
 
-    The samples that a DataLoader's sampler draws are split once into two halves that never mix; other loaders, and
-    samplers without a length, have each batch cut in two. Where a last half would be a single sample it is left out: a
-    norm cannot train on it.
+    The samples of a DataLoader are split once into two halves that never mix. For other loaders, and samplers without a
+    length, each batch is cut in two. A last half of a single sample is omitted, because norms cannot train on it.
     """
     if not isinstance(loader, DataLoader) or loader.batch_size is None or not hasattr(loader.dataset, "__len__"):
         return SplitBatches(loader)

@@ -1,4 +1,4 @@
-"""A policy is measured before it is returned: the optimum of the scores against uniform, levels and other optima."""
+"""Measure a policy before it is returned: the optimum of the scores, uniform, other levels and other optima."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from .prediction import SIGMAS, Parts, Prediction, check_prediction
 from .space import SearchSpace
 
 Z = 1.96
-"""Paired standard errors that a difference must pass to be measurable."""
+"""Number of paired standard errors that a measurable difference exceeds."""
 LEAST_SAMPLES = 8
-"""In each half; with fewer a standard error says nothing, and nothing is validated."""
+"""Minimum number of samples in each half; with fewer, standard errors are meaningless and nothing is validated."""
 CHECKED_SAMPLES, CHECKED_TOKENS = 64, 256
-"""The choosing half must hold as many samples, or items, for the prediction to be checked."""
+"""Minimum number of samples, or items, of the choosing half for checking the prediction."""
 LOW = 3.0
-"""Mean bits of uniform's operands up to which more candidates are measured."""
+"""Mean bits of the operands of uniform up to which more candidates are measured."""
 LEVELS = 3
-"""Levels beside uniform that are measured."""
+"""Number of levels that are measured in addition to uniform."""
 PERTURBED = 20
-"""Optima of perturbed scores that are measured on a small sample, at low widths or where the prediction is poor."""
+"""Number of optima of perturbed scores measured on a small sample, at low bit-widths or if the prediction is poor."""
 FINALISTS = 3
-"""How many of them are measured on all choosing samples."""
+"""Number of them that are measured on all choosing samples."""
 
 
 def validated(
@@ -45,33 +45,36 @@ def validated(
     seconds: float,
     began: float | None = None,
 ) -> SearchResult:
-    """The result with the policy that measures best, where it is measurably better than the optimum.
+    """Return the policy that measures best, if it is measurably better than the optimum.
 
-    All policies are compared sample by sample on the choosing half. The optimum stays unless another one's divergence
-    is lower by more than 1.96 paired standard errors; of several, the lowest is taken. On the reporting half, which the
-    figures are of, the one that was chosen must not be measurably worse than uniform, or uniform is returned.
-    Uniform is the dearest level that meets each limit; where none does, the greedy fill stands for it.
+    All policies are compared sample by sample on the choosing half. The optimum is kept unless the divergence of
+    another policy is lower by more than 1.96 paired standard errors; of several, the lowest is chosen. The figures are
+    measured on the reporting half. If the chosen policy is measurably worse than uniform there, uniform is returned.
+    Uniform is the most costly level that meets every limit, or the greedy fill if no level does.
 
-    At low widths, or where the scores predict random policies poorly, optima of perturbed scores and of refitted ones
-    are measured too, on a small part of the choosing half first.
+    At low bit-widths, or if the scores predict random policies poorly, optima of perturbed scores and of refitted ones
+    are measured too, first on a small part of the choosing half.
 
     Args:
         result: The optimum.
         space: The budget and the scores.
-        meter: What measures.
+        meter: What measures policies.
         held: The two halves.
-        candidates: Widths of every searched layer.
-        unit: Of the scores.
-        parts: What the scores consist of.
-        seconds: When they are over, the best policy that is known then is returned. Where the time is too short for the
-            optimum and uniform on all samples, they are compared on fewer.
-        began: `time.perf_counter()` when they began, before the meter was made; None: now.
+        candidates: `{searched layer: candidate bit-widths}`.
+        unit: Unit of the scores.
+        parts: The scores of weights and inputs, which add up to the scores.
+        seconds: Time limit, after which the best policy known so far is returned. If it is too short for the optimum
+            and uniform on all samples, they are compared on fewer.
+        began: `time.perf_counter()` when the time began, before the meter was made; None for now.
+
+    Returns:
+        The result with its policy, measurements, check and validation.
     """
     return _Contest(result, space, meter, held, seconds, began).run(candidates, unit, parts)
 
 
 class _Contest:
-    """One validation: what was measured so far, and the time that is left."""
+    """One validation: the measurements so far, and the remaining time."""
 
     def __init__(
         self,
@@ -100,12 +103,12 @@ class _Contest:
             return self.not_validated("no level meets the budget, and no greedy fill was found in time")
         self.policies[uniform] = other
         if self.left(1.0) <= 0 or not self.compare(uniform):
-            return self.not_validated(f"{self.seconds:.3g} s did not suffice to compare the optimum with {uniform}")
+            return self.not_validated(f"{self.seconds:.3g} s was not enough time to compare the optimum with {uniform}")
         samples = [len(half["optimum"][1]) for half in (self.choosing, self.reporting)]
         if min(samples) < LEAST_SAMPLES:
             only = f"only {sum(samples)} samples "
             only += "could be measured in time" if self.shortened else "are held out"
-            return self.not_validated(f"{only}, of {2 * LEAST_SAMPLES} at least")
+            return self.not_validated(f"{only}, and at least {2 * LEAST_SAMPLES} are needed")
         if not any(math.isfinite(self.mean(name)) for name in self.choosing):
             return self.not_validated(f"the outputs of the optimum and of {uniform} are not finite")
         for level in _near(levels)[:LEVELS]:
@@ -130,16 +133,16 @@ class _Contest:
     # what is measured
 
     def left(self, share: float) -> float:
-        """Seconds until a share of them is over."""
+        """Return the seconds until a fraction of the time is over."""
         return self.began + share * self.seconds - time.perf_counter()
 
     def known(self, name: str) -> bool:
-        """Whether the policy is among the measured ones under another name."""
+        """Whether the policy has been measured under another name."""
         bits = self.policies[name].bits
         return any(other != name and self.policies[other].bits == bits for other in self.choosing)
 
     def measure(self, name: str, share: float | None, half: dict[str, Sums] | None = None) -> bool:
-        """Measure a policy on a half unless it was, or a share of the time is over; whether it is measured."""
+        """Measure a policy on a half, unless a fraction of the time is over; return whether it is measured."""
         half = self.choosing if half is None else half
         if name in half:
             return True
@@ -156,13 +159,13 @@ class _Contest:
         return True
 
     def compare(self, uniform: str) -> bool:
-        """Measure the optimum and uniform on both halves, on fewer batches where the time does not suffice for all."""
+        """Measure the optimum and uniform on both halves, with fewer batches if there is not enough time for all."""
         first, start = self.held.choosing[:1], time.perf_counter()
-        self.meter.measure_samples(self.policies["optimum"], first)  # scales, norms and references are made here
+        self.meter.measure_samples(self.policies["optimum"], first)  # computes scales, norms and references
         before = time.perf_counter()
         self.meter.measure_samples(self.policies["optimum"], first)
         cost = 3 * max(time.perf_counter() - before, 1e-9)  # the two policies and the float model
-        affordable = 0.5 * max(self.left(1.0) - (before - start), 0.0) / cost  # uniform's scales and norms are to come
+        affordable = 0.5 * max(self.left(1.0) - (before - start), 0.0) / cost  # uniform also needs scales and norms
         wanted = len(self.held.choosing) + len(self.held.reporting)
         if affordable < wanted:
             part = affordable / wanted
@@ -173,7 +176,7 @@ class _Contest:
         )
 
     def check(self, unit: str, parts: Parts, *, low: bool) -> Prediction | None:
-        """Check the prediction; at low widths or where it is poor, measure more candidates. None: too few samples."""
+        """Check the prediction; at low bit-widths or if it is poor, measure more candidates. None: too few samples."""
         counts = self.choosing["optimum"][1]
         if len(counts) < CHECKED_SAMPLES and float(counts.sum()) < CHECKED_TOKENS:
             return None
@@ -213,7 +216,7 @@ class _Contest:
                 del self.policies[name]
         return found
 
-    # what it says
+    # the result
 
     def mean(self, name: str) -> float:
         return mean_of(self.choosing[name])[0]
@@ -268,28 +271,28 @@ class _Contest:
             same = f"the optimum is {uniform} itself{beside}"
             if chosen in ("optimum", uniform):
                 return same
-            return f"{same}, and {chosen} is returned: it measured better{self.confirmed(chosen)}"
+            return f"{same}, and {chosen} is returned because it measured better{self.confirmed(chosen)}"
         if chosen != preferred:
             return (
-                f"{_the(chosen)} is returned{beside}: on the reporting samples it measured better than "
-                f"{_the(preferred)}, which the choosing samples had preferred"
+                f"{_the(chosen)} is returned{beside} because it measured better on the reporting samples than "
+                f"{_the(preferred)}, which was chosen on the choosing samples"
             )
         if chosen != "optimum":
-            text = f"{chosen} is returned: it measured better than the optimum{self.confirmed(chosen)}"
+            text = f"{chosen} is returned because it measured better than the optimum{self.confirmed(chosen)}"
             return text + beside if chosen == uniform else f"{text}, and not worse than {uniform}{beside}"
         if self.below(self.reporting, "optimum", uniform):
-            return f"the optimum stays: it measured better than {uniform}{beside}"
-        return f"the optimum stays: its difference from {uniform}{beside} cannot be told from noise, a tie"
+            return f"the optimum is kept because it measured better than {uniform}{beside}"
+        return f"the optimum is kept because its difference from {uniform}{beside} is within noise"
 
     def confirmed(self, chosen: str) -> str:
-        """What is added where the reporting samples do not show what the choosing ones did."""
+        """Return a note if the reporting samples do not confirm the choosing ones, else ""."""
         if self.below(self.reporting, chosen, "optimum"):
             return ""
-        return " on the choosing samples (on the reporting ones the difference cannot be told from noise)"
+        return " on the choosing samples (on the reporting ones the difference is within noise)"
 
 
 def _near(levels: list[LayerBits]) -> list[LayerBits]:
-    """The levels beside the first that no other one exceeds in both widths."""
+    """Return the levels after the first that no other one exceeds in both bit-widths."""
 
     def exceeded(x: LayerBits) -> bool:
         return any(y != x and y.weight >= x.weight and y.activation >= x.activation for y in levels)
@@ -298,7 +301,7 @@ def _near(levels: list[LayerBits]) -> list[LayerBits]:
 
 
 def _mean_width(space: SearchSpace, policy: Policy) -> float:
-    """Mean bits of the searched layers' quantized operands."""
+    """Return the mean bits of the quantized operands of searched layers."""
     widths = [b for x in space.graph.searched for b in (policy.bits[x.name].weight, policy.bits[x.name].activation)]
     return float(np.mean([b for b in widths if b != FLOAT_BITS]))
 

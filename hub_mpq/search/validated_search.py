@@ -1,4 +1,4 @@
-"""A search from scores, whose policy is measured where there are batches for it."""
+"""Search a policy from scores, and measure it if there are batches for that."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from .synthetic_data import synthetic_batch
 from .validate import validated
 
 Finish = Callable[[SearchResult, Budget], SearchResult]
-"""Makes of a budget's optimum the policy that measures best."""
+"""Turns the optimum of a budget into the policy that measures best."""
 
 
 @dataclass(frozen=True)
 class ScoredLayers:
-    """What a search needs beside the budget.
+    """Everything that a search needs apart from the budget.
 
     Args:
         graph: The layers of the model.
         indicators: Their scores.
-        table: What the solver adds up: {searched layer: {widths: score}}.
-        alpha: The multiplier that the table was made with.
-        candidates: Widths of every searched layer.
-        base_bytes: Bytes of the packed file beside the searched layers.
+        table: What the solver adds up: `{searched layer: {bit-widths: score}}`.
+        alpha: The multiplier that the table was built with.
+        candidates: `{searched layer: candidate bit-widths}`.
+        base_bytes: Bytes of the packed file apart from the searched layers.
     """
 
     graph: LayerGraph
@@ -52,7 +52,7 @@ class ScoredLayers:
     base_bytes: int
 
     def optimum(self, budget: Budget, time_limit: float | None = None) -> SearchResult:
-        """The policy of the best sum of scores."""
+        """Find the policy with the best sum of scores."""
         scores = self.indicators
         return search_policy(
             self.graph,
@@ -70,9 +70,10 @@ class ScoredLayers:
 def on_batches(
     scored: ScoredLayers, model: nn.Module, batches: Iterable[Any], seconds: float | None, **more: Any
 ) -> Finish:
-    """Measure on batches that are used for nothing else, part of which calibrate; arguments as for `measuring`.
+    """Prepare measurements on batches that are used for nothing else, some of them for calibration.
 
-    Where weights alone are quantized they are rounded by GPTQ first, as `HubMPQ.apply_policy` does it.
+    If weights alone are quantized, they are first rounded by GPTQ, as in `HubMPQ.apply_policy`. The arguments are those
+    of `measuring`.
     """
     calibration, rest = apart(batches, scored.indicators.seed)
     if weights_alone(scored.graph, scored.candidates) and world()[1] == 1:
@@ -95,21 +96,25 @@ def measuring(
     task: TaskLike,
     **more: Any,
 ) -> Finish:
-    """Make the meter; what comes back measures the policies of one budget after another.
+    """Prepare the measurement of policies.
 
     Args:
-        scored: What the searches are made of.
+        scored: What the searches need.
         model: The float model.
         calibration: Batches for scales and norms.
-        held: Takes the held-out batches.
-        seconds: See `default_seconds` for None; of the first budget the making of the meter is part.
+        held: Called with the meter; returns the held-out batches.
+        seconds: Time limit for each budget; None for `default_seconds`. That of the first budget includes making the
+            meter.
         began: `time.perf_counter()` when that began.
-        task: What the model is for, or None.
-        more: For the `PolicyMeter`.
+        task: Task of the model, or None.
+        **more: Arguments of `PolicyMeter`.
+
+    Returns:
+        A function that measures the policies of a budget.
     """
     indicators = scored.indicators
     if task is None and indicators.provenance.get("task") in tasks:
-        task = indicators.provenance["task"]  # held-out batches need no labels that would tell
+        task = indicators.provenance["task"]  # held-out batches may have no labels to infer it from
     limit = default_seconds(indicators) if seconds is None else seconds
     meter = PolicyMeter(model, scored.graph, scored.candidates, calibration, task=task, **more)
     halves, start = held(meter), [began]
@@ -125,15 +130,17 @@ def measuring(
             unit=indicators.unit,
             parts=score_parts(indicators, scored.table, scored.alpha),
             seconds=limit,
-            began=start.pop() if start else None,  # what follows on the same batches begins when it does
+            began=start.pop() if start else None,  # later budgets begin when they are called
         )
 
     return finish
 
 
 def default_seconds(indicators: Indicators) -> float:
-    """What measuring may take by default: a quarter of what the scores took, at least 30 s; of several processes at
-    most 240, since the others wait for the main one, and not for ever."""
+    """Return the default time limit for measuring: a quarter of the time that the scores took, at least 30 s.
+
+    With several processes it is at most 240 s, since the others wait for the main one, with a timeout.
+    """
     seconds = max(30.0, float(indicators.provenance.get("seconds", 0.0)) / 4)
     return min(seconds, 240.0) if world()[1] > 1 else seconds
 
@@ -150,19 +157,19 @@ def search_measured(
     example: Any,
     **more: Any,
 ) -> SearchResult:
-    """The search of `HubMPQ.quantize`: the optimum, or what measures better where there is something to measure on.
+    """Search as `HubMPQ.quantize` does: return the optimum, or what measures better if there are data to measure on.
 
     Args:
-        scored: What the search is made of.
+        scored: What the search needs.
         model: The float model.
         budget: The limits.
-        validate: True: measure on `val`, or else on training batches that no score was read from. Batches: on these.
-            False: don't.
-        train: The training data, which calibrate.
+        validate: True to measure on `val`, or else on training batches that no score was computed from; batches to
+            measure on them; False to measure nothing.
+        train: The training data, for calibration.
         val: Held-out data.
-        seconds: As for `measuring`.
+        seconds: Time limit, see `measuring`.
         example: One input as the network takes it.
-        more: For `measuring`.
+        **more: Arguments of `measuring`.
     """
     result = scored.optimum(budget)
     if validate is False:
@@ -171,23 +178,24 @@ def search_measured(
     given = None if isinstance(validate, bool) else validate
     chosen = val if given is None else given
     if chosen is None and train is None:
-        return replace(result, validation=Validation(False, "there are no data"))
+        return replace(result, validation=Validation(False, "no data to measure on; give train=, val= or validate="))
     rest: Iterable[Any] = ()
-    if train is None:  # norms stay as they are where there is nothing to estimate them on
+    if train is None:  # without data, norms are not re-estimated
         calibration: list[Any] = [synthetic_batch(model, example)]
         more["norm_batches"] = 0
     else:
         strategy = scored.indicators.strategy
         calibration, rest = beyond(train, seed, strategies.get(strategy).batches if strategy in strategies else 0)
-    data = "training batches that no score was read from"
+    data = "training batches not used for the scores"
     if chosen is not None:
         rest, data = spread(chosen, seed), "val" if given is None else "the batches given"
     rest = iter(rest)
     first = list(islice(rest, 1))
     if not first and given is not None:
-        raise InvalidArgument("validate holds no batch")
+        raise InvalidArgument("validate must hold at least one batch")
     if not first:
-        return replace(result, validation=Validation(False, f"there are no {data}; give val= or validate="))
+        why = "all training batches were used for the scores" if chosen is None else f"{data} holds no batch"
+        return replace(result, validation=Validation(False, f"{why}; give val= or validate="))
     held = partial(hold_out, batches=chain(first, rest), data=data)
     try:
         return measuring(scored, model, calibration, held, seconds, began=began, example=example, **more)(

@@ -1,4 +1,4 @@
-"""The one training loop, and evaluation."""
+"""The training loop, fine-tuning and evaluation."""
 
 from .evaluate import evaluate
 from .finetune import Finetune, finetune

@@ -1,4 +1,4 @@
-"""Quantize a model at a policy: quantizers in, weights rounded, scales calibrated."""
+"""Quantize a model at a policy: insert quantizers, round weights, calibrate scales."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ def apply_policy(
     rounding: str | None = None,
     rounded: RoundedWeights | None = None,
 ) -> None:
-    """Give a float model the quantizers of a policy, in place, calibrated on a few batches.
+    """Quantize a float model at a policy, in place, and calibrate its scales on a few batches.
 
     Args:
         model: The float model.
         graph: Its layers.
-        policy: Their widths.
-        batches: What the scales of activations are calibrated on.
-        limit: How many batches are looked at.
-        per_channel: One weight scale per output channel, else one per tensor.
-        task: What the model is for, which says what of a batch is an input; None to find out from the model.
-        example: One input as the network takes it, which says how many inputs a batch has.
-        rounding: Round the weights as `round_weights` does, on up to 16 batches: "gptq" or "nearest". None: to the
-            nearest points, at scales found from the weights alone.
-        rounded: Weights that were rounded before, in place of `rounding`.
+        policy: Their bit-widths.
+        batches: Calibration data for the scales of activations.
+        limit: Maximum number of batches used for them.
+        per_channel: Whether weights have one scale per output channel, else one per tensor.
+        task: Task of the model, which tells the inputs in a batch; None to infer it from the model.
+        example: One input as the network takes it, which tells how many inputs a batch has.
+        rounding: "gptq" or "nearest" to round the weights as `round_weights` does, on up to 16 batches. None to round
+            to nearest, with scales computed from the weights alone.
+        rounded: Weights that have already been rounded, instead of `rounding`.
 
     Raises:
-        PolicyMismatch: The policy is for another graph.
-        InvalidArgument: There is no batch, no layer that can be quantized, or a layer's weight that holds NaN or
-            infinite values.
+        PolicyMismatch: The policy is for other layers.
+        InvalidArgument: There is no batch, no layer that can be quantized, or the weight of a layer has NaN or infinite
+            values.
     """
     graph.check_layers(searched=False)
     policy.check(graph)
@@ -61,7 +61,8 @@ def apply_policy(
     if rounding is not None and rounded is None:
         if not per_channel:
             raise InvalidArgument(
-                "weights with one scale per tensor are rounded to the nearest points: leave rounding out"
+                "rounding requires per-channel weight scales; omit it with one scale per tensor, where weights are "
+                "rounded to nearest"
             )
         choices = {name: (bits.of_weight,) for name, bits in policy.bits.items() if bits.weight != FLOAT_BITS}
         choices = {name: found for name, found in choices.items() if graph[name].weight_owner is None}

@@ -1,4 +1,4 @@
-"""Which batch comes next, in which epoch, and how much it counts among the processes' batches."""
+"""The order of batches and epochs, and the weight of a batch among those of all processes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,15 @@ from .processes import is_sharded, least, most, own_share, raise_together, total
 
 
 class Fed(NamedTuple):
-    """epoch, index in it, the batch; weight: the batch's part of the step's loss times the number of processes
-    (exactly 1 alone); samples: of all processes."""
+    """A batch of one step.
+
+    Attributes:
+        epoch: Number of the epoch.
+        index: Index of the batch in the epoch.
+        batch: The batch, on its device.
+        weight: Its part of the step's loss, times the number of processes; exactly 1 in a single process.
+        samples: Number of samples of all processes.
+    """
 
     epoch: int
     index: int
@@ -27,7 +34,7 @@ class Fed(NamedTuple):
 
 
 def has_length(loader: Any) -> bool:
-    """A DataLoader always has __len__; over a stream it raises."""
+    """Whether a loader has a length. A DataLoader always has `__len__`, which raises over a stream."""
     try:
         len(loader)
     except TypeError:
@@ -36,16 +43,20 @@ def has_length(loader: Any) -> bool:
 
 
 def rereadable(loader: Iterable[Any], name: str = "train") -> None:
-    """Raise InvalidArgument for an iterator that gives its batches once: every stage reads them from the start."""
+    """Raise InvalidArgument for an iterator: every stage reads the batches from the start."""
     if isinstance(loader, Iterator):
         raise InvalidArgument(
-            f"{name} is an iterator that can be read once only, and its batches are read several times; give a list, a "
-            "DataLoader, or an object whose __iter__ starts again"
+            f"{name} must be readable several times, got an iterator; pass a list, a DataLoader, or an object whose "
+            "__iter__ starts again"
         )
 
 
 def first_batch(loader: Iterable[Any]) -> Any:
-    """The first batch of a loader; InvalidArgument when there is none."""
+    """Return the first batch of a loader.
+
+    Raises:
+        InvalidArgument: The loader is empty, or an iterator.
+    """
     rereadable(loader, "the data")
     for batch in loader:
         return batch
@@ -53,18 +64,26 @@ def first_batch(loader: Iterable[Any]) -> Any:
 
 
 def first_batches(loader: Iterable[Any], count: int, accelerator: Any, seed: int) -> list[Any]:
-    """This process's first `count` batches on its device; InvalidArgument in all processes when one has none."""
+    """Return this process's first `count` batches, on its device.
+
+    Raises:
+        InvalidArgument: One of the processes has no batch; raised in all of them.
+    """
     found = [to_device(batch, accelerator.device) for batch in islice(iter(own_share(loader, seed=seed)), count)]
     raise_together(None if found else InvalidArgument("the data loader is empty"))
-    return found[: least(len(found))]  # as many in each, so that what is averaged weighs the same
+    return found[: least(len(found))]  # the same number in each process, so that averages have equal weights
 
 
 def batches_per_epoch(loader: Iterable[Any], share: float = 1.0) -> int:
-    """Batches of one epoch of the process that has most; InvalidArgument when all are empty or there is no length."""
+    """Return the largest number of batches that a process has in one epoch.
+
+    Raises:
+        InvalidArgument: All loaders are empty, the loader has no length, or `share` is out of range.
+    """
     if not 0 < share <= 1:
-        raise InvalidArgument(f"the share of the data is above 0 and at most 1, not {share}")
+        raise InvalidArgument(f"share must be above 0 and at most 1, got {share}")
     if not has_length(loader):
-        raise InvalidArgument("the loader has no length; give steps= for a stream")
+        raise InvalidArgument("the data loader has no length; pass steps= for a stream")
     count = most(len(loader))  # type: ignore[arg-type]
     if count == 0:
         raise InvalidArgument("the data loader is empty")
@@ -72,14 +91,14 @@ def batches_per_epoch(loader: Iterable[Any], share: float = 1.0) -> int:
 
 
 def prepared(loader: Iterable[Any], accelerator: Any) -> Iterable[Any]:
-    """A loader whose batches are this process's own, shuffled by the accelerator's seed."""
+    """Return a loader of this process's share of the batches, shuffled by the accelerator's seed."""
     if isinstance(loader, torch.utils.data.DataLoader) and not (world()[1] > 1 and is_sharded(loader)):
         return accelerator.prepare(unshared(loader))  # type: ignore[no-any-return]
     return own_share(loader)
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
-    """Tell a loader, or its sampler, or its data set which epoch the next pass is."""
+    """Set the epoch of the next pass on a loader, its sampler or its data set."""
     for part in (loader, getattr(loader, "sampler", None), getattr(loader, "dataset", None)):
         if hasattr(part, "set_epoch"):
             part.set_epoch(epoch)
@@ -87,11 +106,17 @@ def set_epoch(loader: Any, epoch: int) -> None:
 
 
 def feed(loader: Any, per_epoch: int, start: int, device: torch.device, hooks: Hooks) -> Iterator[Fed]:
-    """Batches without end, from optimizer step `start` on; all processes take one at a time, together.
+    """Yield batches endlessly, from optimizer step `start` on; all processes take one batch at a time, together.
 
-    hooks: Say how many samples a batch has, and how many items its loss is a mean over.
-    A process whose part of an epoch is shorter than `per_epoch` takes an earlier batch again at weight zero. What goes
-    wrong with one process's data is raised in all of them.
+    A process whose share of an epoch is shorter than `per_epoch` repeats an earlier batch with weight zero. An error in
+    the data of one process is raised in all of them.
+
+    Args:
+        loader: This process's batches.
+        per_epoch: Batches in an epoch.
+        start: Number of the first step.
+        device: Device of the batches.
+        hooks: What counts the samples and items of a batch.
     """
     batches = _batches(loader, per_epoch, start, device)
     while True:
@@ -115,7 +140,7 @@ def feed(loader: Any, per_epoch: int, start: int, device: torch.device, hooks: H
 
 
 def _batches(loader: Any, per_epoch: int, start: int, device: torch.device) -> Iterator[tuple[int, int, Any, bool]]:
-    """(epoch, index in epoch, batch, whether it is new)."""
+    """Yield (epoch, index in the epoch, batch, whether it is new)."""
     from accelerate import skip_first_batches
 
     epoch, skip = divmod(start, per_epoch)
@@ -127,7 +152,7 @@ def _batches(loader: Any, per_epoch: int, start: int, device: torch.device) -> I
         skips = isinstance(loader, torch.utils.data.DataLoader) and skip > 0 and not stream
         source = skip_first_batches(loader, skip) if skips else loader
         if skips:
-            set_epoch(source, epoch)  # what is left of a loader begins at epoch 0 before Accelerate 1.15
+            set_epoch(source, epoch)  # before Accelerate 1.15, the rest of a loader starts at epoch 0
         seen = 0
         for index, batch in enumerate(source, start=skip if skips else 0):
             seen = index + 1
@@ -147,6 +172,8 @@ def _batches(loader: Any, per_epoch: int, start: int, device: torch.device) -> I
                 seen = per_epoch
         if not seen:
             alone = world()[1] == 1
-            raise InvalidArgument("the data loader is empty" if alone else "this process has no batch of the data")
-        # how often a stream began again before `start` shows only as it is read
+            raise InvalidArgument(
+                "the data loader is empty" if alone else "this process has no batch; use fewer processes"
+            )
+        # the epochs of a stream before `start` are only known once it has been read
         epoch, skip = epoch + 1, max(skip - seen, 0) if stream else 0

@@ -1,4 +1,4 @@
-"""Resumable states of a training, written beside and renamed, so that a torn one is never picked."""
+"""Resumable checkpoints of a training, written atomically: incomplete checkpoints are ignored."""
 
 from __future__ import annotations
 
@@ -25,9 +25,16 @@ _RUN = "processes.json"
 
 
 class Checkpoints:
-    """Folders step-00000123 in `folder`, the newest one kept. They are for the machine that wrote them only, in a
-    folder that all processes see. per_epoch: batches of a process's epoch; a state is of so many batches and
-    processes, and of no other number."""
+    """The checkpoints of a training: folders such as step-00000123, of which the newest is kept.
+
+    A checkpoint can only be loaded on the machine that wrote it, with the same number of processes and of batches.
+
+    Args:
+        folder: Their folder, to which all processes have access.
+        accelerator: The accelerator of the training.
+        per_epoch: Batches in an epoch of a process.
+        spread: The model's wrapper over several processes, if any.
+    """
 
     def __init__(
         self, folder: str | Path, accelerator: Any, *, per_epoch: int = 0, spread: Spread | None = None
@@ -38,12 +45,16 @@ class Checkpoints:
 
     @property
     def last(self) -> Path | None:
-        """The newest complete checkpoint."""
+        """The newest complete checkpoint; None if there is none."""
         found = sorted(p for p in self.folder.glob("step-*") if _NAME.fullmatch(p.name) and (p / _RUN).is_file())
         return found[-1] if found else None
 
     def save(self, step: int) -> None:
-        """Write the state after `step` optimizer steps; HubMPQError when the disk is full, the old one then stays."""
+        """Write the state after `step` optimizer steps.
+
+        Raises:
+            HubMPQError: It cannot be written, for example because the disk is full. The previous one is kept.
+        """
         before, final = self.last, self.folder / f"step-{step:08d}"
         partial = self.folder / f"partial-{step:08d}"
         for write in (self._begin, self._write):
@@ -51,14 +62,14 @@ class Checkpoints:
             try:
                 write(partial)
             except (OSError, RuntimeError, SafetensorError) as error:
-                failed = HubMPQError(f"checkpoint {final} could not be written ({error}); last good one: {before}")
+                failed = HubMPQError(f"checkpoint {final} cannot be written: {error}; last good checkpoint: {before}")
             try:
                 raise_together(failed)
             except HubMPQError:
                 if self.accelerator.is_main_process:
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
-        if self.accelerator.is_main_process:  # all have written
+        if self.accelerator.is_main_process:  # all processes have written
             discard(final)  # of an earlier run
             partial.rename(final)
             sync_folder(self.folder)
@@ -73,7 +84,7 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             final = partial.with_name(partial.name.replace("partial", "step"))
             if final.exists() and not (final / _RUN).is_file():
-                raise FileExistsError(f"{final} is not of hub-mpq")
+                raise FileExistsError(f"{final} was not written by hub-mpq")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
 
@@ -86,9 +97,11 @@ class Checkpoints:
         flush_tree(partial)
 
     def load(self) -> int:
-        """Restore the newest state and return its step; 0 when there is none.
+        """Restore the newest checkpoint and return its step, or 0 if there is none.
 
-        Raises InvalidArgument when it is of another number of processes or of data of another length.
+        Raises:
+            HubMPQError: It cannot be read.
+            InvalidArgument: It is of another number of processes, or of data of another length.
         """
         if self.last is None:
             return 0
@@ -98,8 +111,8 @@ class Checkpoints:
             raise HubMPQError(f"{self.last / _RUN} cannot be read: {error}") from error
         if written != self.run:
             raise InvalidArgument(
-                f"{self.last} is of {_words(written)}, and this run has {_words(self.run)}: go on with as many, or "
-                f"remove {self.folder} to start anew"
+                f"{self.last} was written by {_words(written)}, and this run has {_words(self.run)}; resume with the "
+                f"same numbers, or remove {self.folder} to start over"
             )
         self.accelerator.load_state(str(self.last))
         if self.spread is not None:
@@ -109,11 +122,11 @@ class Checkpoints:
 
 def _words(run: dict[str, int]) -> str:
     count = run["processes"]
-    return f"{count} {'process' if count == 1 else 'processes'} with {run['batches_per_epoch']} batches an epoch"
+    return f"{count} {'process' if count == 1 else 'processes'} with {run['batches_per_epoch']} batches per epoch"
 
 
 def discard(folder: Path) -> None:
-    """Remove a state; it has no complete one's name while it is half removed."""
+    """Remove a checkpoint. It is renamed first, so that a partly removed one does not look complete."""
     if folder.exists():
         torn = folder.with_name(f"partial-{folder.name}")
         shutil.rmtree(torn, ignore_errors=True)
@@ -122,8 +135,11 @@ def discard(folder: Path) -> None:
 
 
 class StopOnSignal:
-    """While active, SIGINT and SIGTERM set `raised`, and the loop stops after its step; the same one again stops at
-    once. (Ctrl-C in a terminal sends SIGINT, and a launcher may hand on SIGTERM after it.)"""
+    """Stop the loop after its current step on SIGINT or SIGTERM, which set `raised`.
+
+    The same signal a second time stops immediately. (Ctrl-C in a terminal sends SIGINT, and a launcher may then forward
+    SIGTERM.)
+    """
 
     def __init__(self, *, active: bool) -> None:
         self.raised = False

@@ -1,4 +1,4 @@
-"""What an `Engine` does to a training: precision, memory, layout, compiler, processes, trackers."""
+"""Apply an `Engine` to a training: precision, memory, layout, compiler, processes, trackers."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from .track import tracker
 
 
 def check(engine: Engine, accelerator: Any) -> None:
-    """Raise HubMPQError or InvalidArgument for what this machine or launch cannot do."""
+    """Raise HubMPQError or InvalidArgument if this machine or launch does not support an option."""
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise InvalidArgument(
-            f"mixed precision {accelerator.mixed_precision!r} needs a scaled loss, which gradients clipped by "
-            "value do not allow; use bf16"
+            f"mixed precision {accelerator.mixed_precision!r} is not supported, because it scales the loss and "
+            "gradients are clipped by value; use bf16"
         )
     if engine.sync_batch_norm and world()[1] > 1 and accelerator.device.type != "cuda":
-        raise InvalidArgument(f"SyncBatchNorm runs on CUDA only, not on {accelerator.device.type}")
+        raise InvalidArgument(f"sync_batch_norm requires CUDA, got {accelerator.device.type}")
     if engine.fsdp and world()[1] == 1:
-        raise HubMPQError("FSDP was asked for and there is one process: nothing would be sharded; see the README")
+        raise HubMPQError("fsdp needs several processes, got 1; start them with torchrun or accelerate launch")
 
 
 def accelerator_of(engine: Engine, label: str, *, seed: int = 0) -> Any:
-    """The accelerator of a training, with its tracker."""
+    """Create the accelerator of a training, with its tracker."""
     made = tracker(engine.log_with, engine.log_dir, label)
     return make_accelerator(seed=seed, log_with=made, log_dir=engine.log_dir)
 
 
 def autocast(engine: Engine, accelerator: Any) -> Any:
-    """The context of every forward pass."""
+    """Return the context of every forward pass."""
     if not (engine.bf16 or accelerator.mixed_precision == "bf16"):
         return contextlib.nullcontext()
     return torch.autocast(accelerator.device.type, dtype=torch.bfloat16)
@@ -45,7 +45,7 @@ def autocast(engine: Engine, accelerator: Any) -> Any:
 
 @contextlib.contextmanager
 def applied(engine: Engine, model: nn.Module) -> Iterator[None]:
-    """The model with these options on, and as it was afterwards."""
+    """Apply the options to a model, and undo them afterwards."""
     with contextlib.ExitStack() as undo:
         if engine.gradient_checkpointing:
             undo.enter_context(_checkpointed(model))
@@ -60,7 +60,7 @@ def applied(engine: Engine, model: nn.Module) -> Iterator[None]:
 
 
 def placed(engine: Engine, batch: Any) -> Any:
-    """A batch in the order of memory that the model has."""
+    """Return a batch in the memory format of the model."""
     if not engine.channels_last:
         return batch
     if isinstance(batch, torch.Tensor):
@@ -73,7 +73,7 @@ def placed(engine: Engine, batch: Any) -> Any:
 @contextlib.contextmanager
 def _compiled(model: nn.Module) -> Iterator[None]:
     if not compile_quantizers(model):
-        raise HubMPQError("torch.compile builds no kernel here (a CPU needs a C++ compiler); go without compile")
+        raise HubMPQError("torch.compile cannot build kernels here (a CPU needs a C++ compiler); turn compile off")
     try:
         yield
     finally:
@@ -89,7 +89,7 @@ def _checkpointed(model: nn.Module) -> Iterator[None]:
         kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
         try:
             getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-        except ValueError as error:  # this architecture has none
+        except ValueError as error:  # this architecture does not support it
             raise InvalidArgument(str(error)) from error
         try:
             yield
@@ -98,13 +98,13 @@ def _checkpointed(model: nn.Module) -> Iterator[None]:
         return
     if not hasattr(model, "set_grad_checkpointing"):
         raise InvalidArgument(
-            f"{type(model).__name__} has no gradient checkpointing (transformers' gradient_checkpointing_enable or "
-            "timm's set_grad_checkpointing)"
+            f"{type(model).__name__} does not support gradient checkpointing: it has neither transformers' "
+            "gradient_checkpointing_enable nor timm's set_grad_checkpointing"
         )
     try:
         model.set_grad_checkpointing(True)
-    except AssertionError as error:  # timm: this architecture has none
-        raise InvalidArgument(f"{type(model).__name__} has no gradient checkpointing") from error
+    except AssertionError as error:  # timm: this architecture does not support it
+        raise InvalidArgument(f"{type(model).__name__} does not support gradient checkpointing") from error
     try:
         yield
     finally:
@@ -113,7 +113,7 @@ def _checkpointed(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def synced_norms(model: nn.Module) -> Iterator[None]:
-    """Every BatchNorm as its synchronized form; parameters, banks and activations stay, so state dicts do too."""
+    """Turn every BatchNorm into its synchronized form; parameters, banks and thus state dicts are unchanged."""
     from timm.layers import BatchNormAct2d, SyncBatchNormAct
 
     forms: dict[type, type] = dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), nn.SyncBatchNorm)

@@ -1,4 +1,4 @@
-"""Measure a model: the metrics of its task, or fidelity to the float model."""
+"""Evaluate a model: the metrics of its task, or its fidelity to the float model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .processes import each, own_share, raise_together, total, world
 from .random_draws import fixed_draws
 
 Figures = dict[str, Any]
-"""{metric: value}, with "task" and "samples"."""
+"""`{metric: value}`, with "task" and "samples"."""
 
 
 def evaluate(
@@ -29,24 +29,36 @@ def evaluate(
     task: TaskLike = None,
     example: Any = None,
 ) -> Figures:
-    """Metrics over all items of `loader`, in percent where they are shares.
+    """Compute metrics over all items of a loader.
 
-    Launched as several processes, all must call it; each measures its part and all get the figures of the whole.
+    If several processes were launched, all of them must call it: each evaluates its part, and all return the metrics of
+    the whole.
 
     Args:
         model: The network.
-        loader: Batches. With labels: the task's metrics. Without: `fidelity_db`, the signal-to-noise ratio of all
-            outputs against the reference's, and for classes `kl` and `agreement` of the arg max.
+        loader: Batches. With labels, the metrics are those of the task. Without, they are `fidelity_db`, the
+            signal-to-noise ratio of all outputs against those of the reference in dB, and for classes `kl` in nats and
+            `agreement` of the arg max.
         reference: The float network, for batches without labels.
-        task: What the model is for; None to find out from it and the first batch.
-        example: One input as the network takes it, which says how many inputs a batch has.
+        task: Task of the model; None to infer it from the model and the first batch.
+        example: One input as the network takes it, which tells how many inputs a batch has.
 
     Returns:
-        The metrics, the task's name as "task", and the number of "samples".
+        The metrics, in percent where they are proportions, the task's name as "task", and the number of "samples".
 
     Raises:
-        InvalidArgument: An empty loader, no label that counts, neither labels nor a reference, labels in some batches
-            only, labels that fit no task or several.
+        InvalidArgument: The loader is empty, all labels are ignored, there are neither labels nor a reference, only
+            some batches have labels, or the labels fit no task or several.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq import HubMPQ
+        >>> from hub_mpq.train import evaluate
+        >>> model = HubMPQ.from_pretrained("test_resnet", pretrained=False).model
+        >>> batch = (torch.zeros(2, 3, 160, 160), torch.tensor([0, 1]))
+        >>> found = evaluate(model, [batch])
+        >>> found["task"], found["samples"]
+        ('classification', 2.0)
     """
     from huggingface_hub.utils import tqdm
 
@@ -55,7 +67,7 @@ def evaluate(
     samples = 0.0
     known: Task | None = None
     labelled: bool | None = None
-    # in each process, with a batch or without: its figures are those of all
+    # made in every process, also in one without a batch: its metrics need all processes
     whole = task_of(task, model, example=example).whole()
     failed: HubMPQError | None = None
     try:
@@ -71,7 +83,8 @@ def evaluate(
                     batch = to_device(batch, device)
                     if labelled is not None and labelled != (known.labels(batch) is not None):
                         raise InvalidArgument(
-                            "some of the batches have labels and others have none; measure them apart"
+                            "either all batches or none must have labels; evaluate labelled and unlabelled batches "
+                            "separately"
                         )
                     labelled = known.labels(batch) is not None
                     for name, (value, count) in measure(known, model, batch, reference, i, whole).items():
@@ -89,10 +102,10 @@ def evaluate(
     if not samples:
         raise InvalidArgument("the data loader is empty")
     found: Figures | None = None if known is None else {"task": known.name, **known.figures(sums)}
-    if world()[1] > 1:  # a process without a batch has no task, and all know the same sums
+    if world()[1] > 1:  # a process without a batch has no task; all have the same sums
         found = next(figures for figures in each(found) if figures is not None)
     if found is None or len(found) < 2:
-        raise InvalidArgument("no label of the data counts: all of them are the task's ignore_index")
+        raise InvalidArgument("all labels equal the task's ignore_index; at least one label must count")
     if whole is not None and "loss" in found:
         found |= whole.compute()
     return {**found, "samples": float(samples)}
@@ -101,8 +114,19 @@ def evaluate(
 def measure(
     task: Task, model: nn.Module, batch: Any, reference: nn.Module | None, seed: int = 0, whole: Any = None
 ) -> Sums:
-    """{metric: (sum, count)} of one batch. A model that draws random numbers in its forward draws those of `seed`, and
-    so does the reference. whole: as `Task.whole` gave it."""
+    """Compute the sums of the metrics over one batch.
+
+    Args:
+        task: Task of the model.
+        model: The network.
+        batch: The batch, on its device.
+        reference: The float network, for a batch without labels.
+        seed: Seed of the random numbers that the model, and likewise the reference, draws in its forward.
+        whole: Metrics of all data together, as returned by `Task.whole`.
+
+    Returns:
+        `{metric: (sum, count)}`.
+    """
     labels = task.labels(batch)
     device = device_of(model)
     with fixed_draws(device, seed):
@@ -112,7 +136,9 @@ def measure(
             whole.update(output, labels)
         return task.metrics(output, labels, task.samples(batch))
     if reference is None:
-        raise InvalidArgument("the batches have no labels: accuracy cannot be measured, only fidelity to a float model")
+        raise InvalidArgument(
+            "the batches have no labels, and there is no float model to compare with; give batches with labels"
+        )
     with fixed_draws(device, seed):
         wanted = task.forward(reference, batch)
     return task.fidelity(output, wanted, task.mask(batch))

@@ -25,7 +25,7 @@ from .random_draws import replayed, rng_state
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """(weights that decay, biases and norms, scales of quantizers) that require a gradient."""
+    """Split the parameters that require a gradient into weights with decay, biases and norms, and quantizer scales."""
     scale_ids = {id(m.shift) for m in model.modules() if isinstance(m, LSQ)}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -38,12 +38,28 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 
 class Finetune(Hooks):
-    """The task's loss, distillation from a teacher, or both.
+    """Train on the loss of a task, distillation from a teacher, or both.
 
-    task: bound to the model. smoothing: of labels; None for the task's own.
-    distill: weight of the distillation loss in [0, 1]; 1 needs no labels.
-    average: an AveragedModel that follows the weights (EMA), or None. cyclic, gradients: schedules of cyclic precision
-    and of quantized gradients, or None.
+    Args:
+        task: Task, bound to the model.
+        lr: Learning rate of the weights.
+        scale_lr: Learning rate of the logarithms of the scales.
+        weight_decay: Weight decay of the weights.
+        smoothing: Label smoothing; None for the task's default.
+        teacher: The float model, for distillation.
+        distill: Weight in [0, 1] of the distillation loss; 1 needs no labels.
+        average: An `AveragedModel` that follows the weights (EMA), or None.
+        cyclic: Schedule of cyclic precision, or None.
+        gradients: Schedule of quantized gradients, or None.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.tasks import Classification
+        >>> from hub_mpq.train import Finetune
+        >>> hooks = Finetune(task=Classification(), lr=1e-4, scale_lr=1e-3, weight_decay=0.0, smoothing=0.0)
+        >>> batch = (torch.zeros(2, 4), torch.tensor([0, 1]))
+        >>> hooks.loss(torch.nn.Identity(), batch)
+        tensor(1.3863)
     """
 
     def __init__(
@@ -84,7 +100,15 @@ class Finetune(Hooks):
         yield self.loss(model, batch), None
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The loss of one forward pass."""
+        """Compute the loss of one forward pass.
+
+        Args:
+            model: The model in training.
+            batch: The batch, on its device.
+
+        Returns:
+            The loss, a scalar.
+        """
         if self.teacher is None or self.distill <= 0:
             return self.task.run(model, batch, self.smoothing)[0]
         share = self.distill if self.task.labels(batch) is not None else 1.0
@@ -125,23 +149,36 @@ def finetune(
     engine: Engine | None = None,
     **changes: Any,
 ) -> TrainLog:
-    """Train weights and scales of a quantized model in place: cosine schedule, label smoothing.
+    """Train the weights and scales of a quantized model in place, with a cosine schedule.
 
     Args:
         model: The quantized model.
-        train: Batches as in `HubMPQ.finetune`.
-        options: Length, learning rates and so on.
-        task: What the model is for; None to find out from it and the first batch.
-        example: One input as the network takes it, which says how many inputs a batch has.
+        train: Batches: `(inputs, labels)`, dicts with labels, or inputs alone, for distillation.
+        options: Length, learning rates and other options.
+        task: Task of the model; None to infer it from the model and the first batch.
+        example: One input as the network takes it, which tells how many inputs a batch has.
         teacher: The float model, for distillation.
         engine: Precision, memory, compiler, trackers.
-        changes: Single options by name, in place of those of `options`.
+        **changes: Single options by name, which override those of `options`.
+
+    Returns:
+        Steps, samples, seconds and losses of the training.
 
     Raises:
-        InvalidArgument: An unknown option or a value out of range, empty data, or distillation without a teacher.
+        InvalidArgument: An option is unknown or out of range, there are no data, or distillation has no teacher.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq import HubMPQ
+        >>> from hub_mpq.train import finetune
+        >>> mpq = HubMPQ.from_pretrained("test_resnet", pretrained=False, input_size=(3, 32, 32))
+        >>> batch = (torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]))
+        >>> model = mpq.apply_policy("W4A4", [batch]).model
+        >>> finetune(model, [batch], steps=1).steps
+        1
     """
     o = FinetuneOptions.of(options, **changes)
-    # wrong values of options that nothing uses yet are mistakes too
+    # options are checked even if nothing uses them
     check_cycles(o.cycles)
     check_kind(o.gradient_quantizer)
     first = first_batch(train)
@@ -150,12 +187,16 @@ def finetune(
     if distill is None:
         distill = 1.0 if known.labels(first) is None else 0.0
     if not 0 <= distill <= 1:
-        raise InvalidArgument(f"distill is a weight from 0 to 1, not {distill}")
+        raise InvalidArgument(f"distill must be between 0 and 1, got {distill}")
     if distill and teacher is None:
-        raise InvalidArgument("distillation needs the float model, which a model loaded from packed weights lacks")
+        raise InvalidArgument(
+            "distillation needs the float model, which a model loaded from packed weights does not have"
+        )
     engine = Engine.of(engine)
     if engine.fsdp:
-        raise InvalidArgument("fsdp trains indicators; fine-tuning packs whole weights and runs without it")
+        raise InvalidArgument(
+            "fsdp is supported for training indicators only; fine-tune without it, because packing needs whole weights"
+        )
     accelerator = accelerator_of(engine, "fine-tune", seed=o.seed)
     if teacher is not None and distill:
         teacher = teacher.to(accelerator.device).eval()
@@ -203,7 +244,7 @@ def finetune(
                 schedule.release()
     if average is not None:
         with torch.no_grad():
-            # no integers: an average of a constant zero point can drift by one
+            # without integers: the average of a constant zero point can drift by one
             found = average.module.state_dict()
             model.load_state_dict({k: v for k, v in found.items() if v.is_floating_point()}, strict=False)
     if o.reestimate_norms:

@@ -1,4 +1,4 @@
-"""The only training loop, on Accelerate."""
+"""The training loop, based on Accelerate."""
 
 from __future__ import annotations
 
@@ -32,20 +32,43 @@ CLIP_VALUE = 1.0  # LIMPQ's authors clip every gradient element
 
 @dataclass
 class TrainLog:
-    """What a training did: optimizer steps, samples of all processes, mean loss of each epoch, all of it with what came
-    before an interruption; wall seconds and median seconds a step of this process since."""
+    """Log of a training, returned by `fit` and `finetune`.
+
+    Attributes:
+        steps: Optimizer steps, including those before an interruption.
+        samples: Samples of all processes, including those before an interruption.
+        seconds: Wall time of this process, since it started or resumed.
+        step_seconds: Median time of a step of this process, since it started or resumed.
+        epoch_loss: Mean loss of each epoch, including those before an interruption.
+        part: Losses of the steps of the unfinished epoch.
+
+    Example:
+        >>> from hub_mpq.train import TrainLog
+        >>> TrainLog(steps=2, samples=64, epoch_loss=[0.7]).state_dict()
+        {'samples': 64, 'epoch_loss': [0.7], 'part': []}
+    """
 
     steps: int = 0
     samples: int = 0
     seconds: float = 0.0
     step_seconds: float = 0.0
     epoch_loss: list[float] = field(default_factory=list)
-    part: list[float] = field(default_factory=list)  # losses of the epoch that is not over
+    part: list[float] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold.
+
+        Returns:
+            `samples`, `epoch_loss` and `part`.
+        """
         return {"samples": self.samples, "epoch_loss": self.epoch_loss, "part": self.part}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the log from a checkpoint.
+
+        Args:
+            state: What `state_dict` returned.
+        """
         self.samples, self.epoch_loss, self.part = state["samples"], list(state["epoch_loss"]), list(state["part"])
 
 
@@ -55,11 +78,11 @@ def _optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer
         return torch.optim.SGD(groups, momentum=0.9)
     if name == "adam":
         return torch.optim.AdamW(groups, weight_decay=0.0)
-    raise InvalidArgument(f"optimizer is adam or sgd, not {name!r}")
+    raise InvalidArgument(f"optimizer must be 'adam' or 'sgd', got {name!r}")
 
 
 def _renew(opt: Any, groups: list[dict[str, Any]]) -> None:
-    """Empty an optimizer and give it these groups. A second one would be saved beside it and break resuming."""
+    """Replace the groups of an optimizer. A new optimizer would be saved in addition, which breaks resuming."""
     inner = opt.optimizer
     inner.state.clear()
     inner.param_groups.clear()
@@ -69,7 +92,7 @@ def _renew(opt: Any, groups: list[dict[str, Any]]) -> None:
 
 
 def _cosine(step: int, total: int) -> float:
-    """Learning-rate factor, from 1 to 0.001 (LIMPQ: 0.01 to 1e-5)."""
+    """Return the learning-rate factor, from 1 to 0.001 (LIMPQ: 0.01 to 1e-5)."""
     return 0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * min(step / max(total, 1), 1.0)))
 
 
@@ -90,13 +113,46 @@ def fit(
     accelerator: Any = None,
     engine: Engine | None = None,
 ) -> TrainLog:
-    """Train `model` in place, with all processes that were launched: each takes its part of the batches, so that a
-    step sees the batch size times the processes.
+    """Train a model in place, with a cosine schedule and gradients clipped by value.
 
-    epochs or steps: length (steps wins); share: part of each epoch's batches that is used.
-    optimizer: "adam" (AdamW) or "sgd" (momentum 0.9), cosine schedule, gradients clipped by value.
-    checkpoint_dir: resumable states go there every `checkpoint_every` steps and on SIGINT / SIGTERM; in one that all
-    processes see. Raises TrainingDiverged on a NaN or infinite loss, InvalidArgument for empty data.
+    If several processes were launched, each takes its part of the batches, so the effective batch size is multiplied by
+    the number of processes.
+
+    Args:
+        model: The model to train.
+        hooks: Losses, optimizer groups and callbacks.
+        loader: Batches.
+        epochs: Length in epochs.
+        steps: Length in optimizer steps; overrides `epochs`. Required for a stream without a length.
+        share: Fraction of each epoch's batches that is used, above 0 and at most 1.
+        optimizer: "adam" (AdamW) or "sgd" (momentum 0.9).
+        seed: Seed of shuffling and of the hooks' random numbers.
+        checkpoint_dir: Folder for resumable checkpoints, written every `checkpoint_every` steps and on SIGINT or
+            SIGTERM. All processes must have access to it. None writes none.
+        checkpoint_every: Steps between checkpoints.
+        resume: Resume from the newest checkpoint.
+        label: Name of the training in progress bars and logs.
+        accelerator: An `Accelerator` to use; None to create one.
+        engine: Precision, memory, compiler, trackers.
+
+    Returns:
+        Steps, samples, seconds and losses.
+
+    Raises:
+        TrainingDiverged: The loss, or at a checkpoint a parameter, is NaN or infinite.
+        InvalidArgument: There are no data, or a value is out of range.
+        KeyboardInterrupt: SIGINT or SIGTERM stopped the training after a checkpoint.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.tasks import Classification
+        >>> from hub_mpq.train import Finetune, fit
+        >>> model = torch.nn.utils.skip_init(torch.nn.Linear, 4, 2)
+        >>> _ = torch.nn.init.zeros_(model.weight), torch.nn.init.zeros_(model.bias)
+        >>> hooks = Finetune(task=Classification(), lr=1e-2, scale_lr=1e-3, weight_decay=0.0, smoothing=0.0)
+        >>> log = fit(model, hooks, [(torch.eye(4), torch.tensor([0, 1, 0, 1]))], epochs=2)
+        >>> log.steps, round(log.epoch_loss[0], 4)
+        (2, 0.6931)
     """
     from huggingface_hub.utils import tqdm
 
@@ -111,7 +167,7 @@ def fit(
     model.train()
     log, times = TrainLog(), []
     with contextlib.ExitStack() as stack:
-        # what reads the loader next, calibration say, must not depend on whether this process trained or resumed
+        # what reads the loader next, such as calibration, must not depend on whether this process trained or resumed
         stack.callback(set_epoch, loader, 0)
         stack.enter_context(applied(engine, model))
         stack.enter_context(single_values_allowed(model))
@@ -164,7 +220,7 @@ def fit(
             due = (step + 1) % checkpoint_every == 0 and step + 1 < length
             if store and (stopping or due):
                 if not spread.finite():
-                    # the next loss would say so, too late
+                    # the next loss would show it too late
                     raise agreed(TrainingDiverged(step, math.nan, store.last))
                 store.save(step + 1)
             if stopping:
@@ -183,7 +239,7 @@ def _backward(
     rng: random.Random,
     opt: torch.optim.Optimizer,
 ) -> list[float]:
-    """All passes of one step; returns this process's part of the mean loss of each. One graph is alive at a time."""
+    """Run all passes of one step, one graph at a time; return this process's part of the mean loss of each."""
     generator, losses = hooks.losses(model, placed(engine, fed.batch), rng), []
     processes = accelerator.num_processes
     for i in range(hooks.passes):
@@ -195,7 +251,7 @@ def _backward(
             if processes > 1:
                 if group is not None:
                     raise agreed(
-                        HubMPQError("a strategy that trains parts of its parameters in turn needs one process")
+                        HubMPQError("strategies that train parts of their parameters in turn must run in one process")
                     )
                 loss = loss * fed.weight  # DDP takes the plain mean over the processes
             names = (group,) if isinstance(group, str) else group

@@ -1,5 +1,4 @@
-"""Re-estimate BatchNorm statistics, since quantized activations have other means and variances than float ones; and
-let BatchNorm train on batches that have no statistics."""
+"""BatchNorm statistics: re-estimation after quantization, and training on batches that have no variance."""
 
 from __future__ import annotations
 
@@ -16,14 +15,14 @@ from .processes import total, world
 
 
 class _Statistics:
-    """Count, mean and sum of squared deviations of every channel that a norm read, over batches of any sizes."""
+    """Count, mean and sum of squared deviations of every input channel of a norm, over batches of any sizes."""
 
     def __init__(self, like: Tensor) -> None:
         self.count = 0.0
         self.mean, self.squares = torch.zeros_like(like), torch.zeros_like(like)
 
     def add(self, x: Tensor) -> None:
-        """Take in a batch [N, C, …] (the parallel formula of Chan et al., which does not cancel)."""
+        """Add a batch `[N, C, …]`, by the parallel formula of Chan et al., which avoids cancellation."""
         count = _values(x)
         if not count:
             return
@@ -36,7 +35,7 @@ class _Statistics:
         self.count = whole
 
     def of_all_processes(self) -> None:
-        """Become the statistics of what all processes read."""
+        """Combine the statistics of all processes."""
         from accelerate.utils import reduce
 
         (whole,) = total(self.count)
@@ -46,7 +45,7 @@ class _Statistics:
 
 
 def _values(x: Tensor) -> int:
-    """How many values of each channel a batch [N, C, …] has."""
+    """Number of values of each channel in a batch `[N, C, …]`."""
     return x.numel() // max(x.shape[1], 1)
 
 
@@ -56,8 +55,10 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 @contextmanager
 def single_values_allowed(model: nn.Module) -> Iterator[None]:
-    """While training, a BatchNorm takes its running statistics for a batch with one value of each channel (a last batch
-    of one sample): such a batch has no variance, and torch refuses it."""
+    """Let BatchNorm train on a batch with one value per channel, such as a last batch of one sample.
+
+    Such a batch has no variance, and torch rejects it; the running statistics are used instead.
+    """
     lent: set[nn.Module] = set()
 
     def before(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -72,7 +73,7 @@ def single_values_allowed(model: nn.Module) -> Iterator[None]:
 
     handles = []
     for norm in model.modules():
-        # a synchronized norm has the values of the other processes' batches too
+        # a synchronized norm also has the values of the other processes' batches
         if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not isinstance(norm, nn.SyncBatchNorm):
             handles.append(norm.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(norm.register_forward_hook(after, always_call=True))
@@ -84,7 +85,7 @@ def single_values_allowed(model: nn.Module) -> Iterator[None]:
 
 
 def _estimated(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """The norms whose statistics are those of data: not folded ones."""
+    """Return the norms that have statistics of data, so not the folded ones."""
     return [
         m
         for m in model.modules()
@@ -94,7 +95,7 @@ def _estimated(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 
 @contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Let every norm that `reestimate_batch_norm` would change normalise by the batch; running statistics stay."""
+    """Normalise by the batch in every norm that `reestimate_batch_norm` would change; keep the running statistics."""
     norms = _estimated(model)
     kept = [(m.momentum, m.training, m.num_batches_tracked.clone()) for m in norms]
     for norm in norms:
@@ -119,24 +120,25 @@ def reestimate_batch_norm(
     task: TaskLike = None,
     example: Any = None,
 ) -> int:
-    """Replace running statistics by those of all values that a norm reads in up to `limit` batches of each process.
+    """Re-estimate the running statistics of BatchNorm, because quantization changes means and variances.
 
-    Mean and unbiased variance as if the batches were one (the law of total variance): each counts by its samples, and
-    one of a single sample by its mean. While they run, norms normalise by the batch.
+    The new mean and unbiased variance are those of all inputs of a norm, as if the batches were one (law of total
+    variance): each batch is weighted by its samples, and a batch of one sample contributes its mean. During the forward
+    passes, norms normalise by the batch.
 
-    A folded BatchNorm (identity statistics of a model whose convolutions hold the affine part) must not be
-    re-estimated: such a norm has mean 0 and variance 1 throughout and is left alone. So is one that nothing reached.
+    A folded BatchNorm, whose affine part is in the convolution before it, has mean 0 and variance 1 in every channel
+    and is not changed. Neither is a norm without inputs.
 
     Args:
         model: The network.
-        batches: What it runs on.
-        limit: How many of them at most.
-        alone: Of this process's batches only, without a word to the other processes.
-        task: What the model is for; None to find out from it.
-        example: One input as the network takes it, which says how many inputs a batch has.
+        batches: Batches to run the network on.
+        limit: Maximum number of batches of each process.
+        alone: Whether to use this process's batches only, without communicating with the other processes.
+        task: Task of the model; None to infer it from the model.
+        example: One input as the network takes it, which tells how many inputs a batch has.
 
     Returns:
-        How many batches this process used.
+        Number of batches that this process used.
     """
     norms = _estimated(model)
     if not norms:
@@ -151,7 +153,7 @@ def reestimate_batch_norm(
     for norm in norms:
         norm.train()
         norm.num_batches_tracked.zero_()
-        norm.momentum = None  # cumulative average, for a single value on the way
+        norm.momentum = None  # cumulative average, used by batches of a single value
     used = 0
     known = task_of(task, model, example=example)
     try:
@@ -177,7 +179,7 @@ def reestimate_batch_norm(
 
 
 def is_folded(norm: nn.modules.batchnorm._BatchNorm) -> bool:
-    """Whether statistics say nothing: mean 0 and variance 1 (within float noise) in every channel."""
+    """Whether a norm is folded: mean 0 and variance 1, up to rounding, in every channel."""
     mean, var = norm.running_mean, norm.running_var
     if mean is None or var is None:
         return False

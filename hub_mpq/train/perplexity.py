@@ -1,4 +1,4 @@
-"""Perplexity by token of a causal language model, in windows of a stated length."""
+"""Per-token perplexity of a causal language model, in windows of a given length."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ..tasks.tokens import most_tokens
 from .evaluate import Figures, evaluate
 
 CONTEXT = 1024
-"""Tokens of a window, unless the model takes fewer."""
+"""Tokens in a window, unless the model supports fewer."""
 
 
 class Windows(Sequence[dict[str, Tensor]]):
-    """A text as overlapping windows, each a batch {"input_ids", "labels"} of one row: every token is scored once.
+    """A text as overlapping windows, each a batch `{"input_ids", "labels"}` of one row; each token is scored once.
 
-    A window begins `stride` tokens behind the one before. Tokens that an earlier window scored are context, their
-    labels `ignore_index`; so is the first token of each window, which nothing predicts.
+    Each window begins `stride` tokens after the previous one. Tokens that an earlier window scored are only context,
+    with the label `ignore_index`. So is the first token of each window, which has no prediction.
 
     Args:
-        ids: Token ids, [tokens].
-        context: Tokens of a window.
+        ids: Token ids, shape `[tokens]`.
+        context: Tokens in a window.
         stride: Tokens from one window to the next.
-        ignore_index: Label of what is not scored.
+        ignore_index: Label of tokens that are not scored.
     """
 
     def __init__(self, ids: Tensor, context: int, stride: int, ignore_index: int = -100) -> None:
@@ -44,12 +44,12 @@ class Windows(Sequence[dict[str, Tensor]]):
         row = self.ids[begin : begin + self.context]
         labels = row.clone()
         if index:
-            labels[: self.context - self.stride] = self.ignore_index  # up to where the window before ended
+            labels[: self.context - self.stride] = self.ignore_index  # up to the end of the previous window
         return {"input_ids": row[None], "labels": labels[None]}
 
     @property
     def scored(self) -> int:
-        """Tokens that are scored: all but the first; without overlap, all but the first of each window."""
+        """Number of scored tokens: all but the first; without overlap, all but the first of each window."""
         return len(self.ids) - (self.length if self.stride == self.context else 1)
 
 
@@ -62,49 +62,55 @@ def perplexity(
     task: TaskLike = None,
     example: Any = None,
 ) -> Figures:
-    """exp of the mean of −log p of all tokens of a text, as transformers' guide "Perplexity of fixed-length models".
+    """Compute the perplexity of a text: exp of the mean −log p of its tokens.
 
-    Logits of one window are held at a time; the loss is summed in float64 of float32 values.
+    This is the method of transformers' guide "Perplexity of fixed-length models". The logits of one window are in
+    memory at a time; the float32 losses are summed in float64.
 
     Args:
         model: A causal language model.
-        ids: Token ids of the text, [tokens] or anything of that many integers.
-        context: Tokens of a window; None: 1,024, or what the model takes if that is less.
-        stride: Tokens from one window to the next; None: `context`, so that windows do not overlap. With a smaller one
-            each token is scored with at least context − stride tokens before it, and it takes context / stride times as
-            long.
-        task, example: As in `evaluate`.
+        ids: Token ids of the text: a tensor of shape `[tokens]`, or a sequence of integers.
+        context: Tokens in a window; None for 1,024, or the model's maximum if that is less.
+        stride: Tokens from one window to the next; None for `context`, so that windows do not overlap. With a smaller
+            stride, each token is scored with at least context − stride tokens before it, and the evaluation takes
+            context / stride times as long.
+        task: Task of the model; None to infer it from the model.
+        example: One input as the network takes it.
 
     Returns:
-        The task's metrics by token, "perplexity" among them, with the number of "tokens" scored, "context" and
-        "stride"; "samples" are windows.
+        The task's metrics per token, including "perplexity", and the number of scored "tokens", the "context" and the
+        "stride". "samples" is the number of windows.
 
     Raises:
-        InvalidArgument: The model is no causal language model, a length is out of range, or `ids` are fewer than two,
-            or no token ids of the model.
+        InvalidArgument: The model is not a causal language model, a length is out of range, or `ids` are fewer than two
+            or outside the model's vocabulary.
     """
     known = task_of(task, model, example=example)
     if not isinstance(known, CausalLM):
-        raise InvalidArgument(f"{type(model).__name__} is no causal language model, which perplexity is measured of")
+        raise InvalidArgument(f"perplexity needs a causal language model, got {type(model).__name__}")
     try:
         ids = torch.as_tensor(ids).flatten()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidArgument(f"token ids are whole numbers: {error}") from error
+        raise InvalidArgument(f"token ids must be integers: {error}") from error
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or len(ids) < 2:
-        raise InvalidArgument(f"perplexity needs two token ids or more, not {len(ids)} of {ids.dtype}")
+        raise InvalidArgument(f"ids must be at least two integer token ids, got {len(ids)} of {ids.dtype}")
     ids = ids.long()
     config: Any = getattr(model, "config", None)
     words = config.get_text_config().vocab_size if hasattr(config, "get_text_config") else None
     if words is not None and not (int(ids.min()) >= 0 and int(ids.max()) < words):
-        raise InvalidArgument(f"token ids of this model are 0 to {words - 1}, not {int(ids.min())} to {int(ids.max())}")
+        raise InvalidArgument(
+            f"token ids of this model must be from 0 to {words - 1}, got {int(ids.min())} to {int(ids.max())}"
+        )
     most = most_tokens(model)
     if context is None:
         context = min(CONTEXT, most or CONTEXT)
     stride = context if stride is None else stride
     if context < 2 or (most is not None and context > most):
-        raise InvalidArgument(f"context is 2 to {most or 'any number of'} tokens for this model, not {context}")
+        raise InvalidArgument(
+            f"context must be {f'from 2 to {most}' if most else 'at least 2'} tokens for this model, got {context}"
+        )
     if not 1 <= stride <= context:
-        raise InvalidArgument(f"stride is 1 to {context} tokens, the context, not {stride}")
+        raise InvalidArgument(f"stride must be from 1 to {context} tokens, the context, got {stride}")
     windows = Windows(ids, context, stride, known.ignore_index)
     found = evaluate(model, windows, task=known, example=example)
     return {**found, "tokens": windows.scored, "context": context, "stride": stride}

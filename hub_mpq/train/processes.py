@@ -1,7 +1,7 @@
-"""The processes of a run: which there are, what each one sees of the data, and what all of them agree on.
+"""The processes of a run: their number, their shares of the data, and communication between them.
 
-All of it is Accelerate's; alone, every function hands back what it was given. With more than one process the functions
-that speak to the others must be called by all of them.
+Everything is based on Accelerate. In a single process, every function returns its argument. With several processes, a
+function that communicates must be called by all of them.
 """
 
 from __future__ import annotations
@@ -24,36 +24,45 @@ _SAMPLE = 1 << 18
 
 
 def world() -> tuple[int, int]:
-    """(this process's number, how many there are)."""
+    """Return the rank of this process and the number of processes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
 
 
 def make_accelerator(*, seed: int = 0, cpu: bool | None = None, log_with: Any = None, log_dir: Any = None) -> Any:
-    """Accelerator that shuffles by `seed` and epoch, whatever the global seed is, so that a run can be repeated and
-    resumed. `cpu` None: a GPU (NCCL between processes) when there is one, else gloo.
+    """Create an Accelerator that shuffles by `seed` and epoch, whatever the global seed, so that runs are repeatable.
 
-    Raises HubMPQError when Accelerate's FSDP was asked for: it would leave the scales' gradients unreduced.
+    Args:
+        seed: Seed of shuffling.
+        cpu: Whether to use the CPU; None to use GPUs (NCCL between processes) if there are any, else the CPU (gloo).
+        log_with: A tracker, as Accelerate takes it.
+        log_dir: Folder of the logs.
+
+    Raises:
+        HubMPQError: Accelerate's FSDP plug-in is on, which would not reduce the gradients of the scales, or there are
+            more processes than GPUs.
     """
     from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 
     asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower()
     if asked in ("1", "true", "yes"):
         raise HubMPQError(
-            "Accelerate's FSDP plug-in is not active here and would leave the gradients of the scales unreduced; "
-            "start without --use_fsdp and pass --fsdp (Engine(fsdp=True)), which shards with torch's own fully_shard"
+            "Accelerate's FSDP plug-in is not supported: it would not reduce the gradients of the scales; start "
+            "without --use_fsdp and pass --fsdp (Engine(fsdp=True)), which uses torch's fully_shard"
         )
     there, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if cpu is None and wanted > 1:
         cpu = not torch.cuda.is_available()
         if there and wanted > there and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes"):
-            raise HubMPQError(f"{wanted} processes were started on this machine and it has {there} GPU")
-    # a process whose share of an epoch is shorter repeats a batch at weight zero, see `fit`; streams are read by all
+            raise HubMPQError(
+                f"each process needs its own GPU, got {wanted} processes and {there} GPU; start fewer processes"
+            )
+    # a process with a shorter share of an epoch repeats a batch with weight zero, see `feed`; all read streams
     data = DataLoaderConfiguration(
         use_seedable_sampler=True, data_seed=seed, even_batches=False, dispatch_batches=False
     )
-    # parts that a model has and does not use (a pooler, a second head) must not keep DDP waiting
+    # DDP must not wait for parts that a model does not use, such as a pooler or a second head
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(
         cpu=bool(cpu), dataloader_config=data, kwargs_handlers=[unused], log_with=log_with, project_dir=log_dir
@@ -61,7 +70,7 @@ def make_accelerator(*, seed: int = 0, cpu: bool | None = None, log_with: Any = 
 
 
 def describe() -> str:
-    """How many processes run, and on what."""
+    """Describe the number of processes and their device."""
     state = make_accelerator().state
     count = state.num_processes
     return f"{count} {'process' if count == 1 else 'processes'}, device {state.device.type}" + (
@@ -70,18 +79,19 @@ def describe() -> str:
 
 
 def own_share(loader: Iterable[Any], *, seed: int = 0) -> Iterable[Any]:
-    """The batches of a loader that are this process's: of P processes, number r takes batches r, r+P, r+2P, … What a
-    DataLoader shuffles is shuffled by `seed`, so that one process and many see the same samples; the loader itself
-    stays as it is.
+    """Return this process's share of the batches: of P processes, number r takes batches r, r+P, r+2P, …
 
-    A loader that splits itself (its sampler has `num_replicas`, its data set was split by node, or it has a true
-    attribute `sharded`) and one that Accelerate prepared stay as they are.
+    A DataLoader that shuffles is shuffled by `seed`, so that one process and several see the same samples. The loader
+    itself is not changed.
+
+    A loader that is already split is returned as it is: its sampler has `num_replicas`, its data set was split by node,
+    it has a true attribute `sharded`, or Accelerate prepared it.
     """
     return _ordered(loader, seed, *world())
 
 
 def seeded(loader: Iterable[Any], *, seed: int = 0) -> Iterable[Any]:
-    """All batches of a loader, in every process; what a DataLoader shuffles is shuffled by `seed`."""
+    """Return all batches of a loader, in every process; a DataLoader that shuffles is shuffled by `seed`."""
     return _ordered(loader, seed, 0, 1)
 
 
@@ -106,8 +116,8 @@ def _ordered(loader: Iterable[Any], seed: int, rank: int, processes: int) -> Ite
 
 
 def unshared(loader: Any) -> Any:
-    """A shuffled DataLoader with a sampler and generator of its own, which Accelerate may replace and seed: else the
-    user's loader would be changed. Any other loader as it is."""
+    """Copy the sampler and generator of a shuffled DataLoader, because Accelerate replaces and seeds them, which would
+    change the user's loader. Any other loader is returned as it is."""
     if not isinstance(loader, torch.utils.data.DataLoader) or is_sharded(loader):
         return loader
     for name in ("batch_sampler", "sampler"):
@@ -117,7 +127,7 @@ def unshared(loader: Any) -> Any:
             generator = sampler.generator and torch.Generator(sampler.generator.device)
             own, batches, mine = copy.copy(loader), copy.copy(batches), copy.copy(sampler)
             batches.sampler, mine.generator = mine, generator
-            own.__dict__[name] = batches  # a DataLoader lets nobody set it
+            own.__dict__[name] = batches  # a DataLoader does not allow setting it
             if loader.generator is sampler.generator:
                 own.generator = generator
             return own
@@ -125,7 +135,7 @@ def unshared(loader: Any) -> Any:
 
 
 def is_sharded(loader: Any) -> bool:
-    """Whether a loader already gives each process a part of its own."""
+    """Whether a loader already gives each process its own part."""
     data, sampler = getattr(loader, "dataset", None), getattr(loader, "sampler", None)
     return bool(
         getattr(loader, "sharded", False)
@@ -157,7 +167,7 @@ def _device() -> torch.device:
 
 
 def total(*values: float) -> list[float]:
-    """Each value summed over the processes."""
+    """Sum each value over the processes."""
     if world()[1] == 1:
         return list(values)
     from accelerate.utils import reduce
@@ -167,24 +177,24 @@ def total(*values: float) -> list[float]:
 
 
 def most(value: int) -> int:
-    """The greatest of the processes' values."""
+    """Return the largest value of all processes."""
     return value if world()[1] == 1 else max(int(v) for v in each(value))
 
 
 def least(value: int) -> int:
-    """The smallest of the processes' values."""
+    """Return the smallest value of all processes."""
     return -most(-value)
 
 
 def each(value: Any) -> list[Any]:
-    """Every process's value, in their order."""
+    """Gather the values of all processes, in order."""
     from accelerate.utils import gather_object
 
     return gather_object([value])  # type: ignore[no-any-return]
 
 
 def mean_rows(rows: Mapping[str, Mapping[Any, float]]) -> Rows:
-    """{layer: {width: value}}, each value averaged over the processes, which have the same layers and widths."""
+    """Average `{layer: {bit-width: value}}` over the processes, which have the same layers and bit-widths."""
     flat = [value for row in rows.values() for value in row.values()]
     if world()[1] == 1 or not flat:
         return {name: dict(row) for name, row in rows.items()}
@@ -193,7 +203,7 @@ def mean_rows(rows: Mapping[str, Mapping[Any, float]]) -> Rows:
 
 
 def share_samples(samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """{layer: values it read}, of all processes together, the same in all; equal parts, at most 2^18 values a layer."""
+    """Gather `{layer: sampled inputs}` of all processes: equal parts of each, at most 2^18 values per layer."""
     processes = world()[1]
     if processes == 1:
         return dict(samples)
@@ -202,14 +212,14 @@ def share_samples(samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
     out = {}
     for name, values in samples.items():
         count = min(int(n) for n in each(values.numel()))
-        # drawn at random where they are too many: an even stride could lock onto the channels
+        # random samples, since an even stride could coincide with the channels
         taken = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: -(-_SAMPLE // processes)]
         out[name] = gather(values[taken.to(values.device)])
     return out
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """What `function` gives in the main process, in all of them; what it raises there is raised in all."""
+    """Call a function in the main process and return its result, or raise its error, in all processes."""
     rank, processes = world()
     if processes == 1:
         return function()
@@ -229,13 +239,13 @@ def on_main(function: Callable[[], T]) -> T:
 
 
 def agreed(error: HubMPQError) -> HubMPQError:
-    """The same error, marked as one that all processes raise, so that one of them tells it."""
+    """Mark an error as raised by all processes, so that only one of them prints it."""
     error.agreed = True  # type: ignore[attr-defined]
     return error
 
 
 def together(function: Callable[[], T]) -> T:
-    """What `function` gives in each process; what it raises in any of them is raised in all."""
+    """Call a function in each process; an error in any of them is raised in all."""
     found: list[T] = []
     failed: HubMPQError | None = None
     try:
@@ -247,7 +257,7 @@ def together(function: Callable[[], T]) -> T:
 
 
 def raise_together(error: HubMPQError | None) -> None:
-    """Raise in all processes what any of them met; nothing when none did."""
+    """Raise an error of any process in all of them."""
     if world()[1] == 1:
         if error is not None:
             raise error

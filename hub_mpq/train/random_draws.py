@@ -1,4 +1,4 @@
-"""The same random numbers for two networks, for models that draw some in their forward (masks of ViTMAE)."""
+"""The same random numbers for two networks whose forward draws some, such as the masks of ViTMAE."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ State = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def rng_state(device: torch.device) -> State:
-    """State of torch's generators, of the CPU's and of the device's."""
+    """Return the state of torch's generators for the CPU and the device."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
@@ -25,24 +25,26 @@ def _same(a: State, b: State) -> bool:
 
 @contextmanager
 def fixed_draws(device: torch.device, seed: int) -> Iterator[None]:
-    """Within it torch draws what follows from `seed`; afterwards it goes on as if nothing had been drawn."""
+    """Seed torch's generators within the context, and restore their state afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
 
 def replayed(run: Callable[[], T], device: torch.device, before: State) -> T:
-    """What a reference gives on the random numbers that the network before it has seen; the generators then go on as if
-    it had not run.
+    """Run a reference with the random numbers that a network has drawn; the generators' state is then restored.
 
     Args:
         run: The reference's forward.
-        device: Of the networks.
-        before: `rng_state` before the network's own forward.
+        device: Device of the networks.
+        before: `rng_state` before the network's forward.
+
+    Returns:
+        What `run` returned.
 
     Raises:
-        InvalidArgument: The reference draws numbers, and not those that the network has drawn: what differs is then
-            not quantization alone.
+        InvalidArgument: The reference draws other random numbers than the network, so that quantization is not the only
+            difference.
     """
     after = rng_state(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -53,7 +55,7 @@ def replayed(run: Callable[[], T], device: torch.device, before: State) -> T:
         end = rng_state(device)
     if not _same(end, before) and not _same(end, after):
         raise InvalidArgument(
-            "the model draws random numbers in its forward even in evaluation mode, and the quantized model cannot be "
-            "given the same ones here (its dropout draws others); set its dropout to 0, or train on labels alone"
+            "cannot distill this model: its forward draws random numbers even in evaluation mode, and dropout makes "
+            "those of the quantized model differ; set dropout to 0, or train on labels alone"
         )
     return found

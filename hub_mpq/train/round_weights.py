@@ -1,4 +1,4 @@
-"""Round the weights of a float model for everything that a search may choose, before a score is read."""
+"""Round the weights of a float model at every candidate of a search, before scores are measured."""
 
 from __future__ import annotations
 
@@ -29,24 +29,27 @@ from ..tasks import TaskLike, task_of, to_device
 logger = logging.getLogger(__name__)
 ROUNDINGS = ("gptq", "nearest")
 BATCHES = 16
-"""How many batches are read at most; of them up to 4,096 positions of each input."""
+"""Maximum number of batches that are read, with up to 4,096 positions of each input."""
 
 
 def check_rounding(rounding: str | None) -> None:
-    """InvalidArgument unless it is one of `ROUNDINGS`, or None."""
+    """Raise InvalidArgument unless `rounding` is None or one of `ROUNDINGS`."""
     if rounding is not None and rounding not in ROUNDINGS:
-        raise InvalidArgument(f"rounding is {' or '.join(map(repr, ROUNDINGS))}, not {rounding!r}")
+        raise InvalidArgument(f"rounding must be {' or '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
 
 
 def chosen_rounding(rounding: str | None, policy: Policy, batches: Any, per_channel: bool) -> str | None:
-    """How the weights of a policy are rounded without training: as was asked for, or else by GPTQ where it quantizes
-    weights alone and there are batches to read.
+    """Choose how the weights of a policy are rounded without training.
 
     Args:
-        rounding: What was asked for; None: nothing.
+        rounding: The requested rounding; None for the default: GPTQ if the policy quantizes weights alone and there are
+            batches, else None.
         policy: The policy.
         batches: Calibration data, or None.
         per_channel: Whether weights have more than one scale per tensor.
+
+    Returns:
+        "gptq", "nearest" or None.
     """
     if rounding is None and batches is not None and per_channel and policy.weights_alone:
         return "gptq"
@@ -54,8 +57,11 @@ def chosen_rounding(rounding: str | None, policy: Policy, batches: Any, per_chan
 
 
 def weight_choices(graph: LayerGraph, candidates: Mapping[str, Candidates]) -> dict[str, tuple[LayerBits, ...]]:
-    """{layer that owns its weight: what the weight may become}; of a fixed one its own widths alone, of a float one
-    nothing."""
+    """Collect the candidates of every weight.
+
+    Returns:
+        `{layer that owns its weight: candidates}`: for a fixed layer its bit-width alone; float layers are omitted.
+    """
     out: dict[str, set[LayerBits]] = {}
     for layer in graph:
         found = candidates[layer.name].weights if layer.fixed is None else (layer.fixed.of_weight,)
@@ -77,31 +83,33 @@ def round_weights(
     folder: Path | None = None,
     resume: bool = False,
 ) -> RoundedWeights:
-    """Round the weights of a float model, which stays as it is.
+    """Round the weights of a float model, which is not changed.
 
-    Scales and zero points are those of least output error on the batches, see `weight_grid`. "gptq" rounds the columns
-    of linear layers one after another, so that later ones make up for the error of earlier ones (Frantar et al., ICLR
-    2023), all choices of a layer from one factorisation. "nearest", and layers that are no matrix products, take the
-    nearest points.
+    Scales and zero points minimize the output error on the batches, see `weight_grid`. "gptq" rounds the columns of
+    linear layers one after another, so that later columns compensate the error of earlier ones (Frantar et al., ICLR
+    2023), and uses one factorization for all candidates of a layer. With "nearest", and for layers that are not matrix
+    products, weights are rounded to nearest.
+
+    In addition to the model and the hidden states of the batches, this needs the memory of one block of layers,
+    whatever the depth.
 
     Args:
         model: The float model.
         graph: Its layers.
-        choices: {layer that owns its weight: what the weight may become}.
-        batches: Up to 16 are read; labels are not looked at.
+        choices: `{layer that owns its weight: its candidates}`.
+        batches: Calibration data; up to 16 batches are read, without their labels.
         rounding: "gptq" or "nearest".
-        task: What the model is for; None to find out.
+        task: Task of the model; None to infer it.
         example: One input as the network takes it.
-        folder: Where the rounded weights are kept; None: in a temporary folder.
-        resume: Take over what an interrupted run left in `folder`.
+        folder: Folder for the rounded weights; None for a temporary one.
+        resume: Reuse what an interrupted run left in `folder`.
 
     Returns:
-        The weights at all choices. Needs the memory of one block of layers beside the model and the batches' hidden
-        states, whatever the depth.
+        The weights at all candidates.
 
     Raises:
-        InvalidArgument: There is no batch, a weight or an input that is not finite.
-        HubMPQError: The disk refuses.
+        InvalidArgument: There is no batch, or a weight or an input is not finite.
+        HubMPQError: The folder cannot be written.
     """
     from huggingface_hub.utils import tqdm
 
@@ -112,7 +120,7 @@ def round_weights(
     if not taken:
         raise InvalidArgument("the calibration data are empty")
     known = task_of(task, model, example=example)
-    # all of the model: what a layer reads depends on the layers before it
+    # the whole model, because the inputs of a layer depend on all layers before it
     settings = "" if folder is None else f"2 {rounding} {digest_of(taken, model.state_dict())}"
     rounded = RoundedWeights(folder, settings, nearest=rounding == "nearest")
     layers = [layer for layer in graph if layer.name in choices]
@@ -128,17 +136,17 @@ def round_weights(
             bar.update()
 
         there = {layer.name: layer for layer in left}
-        # of a task with a mask, which positions count
+        # the mask of a task tells which positions count
         for part in input_moments(model, left, taken, known.forward, diagonal=rounding != "gptq", mask=known.mask):
             factor: tuple[int, Factor] | None = None
             for layer in part.layers:
                 moments, unreached = part.moments.get(layer.name), part.unreached.get(layer.name, 0)
                 if moments is None or rounding != "gptq":
                     store(layer, moments, None, unreached)
-                elif moments.dim() == 3:  # of experts: one after the other
+                elif moments.dim() == 3:  # experts, one after another
                     store(layer, moments.diagonal(dim1=1, dim2=2), map(Factor, moments), unreached)
                 else:
-                    if factor is None or factor[0] != id(moments):  # layers that read one tensor stand together
+                    if factor is None or factor[0] != id(moments):  # layers with the same input follow each other
                         factor = (id(moments), Factor(moments))
                     store(layer, moments.diagonal(), (factor[1],))
                 del there[layer.name]
@@ -146,8 +154,8 @@ def round_weights(
             store(layer)
     if rounded.unreached:
         logger.warning(
-            "no token of the batches reached %d matrices of experts (of %s): they are rounded by what the other "
-            "experts of their stack read",
+            "the batches have no tokens for %d expert matrices (of %s); they are rounded using the inputs of the other "
+            "experts of their stack",
             sum(rounded.unreached.values()),
             ", ".join([*rounded.unreached][:3]) + (", …" if len(rounded.unreached) > 3 else ""),
         )
@@ -155,8 +163,8 @@ def round_weights(
 
 
 def _left(model: nn.Module, layers: Sequence[LayerSpec], missing: set[str]) -> list[LayerSpec]:
-    """The layers to round: those that are missing, and the other experts of their stacks, since one that no token
-    reached is rounded by what these read."""
+    """Return the layers to round: the missing ones, and the other experts of their stacks, whose inputs are used to
+    round an expert without tokens."""
     stacks = {x.name: part[0] for x in layers if (part := stack_and_expert(model, x.name))}
     again = {stacks[name] for name in missing if name in stacks}
     return [x for x in layers if x.name in missing or stacks.get(x.name) in again]
@@ -169,14 +177,17 @@ def round_weight(
     importance: Tensor | None = None,
     factors: Iterable[Factor] | None = None,
 ) -> dict[LayerBits, PackedTensor]:
-    """{choice: one layer's weight, packed}.
+    """Round and pack the weight of one layer.
 
     Args:
-        weight: Of the layer.
+        weight: The weight.
         layer: The layer.
-        choices: What the weight may become.
-        importance: Mean square of what meets each column of a row, see `weight_grid`; None: all alike.
-        factors: Round by GPTQ: one for all rows, or, of a stack, one for each matrix; None: to the nearest points.
+        choices: Its candidates.
+        importance: Mean square of the input of each column, see `weight_grid`; None if all are equal.
+        factors: Factors for GPTQ: one for all rows or, for a stack, one for each matrix; None to round to nearest.
+
+    Returns:
+        `{candidate: packed weight}`.
     """
     axis = layer_kinds.get(layer.kind).channel_axis
     rows, front = channel_rows(weight, axis), max(weight.dim() - 2, 0) if axis < 0 else 0
@@ -198,7 +209,7 @@ def round_weight(
 
 
 def _compensated(rows: Tensor, grids: Sequence[WeightGrid], factors: Iterable[Factor], parts: int) -> list[Tensor]:
-    """Integers on each grid, `parts` equal parts of the rows by one factor each."""
+    """Round by GPTQ to the integers of each grid; the rows are cut into `parts` equal parts, one for each factor."""
     each = len(rows) // parts
     rounded = []
     for i, factor in enumerate(factors):
@@ -212,7 +223,7 @@ def _compensated(rows: Tensor, grids: Sequence[WeightGrid], factors: Iterable[Fa
 
 
 def digest_of(*trees: Any) -> str:
-    """24 characters that stand for the values of all tensors and numbers, by SHA-256."""
+    """Return the first 24 hexadecimal digits of a SHA-256 of all tensors, numbers and strings."""
     digest = hashlib.sha256()
     for leaf in tree_leaves(trees):
         if isinstance(leaf, Tensor):

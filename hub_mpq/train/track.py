@@ -1,4 +1,4 @@
-"""What is seen of a training while it runs: Accelerate's trackers."""
+"""Log a training while it runs, with Accelerate's trackers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,17 @@ from ..errors import HubMPQError
 
 
 class Tracks:
-    """Entries every `every` steps of the main process: the loss of each pass, learning rate, images (samples) a second,
-    and what the hooks watch. Does nothing without a tracker."""
+    """Log the loss of each pass, the learning rate, samples per second and what the hooks watch.
+
+    Does nothing without a tracker.
+
+    Args:
+        accelerator: The accelerator of the training.
+        with_: The tracker; None for none.
+        every: Steps between entries.
+        label: Name of the training.
+        names: Name of the loss of each pass.
+    """
 
     def __init__(self, accelerator: Any, with_: Any, every: int, label: str, names: Sequence[str]) -> None:
         self.accelerator, self.active, self.every, self.names = accelerator, with_ is not None, every, names
@@ -27,10 +36,10 @@ class Tracks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # not end_training: it would end the processes' group too, which the next stage needs
+        # end_training would also end the process group, which the next stage needs
         given = {id(tracker) for tracker in self.accelerator.log_with}
         for tracker in self.accelerator.trackers if self.active else ():
-            if id(tracker) not in given:  # one that the user made is the user's to finish
+            if id(tracker) not in given:  # a tracker that the user created is finished by the user
                 tracker.finish()
 
     def log(
@@ -43,7 +52,7 @@ class Tracks:
         *,
         last: bool,
     ) -> None:
-        """An entry, when one is due. rate: samples a second of all processes together."""
+        """Write an entry, if one is due. `rate` is in samples per second of all processes."""
         if not self.active or not (step == 1 or last or step % self.every == 0):
             return
         values = dict(zip(self.names, losses, strict=True))
@@ -51,7 +60,11 @@ class Tracks:
 
 
 def tracker(log_with: Any, log_dir: str | Path | None, label: str) -> Any:
-    """What Accelerate is given as `log_with`; HubMPQError for a tracker whose package is not there."""
+    """Return the tracker to pass to Accelerate.
+
+    Raises:
+        HubMPQError: The tracker is unknown, or its package is not installed.
+    """
     if log_with is None or not isinstance(log_with, str):
         return log_with
     if log_with == "jsonl":
@@ -61,8 +74,8 @@ def tracker(log_with: Any, log_dir: str | Path | None, label: str) -> Any:
     there = [str(getattr(name, "value", name)) for name in get_available_trackers()]
     if log_with not in there:
         raise HubMPQError(
-            f"no tracker {log_with!r}: jsonl, or one of Accelerate's whose package is installed "
-            f"({', '.join(sorted(there)) or 'none is'})"
+            f"unknown tracker {log_with!r}; choose jsonl or an installed tracker of Accelerate "
+            f"({', '.join(sorted(there)) or 'none is installed'})"
         )
     return log_with
 
@@ -71,7 +84,7 @@ def _json_lines(file: Path) -> Any:
     from accelerate.tracking import GeneralTracker, on_main_process
 
     class JSONLines(GeneralTracker):  # type: ignore[misc]
-        """One JSON object a line and entry, appended: of a resumed run, the last line of a step counts."""
+        """Append one JSON object per line and entry; in a resumed run, the last line of a step counts."""
 
         name, requires_logging_directory, main_process_only = "jsonl", False, True
         tracker = file

@@ -189,7 +189,7 @@ def refused_for_space(process, log, folder):
     process.join()
     lines = log.read_text().splitlines()
     assert process.exitcode == 2, lines
-    assert "could not be written" in lines[-1], lines
+    assert "cannot be written" in lines[-1], lines
     assert "Traceback" not in "".join(lines)
     (good,) = folder.glob("*/*-*")
     assert good.name.startswith("step-")

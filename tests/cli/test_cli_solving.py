@@ -71,7 +71,7 @@ def test_search_measures_policies_where_it_is_asked_to(run, indicators, folder):
     named = next(row for row in tree["measurements"] if row["policy"] == tree["policy"])
     assert named["name"].startswith(tree["chosen_by"])
     text = run(*args).stdout
-    assert "less the optimum's" in text
+    assert "vs. optimum" in text
     assert "forward passes" in text
     late = json.loads(run(*args, "--validate-seconds", "1e-9", "--json").stdout)
     assert not late["validation"]["done"]

@@ -212,7 +212,7 @@ def test_experts_that_no_token_reaches_have_what_the_others_have(tmp_path, caplo
         choices = {f"{STACK}.{i}": (choice,) for i in range(4)}
         rounded = round_weights(mpq.float_model, mpq.graph, choices, data, folder=tmp_path / "rounded")
     assert rounded.unreached == {f"{STACK}.3": 1}
-    assert f"no token of the batches reached 1 matrices of experts (of {STACK}.3)" in caplog.text
+    assert f"the batches have no tokens for 1 expert matrices (of {STACK}.3)" in caplog.text
     whole = loaded(tmp_path, "mixtral")
     whole.float_model.model.layers[1].mlp.experts.register_forward_pre_hook(
         lambda _m, args: (args[0], args[1].clamp_max(2), args[2])

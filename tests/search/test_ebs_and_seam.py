@@ -164,7 +164,7 @@ def test_without_its_classifier_in_the_graph_seam_is_refused(proxy, net, train):
 def test_a_searched_head_is_kept_with_a_share_and_refused_with_a_loader(net, train):
     mpq = HubMPQ.from_module(net, X, fixed={"13": None})
     assert "13" in mpq.train_scores(train, strategy="seam", strategy_options={"proxy": 0.5}, steps=1).pairs
-    with pytest.raises(InvalidArgument, match="'13' cannot be searched"):
+    with pytest.raises(InvalidArgument, match="'13' must have fixed bit-widths"):
         mpq.train_scores(train, strategy="seam", strategy_options={"proxy": others()}, steps=1)
 
 

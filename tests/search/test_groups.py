@@ -163,7 +163,7 @@ def test_scores_of_widths_serve_one_group_size_and_cannot_tell_two():
     assert candidates_of(table) == one
     assert equal_scores(mpq.graph, one)[names[0]].keys() == table[names[0]].keys()
     two = resolve_candidates(mpq.graph, Candidates((2, 3), (32,)), [16, 32])
-    with pytest.raises(InvalidArgument, match="can't choose among them"):
+    with pytest.raises(InvalidArgument, match="cannot choose among the group sizes"):
         score_table(scores, mpq.graph, two)
     with pytest.raises(InvalidArgument, match="several group sizes"):
         mpq.train_scores(BATCHES, strategy="gradient", candidates=Candidates((2, 3), (32,), (16, 32)))
@@ -205,8 +205,8 @@ def test_levels_in_words():
         ({"group_size": "128", "train": BATCHES}, "a group size must be"),
         ({"group_size": 128.0, "train": BATCHES}, "not 128.0"),
         ({"rounding": "gptq", "per_channel": False, "train": BATCHES}, "a scale for each output channel"),
-        ({"group_size": [None, 16], "strategy": "limpq", "train": BATCHES}, "can't choose among them"),
-        ({"group_size": [None, 16], "epochs": 1, "train": BATCHES}, "can't choose among them"),
+        ({"group_size": [None, 16], "strategy": "limpq", "train": BATCHES}, "cannot choose among the group sizes"),
+        ({"group_size": [None, 16], "epochs": 1, "train": BATCHES}, "cannot choose among the group sizes"),
     ],
 )
 def test_what_cannot_be_costs_no_work(more, words, monkeypatch):

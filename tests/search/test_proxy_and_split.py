@@ -198,7 +198,7 @@ def test_labels_that_are_no_class_are_refused(label):
     for data in ([(torch.zeros(2), label)] * 8, [{"x": torch.zeros(2), "labels": label}] * 8):
         with pytest.raises(InvalidArgument, match=r"label"):
             class_loader(DataLoader(data, batch_size=4), 0.5, None, 4, 0)
-    with pytest.raises(InvalidArgument, match="no labels"):
+    with pytest.raises(InvalidArgument, match="needs labelled data"):
         class_loader(DataLoader(torch.zeros(8, 3, 4, 4), batch_size=4), 0.5, None, 4, 0)
 
 

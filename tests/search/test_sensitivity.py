@@ -224,7 +224,7 @@ def test_batches_without_an_item_are_refused():
             return torch.zeros(batch.shape[:2], dtype=torch.bool)
 
     net, _, x = linear(positions=3)
-    with pytest.raises(InvalidArgument, match="no item"):
+    with pytest.raises(InvalidArgument, match="must keep at least one item"):
         found(net, x[:64], Masked())
 
 

@@ -314,7 +314,7 @@ def test_unknown_names_options_and_data_are_refused(net, train):
     mpq = HubMPQ.from_module(net, X)
     for strategy, options, match in (
         ("best", {}, "unknown strategy"),
-        ("no_such_module:x", {}, "cannot be imported"),
+        ("no_such_module:x", {}, "cannot import the source"),
         ("dq", {"speed": 1}, "options of strategy 'dq'"),
         ("ebs", {"update": "third"}, "update"),
         ("seam", {"per_class": 2}, "at least 4"),

@@ -88,14 +88,14 @@ def test_without_val_it_measures_on_training_batches_that_nothing_was_scored_on(
     scored = set(seen)
     mpq.quantize(bitops="W4A4", train=train, epochs=0)
     found = mpq.result.validation
-    assert found.data == "training batches that no score was read from"
+    assert found.data == "training batches not used for the scores"
     assert (found.choosing, found.reporting) == (16, 16), "24 batches less the 16 that calibrate"
     assert max(scored) < 64
 
 
 def test_few_training_batches_validate_nothing(mpq, train):
     mpq.quantize(bitops="W4A4", train=train, **UNTRAINED)
-    assert "not validated: there are no training batches that no score was read from" in mpq.report()
+    assert "not validated: all training batches were used for the scores" in mpq.report()
     assert mpq.policy == mpq.result.optimum
 
 
@@ -106,7 +106,7 @@ def test_validation_can_be_off_or_on_batches_of_its_own(mpq, train, val, data):
     images = [data.tensors[0][:40], data.tensors[0][40:]]
     mpq.quantize(bitops="W4A4", train=train, validate=images, **UNTRAINED)
     assert (mpq.result.validation.data, mpq.result.validation.choosing) == ("the batches given", 48)
-    with pytest.raises(InvalidArgument, match="validate holds no batch"):
+    with pytest.raises(InvalidArgument, match="validate must hold at least one batch"):
         mpq.quantize(bitops="W4A4", train=train, validate=[], **UNTRAINED)
     for seconds in (0, -1.0):
         with pytest.raises(InvalidArgument, match="validate_seconds"):
@@ -116,7 +116,7 @@ def test_validation_can_be_off_or_on_batches_of_its_own(mpq, train, val, data):
 def test_without_data_it_says_that_nothing_was_measured(mpq):
     with pytest.warns(UserWarning, match="no data"):
         mpq.quantize(bitops="W4A4")
-    assert str(mpq.result.validation) == "not validated: there are no data"
+    assert str(mpq.result.validation) == "not validated: no data to measure on; give train=, val= or validate="
 
 
 def test_search_and_pareto_measure_when_told(mpq, train, val):
@@ -159,11 +159,11 @@ def test_a_policy_of_uniform_widths_reports_no_rival(mpq, train, val):
 @pytest.mark.parametrize(
     ("validate", "message"),
     [
-        (True, "takes batches"),
-        ("images", "takes batches"),
-        ([], "holds no batch"),
-        ([X[:1]], "nothing to measure on"),
-        ([X[:1], X[1:]], "two at least"),
+        (True, "must be batches"),
+        ("images", "must be batches"),
+        ([], "must hold at least one batch"),
+        ([X[:1]], "must hold more than one sample"),
+        ([X[:1], X[1:]], "at least two samples"),
     ],
 )
 @pytest.mark.parametrize("call", ["search", "pareto"])
@@ -177,7 +177,7 @@ def test_what_cannot_be_measured_on_is_named(mpq, train, call, validate, message
 def test_few_samples_one_a_batch_validate_nothing(mpq, train, data):
     mpq.train_indicators(train, steps=0)
     found = mpq.search(bitops="W4A4", validate=list(data.tensors[0][:3].split(1)))
-    assert found.validation.verdict == "only 2 samples are held out, of 16 at least"
+    assert found.validation.verdict == "only 2 samples are held out, and at least 16 are needed"
 
 
 def test_the_solver_takes_nothing_of_the_time_to_measure(mpq, train, val, monkeypatch):
@@ -209,7 +209,7 @@ def test_of_a_front_each_point_tells_its_own_seconds(mpq, train, val):
 
 
 def test_one_sample_is_an_error_of_validate_and_none_of_val(mpq, train, data):
-    with pytest.raises(InvalidArgument, match="two at least"):
+    with pytest.raises(InvalidArgument, match="at least two samples"):
         mpq.quantize(bitops="W4A4", train=train, validate=[X[:1]], **UNTRAINED)
     mpq.quantize(bitops="W4A4", train=train, val=[X[:1]], **UNTRAINED)
     assert not mpq.result.validation.done

@@ -48,7 +48,7 @@ def test_weight_only_searches_weights_and_leaves_all_inputs_float(made):
     assert {b.activation for b in again.search(size="W3").policy.bits.values()} == {32}
     again.train_scores([x], strategy="mse", candidates=[2, 3, 4])
     assert {b.activation for b in again.search(weight_bits=3).policy.bits.values()} == {32}
-    with pytest.raises(InvalidArgument, match="limpq or a scorer"):
+    with pytest.raises(InvalidArgument, match="for weights alone use limpq"):
         again.train_scores([x], strategy="dq")
 
 

@@ -63,7 +63,7 @@ def test_it_is_let_go_when_training_fails(net, train):
 def test_bad_settings(net):
     with pytest.raises(InvalidArgument, match="2 to 8"):
         CyclicPrecision(copy.deepcopy(net), 1)
-    with pytest.raises(InvalidArgument, match=r"2 to 8 bits, not 2\.5"):
+    with pytest.raises(InvalidArgument, match=r"cyclic_bits must be an integer from 2 to 8, got 2\.5"):
         CyclicPrecision(copy.deepcopy(net), 2.5)
     for cycles in (0, -1, 1.5, True):
         with pytest.raises(InvalidArgument, match=f"cycles must be an integer of at least 1, got {cycles}"):
@@ -75,7 +75,7 @@ def test_bad_settings(net):
     [
         ({"cycles": 0}, "cycles must be an integer of at least 1, got 0"),
         ({"cyclic_bits": 2.5}, r"cyclic_bits must be an integer or None, got 2\.5"),
-        ({"gradient_quantizer": "nonsense"}, "a gradient quantizer is one of .*, not 'nonsense'"),
+        ({"gradient_quantizer": "nonsense"}, "gradient_quantizer must be one of .*, got 'nonsense'"),
     ],
 )
 def test_fine_tuning_refuses_them_alone(options, match, net, train):

@@ -116,7 +116,7 @@ def test_gradient_checkpointing_computes_blocks_again_and_the_same_gradients(mak
 
 
 def test_a_model_without_gradient_checkpointing_is_told(net, train):
-    with pytest.raises(InvalidArgument, match="no gradient checkpointing"):
+    with pytest.raises(InvalidArgument, match="does not support gradient checkpointing"):
         fit(net, Finetune(**MOVES), train, steps=1, engine=Engine(gradient_checkpointing=True))
 
     def refuse(enable):
@@ -124,7 +124,7 @@ def test_a_model_without_gradient_checkpointing_is_told(net, train):
 
     model, batch = timm.create_model("test_resnet"), (torch.zeros(2, 3, 32, 32), torch.zeros(2).long())
     model.set_grad_checkpointing = refuse
-    with pytest.raises(InvalidArgument, match="no gradient checkpointing"):
+    with pytest.raises(InvalidArgument, match="does not support gradient checkpointing"):
         fit(model, Finetune(**MOVES), [batch], steps=1, engine=Engine(gradient_checkpointing=True))
 
 
@@ -147,7 +147,7 @@ def test_compile_is_asked_for_while_training_only(net, train, monkeypatch):
     assert not any(m.compiled for m in model.modules() if isinstance(m, LSQ))
     assert trained(net, list(train), Engine())[0].compiled == {False}
     monkeypatch.setattr(lsq, "compiler_works", lambda kind: False)
-    with pytest.raises(HubMPQError, match="no kernel"):
+    with pytest.raises(HubMPQError, match="cannot build kernels"):
         trained(net, list(train), Engine(compile=True))
 
 
@@ -166,7 +166,7 @@ def test_synchronized_norms_keep_their_class_banks_and_activation():
 
 
 def test_trackers_that_are_not_there_are_told(net, train):
-    with pytest.raises(HubMPQError, match="no tracker 'nothing': jsonl"):
+    with pytest.raises(HubMPQError, match="unknown tracker 'nothing'; choose jsonl"):
         fit(net, Finetune(**MOVES), train, steps=1, engine=Engine(log_with="nothing"))
 
 
@@ -236,8 +236,8 @@ def test_half_precision_that_needs_a_scaled_loss_is_refused():
 
 
 def test_fsdp_that_would_not_be_active_is_an_error(net, train, monkeypatch):
-    with pytest.raises(HubMPQError, match="one process"):
+    with pytest.raises(HubMPQError, match="fsdp needs several processes, got 1"):
         HubMPQ.from_module(net, X).train_indicators(train, steps=1, engine=Engine(fsdp=True))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(HubMPQError, match="not active"):
+    with pytest.raises(HubMPQError, match="plug-in is not supported"):
         make_accelerator()

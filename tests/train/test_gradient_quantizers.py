@@ -104,5 +104,5 @@ def test_fine_tuning_with_quantized_gradients_learns(kind, net, train, val):
 
 
 def test_bad_kind(net):
-    with pytest.raises(InvalidArgument, match="gradient quantizer"):
+    with pytest.raises(InvalidArgument, match="gradient_quantizer must be one of"):
         GradientQuantization(net, 4, "best")

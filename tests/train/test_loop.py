@@ -246,7 +246,7 @@ def test_folders_of_others_beside_the_states_stay(tmp_path):
     assert store.last is None
     store.save(3)
     store.save(4)
-    with pytest.raises(HubMPQError, match="step-00000006 is not of hub-mpq"):
+    with pytest.raises(HubMPQError, match="step-00000006 was not written by hub-mpq"):
         store.save(6)
     assert store.last.name == "step-00000004"
     assert len(list(tmp_path.glob("*/mine"))) == 3

@@ -187,7 +187,7 @@ def test_convolutions_and_heads_are_rounded_too(make_net):
 
 
 def test_what_cannot_be_is_said(mpq):
-    with pytest.raises(InvalidArgument, match="'gptq' or 'nearest', not 'awq'"):
+    with pytest.raises(InvalidArgument, match="'gptq' or 'nearest', got 'awq'"):
         mpq.apply_policy("W4", BATCHES, rounding="awq")
     with pytest.raises(InvalidArgument, match="empty"):
         round_weights(mpq.float_model, mpq.graph, choices(mpq, "W3A32"), [])
