@@ -38,9 +38,9 @@ def cells(**given):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (cells(emb__weight_owner="nowhere"), "its weight_owner 'nowhere' has no weight of its own"),
-        (cells(emb__weight_owner="emb"), "its weight_owner 'emb' has no weight of its own"),
-        (cells(emb__weight_owner="stem", stem__weight_owner="emb"), "has no weight of its own"),
+        (cells(emb__weight_owner="nowhere"), "weight_owner 'nowhere' must be a layer with its own weight"),
+        (cells(emb__weight_owner="emb"), "weight_owner 'emb' must be a layer with its own weight"),
+        (cells(emb__weight_owner="stem", stem__weight_owner="emb"), "must be a layer with its own weight"),
         (cells(emb__weight_owner="stem"), "'emb' can't share the weight of 'stem'"),
     ],
 )
@@ -141,7 +141,7 @@ def test_depth_is_bounded_however_deep_the_reader_is_called(open_, close):
 
     at(MAX_DEPTH)
     for depth in (MAX_DEPTH + 1, 500, 990, 10**5):
-        with pytest.raises(InvalidArgument, match="it is no valid JSON: nested more than"):
+        with pytest.raises(InvalidArgument, match="it is not valid JSON: nested more than"):
             at(depth)
 
 

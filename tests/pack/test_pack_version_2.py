@@ -112,7 +112,7 @@ def test_parts_that_do_not_belong_together_are_refused(change, words):
 
 def test_zero_points_must_fit_their_width():
     value = torch.zeros(2, 16, dtype=torch.int64)
-    with pytest.raises(InvalidArgument, match="do not fit 3 bits"):
+    with pytest.raises(InvalidArgument, match="do not fit into 3 bits"):
         pack_weight(value, torch.ones(2, 2, dtype=torch.float16), "linear", 3, torch.tensor([[0, 4], [0, 0]]), 8)
 
 
@@ -155,7 +155,7 @@ def test_a_count_that_is_not_that_of_the_shape_is_refused(file):
     first, *rest = manifest.graph.layers
     graph = replace(manifest.graph, layers=(replace(first, weight_count=2**60), *rest))
     write_packed(path, tensors, replace(manifest, graph=graph))
-    with pytest.raises(PackedFormat, match="weight_count disagrees"):
+    with pytest.raises(PackedFormat, match="weight_count does not match"):
         read_packed(path)
 
 
