@@ -72,7 +72,7 @@ class MetLatency:
         >>> scores = {layer.name: {LayerBits(8, 8): 0.0} for layer in mpq.graph.searched}
         >>> met = meet_latency(
         ...     lambda budget: search_policy(mpq.graph, scores, budget, base_bytes=0),
-        ...     Budget(latency="5ms", latency_table=mpq.measure_latency("torch")),
+        ...     Budget(latency="1s", latency_table=mpq.measure_latency("torch")),
         ...     lambda policy: Timing(seconds=0.0049, spread=0.0001, counts=51),
         ... )
         >>> met.timing.seconds

@@ -134,7 +134,11 @@ def changed(path, old, new):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        (b'format_version":"2', b'format_version":"1', "version 1 has no groups"),
+        (
+            b'format_version":"2',
+            b'format_version":"1',
+            "groups and zero points require format version 2, got a file of version 1",
+        ),
         (b'format_version":"2', b'format_version":"3', "reads versions 1 to 2"),
         (b"W6g16A32", b"W6g24A32", "weight_scale"),
         (b"W5g8zA32", b"W5g88A32", "weight_scale"),

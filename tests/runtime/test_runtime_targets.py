@@ -196,7 +196,7 @@ def test_a_head_and_the_embedding_that_share_a_weight_stay_of_one_width(tmp_path
     mpq.target.check(mpq.graph, mpq.policy)
     head, table = (mpq.policy.bits[n] for n in ("cls.predictions.decoder", "bert.embeddings.word_embeddings"))
     assert head.weight == table.weight
-    assert "3 layers whose input is float" in mpq.report()
+    assert "3 layers with float inputs" in mpq.report()
 
 
 def test_notes_tell_what_this_cpu_could_do(target, saturates, net, monkeypatch):

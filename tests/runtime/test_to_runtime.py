@@ -113,8 +113,8 @@ def test_the_card_holds_what_was_certified(folder, tmp_path):
 
 
 BOUNDS = [
-    (LayerCheck(error=2e-5, wrong=1), {}, "layer 'a' computes 1 values wrongly"),
-    (LayerCheck(flips=11, codes=10_000), {}, "layer 'a': 1.1e-03 of its codes are one step off"),
+    (LayerCheck(error=2e-5, wrong=1), {}, "layer 'a' has 1 wrong values"),
+    (LayerCheck(flips=11, codes=10_000), {}, "layer 'a' has 1.1e-03 of its codes off by one step"),
     (LayerCheck(flips=10, codes=10_000), {}, None),
     (LayerCheck(flips=1, codes=10), {}, None),
     (LayerCheck(), {"reference": {"top1": 60.0, "samples": 2000}, "runtime": {"top1": 60.2}}, "top1 is 60.2"),
@@ -135,7 +135,7 @@ def test_the_bounds_of_a_certificate(check, metrics, reason):
 
 
 def test_a_layer_that_was_not_seen_is_not_certified():
-    assert "layer 'b' was not seen" in certificate(RuntimeLayers("mine", ("a", "b")), {"a": LayerCheck()}).reasons[0]
+    assert "layer 'b' did not run" in certificate(RuntimeLayers("mine", ("a", "b")), {"a": LayerCheck()}).reasons[0]
 
 
 class Mine(Runtime):
