@@ -101,5 +101,5 @@ def test_workers_outlive_ctrl_c(folder):
 
 
 def test_shapes_that_are_no_images():
-    with pytest.raises(InvalidArgument, match="not images"):
+    with pytest.raises(InvalidArgument, match="expected images"):
         data_config({}, (128,))

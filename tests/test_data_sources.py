@@ -55,7 +55,7 @@ def test_a_tar_file_is_its_folder(folder, tmp_path):
     training = image_loader(tmp_path / "images.tar", CONFIG, train=True, batch_size=5, seed=1)
     first, again = everything(training), everything(training)
     assert torch.equal(first[0], again[0])
-    with pytest.raises(InvalidArgument, match="3 class folders and the model 5"):
+    with pytest.raises(InvalidArgument, match="3 class folders, but the model has 5"):
         image_loader(tmp_path / "images.tar", CONFIG, train=False, classes=5)
 
 
@@ -71,7 +71,7 @@ def test_a_tar_file_with_a_class_map(folder, tmp_path):
 
 def test_a_damaged_tar_file_is_named(tmp_path):
     (tmp_path / "images.tar").write_bytes(b"no tar file")
-    with pytest.raises(InvalidArgument, match=r"images\.tar cannot be read"):
+    with pytest.raises(InvalidArgument, match=r"cannot read .*images\.tar"):
         image_loader(tmp_path / "images.tar", CONFIG, train=False)
 
 
@@ -96,15 +96,17 @@ def test_corrupt_images_are_skipped_and_counted_once(folder, workers):
 def test_one_too_many_ends_it_with_a_name(folder, workers):
     spoil(folder, "1/0.png", "1/1.png", "10/7.png")
     loader = image_loader(folder, CONFIG, train=False, batch_size=4, workers=workers, max_corrupt=0.1)
-    with pytest.raises(HubMPQError, match=r"10/7\.png is no image .* 3 of 24 cannot, 2 may"):
+    with pytest.raises(
+        HubMPQError, match=r"10/7\.png cannot be read as an image .* 3 of 24 images are unreadable, 2 allowed"
+    ):
         everything(loader)
-    with pytest.raises(HubMPQError, match=r"1/0\.png is no image"):
+    with pytest.raises(HubMPQError, match=r"1/0\.png cannot be read as an image"):
         everything(image_loader(folder, CONFIG, train=False, batch_size=4, workers=workers))
 
 
 def test_a_batch_without_any_image_is_told(folder):
     spoil(folder, "1/0.png", "1/1.png")
-    with pytest.raises(HubMPQError, match="none of the 2 images"):
+    with pytest.raises(HubMPQError, match="cannot read any of the 2 images"):
         everything(image_loader(folder, CONFIG, train=False, batch_size=2, max_corrupt=0.5))
 
 
@@ -129,7 +131,7 @@ def test_the_command_line_says_how_many_were_skipped(folder, tmp_path):
     assert "warning: 1 of 24 images could not be read and were skipped" in done.stderr
     refused = CliRunner().invoke(app, [*args, "--output", str(tmp_path / "b")])  # 1 % of 24 is none
     assert refused.exit_code == 2
-    assert "0.png is no image" in refused.stderr
+    assert "0.png cannot be read as an image" in refused.stderr
 
 
 def test_a_data_set_of_the_hub_library(folder):

@@ -159,22 +159,22 @@ def test_rows_of_data_sets_are_joined_by_blank_lines(tmp_path, monkeypatch):
     for data in (tmp_path / "rows", tmp_path / "rows" / "train.parquet", tmp_path / "rows.jsonl"):
         assert read_text(data) == "w1 w2\n\nw3"
     assert read_text(f"hfds/{tmp_path / 'rows'}:train[2:]") == "w3"
-    with pytest.raises(InvalidArgument, match="rows:test cannot be read"):
+    with pytest.raises(InvalidArgument, match=r"cannot read .*rows:test"):
         read_text(f"hfds/{tmp_path / 'rows'}:test")
     rows.remove_columns("text").to_parquet(tmp_path / "title.parquet")
     assert read_text(tmp_path / "title.parquet") == "a\n\nb\n\nc"
     rows.rename_column("text", "body").to_parquet(tmp_path / "two.parquet")
-    with pytest.raises(InvalidArgument, match="no column 'text'; its columns are body, title, n"):
+    with pytest.raises(InvalidArgument, match=r"column 'text' not found .*; its columns are body, title, n"):
         read_text(tmp_path / "two.parquet")
 
 
 def test_what_is_no_text_is_named(tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
-    for name, said in (("empty.txt", "holds no text"), ("binary.txt", "cannot be read as text"), ("none", "cannot")):
+    for name, said in (("empty.txt", "contains no text"), ("binary.txt", "binary.txt as text"), ("none", "cannot")):
         with pytest.raises(InvalidArgument, match=said):
             read_text(tmp_path / name)
-    with pytest.raises(InvalidArgument, match="there is no such file"):
+    with pytest.raises(InvalidArgument, match="file not found"):
         read_text(tmp_path / "none.parquet")
 
 
@@ -188,14 +188,14 @@ def test_a_model_without_a_tokenizer_says_so(kind, tmp_path):
         transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
     mpq = HubMPQ.from_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text(words(100))
-    with pytest.raises(HubMPQError, match="the model has no tokenizer"):
+    with pytest.raises(HubMPQError, match="tokenizer not found"):
         mpq.perplexity(tmp_path / "text.txt")
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     mpq = HubMPQ.from_pretrained(save_decoder(tmp_path / "model", vocab_size=20))
     (tmp_path / "text.txt").write_text(words(100))
-    with pytest.raises(HubMPQError, match="and the model 20 embeddings"):
+    with pytest.raises(HubMPQError, match="but the model has only 20 embeddings"):
         mpq.perplexity(tmp_path / "text.txt")
 
 
@@ -217,7 +217,7 @@ def test_perplexity_of_other_tasks_text_is_refused(tmp_path):
     transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
     mpq = HubMPQ.from_pretrained(save_tokenizer(tmp_path / "bert"))
     (tmp_path / "text.txt").write_text(words(100))
-    with pytest.raises(InvalidArgument, match="BertForMaskedLM is no causal language model"):
+    with pytest.raises(InvalidArgument, match="require a causal language model, got BertForMaskedLM"):
         mpq.perplexity(tmp_path / "text.txt")
 
 

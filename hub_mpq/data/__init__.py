@@ -1,4 +1,4 @@
-"""Images as batches, in the shape and colours a model wants, and text as token ids."""
+"""Data loaders: batches of images, preprocessed as the model expects, and batches of token ids."""
 
 from .config import data_config
 from .folders import list_images, read_class_map

@@ -1,4 +1,4 @@
-"""What a model wants its images to be."""
+"""How a model expects its images to be preprocessed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,29 @@ from ..errors import InvalidArgument
 
 
 def data_config(preprocess: Mapping[str, Any], input_shape: Sequence[int]) -> dict[str, Any]:
-    """{input_size, mean, std, interpolation, crop_pct} from timm's data config, or from nothing but a shape."""
+    """Complete a timm data configuration, or derive one from the input shape alone.
+
+    Args:
+        preprocess: timm's data configuration, possibly incomplete or empty. Defaults: mean and std 0.5, bilinear
+            interpolation, `crop_pct` 1.0.
+        input_shape: Shape of one input, `(C, H, W)`.
+
+    Returns:
+        A dictionary with `input_size`, `mean`, `std` (one value per channel), `interpolation` and `crop_pct`. Where
+        the number of channels differs from that of `preprocess`, each channel gets the mean of its values.
+
+    Raises:
+        InvalidArgument: The shape is not that of an image.
+
+    Example:
+        >>> from hub_mpq.data import data_config
+        >>> data_config({"mean": (0.4,), "std": (0.2,)}, (1, 28, 28))
+        {'input_size': (1, 28, 28), 'mean': (0.4,), 'std': (0.2,), 'interpolation': 'bilinear', 'crop_pct': 1.0}
+    """
     if len(input_shape) != 3:
         raise InvalidArgument(
-            f"the model takes inputs of shape {'×'.join(map(str, input_shape))}, not images; "
-            "use hub_mpq from Python with a loader of your own"
+            f"expected images of shape C×H×W, but the model takes inputs of shape {'×'.join(map(str, input_shape))}; "
+            "use hub_mpq from Python with your own DataLoader"
         )
     channels = int(input_shape[0])
 

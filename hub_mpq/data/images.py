@@ -1,4 +1,4 @@
-"""Images of any source as tensors; those that cannot be read are skipped and counted."""
+"""Images of any source as tensors; unreadable ones are skipped and counted."""
 
 from __future__ import annotations
 
@@ -15,13 +15,26 @@ from ..errors import HubMPQError
 
 
 class Images(Dataset[Any]):
-    """(tensor, label) each, or the tensor alone when there are no labels; None for an image that cannot be read.
+    """A data set of images as tensors.
 
-    source[i] is (path or open file, label or None). Asked for (epoch, index) it augments, with a generator of its own
-    for each seed, epoch and index: the result does not depend on the workers, nor on where an interrupted run went on.
+    An item is `(tensor, label)`, or the tensor alone if there are no labels, or None if the image cannot be read.
+    Indexed with `(epoch, index)`, the image is augmented by a generator seeded with seed, epoch and index, so the
+    result depends neither on the workers nor on where an interrupted run was resumed.
 
-    max_corrupt: the part of the images that may be unreadable; one more raises HubMPQError, which names it. `corrupt`
-    counts them, each once, whichever worker met it.
+    Args:
+        source: Sequence of `(path or open file, label or None)`.
+        config: Preprocessing, as returned by `data_config`.
+        seed: Seed of the augmentation.
+        max_corrupt: Fraction of the images that may be unreadable; one more raises `HubMPQError`, which names it.
+
+    Example:
+        >>> from PIL import Image
+        >>> from hub_mpq.data import Images, data_config
+        >>> Image.new("RGB", (40, 40)).save("black.png")
+        >>> images = Images([("black.png", 7)], data_config({}, (3, 32, 32)))
+        >>> pixels, label = images[0]
+        >>> pixels.shape, label, images.corrupt
+        (torch.Size([3, 32, 32]), 7, 0)
     """
 
     def __init__(
@@ -39,7 +52,7 @@ class Images(Dataset[Any]):
 
     @property
     def corrupt(self) -> int:
-        """How many images could not be read so far, in this process and its workers."""
+        """Number of unreadable images so far, each counted once, in this process and its workers."""
         return int(self._bad.sum())
 
     def __len__(self) -> int:
@@ -65,8 +78,11 @@ class Images(Dataset[Any]):
         return x if label is None else (x, label)
 
     def __getitems__(self, keys: list[Any]) -> list[Any]:
-        """One batch. In training, when none of its images can be read, the first readable one behind them stands in:
-        a last batch of one bad image is no reason to end a run. An evaluation would count that one twice."""
+        """Load one batch.
+
+        In training, if none of its images can be read, the next readable one replaces them, so that a last batch of
+        one bad image does not end the run. In evaluation it would be counted twice.
+        """
         items = [self[key] for key in keys]
         if not isinstance(keys[-1], tuple) or any(item is not None for item in items):
             return items
@@ -80,11 +96,16 @@ class Images(Dataset[Any]):
         self._bad[index] = True
         if self.corrupt > self.max_corrupt:
             name = self.source.name(index) if hasattr(self.source, "name") else self.source[index][0]
-            more = f"; {self.corrupt} of {len(self)} cannot, {self.max_corrupt} may" if self.corrupt > 1 else ""
-            raise HubMPQError(f"{name} is no image that can be read ({error}){more}") from error
+            more = (
+                f"; {self.corrupt} of {len(self)} images are unreadable, {self.max_corrupt} allowed"
+                if self.corrupt > 1
+                else ""
+            )
+            raise HubMPQError(f"{name} cannot be read as an image ({error}){more}") from error
 
     def _augment(self, image: Any, rng: random.Random) -> Any:
-        """A random part (8 to 100 % of the area, sides 3:4 to 4:3), resized; mirrored half of the time (Inception)."""
+        """Inception augmentation: a random crop (8 to 100 % of the area, aspect ratio 3:4 to 4:3), resized, and
+        flipped horizontally half of the time."""
         from PIL import Image, ImageOps
 
         width, height = image.size

@@ -1,4 +1,4 @@
-"""Where images come from: a folder, or what timm's readers read."""
+"""Sources of images: a folder, or one of timm's readers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Folder(Sequence[Any]):
         return self.files[index]
 
     def name(self, index: int) -> str:
-        """What an error calls the image."""
+        """Name of the image in error messages."""
         return str(self.files[index][0])
 
 
@@ -49,30 +49,30 @@ class Reader(Sequence[Any]):
         return file, int(label)
 
     def name(self, index: int) -> str:
-        """What an error calls the image."""
+        """Name of the image in error messages."""
         return f"{self._name}: {self.reader.filename(index)}"
 
 
 def is_stream(data: str | Path) -> bool:
-    """Whether data are read in one go from shards."""
+    """Whether the data are streamed from shards."""
     return str(data).startswith(_STREAMS)
 
 
 def open_source(data: str | Path, class_map: Mapping[str, int] | None) -> Folder | Reader:
-    """The images of a folder, a .tar file or "hfds/NAME[:SPLIT]"; HubMPQError when they cannot be opened."""
+    """Open a folder, a .tar file or "hfds/NAME[:SPLIT]"; raises HubMPQError if that fails."""
     text = str(data)
     if text.startswith("hfds/"):
         name, split = _split(text, "train")
         return Reader(_read(text, name, None, split, class_map), text)
     if text.endswith(".tar") and Path(text).is_file():
-        # no cached index: it would be a pickle beside the file; no open handles: workers would share their position
+        # no cached index, which would be a pickle next to the file; no open handles, whose position workers would share
         plain = {"cache_tarinfo": False, "cache_tarfiles": False}
         return Reader(_read(text, "", text, "train", class_map, **plain), text)
     return Folder(list_images(data, class_map))
 
 
 def _split(text: str, split: str) -> tuple[str, str]:
-    """ "hfds/NAME:SPLIT" → (hfds/NAME, SPLIT)."""
+    """Split "hfds/NAME:SPLIT" into (hfds/NAME, SPLIT)."""
     name, colon, given = text.rpartition(":")
     return (name, given) if colon and "/" in name else (text, split)
 
@@ -83,9 +83,9 @@ def _read(text: str, name: str, root: str | None, split: str, class_map: Any, **
     try:
         return create_reader(name, root, split, class_map=class_map, **more)
     except ImportError as error:
-        raise HubMPQError(f"{text} needs a package: pip install 'hub-mpq[data]' ({error})") from error
-    except Exception as error:  # each reader has errors of its own
-        raise InvalidArgument(f"{text} cannot be read ({type(error).__name__}: {error})") from error
+        raise HubMPQError(f"{text} requires an extra package; pip install 'hub-mpq[data]' ({error})") from error
+    except Exception as error:  # each reader raises its own errors
+        raise InvalidArgument(f"cannot read {text} ({type(error).__name__}: {error})") from error
 
 
 def stream(
@@ -98,19 +98,19 @@ def stream(
     workers: int,
     seed: int,
 ) -> DataLoader[Any]:
-    """timm's own data set and loader of shards, which gives each process and worker its own part.
+    """Create timm's data set and loader of shards, which give each process and worker its own part.
 
-    The order is timm's; a resumed run reads again what it has seen. Unreadable images are skipped by the reader. At
-    least one worker reads, since timm before 1.0.31 takes a stream without workers for empty.
+    The order is timm's; a resumed run reads the same data again. The reader skips unreadable images. There is at least
+    one worker, because timm before 1.0.31 treats a stream without workers as empty.
     """
     from timm.data import create_dataset, create_loader
 
     name, split = _split(text, "train" if train else "validation")
     if name.startswith("tfds/") and find_spec("tensorflow_datasets") is None:
-        raise HubMPQError(f"{text} needs a package: pip install tensorflow-datasets")
+        raise HubMPQError(f"{text} requires an extra package; pip install tensorflow-datasets")
     root = name.partition("/")[2] if name.startswith("wds/") else None
     if root is not None and not (root and Path(root).is_dir()):
-        raise InvalidArgument(f"{text} cannot be read: there is no folder {root!r}")
+        raise InvalidArgument(f"cannot read {text}: folder {root!r} not found")
     try:
         data = create_dataset(
             name,
@@ -123,9 +123,9 @@ def stream(
             input_img_mode="L" if config["input_size"][0] == 1 else "RGB",
         )
     except ImportError as error:
-        raise HubMPQError(f"{text} needs a package: pip install 'hub-mpq[data]' ({error})") from error
+        raise HubMPQError(f"{text} requires an extra package; pip install 'hub-mpq[data]' ({error})") from error
     except Exception as error:
-        raise InvalidArgument(f"{text} cannot be read ({type(error).__name__}: {error})") from error
+        raise InvalidArgument(f"cannot read {text} ({type(error).__name__}: {error})") from error
     plain: dict[str, Any] = {"use_prefetcher": False, "color_jitter": 0.0}  # as Images augments
     loader = create_loader(
         data, batch_size=batch_size, is_training=train, num_workers=max(workers, 1), **plain, **config

@@ -1,4 +1,4 @@
-"""Text as token ids, by the model's own tokenizer, and as chunks of equal length for calibration and training."""
+"""Text as token ids, and as chunks of equal length for calibration and training."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from ..tasks import CausalLM, TaskLike, task_of
 from .order import Shuffled
 
 CHUNK = 512
-"""Tokens of a chunk, unless the model takes fewer."""
+"""Tokens per chunk, unless the model takes fewer."""
 
 _ROWS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-"""{ending of a file of rows: how `datasets` calls it}"""
+"""{suffix of a tabular file: its builder in `datasets`}"""
 
 _NAME = re.compile(r"hfds/(?P<name>[^:]+)(?::(?P<config>[^:\[]+))??(?::(?P<split>[^:\[]+(?:\[.*\])?))?")
 
 
 class Chunks(Dataset[dict[str, Tensor]]):
-    """Successive chunks of a text, each as {"input_ids", "labels"}: a causal language model's labels are its inputs.
+    """Successive chunks of a text as `{"input_ids", "labels"}`, where the labels equal the inputs.
 
     Args:
-        ids: Token ids, [tokens]. What is left behind the last whole chunk is not used.
-        length: Tokens of a chunk.
+        ids: Token ids, [tokens]; a last, incomplete chunk is dropped.
+        length: Tokens per chunk.
 
     Raises:
         InvalidArgument: The text is shorter than one chunk.
@@ -37,7 +37,7 @@ class Chunks(Dataset[dict[str, Tensor]]):
 
     def __init__(self, ids: Tensor, length: int) -> None:
         if length < 2:
-            raise InvalidArgument(f"a chunk of text has at least 2 tokens, not {length}")
+            raise InvalidArgument(f"a chunk of text must have at least 2 tokens, got {length}")
         if len(ids) < length:
             raise InvalidArgument(f"the text has {len(ids)} tokens, fewer than one chunk of {length}")
         self.rows = ids[: len(ids) // length * length].view(-1, length)
@@ -52,14 +52,28 @@ class Chunks(Dataset[dict[str, Tensor]]):
 def text_loader(
     ids: Tensor, *, length: int = CHUNK, train: bool = True, batch_size: int = 1, seed: int = 0
 ) -> DataLoader[dict[str, Tensor]]:
-    """Batches of chunks of a text, which can be read again and again.
+    """Create a DataLoader of chunks of a text.
 
     Args:
-        ids: Token ids, [tokens].
-        length: Tokens of a chunk.
-        train: Chunks in an order drawn from `seed`, a new one each epoch; else in the order of the text.
-        batch_size: Chunks in a batch.
-        seed: Of the order.
+        ids: Token ids, `[tokens]`, such as those of `text_tokens`.
+        length: Tokens per chunk.
+        train: Shuffle the chunks anew each epoch, seeded by `seed`; otherwise keep the order of the text.
+        batch_size: Chunks per batch.
+        seed: Seed of the order.
+
+    Returns:
+        A DataLoader of `{"input_ids", "labels"}`, each `[batch_size, length]`; the labels equal the inputs. A last,
+        incomplete chunk is dropped.
+
+    Raises:
+        InvalidArgument: `length` is below 2, or the text is shorter than one chunk.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.data import text_loader
+        >>> loader = text_loader(torch.arange(10), length=4, train=False)
+        >>> len(loader), loader.dataset[1]["input_ids"]
+        (2, tensor([4, 5, 6, 7]))
     """
     chunks = Chunks(ids, length)
     order = Shuffled(len(chunks), seed) if train else None
@@ -67,45 +81,61 @@ def text_loader(
 
 
 def text_tokens(data: str | Path, source: Source, model: nn.Module, task: TaskLike = None) -> Tensor:
-    """The token ids of a text, [tokens], by the model's own tokenizer and with the special tokens it adds.
+    """Tokenize a text with the model's own tokenizer.
 
     Args:
-        data: As in `read_text`.
-        source: Where the model comes from, which is where its tokenizer is.
-        model: The network.
-        task: What it is for; None: found out.
+        data: A UTF-8 text file; a `.parquet`, `.jsonl`, `.json` or `.csv` file, a folder of such files, or
+            `"hfds/NAME[:CONFIG][:SPLIT]"` (a Hub data set or a local folder), which require `datasets`. The texts are
+            read from the column `text`, or from the only text column.
+        source: Where the model was loaded from, which is where its tokenizer is looked for.
+        model: The network, a causal language model.
+        task: The model's task; None to detect it.
+
+    Returns:
+        Token ids, `[tokens]`, including the special tokens that the tokenizer adds.
 
     Raises:
-        InvalidArgument: The model is no causal language model, or the text is empty.
-        HubMPQError: There is no tokenizer, or it is another model's.
+        InvalidArgument: The model is not a causal language model, or the text is empty or cannot be read.
+        HubMPQError: The tokenizer is missing or does not fit the model, or a package is not installed.
+
+    Example:
+        >>> from hub_mpq import HubMPQ
+        >>> from hub_mpq.data import text_tokens
+        >>> mpq = HubMPQ.from_pretrained("HuggingFaceTB/SmolLM2-135M")  # doctest: +SKIP
+        >>> text_tokens("corpus.txt", mpq.source, mpq.model)  # doctest: +SKIP
     """
     if not isinstance(task_of(task, model), CausalLM):
         raise InvalidArgument(
-            f"{type(model).__name__} is no causal language model; text is read for those alone, and images for models "
-            "that take images: use hub_mpq from Python with a loader of your own"
+            f"text data require a causal language model, got {type(model).__name__}; the command line reads only text "
+            "and images, so use hub_mpq from Python with your own DataLoader"
         )
     tokenizer, name = _tokenizer(source)
     text = read_text(data)
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
-    if not len(ids):  # a class of transformers without its files is a tokenizer that knows no word
-        raise HubMPQError(f"the tokenizer of {name!r} makes no tokens of {data}; are its files there?")
+    if not len(ids):  # without its files, a class of transformers is a tokenizer without a vocabulary
+        raise HubMPQError(f"the tokenizer of {name!r} returned no tokens for {data}; check that its files exist")
     words = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if int(ids.max()) >= words:
-        raise HubMPQError(f"the tokenizer of {name!r} has token {int(ids.max())}, and the model {words} embeddings")
+        raise HubMPQError(
+            f"the tokenizer of {name!r} returned token {int(ids.max())}, but the model has only {words} embeddings"
+        )
     return ids
 
 
 def read_text(data: str | Path) -> str:
-    """The text of a UTF-8 file, or the rows of a data set joined by blank lines.
+    """Read the text of a UTF-8 file, or the rows of a data set joined by blank lines.
 
     Args:
-        data: A text file; a .parquet, .jsonl, .json or .csv file of rows, a folder of such files, or
-            "hfds/NAME[:CONFIG][:SPLIT]", a data set of the Hub or a local folder, which need `datasets`. SPLIT is
-            "train" by default and may be a slice, such as train[:1000]. The rows are in the column "text", or in the
-            only column of text.
+        data: A text file; a .parquet, .jsonl, .json or .csv file, a folder of such files, or
+            "hfds/NAME[:CONFIG][:SPLIT]" (a Hub data set or a local folder), which require `datasets`. SPLIT defaults to
+            "train" and may be a slice, such as train[:1000]. The rows are read from the column "text", or from the only
+            text column.
+
+    Returns:
+        The text.
 
     Raises:
-        InvalidArgument: It is empty or can't be read.
+        InvalidArgument: The text is empty or cannot be read.
         HubMPQError: `datasets` is not installed.
     """
     path, named = Path(data), str(data).startswith("hfds/")
@@ -115,9 +145,9 @@ def read_text(data: str | Path) -> str:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InvalidArgument(f"{data} cannot be read as text: {error}") from error
+            raise InvalidArgument(f"cannot read {data} as text: {error}") from error
     if not text.strip():
-        raise InvalidArgument(f"{data} holds no text")
+        raise InvalidArgument(f"{data} contains no text")
     return text
 
 
@@ -125,12 +155,12 @@ def _rows(data: str, named: bool) -> list[str]:
     try:
         from datasets import Value, load_dataset
     except ImportError as error:
-        raise HubMPQError(f"{data} needs a package: pip install 'hub-mpq[data]' ({error})") from error
+        raise HubMPQError(f"{data} requires an extra package; pip install 'hub-mpq[data]' ({error})") from error
     split = "train"
     if named:
         found = _NAME.fullmatch(data)
         if found is None:
-            raise InvalidArgument(f"{data!r} is not hfds/NAME[:CONFIG][:SPLIT]")
+            raise InvalidArgument(f"expected hfds/NAME[:CONFIG][:SPLIT], got {data!r}")
         split = found["split"] or split
         given: tuple[Any, ...] = (found["name"], found["config"])
         files = None
@@ -139,24 +169,24 @@ def _rows(data: str, named: bool) -> list[str]:
     elif Path(data).is_file():
         given, files = (_ROWS[Path(data).suffix.lower()],), data
     else:
-        raise InvalidArgument(f"{data} cannot be read as text: there is no such file")
+        raise InvalidArgument(f"cannot read {data} as text: file not found")
     try:
         rows = load_dataset(*given, data_files=files, split=split)
-    except Exception as error:  # each builder has errors of its own
-        raise InvalidArgument(f"{data} cannot be read ({type(error).__name__}: {error})") from error
+    except Exception as error:  # each builder raises its own errors
+        raise InvalidArgument(f"cannot read {data} ({type(error).__name__}: {error})") from error
     texts = [name for name, kind in rows.features.items() if isinstance(kind, Value) and "string" in kind.dtype]
     column = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
     if column is None:
-        raise InvalidArgument(f"{data} has no column 'text'; its columns are {', '.join(rows.column_names)}")
+        raise InvalidArgument(f"column 'text' not found in {data}; its columns are {', '.join(rows.column_names)}")
     return [row for row in rows[column] if row]
 
 
 def _tokenizer(source: Source) -> tuple[Any, str]:
-    """(the tokenizer of the folder or id that a model was loaded from, else of its base model; that name)."""
+    """The tokenizer of the folder or id that a model was loaded from, else of its base model; and that name."""
     import transformers
 
     names = dict.fromkeys([str(source.preprocess.get("tokenizer", source.model_id))])
-    # what a packed file names as its base may have been written by others: a Hub id, never a path on this disk
+    # the base model that a packed file names is not trusted: only a Hub id, never a path on this disk
     names |= {} if Path(source.model_id).exists() else {source.model_id: None}
     told = []
     for name in names:
@@ -168,5 +198,5 @@ def _tokenizer(source: Source) -> tuple[Any, str]:
             continue
         if len(found.get_vocab()) > len(found.all_special_tokens):
             return found, name
-        told.append(f"{name!r}: its tokenizer has no files")
-    raise HubMPQError(f"the model has no tokenizer ({'; '.join(told)}); put its files into the model's folder")
+        told.append(f"{name!r}: no tokenizer files")
+    raise HubMPQError(f"tokenizer not found ({'; '.join(told)}); put its files into the model's folder")

@@ -1,4 +1,4 @@
-"""Other programs' formats. The packed file stays the default; these are written from it on demand."""
+"""Export to the formats of other programs, on request; the packed file remains the default."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 
 class Exporter(Protocol):
-    """Writes a quantized model into a folder and returns the bytes of its weights' file; arguments as in `export`."""
+    """Writes a quantized model to a folder and returns the size of its weight file; arguments as in `export`."""
 
     def __call__(
         self,
@@ -43,7 +43,7 @@ class Exporter(Protocol):
 
 
 FORMATS: dict[str, Exporter] = {COMPRESSED_TENSORS: export_compressed, "gguf": export_gguf, "onnx": export_onnx}
-"""{name of a format: what writes it}. A new format is a file in this folder and an entry here."""
+"""{name of a format: its exporter}. To add a format, add a file to this folder and an entry here."""
 
 
 def export(
@@ -54,28 +54,46 @@ def export(
     config: Mapping[str, Any],
     example: Any,
 ) -> int:
-    """Write a quantized model in another format.
+    """Export a quantized model to the format of another program.
+
+    The formats:
+
+    - `"compressed-tensors"`: `model.safetensors` and `config.json` for transformers (with the package
+      `compressed-tensors`) and vLLM. For policies over the Linear and Embedding layers of transformers models, with or
+      without quantized inputs.
+    - `"gguf"`: `model.gguf` for llama.cpp, and `tensor-types.txt` for its llama-quantize. For policies made with
+      `target="gguf"`; requires the extra `gguf`.
+    - `"onnx"`: `model.onnx` with QuantizeLinear and DequantizeLinear nodes; requires the extra `onnx`.
+
+    `HubMPQ.export` calls this with the model's own manifest, configuration and example.
 
     Args:
-        folder: Folder to write; its files of these names are replaced together, others stay.
-        format: "compressed-tensors": model.safetensors and config.json for plain transformers and vLLM, of policies of
-            transformers models over Linear and Embedding layers, inputs included; read with the extra of that name.
-            "gguf": model.gguf for llama.cpp, and tensor-types.txt for its llama-quantize, of policies made for
-            target="gguf"; needs the extra "gguf".
-            "onnx": model.onnx with QuantizeLinear and DequantizeLinear nodes; needs the extra "onnx".
-        model: The network with its quantizers or packed weights.
-        manifest: What its packed file says.
-        config: Content of the library's config.json.
-        example: One sample, a tuple of positional arguments or a mapping of keyword arguments.
+        folder: Folder to write to; existing files of the same names are replaced together, others stay.
+        format: Name of the format.
+        model: The network, with quantizers or packed weights.
+        manifest: The manifest of its packed file.
+        config: Content of the library's `config.json`.
+        example: One sample: a tuple of positional arguments or a mapping of keyword arguments.
 
     Returns:
-        Bytes of the file that holds the weights.
+        Size of the weight file in bytes.
 
     Raises:
-        InvalidArgument: There is no such format.
-        HubMPQError: The format cannot express the model.
+        InvalidArgument: The format is unknown.
+        HubMPQError: The format cannot represent the model, or a package is not installed.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq import HubMPQ
+        >>> from hub_mpq.export import export
+        >>> from hub_mpq.pack import read_manifest
+        >>> images = torch.zeros(1, 3, 32, 32)
+        >>> mpq = HubMPQ.from_pretrained("test_resnet", pretrained=False, input_size=(3, 32, 32))
+        >>> _ = mpq.apply_policy("W4A4", [images]).save_pretrained("packed")
+        >>> manifest = read_manifest("packed/model.mpq.safetensors")
+        >>> export("onnx", "onnx", mpq.model, manifest, {}, (images,))  # doctest: +SKIP
     """
     if format not in FORMATS:
-        raise InvalidArgument(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
+        raise InvalidArgument(f"unknown format {format!r}; choose from {', '.join(FORMATS)}")
     with atomic_folder(folder) as work:
         return FORMATS[format](work, model, manifest, config, example)

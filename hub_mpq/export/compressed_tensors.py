@@ -1,4 +1,4 @@
-"""A policy of linear layers in the format of compressed-tensors, for plain transformers with that package, and vLLM."""
+"""Export to the format of compressed-tensors, for transformers with that package and for vLLM."""
 
 from __future__ import annotations
 
@@ -31,7 +31,22 @@ _PACKED, _INT8, _DENSE = "pack-quantized", "int-quantized", "dense"
 
 
 def exportable(manifest: Manifest) -> bool:
-    """Whether this format can say the policy."""
+    """Whether the format compressed-tensors can represent a policy.
+
+    Args:
+        manifest: The manifest of the packed model.
+
+    Returns:
+        True if `check_exportable` raises no error.
+
+    Example:
+        >>> from hub_mpq import HubMPQ, Policy
+        >>> from hub_mpq.export import exportable
+        >>> from hub_mpq.pack import Manifest
+        >>> graph = HubMPQ.from_pretrained("test_resnet", pretrained=False).graph
+        >>> exportable(Manifest("test_resnet", None, "timm", graph, Policy.uniform(graph, "W4A4")))
+        False
+    """
     try:
         check_exportable(manifest)
     except HubMPQError:
@@ -40,24 +55,40 @@ def exportable(manifest: Manifest) -> bool:
 
 
 def check_exportable(manifest: Manifest) -> None:
-    """Raise HubMPQError, naming layers and the way out, for a policy that this format can't say."""
+    """Check that the format compressed-tensors can represent a policy.
+
+    Args:
+        manifest: The manifest of the packed model.
+
+    Raises:
+        HubMPQError: It cannot; the message names the layers and an alternative.
+
+    Example:
+        >>> from hub_mpq import HubMPQ, Policy
+        >>> from hub_mpq.export import check_exportable
+        >>> from hub_mpq.pack import Manifest
+        >>> graph = HubMPQ.from_pretrained("test_resnet", pretrained=False).graph
+        >>> check_exportable(Manifest("test_resnet", None, "timm", graph, Policy.uniform(graph, "W4A4")))
+        Traceback (most recent call last):
+        ...
+        hub_mpq.errors.HubMPQError: compressed-tensors ... transformers models, ...
+    """
     graph, bits = manifest.graph, manifest.policy.bits
     if COMPRESSED_TENSORS not in libraries.get(manifest.library).formats:
         readers = " and ".join(library.name for library in libraries if COMPRESSED_TENSORS in library.formats)
-        raise HubMPQError(f"{COMPRESSED_TENSORS} is a format of {readers} models; this one is of {manifest.library}")
+        raise HubMPQError(f"{COMPRESSED_TENSORS} requires {readers} models, got a model of {manifest.library}")
     other = [x.name for x in graph if x.kind not in _KINDS and bits[x.name].weight != FLOAT_BITS]
     if other:
         kinds = ", ".join(sorted({graph[name].kind for name in other}))
         raise HubMPQError(
-            f"{COMPRESSED_TENSORS} packs Linear and Embedding layers; {len(other)} layers are {kinds} "
+            f"{COMPRESSED_TENSORS} supports only Linear and Embedding layers, but {len(other)} layers are {kinds} "
             f"({_some(other)}); leave them float with exclude=[{other[0]!r}, …], or publish the packed file"
         )
     short = [x.name for x in graph if x.kind == "linear" and x.weight_shape[1] % (bits[x.name].group_size or 1)]
     if short:
         raise HubMPQError(
-            f"{COMPRESSED_TENSORS} has no short last group; groups of {bits[short[0]].group_size} do not fill "
-            f"the {graph[short[0]].weight_shape[1]} columns of {len(short)} layers ({_some(short)}): take a group_size "
-            "that divides them"
+            f"{COMPRESSED_TENSORS} requires a group_size that divides the columns; {bits[short[0]].group_size} does "
+            f"not divide the {graph[short[0]].weight_shape[1]} columns of {len(short)} layers ({_some(short)})"
         )
 
 
@@ -68,29 +99,31 @@ def _some(names: list[str]) -> str:
 def export_compressed(
     folder: str | os.PathLike[str], model: nn.Module, manifest: Manifest, config: Mapping[str, Any], example: Any = None
 ) -> int:
-    """Write config.json and model.safetensors; returns the bytes of the latter.
+    """Write config.json and model.safetensors; returns the size of the latter in bytes.
 
-    One config group per width, group size and symmetry. The words of the packed file serve as they are; 1-bit weights
-    are stored at 2 bits, with a warning, since 1 bit here would mean {−1, 0}. Scales are float32, so that a float32
-    model computes the same to the bit; transformers rounds them to the dtype of another model.
+    There is one config group per bit-width, group size and symmetry. The words of the packed file are used unchanged,
+    except that 1-bit weights are stored at 2 bits, with a warning, because 1 bit would mean {−1, 0} in this format.
+    Scales are float32, so that a float32 model computes bit-identical results; for another dtype, transformers rounds
+    them.
 
-    Inputs have one static scale and zero point for each layer. Their codes are signed here: 0 … 2^b−1 become −2^(b−1) …
-    2^(b−1)−1, and the zero point moves along, so that the grid is the same; where it becomes 0 the scheme is symmetric.
-    compressed-tensors adds it before it rounds, so a value that lies between two codes to the last bit may take the
-    other one. Where vLLM has kernels for the inputs (`in_int8`) weights are int8, `int-quantized`; all else is
-    `pack-quantized`.
+    Inputs have one static scale and zero point per layer. Their codes are signed in this format: 0 … 2^b−1 become
+    −2^(b−1) … 2^(b−1)−1, and the zero point is shifted with them, so that the grid is the same. If it becomes 0, the
+    scheme is symmetric. compressed-tensors adds the zero point before rounding, so an exact tie may round to the other
+    code. If vLLM has kernels for the inputs (`in_int8`), weights are int8, `int-quantized`; otherwise `pack-quantized`.
 
-    Embeddings, and heads tied to them, are written dequantized: transformers 5.23 fails on a packed one (it initialises
-    `embedding.weight`, which is not there). Its `dequantize=True` would load one, but takes the first group's width for
-    all layers, leaves inputs float, and gives wrong weights without a word.
+    Embeddings, and heads tied to them, are written dequantized, because transformers 5.23 fails on packed ones (it
+    initialises `embedding.weight`, which does not exist). Its `dequantize=True` would load them, but uses the first
+    group's bit-width for all layers, leaves inputs float, and silently returns wrong weights.
 
     Zero points of b bits are packed along the rows: [ceil(rows·b/32), groups] words, as compressed-tensors writes and
-    vLLM reads them. compressed-tensors 0.20 itself makes room for [rows, groups] when transformers loads a model and
-    refuses these (0.19 reads them); both read them where zeros fill that shape. So they are written, unless the policy
-    was made for target="vllm".
+    vLLM reads them. When transformers loads a model, compressed-tensors 0.20 itself allocates [rows, groups] and
+    rejects these (0.19 reads them); both read them if padded to that shape with zeros. So they are padded, unless the
+    policy was made for target="vllm".
 
-    Warns where vLLM could not load the policy. Raises HubMPQError as check_exportable, and for a model whose class
-    can't load it.
+    Warns if vLLM cannot load the policy.
+
+    Raises:
+        HubMPQError: As `check_exportable`, or the model's class cannot load the file.
     """
     from safetensors.torch import save
 
@@ -98,12 +131,12 @@ def export_compressed(
     for_vllm = manifest.provenance.get("target") == "vllm"
     if unequal := unequal_inputs(manifest):
         warnings.warn(
-            f"layers that read one input have weights of different widths or groups ({_some(unequal[0])}); "
-            'transformers loads that, vLLM does not: load the float model with target="vllm" for it',
+            f"layers that share an input have weights of different bit-widths or groups ({_some(unequal[0])}), which "
+            'transformers can load but vLLM cannot; for vLLM, load the float model with target="vllm"',
             stacklevel=2,
         )
     if why := unread_inputs(manifest):
-        warnings.warn(f"transformers loads the quantized inputs, vLLM does not: {why}", stacklevel=2)
+        warnings.warn(f"transformers can load the quantized inputs, but vLLM cannot: {why}", stacklevel=2)
     library = libraries.get(manifest.library)
     state = float_copy_state(model, library)
     groups: dict[str, dict[str, Any]] = {}
@@ -111,8 +144,8 @@ def export_compressed(
     shared = {layer.weight_owner for layer in manifest.graph}
     if int8 and len(unlike := _unlike_scales(manifest, tensors)) > 1:
         warnings.warn(
-            f"layers that read one input have scales of their own for it ({_some(unlike)}); transformers takes these, "
-            "vLLM the largest",
+            f"layers that share an input have different scales for it ({_some(unlike)}); transformers uses each, vLLM "
+            "the largest",
             stacklevel=2,
         )
     for layer in manifest.graph:
@@ -136,12 +169,14 @@ def export_compressed(
             groups.setdefault(scheme.pop("name"), {"targets": [], **scheme})["targets"].append(layer.name)
     if not all(g["weights"] is None or g["weights"]["symmetric"] for g in groups.values()):
         told = ("vLLM", f"transformers with {COMPRESSED_TENSORS} 0.20") if for_vllm else ("transformers", "vLLM")
-        warnings.warn(f"zero points are stored as {told[0]} reads them; {told[1]} does not", stacklevel=2)
+        warnings.warn(f"zero points are stored for {told[0]}; {told[1]} cannot read them", stacklevel=2)
     packed_as = {n: (manifest.policy.bits[n].weight, bits.weight) for n, bits in stored.items()}
     if widened := [name for name, (was, now) in packed_as.items() if (was, now) == (1, 2)]:
-        warnings.warn(f"1-bit weights take 2 bits in {COMPRESSED_TENSORS} ({_some(widened)})", stacklevel=2)
+        warnings.warn(f"1-bit weights are stored at 2 bits in {COMPRESSED_TENSORS} ({_some(widened)})", stacklevel=2)
     if widened := [name for name, (was, now) in packed_as.items() if was < now == 8]:
-        warnings.warn(f"weights of layers with 8-bit inputs take 8 bits, for vLLM ({_some(widened)})", stacklevel=2)
+        warnings.warn(
+            f"weights of layers with 8-bit inputs are stored at 8 bits for vLLM ({_some(widened)})", stacklevel=2
+        )
     check_loadable(model, [n for g in groups.values() if g["format"] == _PACKED for n in g["targets"]])
     public = {k: v for k, v in config_of(model, config).items() if k not in ("_name_or_path", "quantization_config")}
     public["quantization_config"] = _quantization(groups)
@@ -154,14 +189,14 @@ def export_compressed(
 
 
 def check_loadable(model: Any, names: Iterable[str]) -> None:
-    """Raise HubMPQError if transformers reads, while it loads the model's class, a weight that is packed.
+    """Raise HubMPQError if transformers reads a packed weight while it loads the model's class.
 
-    It calls `_init_weights` for every module. That of T5's attention reads the weights of the layers inside.
+    It calls `_init_weights` for each module; that of T5's attention, for example, reads the weights of its layers.
     """
     with torch.device("meta"):
         skeleton = type(model)(copy.deepcopy(model.config))
     for module in skeleton.modules():
-        vars(module).pop("_is_hf_initialized", None)  # as it is before weights are loaded
+        vars(module).pop("_is_hf_initialized", None)  # as before weights are loaded
     for name in names:
         del skeleton.get_submodule(name).weight
     try:
@@ -169,15 +204,15 @@ def check_loadable(model: Any, names: Iterable[str]) -> None:
     except AttributeError as error:
         if "has no attribute 'weight'" in str(error):
             raise HubMPQError(
-                f"transformers can't load {type(model).__name__} in {COMPRESSED_TENSORS}: to initialise it, it reads "
-                "weights that are packed; publish the packed file"
+                f"transformers cannot load {type(model).__name__} in {COMPRESSED_TENSORS}, because its initialisation "
+                "reads packed weights; publish the packed file instead"
             ) from error
-    except Exception:  # the meta device's fault: nothing is known
+    except Exception:  # caused by the meta device: inconclusive
         return
 
 
 def _scales(packed: PackedTensor) -> Tensor:
-    """float32 [rows, groups of a row]."""
+    """Scales as float32 [rows, groups of a row]."""
     scale = packed.weight_scale.float().view(-1, packed.weight_scale.shape[-1] if packed.group_size else 1)
     return scale.repeat_interleave(packed.weight_shape[0] // len(scale), 0)
 
@@ -201,13 +236,13 @@ def _packed_parts(packed: PackedTensor, for_vllm: bool) -> dict[str, Tensor]:
 
 
 def _input_parts(layer: str, tensors: Mapping[str, Any], bits: int) -> dict[str, Tensor]:
-    """Scale and zero point of an input, as of signed codes; a zero point of 0 is left out."""
+    """Scale and zero point of an input, for signed codes; a zero point of 0 is omitted."""
     scale = tensors[key(layer, "input_scale")].float().reshape(1)
     zero = int(tensors.get(key(layer, "input_zero_point"), 0)) - 2 ** (bits - 1)
     if not -128 <= zero <= 127:
         raise HubMPQError(
-            f"{COMPRESSED_TENSORS} has zero points of 8 bits, and the range of the input of layer {layer!r} lies far "
-            "from zero; publish the packed file"
+            f"{COMPRESSED_TENSORS} requires zero points of 8 bits, but the input range of layer {layer!r} is too far "
+            "from zero; publish the packed file instead"
         )
     return {"input_scale": scale} | ({"input_zero_point": torch.tensor([zero], dtype=torch.int8)} if zero else {})
 
@@ -218,7 +253,7 @@ def _packed_columns(zeros: Tensor, num_bits: int) -> Tensor:
 
 
 def _unlike_scales(manifest: Manifest, tensors: Mapping[str, Any]) -> list[str]:
-    """Layers that read one input, of the first group of these that quantizes it by several scales."""
+    """The first group of layers that share an input but have several scales for it."""
     groups: dict[str, dict[float, str]] = {}
     for layer in manifest.graph:
         scale = tensors.get(key(layer.name, "input_scale"))
@@ -241,7 +276,7 @@ def _quantization(groups: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _scheme(bits: LayerBits, int8: bool, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A config group without its layers, and its name."""
+    """A config group, with its name but without its layers."""
     asymmetric = "input_zero_point" in inputs
     return {
         "name": f"group_{str(bits).removesuffix(f'A{FLOAT_BITS}')}{'_asymmetric' if asymmetric else ''}",
@@ -253,13 +288,13 @@ def _scheme(bits: LayerBits, int8: bool, inputs: Mapping[str, Tensor]) -> dict[s
 
 
 def scheme_of(bits: LayerBits) -> dict[str, Any]:
-    """The arguments of compressed-tensors' QuantizationArgs for a weight."""
+    """Arguments of compressed-tensors' QuantizationArgs for a weight."""
     group = {"strategy": "channel"} if bits.group_size is None else {"strategy": "group", "group_size": bits.group_size}
     return {"type": "int", "num_bits": bits.weight, "symmetric": bits.symmetric, "dynamic": False, **group}
 
 
 def input_scheme_of(bits: LayerBits, symmetric: bool) -> dict[str, Any] | None:
-    """The same for an input; None where it stays float."""
+    """The same for an input; None if it is float."""
     if bits.activation == FLOAT_BITS:
         return None
     form = {"type": "int", "num_bits": bits.activation, "symmetric": symmetric, "dynamic": False}

@@ -1,4 +1,4 @@
-"""The weights a model without any quantizer would need to compute with the quantized ones."""
+"""Dequantized weights for the float model, which then computes with the quantized values."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ from ..pack.layout import INPUT_PARTS, WEIGHT_PARTS, key
 
 @torch.no_grad()
 def float_copy_state(model: nn.Module, library: Library) -> dict[str, Tensor]:
-    """State dict of the float model with dequantized weights: contiguous CPU tensors, none shares memory.
+    """State dict of the float model with dequantized weights: contiguous CPU tensors that do not share memory.
 
-    Names and dtypes are what the library alone reads from model.safetensors: quantizers are left out, a tied weight
-    stands once where transformers ties it again, and names that the library changes when it loads are written back
-    (else a plain load would find no weight and take random ones). Activations are not quantized.
+    Names and dtypes are those that the library reads from model.safetensors: quantizers are omitted, a tied weight
+    occurs once if transformers ties it again, and names that the library changes on loading are changed back
+    (otherwise a plain load would find no weights and initialise them randomly). Activations are not quantized.
 
     Args:
-        model: The quantized network, with quantizers or with packed weights.
-        library: The library whose files have these names.
+        model: The quantized network, with quantizers or packed weights.
+        library: The library whose naming is used.
+
+    Returns:
+        {name on disk: tensor}.
     """
     state = float_state(model)
     quantized, packed = dict(quantized_layers(model)), dict(packed_layers(model))
@@ -42,14 +45,14 @@ def float_copy_state(model: nn.Module, library: Library) -> dict[str, Tensor]:
 
 
 def float_copy_shapes(model: Any, library: Library) -> dict[str, Tensor]:
-    """The same tensors on the meta device, of a model of transformers, whatever was done to it."""
+    """The same tensors on the meta device, of a transformers model in any state."""
     with torch.device("meta"):
         skeleton = type(model)(copy.deepcopy(model.config))
     return _on_disk(skeleton, skeleton.state_dict(), library)
 
 
 def _on_disk(model: nn.Module, state: dict[str, Tensor], library: Library) -> dict[str, Tensor]:
-    """A float state dict under the names of files, a tied weight once."""
+    """A float state dict with the names on disk, and tied weights once."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     state = {k: v for k, v in state.items() if tied.get(k) not in state}
     return library.names_on_disk(model, names_of_parameters(model, state))

@@ -21,20 +21,22 @@ PRE_TOKENIZERS = {
     json.dumps([_LLAMA3, "ByteLevel"]): "llama-bpe",
     json.dumps([_LLAMA3.replace("{1,3}", ""), "ByteLevel"]): "qwen2",
 }
-"""{how text is split: its name in llama.cpp} of byte-level BPE tokenizers."""
+"""{how text is split: its name in llama.cpp}, for byte-level BPE tokenizers."""
 
 
 def add_tokenizer(writer: GGUFWriter, model: nn.Module) -> None:
-    """Add the tokenizer that lies beside the model, a byte-level BPE; of any other, or where there is none, llama.cpp
-    is told that it takes token numbers, with a warning for the former."""
+    """Add the tokenizer next to the model if it is a known byte-level BPE.
+
+    Otherwise the file takes token ids instead of text; if there is an unsupported tokenizer, with a warning.
+    """
     tokenizer = _tokenizer(model)
     known = _content(tokenizer) if tokenizer is not None else None
     if known is None:
         writer.add_tokenizer_model("none")
         if tokenizer is not None:
             warnings.warn(
-                "this tokenizer is not written as GGUF here (byte-level BPEs of GPT-2, SmolLM, Llama 3 and Qwen2 are): "
-                "the file takes token numbers",
+                "the tokenizer is not exported, so the GGUF file takes token ids; supported are the byte-level BPEs of "
+                "GPT-2, SmolLM, Llama 3 and Qwen2",
                 stacklevel=2,
             )
         return
@@ -57,7 +59,7 @@ def add_tokenizer(writer: GGUFWriter, model: nn.Module) -> None:
         number = getattr(tokenizer, f"{name}_token_id", None)
         if number is not None and number < count:
             add(number)
-    ids = tokenizer("a")["input_ids"]  # a template may add them without an attribute that says so
+    ids = tokenizer("a")["input_ids"]  # a template may add them without setting an attribute
     writer.add_add_bos_token(ids[:1] == [tokenizer.bos_token_id])
     writer.add_add_eos_token(ids[-1:] == [tokenizer.eos_token_id])
     writer.add_add_space_prefix(False)
@@ -67,7 +69,7 @@ def add_tokenizer(writer: GGUFWriter, model: nn.Module) -> None:
 
 
 def _tokenizer(model: nn.Module) -> Any:
-    """The fast tokenizer of the folder, or of the cached repository, that a model came from; None."""
+    """The fast tokenizer of the folder or cached repository that a model came from, or None."""
     from transformers import AutoTokenizer
 
     name = getattr(model, "name_or_path", "")
@@ -75,14 +77,14 @@ def _tokenizer(model: nn.Module) -> Any:
         return None
     try:
         found = AutoTokenizer.from_pretrained(name, local_files_only=True)
-    except Exception:  # none there, in whatever words
+    except Exception:  # not found, in various errors
         return None
-    # of a folder without one, some classes make an empty one
+    # for a folder without a tokenizer, some classes create an empty one
     return found if getattr(found, "is_fast", False) and len(found) > len(found.all_special_tokens) else None
 
 
 def _content(tokenizer: Any) -> tuple[dict[str, Any], str] | None:
-    """(tokenizer.json, how llama.cpp calls its splitting); None where it has no name for that."""
+    """(tokenizer.json, llama.cpp's name for its splitting); None if it has no name."""
     data: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     if data["model"]["type"] != "BPE" or data.get("normalizer") not in (None, {"type": "NFC"}):
         return None
@@ -94,7 +96,7 @@ def _content(tokenizer: Any) -> tuple[dict[str, Any], str] | None:
 
 
 def _words(data: dict[str, Any], count: int) -> tuple[list[str], list[int]]:
-    """(tokens by number, their types), as many as the embedding has rows: a token without a row is left out."""
+    """(tokens by id, their types), as many as the embedding has rows; tokens without a row are omitted."""
     from gguf import TokenType
 
     words = [f"[PAD{i}]" for i in range(count)]

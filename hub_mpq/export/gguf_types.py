@@ -1,4 +1,4 @@
-"""Tensor types of GGUF files as choices of a policy, their bytes, and the target that has them as its menu."""
+"""Tensor types of GGUF files as choices of a policy, their sizes, and the target that offers them."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from ..core import FLOAT_BITS, LayerBits, LayerGraph, LayerSpec
 from ..core.target import Target
 
 ALIGNMENT = 32
-"""Bytes that the data of each tensor is padded to."""
+"""The data of each tensor is padded to a multiple of this many bytes."""
 GROUP = 32
-"""Weights of a block of the types that are written here."""
+"""Weights per block of the types that hub_mpq writes."""
 SUPER_BLOCK = 256
-"""Weights of a block of the K-quants."""
+"""Weights per block of the K-quants."""
 
 
 @dataclass(frozen=True)
 class TensorType:
-    """One type of quantized tensors.
+    """A type of quantized tensors.
 
     Args:
-        name: As GGUF spells it.
-        bits: The grid whose score stands for the type's: its own where `exact`.
-        block: Weights of a block; a row holds whole blocks.
-        block_nbytes: Bytes of a block.
-        exact: Whether our grid is the type's, so that our weights are written as they are. With zero points that is up
-            to the rounding of each block's minimum to float16.
+        name: GGUF's name of the type.
+        bits: The grid whose score is used for the type; the type's own grid if `exact`.
+        block: Weights per block; a row must consist of whole blocks.
+        block_nbytes: Bytes per block.
+        exact: Whether `bits` is the type's grid, so that weights are written exactly; with zero points, up to the
+            rounding of each block's minimum to float16.
     """
 
     name: str
@@ -55,13 +55,13 @@ TYPES = (
     _type("Q5_1", 5, 24, symmetric=False),
     _type("Q8_0", 8, 34),
 )
-"""All types of the menu, with the sizes of llama.cpp's blocks (ggml-common.h). Where a K-quant fits a layer it stands
-for its grid, being smaller than the older type."""
+"""All types of the menu, with the sizes of llama.cpp's blocks (ggml-common.h). If a K-quant fits a layer, it is used
+for its grid, because it is smaller than the older type."""
 
 
 def types_of(layer: LayerSpec) -> dict[LayerBits, TensorType]:
-    """{choice: type} of a layer's weight: of the types whose blocks fill its rows; {} for all but Linear and Embedding
-    layers."""
+    """{choice: type} of a layer's weight, for the types whose blocks fill its rows; empty for layers that are neither
+    Linear nor Embedding."""
     if layer.kind not in ("linear", "embedding"):
         return {}
     out: dict[LayerBits, TensorType] = {}
@@ -72,16 +72,17 @@ def types_of(layer: LayerSpec) -> dict[LayerBits, TensorType]:
 
 
 def padded(nbytes: int) -> int:
-    """Bytes of a tensor's data in a file."""
+    """Size of a tensor's data in a file, with padding."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class GGUF(Target):
-    """A GGUF file for llama.cpp and what is built on it: a type for each tensor.
+    """A GGUF file for llama.cpp and programs built on it, with a type for each tensor.
 
-    The score of a choice is that of its nearest grid, its cost the type's own bytes [our construction]. Q4_0, Q5_0 and
-    Q8_0 are our grids of 32 weights, symmetric, and Q4_1 and Q5_1 those with zero points. K-quants, whose scales are
-    quantized again, are chosen by the grid of their inner blocks and made by llama-quantize from what the export wrote.
+    The score of a choice is that of its nearest grid, and its cost is the type's own size; this is our construction.
+    Q4_0, Q5_0 and Q8_0 are exactly hub_mpq's symmetric grids with groups of 32, and Q4_1 and Q5_1 those with zero
+    points. K-quants, whose scales are quantized again, are scored by the grid of their inner blocks, and made by
+    llama-quantize from the exported file.
     """
 
     name = "gguf"
@@ -107,10 +108,10 @@ class GGUF(Target):
         without = [x.name for x in own if types_of(x) and x.weight_shape[1] % SUPER_BLOCK]
         out = []
         if odd:
-            out.append(f"Rows that no block of 32 weights fills have no type; leave float: {', '.join(odd)}.")
+            out.append(f"GGUF has no type for rows that are not multiples of 32; leave float: {', '.join(odd)}.")
         if without:
             out.append(
-                f"K-quants need rows of whole blocks of 256 weights: {len(without)} layers ({without[0]}, …) have the "
-                "types of 32 alone."
+                f"K-quants require rows that are multiples of 256; {len(without)} layers ({without[0]}, …) can only "
+                "use the types with blocks of 32."
             )
         return tuple(out)

@@ -1,4 +1,4 @@
-"""Writes the tensors of a transformers model as a GGUF file."""
+"""Write the tensors of a transformers model as a GGUF file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""{model_type of transformers: architecture in GGUF} of models that are written whole."""
+"""{model_type of transformers: architecture in GGUF}, of models that can be written completely."""
 NAMES = {
     "falcon": "falcon",
     "gpt_neox": "gptneox",
@@ -42,7 +42,7 @@ NAMES = {
     "deepseek_v3": "deepseek2",
     "gpt_oss": "gpt-oss",
 }
-"""Architectures that GGUF spells in another way than transformers, of which tensor-type files alone are written."""
+"""Architectures with another name in GGUF than in transformers, for which only tensor-type files are written."""
 _FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12}
 _FILE_TYPES |= {"Q4_K": 15, "Q5_K": 17, "Q6_K": 18}
 
@@ -52,14 +52,14 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file.
+    """A tensor of a file.
 
     Args:
-        name: In the file.
-        source: In transformers' own files.
-        shape: Rows first.
-        type: Of what is written.
-        wanted: Of what the policy says: another where llama-quantize is to make it.
+        name: Name in the GGUF file.
+        source: Name in transformers' files.
+        shape: Shape, rows first.
+        type: Type that is written.
+        wanted: Type that the policy selects; another one if llama-quantize has to make it.
         layer: Name of the quantized layer, or None.
     """
 
@@ -71,7 +71,7 @@ class Entry:
     layer: str | None = None
 
     def nbytes(self, type: str) -> int:
-        """Bytes of its data at a type."""
+        """Size of its data in bytes at a type."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType[type]]
@@ -79,17 +79,17 @@ class Entry:
 
 
 def unwritten(config: Any) -> str | None:
-    """What a model of a config is, where it is not written whole, for messages; None where it is."""
+    """Description, for messages, of a model that cannot be written completely; None if it can."""
     if config.model_type not in ARCHITECTURES:
-        return f"a {config.model_type}"
+        return f"a {config.model_type} model"
     kind = _rope(config).get("rope_type", "default")
     if kind not in ("default", "linear"):
-        return f"a {config.model_type} with rotary embeddings of type {kind!r}"
-    if config.hidden_act not in ("silu", "swish"):  # llama.cpp knows these architectures with it alone
-        return f"a {config.model_type} with activation {config.hidden_act!r}"
+        return f"a {config.model_type} model with rotary embeddings of type {kind!r}"
+    if config.hidden_act not in ("silu", "swish"):  # the only one that llama.cpp supports in these architectures
+        return f"a {config.model_type} model with activation {config.hidden_act!r}"
     window = getattr(config, "sliding_window", None)
     if window is not None and window < config.max_position_embeddings:
-        return f"a {config.model_type} that attends to a window of {window} tokens"
+        return f"a {config.model_type} model with a sliding window of {window} tokens"
     return None
 
 
@@ -104,20 +104,20 @@ def write_gguf(
     wanted: Mapping[str, str] | None = None,
     packed: Mapping[str, Any] | None = None,
 ) -> list[Entry]:
-    """Write a model that `unwritten` has nothing against whole, or not at all.
+    """Write a model atomically; `unwritten` must return None for it.
 
     Args:
-        file: What to write.
+        file: File to write.
         model: The network, float or quantized, of one of `ARCHITECTURES`.
         graph: Its layers.
-        wanted: {layer: type}; the other matrices are F16.
-        packed: {layer: its packed weight} of the types that are written here.
+        wanted: {layer: type}; other matrices are F16.
+        packed: {layer: its packed weight}, for the types that hub_mpq writes.
 
     Returns:
         The tensors that were written.
 
     Raises:
-        HubMPQError: A tensor, or the rotary embeddings, have no form in GGUF.
+        HubMPQError: A tensor, or the rotary embeddings, cannot be represented in GGUF.
     """
     file, packed = Path(file), packed or {}
     state = float_copy_state(model, libraries.get(graph.library))
@@ -135,15 +135,18 @@ def write_gguf(
 def entries_of(
     model: nn.Module, graph: LayerGraph, wanted: Mapping[str, str], state: Mapping[str, Tensor]
 ) -> list[Entry]:
-    """All tensors of a file, by name, or those that have a name of a model that is not written whole; HubMPQError for
-    another one."""
+    """All tensors of a file, sorted by name; for a model that cannot be written completely, those with a name in GGUF.
+
+    Raises:
+        HubMPQError: GGUF does not support the architecture, or has no name for a tensor.
+    """
     import gguf
 
     kind = model.config.model_type
     name = ARCHITECTURES.get(kind) or NAMES.get(kind, kind)
     arch = next((arch for arch, text in gguf.MODEL_ARCH_NAMES.items() if text == name), None)
     if arch is None:
-        raise HubMPQError(f"GGUF knows no architecture for a model of type {kind}")
+        raise HubMPQError(f"GGUF does not support models of type {kind}")
     names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
     library, exact = libraries.get(graph.library), {one.name for one in TYPES if one.exact}
     layers = {}
@@ -155,14 +158,14 @@ def entries_of(
     for source, tensor in state.items():
         found = names.get_name(source, try_suffixes=(".weight", ".bias"))
         own = layers.get(source)
-        if found is None and own is None:  # GGUF has all experts of a block in one tensor
+        if found is None and own is None:  # GGUF stores all experts of a block in one tensor
             found = names.get_name(_EXPERT.sub(".experts.", source), try_suffixes=(".weight", ".bias"))
             if any(entry.name == found for entry in entries):
                 continue
         if found is None:
             if own is None and kind not in ARCHITECTURES:
-                continue  # such a model is not written whole
-            raise HubMPQError(f"GGUF has no name for tensor {source!r} of a {kind}")
+                continue  # such a model is not written completely
+            raise HubMPQError(f"GGUF has no name for tensor {source!r} of a {kind} model")
         want = wanted[own] if own is not None else "F16" if tensor.dim() > 1 else "F32"
         written = want if want in exact or want.startswith("F") else "F16"
         entries.append(Entry(found, source, tuple(tensor.shape), written, want, own))
@@ -170,17 +173,17 @@ def entries_of(
 
 
 def begin(file: Path, model: nn.Module, entries: list[Entry]) -> GGUFWriter:
-    """A writer that has written everything but the data."""
+    """A writer that has written everything except the data."""
     from gguf import GGMLQuantizationType, GGUFWriter
 
     config = model.config
     if what := unwritten(config):
-        raise HubMPQError(f"{what} is not written as GGUF here")
+        raise HubMPQError(f"hub_mpq cannot write {what} as GGUF")
     writer = GGUFWriter(file, ARCHITECTURES[config.model_type])
     _add_metadata(writer, model, entries)
     add_tokenizer(writer, model)
     for entry in entries:
-        # the writer takes shapes in items for these
+        # with these dtypes, the writer takes shapes in items
         kind = GGMLQuantizationType[entry.type]
         dtype = np.dtype(np.float32 if entry.type == "F32" else np.float16)
         writer.add_tensor_info(entry.name, entry.shape, dtype, entry.nbytes(entry.type), raw_dtype=kind)
@@ -191,7 +194,7 @@ def begin(file: Path, model: nn.Module, entries: list[Entry]) -> GGUFWriter:
 
 
 def _add_metadata(writer: GGUFWriter, model: nn.Module, entries: list[Entry]) -> None:
-    """What llama.cpp needs to know of the architecture."""
+    """Add the metadata that llama.cpp needs."""
     c = model.config
     rope = _rope(c)
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
@@ -219,7 +222,7 @@ def _add_metadata(writer: GGUFWriter, model: nn.Module, entries: list[Entry]) ->
 
 
 def _data(entry: Entry, tensor: Tensor, packed: Any, model: nn.Module) -> np.ndarray[Any, Any]:
-    """Bytes of a tensor as they are written."""
+    """The data of a tensor as it is written."""
     order = _order(entry, model)
     if entry.type in ("F16", "F32"):
         tensor = tensor if order is None else tensor[order]
@@ -230,8 +233,8 @@ def _data(entry: Entry, tensor: Tensor, packed: Any, model: nn.Module) -> np.nda
 
 
 def _order(entry: Entry, model: nn.Module) -> Tensor | None:
-    """The order of rows in the file: llama.cpp turns neighbouring rows of q and k of a llama as pairs, transformers
-    the two halves of a head."""
+    """The order of rows in the file: for q and k of a llama, rotary embeddings pair neighbouring rows in llama.cpp, but
+    the two halves of a head in transformers."""
     if ARCHITECTURES.get(model.config.model_type) != "llama":
         return None
     part = entry.name.split(".")[-2]
@@ -242,11 +245,14 @@ def _order(entry: Entry, model: nn.Module) -> Tensor | None:
 
 
 def blocks(packed: PackedTensor, order: Tensor | None = None) -> np.ndarray[Any, Any]:
-    """The blocks of 32 weights of Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0, uint8 [rows, bytes of a row].
+    """Blocks of 32 weights in the format of Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0.
 
     Args:
-        packed: A weight in groups of 32 of 4, 5 or 8 bits, without zero points at 8.
-        order: Order of the rows; None: as they are.
+        packed: A weight in groups of 32 at 4, 5 or 8 bits; without zero points at 8 bits.
+        order: Order of the rows; None: unchanged.
+
+    Returns:
+        uint8 [rows, bytes of a row].
     """
     bits, rows = packed.num_bits, packed.weight_shape[0]
     values, scale, zero = packed.unpack(), packed.weight_scale.to(torch.float16), packed.zero_points()
@@ -268,5 +274,5 @@ def blocks(packed: PackedTensor, order: Tensor | None = None) -> np.ndarray[Any,
 
 
 def _bytes(half: Tensor) -> np.ndarray[Any, Any]:
-    """uint8 [numbers, 2] of float16 numbers."""
+    """float16 numbers as uint8 [numbers, 2]."""
     return half.contiguous().numpy().reshape(-1, 1).view(np.uint8)

@@ -1,4 +1,4 @@
-"""A quantized model as ONNX with QuantizeLinear / DequantizeLinear nodes."""
+"""Export of a quantized model as ONNX with QuantizeLinear and DequantizeLinear nodes."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class OnnxGraph:
         proto: The ModelProto. A node that makes codes has the name of its output.
         calls: {layer with integer inputs and weights: its calls}.
         widths: {layer with integer inputs and weights: bits of its weight and its input}.
-        kept: {layer that no engine can compute in integers: why}.
-        structure: Of what the forward returns, as torch's pytree.
-        leaves: Of the structure: None for a tensor, in the order of the graph's outputs; else (the value,).
+        kept: {layer that no engine can compute in integers: reason}.
+        structure: Structure of what the forward returns, as a torch pytree.
+        leaves: Leaves of the structure: None for a tensor, in the order of the graph's outputs; else (the value,).
     """
 
     proto: Any
@@ -47,7 +47,7 @@ class OnnxGraph:
     leaves: list[tuple[Any] | None]
 
     def serialized(self, outputs: tuple[str, ...] = ()) -> bytes:
-        """The bytes of the model; `outputs`: further tensors that it returns, behind its own outputs."""
+        """Serialize the model; `outputs`: further tensors that it returns after its own outputs."""
         proto = self.proto
         if outputs:
             proto = type(proto)()
@@ -59,28 +59,35 @@ class OnnxGraph:
 
 
 def missing_packages() -> str | None:
-    """What to install before a model can be written as ONNX; None when nothing is missing."""
+    """What to install for ONNX; None if nothing is missing."""
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
-    except Exception as error:  # a library of theirs that cannot be loaded is an OSError
-        return f"ONNX needs pip install 'hub-mpq[onnx]' ({error})"
+    except Exception as error:  # a shared library that cannot be loaded raises OSError
+        return f"ONNX requires extra packages; pip install 'hub-mpq[onnx]' ({error})"
     return None
 
 
 def export_onnx(
     folder: str | os.PathLike[str], model: nn.Module, manifest: Manifest, config: Mapping[str, Any], example: Any
 ) -> int:
-    """Write `model.onnx` (opset 21, batch size free) of a quantized model; returns its bytes.
+    """Write `model.onnx` (opset 21, dynamic batch size) of a quantized model; returns its size in bytes.
 
-    Weights are INT8 and activations UINT8 at every width, in 256 levels, since that is what engines multiply in
-    integers: widths below 8 save no bytes here. Inputs of fewer than 8 bits are clipped before QuantizeLinear. The
-    values are the same as here, so only the float sums differ. A norm is folded into the convolution before it, which
-    lets ONNX Runtime compute that in integers, where this moves few codes: it rounds biases to steps of integer sums.
-    Warns of layers that stay float, and of such as can saturate on some CPUs.
+    Weights are INT8 and activations UINT8 at every bit-width, since that is what engines multiply in integers; fewer
+    than 8 bits do not make the file smaller. Inputs of fewer than 8 bits are clipped before QuantizeLinear. The values
+    are the same as in torch, so only the float sums differ. A norm is folded into the preceding convolution if this
+    changes few codes, which lets ONNX Runtime compute the convolution in integers: it rounds biases to steps of integer
+    sums. Warns about layers that stay float, and about layers whose sums can saturate on some CPUs.
 
-    example: one sample, a tuple of positional arguments or a mapping of keyword arguments. Needs the extra "onnx".
-    Raises HubMPQError when it is not installed, or when the model can't be traced.
+    Args:
+        folder: Folder to write to.
+        model: The network, with quantizers or packed weights.
+        manifest: The manifest of its packed file; not used.
+        config: Content of config.json; not used.
+        example: One sample: a tuple of positional arguments or a mapping of keyword arguments.
+
+    Raises:
+        HubMPQError: The extra "onnx" is not installed, or the model cannot be traced.
     """
     graph = onnx_graph(model, example, rounds=True)
     for what in _told(graph):
@@ -91,17 +98,17 @@ def export_onnx(
 
 
 def _told(graph: OnnxGraph) -> list[str]:
-    """What a runtime will make of a file, in sentences for warnings."""
+    """Warnings about how a runtime will execute the file."""
     found = []
     reasons: dict[str, list[str]] = {}
     for name, why in graph.kept.items():
         reasons.setdefault(why, []).append(name)
     for why, names in reasons.items():
-        found.append(f"ONNX: {len(names)} layers compute in float, {names[0]!r} first: {why}")
+        found.append(f"ONNX: {len(names)} layers compute in float (first: {names[0]!r}): {why}")
     if wide := [name for name, bits in graph.widths.items() if bits == (8, 8)]:
         found.append(
-            f"ONNX: sums of {len(wide)} layers of 8-bit weights and inputs, {wide[0]!r} first, can saturate on CPUs "
-            "without VNNI; W7A8 cannot"
+            f"ONNX: sums of {len(wide)} layers at W8A8 (first: {wide[0]!r}) can saturate on CPUs without VNNI; use "
+            "W7A8 to avoid this"
         )
     return found
 
@@ -109,18 +116,21 @@ def _told(graph: OnnxGraph) -> list[str]:
 def onnx_graph(
     model: nn.Module, example: Any, floats: Collection[str] = (), *, clip_codes: bool = False, rounds: bool = False
 ) -> OnnxGraph:
-    """A quantized model as an ONNX graph in memory.
+    """Convert a quantized model to an ONNX graph in memory.
 
     Args:
-        model: The network with its quantizers or packed weights, on the CPU.
-        example: A tuple of positional arguments or a mapping of keyword arguments, tensors.
+        model: The network, with quantizers or packed weights, on the CPU.
+        example: A tuple of positional arguments or a mapping of keyword arguments, all tensors.
         floats: Layers to write in float, with the same values.
-        clip_codes: Clip inputs of fewer than 8 bits behind QuantizeLinear, not before it.
-        rounds: Write it so that also an engine that rounds float biases and weights between quantized tensors, as ONNX
-            Runtime does, computes the same.
+        clip_codes: Clip inputs of fewer than 8 bits after QuantizeLinear instead of before it.
+        rounds: Write the graph so that engines that round float biases and weights between quantized tensors, such as
+            ONNX Runtime, compute the same.
+
+    Returns:
+        The graph.
 
     Raises:
-        HubMPQError: A package is missing, or the model can't be traced.
+        HubMPQError: A package is not installed, or the model cannot be traced.
     """
     if (why := missing_packages()) is not None:
         raise HubMPQError(why)
@@ -144,7 +154,7 @@ def onnx_graph(
     except Exception as error:
         cause = error.__cause__ or error
         first = str(cause).strip().partition("\n")[0]
-        raise HubMPQError(f"torch.onnx can't trace {type(model).__name__}: {first}") from error
+        raise HubMPQError(f"torch.onnx cannot trace {type(model).__name__}: {first}") from error
     proto = program.model_proto  # type: ignore[union-attr]
     for part in (proto, proto.graph, *proto.graph.value_info, *proto.graph.initializer):
         del part.metadata_props[:]
@@ -167,7 +177,7 @@ def onnx_graph(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No warning, log or (onnxscript 0.6) printed line of torch.onnx and what it calls: what goes wrong is raised."""
+    """Suppress warnings, logs and (onnxscript 0.6) printed lines of torch.onnx; errors are raised anyway."""
     disabled = logging.root.manager.disable
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -179,7 +189,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _free(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The first axis of every tensor is the batch; the second one of token ids is free where the model lets it."""
+    """Dynamic axes: the first axis of each tensor is the batch; the second axis of token ids if the model allows it."""
     batch, tokens = torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO
 
     def axes(x: Any) -> Any:

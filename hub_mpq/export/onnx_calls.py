@@ -1,4 +1,4 @@
-"""Where the quantized layers of a model are in its ONNX graph."""
+"""Find the quantized layers of a model in its ONNX graph."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ _PRODUCTS = ("Conv", "MatMul", "Gemm")
 
 @dataclass(frozen=True)
 class Requantized:
-    """The codes that are made of a layer's output, where nothing else reads it.
+    """The codes that a layer's output is converted to, if nothing else reads it.
 
     Args:
-        codes: Their name, UINT8.
-        values: Name of the same, dequantized; "" where the codes are clipped first.
-        low, high: What the output is clipped to before.
-        scale, zero_point: Of the codes.
+        codes: Name of the codes, UINT8.
+        values: Name of the dequantized codes; "" if the codes are clipped first.
+        low: Lower bound that the output is clipped to before.
+        high: Upper bound that the output is clipped to before.
+        scale: Scale of the codes.
+        zero_point: Zero point of the codes.
     """
 
     codes: str
@@ -35,14 +37,14 @@ class Call:
     """Names of tensors of one call of a layer with integer inputs and weights.
 
     Args:
-        codes: Its input's codes, UINT8.
-        values: The same, dequantized.
-        weight: Its weight's integers.
-        bias_error: How far the biases of a convolution are, on average, from multiples of the steps of its sums.
-        product: Of convolution or matrix product.
-        output: With the bias.
+        codes: Codes of the input, UINT8.
+        values: Dequantized codes of the input.
+        weight: Integers of the weight.
+        bias_error: Mean distance of a convolution's biases from multiples of the steps of its sums.
+        product: Output of the convolution or matrix product.
+        output: Output with the bias.
         norm: Name of the BatchNorm that is folded in, or "".
-        requantized: What its output becomes, if it becomes codes only.
+        requantized: The codes that the output is converted to, if nothing else reads it.
     """
 
     codes: str
@@ -56,14 +58,14 @@ class Call:
 
 
 def scope(node: Any) -> str:
-    """Name of the innermost module that torch.onnx made a node for; "" for none."""
+    """Name of the innermost module that a node was made for; "" for none."""
     told = next((p.value for p in node.metadata_props if p.key == _SCOPES), "[]")
     modules: list[str] = ast.literal_eval(told)[:-1]
     return modules[-1] if modules else ""
 
 
 class _Index:
-    """Who makes and who reads each tensor of a graph."""
+    """The producer and the readers of each tensor of a graph."""
 
     def __init__(self, graph: Any) -> None:
         self.made = {out: node for node in graph.node for out in node.output}
@@ -86,18 +88,18 @@ class _Index:
     def bias_error(self, conv: Any, x: Any, weight: Any) -> float:
         step = self.number(x.input[1]) * self.array(weight.input[1]).astype("float64")
         bias, whole = self.array(conv.input[2]), step > 0
-        error = bias - (bias / (step + ~whole)).round() * step  # a channel without a scale gives its bias alone
+        error = bias - (bias / (step + ~whole)).round() * step  # the whole bias for a channel without a scale
         return float(abs(error).mean())
 
     def dequantized(self, name: str) -> Any:
-        """The DequantizeLinear that a tensor, or what it is a view of, comes from; None where it comes from none."""
+        """The DequantizeLinear that a tensor, or its base if it is a view, comes from; None if there is none."""
         node = self.made.get(name)
         while node is not None and node.op_type in ("Transpose", "Reshape"):
             node = self.made.get(node.input[0])
         return node if node is not None and node.op_type == "DequantizeLinear" else None
 
     def requantized(self, name: str) -> Requantized | None:
-        """What a tensor becomes, if it becomes codes only."""
+        """The codes that a tensor is converted to, if nothing else reads it."""
         low, high = -float("inf"), float("inf")
         while True:
             readers = self.readers.get(name, [])
@@ -121,13 +123,13 @@ class _Index:
 
 
 MOST_MOVED = 5e-4
-"""The largest share of codes that rounded biases may move."""
+"""Maximum share of codes that rounded biases may change."""
 
 
 def rounded(calls: Mapping[str, list[Call]]) -> list[str]:
-    """Convolutions whose biases move too many codes where an engine rounds them to steps of integer sums.
+    """Convolutions whose biases change too many codes if an engine rounds them to steps of integer sums.
 
-    A bias that is off by a share of the step of the output moves that share of the codes.
+    A bias that is off by a fraction of the output's step changes that fraction of the codes.
     """
 
     def moves(call: Call) -> bool:
@@ -137,11 +139,14 @@ def rounded(calls: Mapping[str, list[Call]]) -> list[str]:
 
 
 def find_calls(graph: Any, folded: Mapping[str, str]) -> dict[str, list[Call]]:
-    """{layer: its calls} of the layers with codes for input and weight. Nodes that make codes get their output's name.
+    """Find the calls of layers with codes for input and weight; nodes that make codes are named like their output.
 
     Args:
         graph: A GraphProto with torch.onnx's metadata.
         folded: {output of a convolution: name of the BatchNorm that was folded into it}.
+
+    Returns:
+        {layer: its calls}.
     """
     index = _Index(graph)
     scopes = {node.output[0]: scope(node) for node in graph.node}

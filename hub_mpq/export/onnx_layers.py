@@ -26,7 +26,7 @@ def _op(name: str, inputs: tuple[Tensor, ...], like: Tensor, dtype: torch.dtype,
 
 
 class _IntegerWeight(nn.Module):
-    """integers · scale, as a DequantizeLinear. Stands in a layer's `weight_quantizer`; the float weight is unused."""
+    """integers · scale, as DequantizeLinear. Replaces a layer's `weight_quantizer`; the float weight is unused."""
 
     def __init__(self, integers: Tensor, scale: Tensor, axis: int) -> None:
         super().__init__()
@@ -52,8 +52,10 @@ class _FloatWeight(nn.Module):
 
 
 class _IntegerInput(nn.Module):
-    """QuantizeLinear and DequantizeLinear, with a Clip to the range of the width: before them, or of the codes between
-    them, which leaves QuantizeLinear next to what made the input."""
+    """QuantizeLinear and DequantizeLinear, with a Clip to the range of the bit-width.
+
+    The Clip is before them, or on the codes between them, which keeps QuantizeLinear next to the input's producer.
+    """
 
     def __init__(self, scale: float, zero_point: int, bits: int, clip_codes: bool) -> None:
         super().__init__()
@@ -73,7 +75,7 @@ class _IntegerInput(nn.Module):
 
 
 class _FloatInput(nn.Module):
-    """The same values by float operators: of a zero point that is no UINT8, or where codes would mislead an engine."""
+    """The same values with float operators: if the zero point does not fit UINT8, or codes would mislead an engine."""
 
     def __init__(self, scale: float, zero_point: int, bits: int) -> None:
         super().__init__()
@@ -84,7 +86,7 @@ class _FloatInput(nn.Module):
 
 
 class _Product(QuantLinear):
-    """Product and sum apart: engines take a MatMul of quantized operands for integers, a Gemm not."""
+    """Separate product and sum: engines compute a MatMul of quantized operands in integers, but not a Gemm."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         x, weight = operands(self, first_operand(args, kwargs))
@@ -93,7 +95,7 @@ class _Product(QuantLinear):
 
 
 class _Conv1D(QuantConv1D):
-    """The same of GPT-2's layer."""
+    """The same for GPT-2's layer."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         x, weight = operands(self, first_operand(args, kwargs))
@@ -101,7 +103,7 @@ class _Conv1D(QuantConv1D):
 
 
 class _IntegerRows(QuantEmbedding):
-    """Takes rows of integers and multiplies them by their scale: the whole table is never float."""
+    """Gathers rows of integers and multiplies them by their scale, so that the whole table is never float."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         ids, table = first_operand(args, kwargs), self.weight_quantizer
@@ -113,22 +115,23 @@ class _IntegerRows(QuantEmbedding):
 def with_nodes(
     model: nn.Module, floats: Collection[str] = (), *, clip_codes: bool = False, rounds: bool = False
 ) -> tuple[nn.Module, dict[str, tuple[int, int]], dict[str, str]]:
-    """A copy of a quantized model that torch.onnx writes with QuantizeLinear and DequantizeLinear nodes.
+    """Copy a quantized model so that torch.onnx exports it with QuantizeLinear and DequantizeLinear nodes.
 
     Args:
-        model: The network with its quantizers or packed weights, on the CPU; it stays as it is, float tensors are
+        model: The network, with quantizers or packed weights, on the CPU; it is not changed, and float tensors are
             shared.
         floats: Layers to write in float, with the same values.
-        clip_codes, rounds: See `onnx_graph`.
+        clip_codes: See `onnx_graph`.
+        rounds: See `onnx_graph`.
 
     Returns:
         (the copy, {layer with integer inputs and weights: bits of its weight and its input}, {layer that no engine can
-        compute in integers: why}).
+        compute in integers: reason}).
     """
     net = copied_structure(model).eval()
     if hasattr(net, "config"):
-        net.config.use_cache = False  # a cache is an object, no tensor
-        # plain products and a mask that is added: the fused form writes two more nodes of the size of the scores
+        net.config.use_cache = False  # a cache is an object, not a tensor
+        # plain products and an additive mask: the fused form adds two nodes of the size of the scores
         net.config._attn_implementation = "eager"
     kinds = {kind.quantized_class: kind for kind in layer_kinds if kind.name in _KINDS}
     kinds |= {kind.packed_class: kind for kind in layer_kinds if kind.name in _KINDS}
@@ -140,11 +143,11 @@ def with_nodes(
     for name, module, kind in layers:
         packed, source, grid = contents[name]
         why = _why_float(packed, grid, kind.name)
-        if why is not None and kind.name != "embedding":  # which has nothing to compute
+        if why is not None and kind.name != "embedding":  # an embedding computes nothing
             kept[name] = why
         elif grid is not None:
             widths[name] = packed.num_bits, grid[2]
-        # a float weight alone keeps engines from computing in integers
+        # a float weight is enough to keep engines from computing in integers
         in_float = name in floats or (why is not None and grid is not None)
         if (key := (source, in_float)) not in made:
             made[key] = _weight(packed, kind, in_float)
@@ -171,7 +174,7 @@ _KINDS = (*_INTEGER_KINDS, "convolution1d", "convolution3d", "conv_transpose1d",
 
 
 def _packed(module: Any, kind: str) -> tuple[PackedTensor, Any]:
-    """(The packed weight of a layer, what it has in common with layers that share it)."""
+    """(the packed weight of a layer, an object that layers with the same weight share)."""
     if isinstance(module, PackedLayer):
         return module.packed, module.source
     return packed_weight(module, kind), module.weight_quantizer
@@ -184,7 +187,7 @@ def _weight(packed: PackedTensor, kind: Any, in_float: bool) -> nn.Module:
 
 
 def _grid(module: Any) -> tuple[float, int, int] | None:
-    """(scale, zero point, bits) of a layer's input; None where it stays float."""
+    """(scale, zero point, bits) of a layer's input; None if it is float."""
     if isinstance(module, PackedLayer):
         if module.input_quantizer is None:
             return None
@@ -198,11 +201,11 @@ def _grid(module: Any) -> tuple[float, int, int] | None:
 
 def _why_float(packed: PackedTensor, grid: tuple[float, int, int] | None, kind: str) -> str | None:
     if packed.bits.grouped:
-        return "groups of weights have scales of their own"
+        return "its weights have group scales"
     if grid is None:
-        return "the input stays float"
+        return "its input is not quantized"
     if kind not in _INTEGER_KINDS:
         return f"{kind} layers have no integer form"
     if not 0 <= grid[1] <= 2 ** grid[2] - 1:
-        return f"zero lies outside the input's range (zero point {grid[1]})"
+        return f"its input range does not contain zero (zero point {grid[1]})"
     return None

@@ -1,4 +1,4 @@
-"""BatchNorm folded into the convolution before it, in an ONNX graph: into the scale of its weight and its bias."""
+"""Fold BatchNorm into the preceding convolution of an ONNX graph: into the scale of its weight and its bias."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import numpy as np
 from .onnx_calls import scope
 
 _LOWEST = -128
-"""INT8 has no value of the other sign for it."""
+"""The only INT8 value that cannot be negated."""
 
 
 def fold_norms(graph: Any, kept: Collection[str] = ()) -> dict[str, Any]:
-    """Fold each BatchNormalization that alone reads a convolution with an integer weight of its own, in place.
+    """Fold each BatchNormalization into its convolution, in place.
 
-    Where the factor of a channel is negative, its integers change sign, so that scales stay positive. A convolution
-    with an integer of -128 in such a channel keeps its norm.
+    The convolution must have an integer weight that it does not share, and its norm must be its only reader. If the
+    factor of a channel is negative, its integers are negated, so that scales stay positive. A convolution with an
+    integer of -128 in such a channel keeps its norm.
 
     Args:
         graph: A GraphProto with torch.onnx's metadata.
@@ -68,7 +69,7 @@ def fold_norms(graph: Any, kept: Collection[str] = ()) -> dict[str, Any]:
 
 
 def _remove(graph: Any, folded: dict[str, Any]) -> None:
-    """Remove the folded norms, and initializers that nothing reads any more."""
+    """Remove the folded norms, and unused initializers."""
     kept = [node for node in graph.node if node.op_type != "BatchNormalization" or node.output[0] not in folded]
     kept = [type(node).FromString(node.SerializeToString()) for node in kept]
     del graph.node[:]

@@ -1,4 +1,4 @@
-"""A policy as a recipe for llm-compressor, which makes its own scales and rounds by itself."""
+"""A policy as a recipe for llm-compressor, which computes its own scales and rounding."""
 
 from __future__ import annotations
 
@@ -14,14 +14,32 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def llm_compressor_recipe(manifest: Manifest) -> str:
-    """The recipe, YAML: one group of layers for each pair of widths, group size and symmetry, named as in
-    compressed-tensors.
+    """Convert a policy to a recipe for llm-compressor.
 
-    Layers of one place in several blocks stand as one regular expression. Embeddings, and heads that are one, are left
-    out, since compressed-tensors' readers take none.
+    There is one group of layers per pair of bit-widths, group size and symmetry, named as in compressed-tensors. Layers
+    with the same role in several blocks become one regular expression. Embeddings, and heads tied to them, are omitted,
+    because readers of compressed-tensors do not support them.
 
     Args:
-        manifest: Of a policy that `exportable` says compressed-tensors can hold.
+        manifest: The manifest of a policy for which `exportable` is true.
+
+    Returns:
+        The recipe, YAML.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from hub_mpq import HubMPQ, Policy
+        >>> from hub_mpq.export import llm_compressor_recipe
+        >>> from hub_mpq.pack import Manifest
+        >>> net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> graph = HubMPQ.from_module(net, torch.zeros(1, 32)).graph
+        >>> print(llm_compressor_recipe(Manifest("net", None, "module", graph, Policy.uniform(graph, "W4A8"))))
+        default_stage:
+          default_modifiers:
+            GPTQModifier:
+              config_groups:
+        ...
     """
     shared = {layer.weight_owner for layer in manifest.graph}
     groups: dict[str, dict[str, list[str]]] = {}

@@ -1,4 +1,4 @@
-"""What vLLM takes of a compressed-tensors file, read in its source; no load by it was tried."""
+"""What vLLM supports of compressed-tensors, according to its source; loading in vLLM was not tested."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ GROUP_SIZES = (None, 32, 64, 128)
 class VLLM(Target):
     """compressed-tensors' pack-quantized weights, for vLLM.
 
-    Widths of 2 to 8 bits, one scale per output channel or per group of 32, 64 or 128 weights that fills the rows, with
-    and without zero points. q, k, v and gate, up are computed as one matrix. What the format and vLLM's source allow;
-    no load by vLLM was tried.
+    Weights of 2 to 8 bits, with one scale per output channel or per group of 32, 64 or 128 weights (which must divide
+    the rows), with or without zero points. q, k, v and gate, up are computed as one matrix. This follows the format and
+    vLLM's source; loading in vLLM was not tested.
     """
 
     name = "vllm"
@@ -34,15 +34,32 @@ class VLLM(Target):
         if not stored:
             return ()
         return (
-            f"{stored[0]} is written dequantized, in float: compressed-tensors loads no packed embedding or tied head; "
-            f"leave it float with exclude=[{stored[0]!r}].",
+            f"{stored[0]} is written dequantized, because compressed-tensors cannot load packed embeddings or tied "
+            f"heads; leave it float with exclude=[{stored[0]!r}].",
         )
 
 
 def unequal_inputs(manifest: Manifest) -> list[list[str]]:
-    """Groups of layers that read one input (q, k, v; gate, up) and are stored in different forms.
+    """Find layers that share an input (q, k, v; gate, up) but are stored at different bit-widths or groups.
 
-    transformers computes them apart; vLLM as one matrix, and so reads a policy only where there is no such group.
+    transformers computes them separately, but vLLM as one matrix, so it can load a policy only without such layers.
+
+    Args:
+        manifest: The manifest of the packed model.
+
+    Returns:
+        The names of the layers of each such group.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from hub_mpq import HubMPQ, Policy
+        >>> from hub_mpq.export import unequal_inputs
+        >>> from hub_mpq.pack import Manifest
+        >>> net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> graph = HubMPQ.from_module(net, torch.zeros(1, 32)).graph
+        >>> unequal_inputs(Manifest("net", None, "module", graph, Policy.uniform(graph, "W4A8")))
+        []
     """
     stored = stored_bits(manifest)
     groups: dict[str, list[str]] = {}
@@ -53,26 +70,46 @@ def unequal_inputs(manifest: Manifest) -> list[list[str]]:
 
 
 def unread_inputs(manifest: Manifest) -> str | None:
-    """Why vLLM cannot load a policy that quantizes inputs; None where it can, or where all inputs are float."""
+    """Explain why vLLM cannot load a policy that quantizes inputs.
+
+    Args:
+        manifest: The manifest of the packed model.
+
+    Returns:
+        The reason; None if vLLM can load it, or if all inputs are float.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from hub_mpq import HubMPQ, Policy
+        >>> from hub_mpq.export import unread_inputs
+        >>> from hub_mpq.pack import Manifest
+        >>> net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> graph = HubMPQ.from_module(net, torch.zeros(1, 32)).graph
+        >>> unread_inputs(Manifest("net", None, "module", graph, Policy.uniform(graph, "W4A4")))
+        'it supports only 8-bit inputs, and weights with one scale per output channel'
+        >>> unread_inputs(Manifest("net", None, "module", graph, Policy.uniform(graph, "W4A8")))
+    """
     bits = manifest.policy.bits
     inputs = [layer for layer in manifest.graph if bits[layer.name].activation != FLOAT_BITS]
     if heads := [layer.name for layer in inputs if layer.weight_owner is not None]:
         pin = f"fixed={{{heads[0]!r}: 'W{bits[heads[0]].weight}'}}"
-        return f"{heads[0]!r} shares the weight of an embedding, and its input is quantized; {pin} leaves that float"
+        return f"the input of {heads[0]!r}, which is tied to an embedding, is quantized; leave it float with {pin}"
     if any(bits[layer.name].activation != 8 or bits[layer.name].grouped for layer in inputs):
-        return "it computes integers of 8-bit inputs, and of weights with one scale for each output channel, alone"
+        return "it supports only 8-bit inputs, and weights with one scale per output channel"
     return None
 
 
 def in_int8(manifest: Manifest) -> bool:
-    """Whether inputs are quantized and vLLM has kernels for all of them; their layers' weights are then stored in 8
-    bits, whatever their width."""
+    """Whether inputs are quantized and vLLM has kernels for all of them; then their layers' weights are stored at 8
+    bits, whatever their bit-width."""
     inputs = any(bits.activation != FLOAT_BITS for bits in manifest.policy.bits.values())
     return inputs and unread_inputs(manifest) is None
 
 
 def stored_bits(manifest: Manifest) -> dict[str, LayerBits]:
-    """{layer: what it is stored as}: weights of at least 2 bits, or of 8 where inputs are `in_int8`."""
+    """{layer: bit-widths it is stored at}: weights of at least 2 bits, or of 8 if `in_int8` and the input is
+    quantized."""
     int8 = in_int8(manifest)
     return {
         name: LayerBits(8, 8) if int8 and bits.activation != FLOAT_BITS else replace(bits, weight=max(bits.weight, 2))

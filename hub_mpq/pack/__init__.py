@@ -1,4 +1,4 @@
-"""Bit-dense storage of quantized models: packed tensors, and the file they live in (FORMAT.md)."""
+"""Bit-packed storage of quantized models: packed tensors, and the file format, which FORMAT.md specifies."""
 
 from .bits import pack_bits, unpack_bits
 from .file import file_nbytes, header_nbytes, parse_manifest, read_manifest, read_packed, read_shapes, write_packed

@@ -1,4 +1,4 @@
-"""Write a file whole or not at all, and what is needed for that: flushing, locks, and leftovers of killed processes."""
+"""Write files atomically, with what this requires: flushing, locks, and cleaning up after killed processes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from ..errors import HubMPQError
 
 try:
     import fcntl
-except ImportError:  # Windows: leftovers of killed processes stay
+except ImportError:  # Windows: temporary files of killed processes stay
     fcntl = None  # type: ignore[assignment]
 
 
 def write_atomic(path: str | os.PathLike[str], chunks: Iterable[bytes | memoryview]) -> int:
-    """Write `chunks` to a new file beside `path`, flush it, and put it in its place; return the bytes written.
+    """Write `chunks` to a new file next to `path`, flush it, and rename it to `path`; returns the bytes written.
 
-    At every moment `path` is the old file or the new one, whole. On any failure the old one stays and the new
-    one is removed. A killed process leaves a hidden file, which the next write to `path` removes. HubMPQError when the
-    disk refuses.
+    At any time, `path` is either the old file or the complete new one. On an error the old file stays and the new one
+    is removed. A killed process leaves a hidden file, which the next write to `path` removes.
+
+    Raises:
+        HubMPQError: The file cannot be written.
     """
     path = Path(path)
     try:
@@ -39,19 +41,19 @@ def write_atomic(path: str | os.PathLike[str], chunks: Iterable[bytes | memoryvi
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     except OSError as error:
-        raise HubMPQError(f"cannot write {path}: {why(error)}; what was there before is untouched") from error
+        raise HubMPQError(f"cannot write {path}: {why(error)}; existing files are unchanged") from error
     sync_folder(path.parent)
     return total
 
 
 def why(error: OSError) -> str:
-    """Why the system did not write, in words."""
+    """Why the system could not write."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return "the disk is full" if full else error.strerror or str(error)
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder, where the file system can."""
+    """Flush the names in a folder, if the file system supports it."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -74,7 +76,7 @@ def flush_tree(folder: Path) -> None:
 
 
 def hidden_stem(path: Path) -> str:
-    """How the names of temporary files and folders for `path` begin: hidden, and no longer than a name may be."""
+    """Prefix of the names of temporary files and folders for `path`: hidden, and within the length limit of names."""
     name = path.name
     return f".{name if len(os.fsencode(name)) < 180 else hashlib.sha256(os.fsencode(name)).hexdigest()}."
 
@@ -83,7 +85,7 @@ def hidden_stem(path: Path) -> str:
 def hold(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Lock a file or folder while the block runs, at most as long as this process lives; yields whether it is locked.
 
-    It is not while another process has it locked, unless `wait`, nor where the file system has no locks.
+    It is not locked if another process holds the lock (unless `wait`), or if the file system has no locks.
     """
     handle, locked = None, False
     with contextlib.suppress(OSError):
@@ -100,12 +102,12 @@ def hold(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """A new empty file beside `path`, locked; gone afterwards under this name."""
+    """A new empty file next to `path`, locked; removed afterwards if it still has this name."""
     while True:
         temporary = path.with_name(f"{hidden_stem(path)}{secrets.token_hex(8)}.tmp")
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         with hold(temporary, wait=True):
-            if not temporary.exists():  # taken for a leftover before it was locked
+            if not temporary.exists():  # removed as a leftover before it was locked
                 continue
             try:
                 yield temporary
@@ -116,7 +118,7 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove the temporary files of killed writers of `path`; those of living ones are locked."""
+    """Remove the temporary files of killed writers of `path`; those of running ones are locked."""
     mine = re.compile(re.escape(hidden_stem(path)) + r"[0-9a-f]{16}\.tmp")
     with contextlib.suppress(OSError):
         for name in os.listdir(path.parent):

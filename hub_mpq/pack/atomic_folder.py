@@ -1,10 +1,10 @@
-"""Replace files of a folder together: whoever looks finds the old ones or the new ones, wherever a process was killed.
+"""Replace several files of a folder atomically, even if the process is killed.
 
-The new files are written into a hidden folder beside the target. If the target holds nothing but files, those that stay
-are linked into it and the two folders exchange their names, in one step of the file system. Elsewhere (a mount point,
-the current folder, a folder with folders in it, a file system that cannot exchange) the hidden folder lies inside the
-target: it is renamed once it is whole, and from then on its files go to their places, now or, if the process is killed,
-in `finish_interrupted`.
+The new files are written to a hidden folder next to the target. If the target contains only files, those that stay are
+hard-linked into the hidden folder, and the two folders swap names in one step of the file system. Otherwise (a mount
+point, the current folder, a folder that contains folders, a file system that cannot swap) the hidden folder is inside
+the target: it is renamed once it is complete, and from then on its files are moved into place, either immediately or,
+if the process was killed, by `finish_interrupted`.
 """
 
 from __future__ import annotations
@@ -28,24 +28,23 @@ from .atomic import flush_tree, hidden_stem, hold, sync_folder, why
 _NEW, _WHOLE, _DROP = ".hub-mpq-new", ".hub-mpq-whole", ".hub-mpq-drop"
 _INSIDE = re.compile(r"\.[0-9a-f]{16}\.hub-mpq-(new|whole)")
 _DROPPED = (INDICATORS, FLOAT_COPY)
-"""What a new version may leave out of an old one's files."""
+"""Files of the old version that a new one may lack."""
 
 
 @contextlib.contextmanager
 def atomic_folder(target: str | os.PathLike[str], drop: Collection[str] = ()) -> Iterator[Path]:
-    """A folder to write new files of `target` into: at the end of the block all are in their places, or, on an error,
-    none is.
+    """Yield a folder for new files of `target`; at the end all are moved into place, or none if an error occurred.
 
-    Everything else in `target` stays. What processes that were killed left of their own is removed. Links at the places
-    of new files are replaced, not followed.
+    Other files in `target` stay. Leftovers of killed processes are removed. Links with the names of new files are
+    replaced, not followed.
 
     Args:
-        target: The folder, made if it is not there. A link to a folder stays and stands for that folder.
-        drop: Names of old files that the new version lacks, of INDICATORS and FLOAT_COPY.
+        target: The folder, created if it does not exist. A link to a folder is kept and followed.
+        drop: Names of old files that the new version lacks, out of INDICATORS and FLOAT_COPY.
 
     Raises:
-        InvalidArgument: The folder cannot be written.
-        HubMPQError: The disk refuses.
+        InvalidArgument: The folder cannot be used as an output.
+        HubMPQError: The files cannot be written.
     """
     check_output_folder(target)
     shown, target = target, Path(os.path.realpath(target))
@@ -59,17 +58,17 @@ def atomic_folder(target: str | os.PathLike[str], drop: Collection[str] = ()) ->
             flush_tree(work)
             _commit(work, target, drop)
     except OSError as error:
-        raise HubMPQError(f"{shown} cannot be written: {why(error)}; what was there before is untouched") from error
+        raise HubMPQError(f"cannot write {shown}: {why(error)}; existing files are unchanged") from error
     except HubMPQError as error:
         if work is None or str(work) not in str(error):
             raise
-        raise HubMPQError(str(error).replace(str(work), str(shown))) from error  # the hidden folder is nobody's concern
+        raise HubMPQError(str(error).replace(str(work), str(shown))) from error  # do not show the hidden folder
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder that is hub-mpq's own, under another name first: nobody finds a half of it.
+    """Remove a folder of hub-mpq, renamed first so that no incomplete folder is ever visible.
 
-    What a killed process leaves of it, the next call for this path, or the next `atomic_folder`, removes.
+    If the process is killed, the next call for this path, or the next `atomic_folder`, removes the rest.
     """
     _remove_leftovers(folder)
     gone = folder.with_name(f"{hidden_stem(folder)}{secrets.token_hex(8)}{_NEW}")
@@ -78,7 +77,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def finish_interrupted(target: Path) -> bool:
-    """Finish what a killed process had begun to put into its places; whether there was anything.
+    """Finish moving files into place that a killed process had started; returns whether there was anything to do.
 
     Raises:
         HubMPQError: The folder cannot be written.
@@ -90,7 +89,7 @@ def finish_interrupted(target: Path) -> bool:
     finished = False
     for whole in filter(_is_folder, found):
         with hold(whole, wait=True):
-            if _is_folder(whole):  # else who held it has finished
+            if _is_folder(whole):  # else the lock's holder has finished it
                 _finish(whole, target)
                 finished = True
     return finished
@@ -98,11 +97,11 @@ def finish_interrupted(target: Path) -> bool:
 
 @contextlib.contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """A new folder for the new files, locked; gone afterwards under this name, whatever it holds by then."""
+    """A new folder for the new files, locked; removed afterwards if it still has this name."""
     while True:
         work = _make(target)
         with hold(work, wait=True):
-            if not work.exists():  # taken for a leftover before it was locked
+            if not work.exists():  # removed as a leftover before it was locked
                 continue
             made = work.stat()
             try:
@@ -120,8 +119,8 @@ def _make(target: Path) -> Path:
         with contextlib.suppress(PermissionError):
             work = target.parent / f"{hidden_stem(target)}{token}{_NEW}"
             work.mkdir()
-            with contextlib.suppress(FileNotFoundError):  # taken for a leftover: there is none under this name then
-                # whoever finds it later knows by the number whether the folders were exchanged
+            with contextlib.suppress(FileNotFoundError):  # removed as a leftover
+                # the inode number tells whoever finds it later whether the folders were swapped
                 return work.rename(work.with_name(f"{hidden_stem(target)}{token}-{work.stat().st_ino}{_NEW}"))
             return work
     work = target / f".{token}{_NEW}"
@@ -130,7 +129,7 @@ def _make(target: Path) -> Path:
 
 
 def _flat(target: Path) -> bool:
-    """Whether a folder holds nothing but files and links, and nobody minds that it becomes another one."""
+    """Whether a folder contains only files and links, and may be replaced by another folder."""
     if os.path.ismount(target) or any(entry.is_dir(follow_symlinks=False) for entry in os.scandir(target)):
         return False
     try:
@@ -140,19 +139,19 @@ def _flat(target: Path) -> bool:
 
 
 def _is_folder(path: Path) -> bool:
-    """Whether it is a folder and no link to one."""
+    """Whether it is a folder, and not a link to one."""
     return path.is_dir() and not path.is_symlink()
 
 
 def _commit(work: Path, target: Path, drop: Collection[str]) -> None:
-    """Put the files of `work` into their places."""
+    """Move the files of `work` into place."""
     if not os.path.lexists(target):
         try:
             os.rename(work, target)
             sync_folder(target.parent)
             return
         except OSError:
-            if not target.is_dir():  # else somebody has made it meanwhile
+            if not target.is_dir():  # else it was created in the meantime
                 raise
     names = {path.name for path in work.iterdir()}
     check_output_folder(target, {*names, *drop})
@@ -173,12 +172,13 @@ def _finish(whole: Path, target: Path) -> None:
         _move_in(whole, target)
     except OSError as error:
         raise HubMPQError(
-            f"a save into {target} was interrupted ({why(error)}); load it where it can be written, which finishes it"
+            f"a save into {target} was interrupted ({why(error)}); make the folder writable and load it to finish the "
+            "save"
         ) from error
 
 
 def _move_in(whole: Path, target: Path) -> None:
-    """Old files out, new ones in. Never an old one beside a new one; may be called again wherever it was killed."""
+    """Remove old files, then add new ones, so that they never coexist; may be repeated after being killed."""
     drop = whole / _DROP
     dropped = [drop / name for name in _DROPPED if _is_folder(drop) and (drop / name).exists()]
     new = [path for path in whole.iterdir() if path.name != _DROP]
@@ -193,9 +193,15 @@ def _move_in(whole: Path, target: Path) -> None:
 
 
 def _exchanged(work: Path, target: Path, names: Collection[str]) -> bool:
-    """Link what stays in `target` into `work` and exchange the two; False, with `work` as it was, where that cannot be.
+    """Link the files of `target` that stay into `work`, and swap the two folders.
 
-    `names`: what does not stay.
+    Args:
+        work: The folder with the new files.
+        target: The folder to replace.
+        names: Files of `target` that do not stay.
+
+    Returns:
+        Whether this was possible; if not, `work` is unchanged.
     """
     linked = []
     try:
@@ -215,7 +221,7 @@ def _exchanged(work: Path, target: Path, names: Collection[str]) -> bool:
 
 
 def _take_mode(work: Path, target: Path) -> None:
-    """Owner, mode and attributes of the old folder for the new one; PermissionError where they cannot be given."""
+    """Copy owner, mode and attributes of the old folder to the new one; raises PermissionError if not allowed."""
     before, now = target.stat(), work.stat()
     if (before.st_uid, before.st_gid) != (now.st_uid, now.st_gid):
         os.chown(work, before.st_uid, before.st_gid)
@@ -224,7 +230,7 @@ def _take_mode(work: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Let two folders have each other's names, in one step; OSError where the system or the file system cannot."""
+    """Swap the names of two folders in one step; raises OSError if the system or the file system cannot."""
     first, second = os.fsencode(one), os.fsencode(other)
     here = -100  # AT_FDCWD
     calls = {"linux": ("renameat2", (here, first, here, second, 2)), "darwin": ("renamex_np", (first, second, 2))}
@@ -238,9 +244,12 @@ def _exchange(one: Path, other: Path) -> None:
 
 
 def _discard(old: Path, target: Path, names: Collection[str]) -> None:
-    """Empty the folder that was exchanged. What somebody has made in it since its files were linked comes over.
+    """Remove the old folder after the swap, moving over what was created in it since its files were linked.
 
-    `names`: what does not.
+    Args:
+        old: The old folder.
+        target: The new folder.
+        names: Files of the old folder that are not moved.
     """
     with contextlib.suppress(OSError):
         for entry in os.scandir(old):
@@ -249,11 +258,11 @@ def _discard(old: Path, target: Path, names: Collection[str]) -> None:
                 continue
             if not os.path.lexists(new) or not os.path.samestat(entry.stat(follow_symlinks=False), new.lstat()):
                 os.replace(entry.path, new)
-        shutil.rmtree(old)  # only now that nothing of others is left there
+        shutil.rmtree(old)  # only now, when no foreign files are left
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove what killed processes left of their saves into `target`; the folders of living ones are locked."""
+    """Remove what killed processes left of their saves into `target`; the folders of running ones are locked."""
     beside = re.compile(re.escape(hidden_stem(target)) + r"[0-9a-f]{16}(?:-(\d+))?" + re.escape(_NEW))
     with contextlib.suppress(OSError):
         found = [p for p in target.parent.iterdir() if beside.fullmatch(p.name)]

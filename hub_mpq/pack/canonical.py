@@ -1,4 +1,4 @@
-"""JSON that has one spelling: written sorted and compact, read without duplicates, NaN or deep nesting."""
+"""Canonical JSON: written sorted and compact, read without duplicate keys, NaN or deep nesting."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 from ..errors import InvalidArgument
 
 MAX_DEPTH = 64
-"""Objects and lists around a value at most; ours have six."""
-_TOO_DEEP = f"{{}} is no valid JSON: nested more than {MAX_DEPTH} deep"
+"""Maximum number of objects and lists around a value; hub_mpq's own files have six."""
+_TOO_DEEP = f"{{}} is not valid JSON: nested more than {MAX_DEPTH} levels deep"
 
 
 def dump_json(value: Any, *, sort: bool = True) -> str:
-    """Compact JSON; InvalidArgument for anything that JSON cannot say (NaN, objects, lone surrogates)."""
+    """Compact JSON; raises InvalidArgument for what JSON cannot represent (NaN, objects, lone surrogates)."""
     try:
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=sort, allow_nan=False)
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidArgument(f"not JSON: {error}") from None
+        raise InvalidArgument(f"cannot convert to JSON: {error}") from None
     return text
 
 
@@ -33,7 +33,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")
+    raise ValueError(f"{text} is not allowed")
 
 
 def _float(text: str) -> float:
@@ -44,20 +44,20 @@ def _float(text: str) -> float:
 
 
 def load_json(text: str | bytes, what: str) -> Any:
-    """Parse JSON strictly; InvalidArgument, naming `what`, when it is anything else."""
+    """Parse JSON strictly; raises InvalidArgument, which names `what`, for anything else."""
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
         tree = json.loads(text, object_pairs_hook=_pairs, parse_constant=_constant, parse_float=_float)
     except RecursionError:
         raise InvalidArgument(_TOO_DEEP.format(what)) from None
     except ValueError as error:
-        raise InvalidArgument(f"{what} is no valid JSON: {error}") from None
+        raise InvalidArgument(f"{what} is not valid JSON: {error}") from None
     _check_depth(tree, what)
     return tree
 
 
 def _check_depth(tree: Any, what: str) -> None:
-    """InvalidArgument for values in more than MAX_DEPTH others: what reads them may be deep in calls itself."""
+    """Raise InvalidArgument for more than MAX_DEPTH levels, since the code that reads them may recurse."""
     level = [tree]
     for _ in range(MAX_DEPTH + 1):
         level = [x for v in level if isinstance(v, (dict, list)) for x in (v.values() if isinstance(v, dict) else v)]

@@ -1,4 +1,4 @@
-"""Tensors and a manifest in one safetensors file with a digest: what weights and indicators share."""
+"""The container that packed weights and indicators share: one safetensors file with tensors, manifest and digests."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _CHUNK = 1 << 20
 
 
 def describe(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{name: (dtype, shape)} as the header writes them; tensors on the meta device will do."""
+    """{name: (dtype, shape)} as in the header; tensors may be on the meta device."""
     for name, tensor in tensors.items():
         if tensor.dtype not in _NAMES or tensor.layout != torch.strided or not name or name == "__metadata__":
-            raise InvalidArgument(f"tensor {name!r}, {tensor.dtype} {tensor.layout}, cannot be stored")
+            raise InvalidArgument(f"cannot store tensor {name!r} of type {tensor.dtype}, {tensor.layout}")
     return {name: (_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
@@ -49,10 +49,10 @@ def write(
     room: int,
     version: int = 1,
 ) -> int:
-    """Write the file atomically, its header padded to `room` bytes; return the bytes written."""
+    """Write the file atomically, with its header padded to `room` bytes; returns the bytes written."""
     entries = place(describe(tensors))
     if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
-        raise InvalidArgument(f"tensor {empty[0]!r} is on the meta device: it has no values to write")
+        raise InvalidArgument(f"cannot write tensor {empty[0]!r}: it is on the meta device and has no values")
     flat = {e.name: tensors[e.name].detach().to("cpu").contiguous().reshape(-1).view(torch.uint8) for e in entries}
     payload = [flat[e.name].numpy().data for e in entries if e.end > e.begin]
     digest = hashlib.sha256()
@@ -64,19 +64,19 @@ def write(
 def _read_header(path: str | os.PathLike[str], file: BinaryIO, content: str) -> tuple[Header, int]:
     info = os.fstat(file.fileno())
     if not stat.S_ISREG(info.st_mode):
-        raise InvalidArgument("not a regular file")
+        raise InvalidArgument("expected a regular file")
     first = file.read(8)
     raw = first + file.read(header_nbytes_of(first, info.st_size) - 8)
     header = decode(raw, content)
     expected = header.nbytes + header.payload_nbytes
     if info.st_size != expected:
         which = "truncated" if info.st_size < expected else "too long"
-        raise InvalidArgument(f"{which}: {info.st_size} bytes, its header speaks of {expected}")
+        raise InvalidArgument(f"the file is {which}: expected {expected} bytes, got {info.st_size}")
     return header, info.st_size
 
 
 def read_header(path: str | os.PathLike[str], content: str) -> Header:
-    """The header of a file, verified against its own digest and the file's size; PackedFormat if anything is wrong."""
+    """Read the header of a file, verified against its digest and the file's size; raises PackedFormat if invalid."""
     try:
         with open(path, "rb", opener=_open) as file:
             return _read_header(path, file, content)[0]
@@ -85,14 +85,16 @@ def read_header(path: str | os.PathLike[str], content: str) -> Header:
 
 
 def meta_tensors(header: Header) -> dict[str, Tensor]:
-    """The tensors that a header speaks of, on the meta device."""
+    """The tensors of a header, on the meta device."""
     return {e.name: torch.empty(e.shape, dtype=_DTYPES[e.dtype], device="meta") for e in header.entries}
 
 
 def read(path: str | os.PathLike[str], content: str) -> tuple[Header, dict[str, Tensor]]:
-    """Header and tensors, all of them verified. The tensors lie in one buffer of the payload's size.
+    """Read and verify header and tensors, which share one buffer of the payload's size.
 
-    PackedFormat for whatever is wrong with the content; OSError when the file cannot be opened.
+    Raises:
+        PackedFormat: The content is invalid.
+        OSError: The file cannot be opened.
     """
     try:
         with open(path, "rb", opener=_open) as file:
@@ -102,23 +104,23 @@ def read(path: str | os.PathLike[str], content: str) -> tuple[Header, dict[str, 
             for chunk in _fill(file, memoryview(buffer)):
                 digest.update(chunk)
         if digest.hexdigest() != header.payload_sha256:
-            raise InvalidArgument("the tensors do not match their digest: torn or tampered with")
+            raise InvalidArgument("the tensors do not match their digest; the file is damaged or was modified")
         return header, {entry.name: _tensor(buffer, entry) for entry in header.entries}
     except InvalidArgument as error:
         raise PackedFormat(path, str(error)) from None
 
 
 def _open(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe must not make us wait
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe must not block
 
 
 def _fill(file: BinaryIO, view: memoryview) -> Iterator[memoryview]:
-    """Fill `view` from the file, chunk by chunk, each handed out while it is in cache."""
+    """Fill `view` from the file, yielding each chunk while it is in cache."""
     while view.nbytes:
         chunk = view[:_CHUNK]
         got = file.readinto(chunk)  # type: ignore[attr-defined]
         if not got:
-            raise InvalidArgument("truncated while it was read")
+            raise InvalidArgument("the file was truncated while reading")
         yield chunk[:got]
         view = view[got:]
 
@@ -131,5 +133,5 @@ def _tensor(buffer: bytearray, entry: Entry) -> Tensor:
     if dtype is torch.bool:
         values = torch.frombuffer(buffer, dtype=torch.uint8, count=count, offset=entry.begin)
         if int(values.max()) > 1:
-            raise InvalidArgument(f"tensor {entry.name!r}: a BOOL is 0 or 1")
+            raise InvalidArgument(f"tensor {entry.name!r}: BOOL values must be 0 or 1")
     return torch.frombuffer(buffer, dtype=dtype, count=count, offset=entry.begin).reshape(entry.shape)

@@ -1,4 +1,4 @@
-"""Packed models on disk: one safetensors file, described to the byte in FORMAT.md."""
+"""Packed models on disk: one safetensors file, specified in FORMAT.md."""
 
 from __future__ import annotations
 
@@ -21,11 +21,32 @@ Tensors = Mapping[str, PackedTensor | Tensor]
 
 
 def header_nbytes(tensors: Tensors, manifest: Manifest) -> int:
-    """Bytes of length field and header of the file `write_packed` would write; tensors on the meta device will do.
+    """Compute the size of the length field and header that `write_packed` writes.
 
-    It is what all weights at 8 bits would need, whatever their widths, in version 2 with the smallest groups and zero
-    points, and holds a provenance of up to PROVENANCE_RESERVE bytes: so the size of a file is a sum over its layers,
-    known before its figures are.
+    Whatever the bit-widths, the header is as long as with all weights at 8 bits (in version 2 with the smallest groups
+    and zero points), and has room for 2048 bytes of provenance. So the size of a file is a sum over its layers, and
+    known before the figures of the provenance are.
+
+    Args:
+        tensors: As for `write_packed`; tensors may be on the meta device.
+        manifest: The manifest.
+
+    Returns:
+        Size in bytes.
+
+    Raises:
+        InvalidArgument: A tensor cannot be stored, or the manifest is not JSON.
+        PolicyMismatch: The policy is for other layers.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq import HubMPQ
+        >>> from hub_mpq.pack import header_nbytes, read_shapes
+        >>> mpq = HubMPQ.from_pretrained("test_resnet", pretrained=False, input_size=(3, 32, 32))
+        >>> _ = mpq.apply_policy("W4A4", [torch.zeros(1, 3, 32, 32)]).save_pretrained("packed")
+        >>> tensors, manifest = read_shapes("packed/model.mpq.safetensors")
+        >>> header_nbytes(tensors, manifest) % 8
+        0
     """
     grouped = manifest.format_version > 1
     wide = {name: _widest(value, grouped) for name, value in tensors.items()}
@@ -41,7 +62,7 @@ _LONGEST = len(str(LayerBits(8, 32, 10**6 - 1, False)))
 
 
 def _widest(value: PackedTensor | Tensor, grouped: bool) -> PackedTensor | Tensor:
-    """The form of a tensor that takes the longest entry in the header."""
+    """The form of a tensor with the longest entry in the header."""
     if not isinstance(value, PackedTensor):
         return value
     if grouped and layer_kinds.get(value.kind).row_axes is not None:
@@ -51,34 +72,95 @@ def _widest(value: PackedTensor | Tensor, grouped: bool) -> PackedTensor | Tenso
 
 
 def file_nbytes(tensors: Tensors, manifest: Manifest) -> int:
-    """Exact bytes of the file `write_packed` would write; tensors on the meta device will do (empty_packed)."""
+    """Compute the exact size of the file that `write_packed` writes.
+
+    Args:
+        tensors: As for `write_packed`; tensors may be on the meta device, see `empty_packed`.
+        manifest: The manifest.
+
+    Returns:
+        Size in bytes.
+
+    Raises:
+        InvalidArgument: A tensor cannot be stored, or the manifest is not JSON.
+        PolicyMismatch: The policy is for other layers.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq import HubMPQ
+        >>> from hub_mpq.pack import file_nbytes, read_shapes
+        >>> mpq = HubMPQ.from_pretrained("test_resnet", pretrained=False, input_size=(3, 32, 32))
+        >>> _ = mpq.apply_policy("W4A4", [torch.zeros(1, 3, 32, 32)]).save_pretrained("packed")
+        >>> from pathlib import Path
+        >>> file = Path("packed/model.mpq.safetensors")
+        >>> file_nbytes(*read_shapes(file)) == file.stat().st_size
+        True
+    """
     entries = header.place(container.describe(flatten(tensors)))
     return header_nbytes(tensors, manifest) + (entries[-1].end if entries else 0)
 
 
 def write_packed(path: str | os.PathLike[str], tensors: Tensors, manifest: Manifest) -> int:
-    """Write a packed model atomically and return its bytes.
+    """Write a packed model atomically; on an error, an existing file is not changed.
 
-    `tensors`: {layer name: PackedTensor} for every weight the policy packs, and every other tensor under its
-    state-dict name in its own dtype; `<layer>.input_scale` (float32, one value) and, if need be,
-    `<layer>.input_zero_point` (an integer) where the policy quantizes an input. InvalidArgument or PolicyMismatch
-    when tensors and manifest disagree, HubMPQError when the disk refuses; the old file then stays as it was.
+    Args:
+        path: The file.
+        tensors: `{layer name: PackedTensor}` for each weight that the policy quantizes, and every other tensor under
+            its name in the state dict, in its own dtype. For each input that the policy quantizes,
+            `<layer>.input_scale` (float32, one value) and, unless it is zero, `<layer>.input_zero_point` (an integer).
+        manifest: The manifest.
+
+    Returns:
+        Size of the file in bytes.
+
+    Raises:
+        InvalidArgument: Tensors and manifest disagree.
+        PolicyMismatch: The policy is for other layers.
+        HubMPQError: The file cannot be written.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq import HubMPQ
+        >>> from hub_mpq.pack import read_packed, write_packed
+        >>> mpq = HubMPQ.from_pretrained("test_resnet", pretrained=False, input_size=(3, 32, 32))
+        >>> _ = mpq.apply_policy("W4A4", [torch.zeros(1, 3, 32, 32)]).save_pretrained("packed")
+        >>> tensors, manifest = read_packed("packed/model.mpq.safetensors")
+        >>> size = write_packed("copy.mpq.safetensors", tensors, manifest)
     """
     text = manifest.to_text()
     for name, value in tensors.items():
         level = manifest.policy.bits.get(name)
         if isinstance(value, PackedTensor) and (level is None or level.of_weight != value.bits):
-            raise InvalidArgument(f"layer {name!r} is packed as {value.bits}, the policy says {level}")
+            raise InvalidArgument(f"layer {name!r} is packed as {value.bits}, but the policy has {level}")
     flat = flatten(tensors)
     assemble(flat, manifest)
     return container.write(path, WEIGHTS, text, flat, header_nbytes(tensors, manifest) - 8, manifest.format_version)
 
 
 def read_packed(path: str | os.PathLike[str]) -> tuple[dict[str, PackedTensor | Tensor], Manifest]:
-    """Tensors, as write_packed took them, and manifest. Every byte is verified before anything is believed.
+    """Read a packed model, verifying every byte.
 
-    PackedFormat, naming the file and where it applies the tensor, for any other content; OSError when it cannot be
-    opened. The tensors share one buffer of the file's size; nothing else of that size is allocated.
+    The tensors share one buffer of the file's size; nothing else of that size is allocated.
+
+    Args:
+        path: The file.
+
+    Returns:
+        `(tensors, manifest)`, as passed to `write_packed`.
+
+    Raises:
+        PackedFormat: The content is invalid; the error names the file and, where it applies, the tensor.
+        OSError: The file cannot be opened.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq import HubMPQ
+        >>> from hub_mpq.pack import read_packed
+        >>> mpq = HubMPQ.from_pretrained("test_resnet", pretrained=False, input_size=(3, 32, 32))
+        >>> _ = mpq.apply_policy("W4A4", [torch.zeros(1, 3, 32, 32)]).save_pretrained("packed")
+        >>> tensors, manifest = read_packed("packed/model.mpq.safetensors")
+        >>> str(tensors["layer1.0.conv1"].bits), str(manifest.policy.bits["layer1.0.conv1"])
+        ('W4A32', 'W4A4')
     """
     head, flat = container.read(path, WEIGHTS)
     try:
@@ -89,7 +171,28 @@ def read_packed(path: str | os.PathLike[str]) -> tuple[dict[str, PackedTensor | 
 
 
 def read_shapes(path: str | os.PathLike[str]) -> tuple[dict[str, PackedTensor | Tensor], Manifest]:
-    """As `read_packed`, with tensors on the meta device: reads and verifies the header and the file's size alone."""
+    """Read a packed model with tensors on the meta device; verifies only the header and the file's size.
+
+    Args:
+        path: The file.
+
+    Returns:
+        `(tensors, manifest)`, as of `read_packed`, without values.
+
+    Raises:
+        PackedFormat: The content is invalid.
+        OSError: The file cannot be opened.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq import HubMPQ
+        >>> from hub_mpq.pack import read_shapes
+        >>> mpq = HubMPQ.from_pretrained("test_resnet", pretrained=False, input_size=(3, 32, 32))
+        >>> _ = mpq.apply_policy("W4A4", [torch.zeros(1, 3, 32, 32)]).save_pretrained("packed")
+        >>> tensors, manifest = read_shapes("packed/model.mpq.safetensors")
+        >>> tensors["layer1.0.conv1"].weight_packed.device
+        device(type='meta')
+    """
     try:
         head = container.read_header(path, WEIGHTS)
         manifest = Manifest.from_text(head.manifest, head.version)
@@ -99,7 +202,28 @@ def read_shapes(path: str | os.PathLike[str]) -> tuple[dict[str, PackedTensor | 
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """The manifest alone: reads and verifies the header and the file's size, not the tensors."""
+    """Read only the manifest; verifies the header and the file's size, but not the tensors.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        PackedFormat: The content is invalid.
+        OSError: The file cannot be opened.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq import HubMPQ
+        >>> from hub_mpq.pack import read_manifest
+        >>> mpq = HubMPQ.from_pretrained("test_resnet", pretrained=False, input_size=(3, 32, 32))
+        >>> _ = mpq.apply_policy("W4A4", [torch.zeros(1, 3, 32, 32)]).save_pretrained("packed")
+        >>> manifest = read_manifest("packed/model.mpq.safetensors")
+        >>> manifest.base_model, manifest.library
+        ('test_resnet', 'timm')
+    """
     try:
         head = container.read_header(path, WEIGHTS)
         return Manifest.from_text(head.manifest, head.version)
@@ -108,9 +232,29 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 
 
 def parse_manifest(first_bytes: bytes, file: str) -> Manifest:
-    """The manifest from the first bytes of a file (a range request): 8, then as many as they say.
+    """Parse the manifest from the first bytes of a file, such as those of a range request.
 
-    `file` names it in errors. PackedFormat when the bytes are wrong or too few.
+    Args:
+        first_bytes: The 8 bytes of the length field and at least as many bytes as it says.
+        file: Name of the file for error messages.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        PackedFormat: The bytes are invalid or too few.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq import HubMPQ
+        >>> from hub_mpq.pack import parse_manifest
+        >>> mpq = HubMPQ.from_pretrained("test_resnet", pretrained=False, input_size=(3, 32, 32))
+        >>> _ = mpq.apply_policy("W4A4", [torch.zeros(1, 3, 32, 32)]).save_pretrained("packed")
+        >>> from pathlib import Path
+        >>> content = Path("packed/model.mpq.safetensors").read_bytes()
+        >>> size = int.from_bytes(content[:8], "little")
+        >>> parse_manifest(content[: 8 + size], "model.mpq.safetensors").base_model
+        'test_resnet'
     """
     try:
         size = header.header_nbytes_of(first_bytes[:8], len(first_bytes))

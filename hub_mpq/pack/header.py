@@ -1,7 +1,7 @@
-"""The header of our safetensors files: written in one spelling, read without trust.
+"""The header of hub_mpq's safetensors files: written in one canonical form, and read without trusting it.
 
-FORMAT.md says it to the byte. The first keys of the metadata stand at fixed places, so that the version and the
-digest are checked before anything is parsed.
+FORMAT.md specifies it. The first keys of the metadata are at fixed positions, so that the version and the digest are
+checked before anything is parsed.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ..errors import InvalidArgument
 from .canonical import dump_json, load_json
 
 FORMAT_VERSION = 2
-"""The newest version. A file is written in the oldest one that can hold it, and all from 1 on are read."""
+"""The newest version. Files are written in the oldest version that can represent them; all versions are read."""
 MAX_HEADER = 1 << 24
-"""16 MiB: some 100,000 tensors. A larger one is refused before it is read."""
+"""16 MiB, about 100,000 tensors. A larger header is rejected before it is read."""
 
 ITEM_BYTES = {
     **{"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2},
@@ -36,7 +36,7 @@ _MAX_DIM = 2**63 - 1
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor's place: `dtype` as safetensors writes it, bytes `begin` to `end` of the payload."""
+    """The position of a tensor: bytes `begin` to `end` of the payload; `dtype` in safetensors' notation."""
 
     name: str
     dtype: str
@@ -47,8 +47,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a verified header says. `nbytes`: of the header with its length field; `manifest`: JSON text; `version`: of
-    the format."""
+    """The content of a verified header.
+
+    Args:
+        entries: Positions of the tensors.
+        manifest: The manifest, JSON.
+        payload_sha256: Digest of the payload.
+        nbytes: Size of the header with its length field.
+        version: Version of the format.
+    """
 
     entries: tuple[Entry, ...]
     manifest: str
@@ -62,7 +69,7 @@ class Header:
 
 
 def place(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[Entry, ...]:
-    """Entries of {name: (dtype, shape)} in file order: wide items first, then by name, so each one is aligned."""
+    """Entries of {name: (dtype, shape)} in file order: larger items first, then by name, so that each is aligned."""
     entries, at = [], 0
     for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-ITEM_BYTES[item[1][0]], item[0])):
         end = at + ITEM_BYTES[dtype] * math.prod(shape)
@@ -80,7 +87,7 @@ def _render(content: str, manifest: str, entries: Iterable[Entry], payload_sha25
 
 
 def rendered_nbytes(content: str, manifest: str, entries: Iterable[Entry]) -> int:
-    """Bytes of the JSON, before padding and without the length field."""
+    """Size of the JSON, before padding and without the length field."""
     return len(_render(content, manifest, entries, "0" * 64, FORMAT_VERSION).encode())
 
 
@@ -91,7 +98,7 @@ def encode(
     text = _render(content, manifest, entries, payload_sha256, version).encode()
     size = -(-max(room, len(text)) // 8) * 8
     if size > MAX_HEADER:
-        raise InvalidArgument(f"the header would take {size} bytes; {MAX_HEADER} is the most a file may have")
+        raise InvalidArgument(f"the header must have at most {MAX_HEADER} bytes, got {size}")
     raw = size.to_bytes(8, "little") + text.ljust(size)
     at = 8 + _start(raw[8:]).start(3)
     return raw[:at] + hashlib.sha256(raw).hexdigest().encode() + raw[at + 64 :]
@@ -102,44 +109,46 @@ def _start(header: bytes) -> re.Match[bytes]:
     if version and not 1 <= int(version.group(1)) <= FORMAT_VERSION:
         found = int(version.group(1))
         raise InvalidArgument(
-            f"format version {found}: this hub_mpq reads versions 1 to {FORMAT_VERSION}; try a newer one"
+            f"unsupported format version {found}: this hub_mpq reads versions 1 to {FORMAT_VERSION}; upgrade it"
         )
     match = _START.match(header)
     if match is None:
-        raise InvalidArgument("no file of hub_mpq: its header does not start as one does")
+        raise InvalidArgument("not a hub_mpq file: unexpected start of the header")
     return match
 
 
 def header_nbytes_of(length_field: bytes, file_nbytes: int) -> int:
-    """Bytes of length field and header together, from a file's first 8 bytes and its size."""
+    """Size of length field and header together, from a file's first 8 bytes and its size."""
     if len(length_field) != 8:
-        raise InvalidArgument(f"truncated: {file_nbytes} bytes are no file of this format")
+        raise InvalidArgument(f"the file is truncated: expected at least 8 bytes, got {file_nbytes}")
     size = int.from_bytes(length_field, "little")
     if size > file_nbytes - 8:
-        raise InvalidArgument(f"the header claims {size} bytes, the file has {file_nbytes}: torn or tampered with")
+        raise InvalidArgument(
+            f"the header claims {size} bytes, but the file has {file_nbytes}; it is damaged or was modified"
+        )
     if size > MAX_HEADER or size % 8:
-        raise InvalidArgument(f"a header of {size} bytes: must be a multiple of 8 and at most {MAX_HEADER}")
+        raise InvalidArgument(f"the header's size must be a multiple of 8 and at most {MAX_HEADER}, got {size}")
     return size + 8
 
 
 def decode(raw: bytes, content: str) -> Header:
-    """Parse the length field and header of a file of this `content`, digest first; InvalidArgument if it is wrong."""
+    """Parse the length field and header of a file of this `content`, digest first; raises InvalidArgument."""
     if header_nbytes_of(raw[:8], len(raw)) != len(raw):
         raise InvalidArgument("the header's length field is wrong")
     start = _start(raw[8:])
     version, kind, digest, payload = (start.group(i).decode() for i in range(1, 5))
     at = 8 + start.start(3)
     if hashlib.sha256(raw[:at] + b"0" * 64 + raw[at + 64 :]).hexdigest() != digest:
-        raise InvalidArgument("the header does not match its digest: torn or tampered with")
+        raise InvalidArgument("the header does not match its digest; the file is damaged or was modified")
     if kind != content:
-        raise InvalidArgument(f"holds {kind}, not {content}")
+        raise InvalidArgument(f"expected content {content}, got {kind}")
     tree = load_json(raw[8:], "the header")
     if dump_json(tree, sort=False).encode() != raw[8:].rstrip(b" "):
-        raise InvalidArgument("the header is not in its one spelling")
+        raise InvalidArgument("the header is not in canonical form")
     metadata = tree.pop("__metadata__")
     names = {"format", "format_version", "content", "digest", "payload_sha256", "manifest"}
     if set(metadata) != names or not isinstance(metadata["manifest"], str):
-        raise InvalidArgument("the metadata has other keys than it should")
+        raise InvalidArgument(f"the metadata must have the keys {', '.join(sorted(names))}")
     return Header(_entries(tree), metadata["manifest"], payload, len(raw), int(version))
 
 
@@ -147,19 +156,19 @@ def _entries(tree: Mapping[str, Any]) -> tuple[Entry, ...]:
     out, at = [], 0
     for name, row in tree.items():
         if not isinstance(row, dict) or list(row) != ["dtype", "shape", "data_offsets"]:
-            raise InvalidArgument(f"tensor {name!r}: needs dtype, shape and data_offsets")
+            raise InvalidArgument(f"tensor {name!r}: expected dtype, shape and data_offsets")
         dtype, shape, offsets = row.values()
         if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
             raise InvalidArgument(f"tensor {name!r}: unknown dtype {json.dumps(dtype)[:40]}")
         if not _sizes(shape) or len(shape) > 16 or math.prod(max(d, 1) for d in shape) > _MAX_DIM:
-            raise InvalidArgument(f"tensor {name!r}: wrong shape {json.dumps(shape)[:80]}")
+            raise InvalidArgument(f"tensor {name!r}: invalid shape {json.dumps(shape)[:80]}")
         if not _sizes(offsets) or len(offsets) != 2:
-            raise InvalidArgument(f"tensor {name!r}: wrong data_offsets")
+            raise InvalidArgument(f"tensor {name!r}: invalid data_offsets")
         end = at + ITEM_BYTES[dtype] * math.prod(shape)
         if offsets != [at, end] or at % ITEM_BYTES[dtype]:
             found = f"{offsets[0]} to {offsets[1]}"
             raise InvalidArgument(
-                f"tensor {name!r}: bytes {found}, expected {at} to {end} (overlap, hole or misaligned)"
+                f"tensor {name!r}: expected bytes {at} to {end}, got {found} (overlap, gap or misalignment)"
             )
         out.append(Entry(name, dtype, tuple(shape), at, end))
         at = end

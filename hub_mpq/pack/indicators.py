@@ -24,16 +24,19 @@ def _rows(name: str, scales: Mapping[int, float]) -> Tensor:
 def _checked(name: str, rows: Tensor) -> Tensor:
     good = rows.dtype == torch.float64 and rows.dim() == 2 and rows.shape[1] == 2
     if not good or not bool((torch.isfinite(rows) & (rows > 0)).all()):
-        raise InvalidArgument(f"tensor {name!r}: rows of (bits, scale), finite and above zero")
+        raise InvalidArgument(f"tensor {name!r}: expected rows of (bits, scale), finite and positive")
     widths = [check_width(int(b)) if b == int(b) else check_width(b) for b in rows[:, 0].tolist()]
     if sorted(set(widths)) != widths:
-        raise InvalidArgument(f"tensor {name!r}: widths must ascend")
+        raise InvalidArgument(f"tensor {name!r}: bit-widths must be ascending")
     return rows
 
 
 def _pairs(name: str, scores: Mapping[LayerBits, float]) -> Tensor:
-    """Rows of (weight bits, activation bits, score); where any weight has groups or zero points also of (group size,
-    0 for none; 1 with zero points, else 0)."""
+    """Rows of (weight bits, activation bits, score).
+
+    If any weight has groups or zero points, each row also has the group size (0 for none), and 1 for zero points, else
+    0.
+    """
     grouped = any(bits.grouped for bits in scores)
     rows = []
     for bits in sorted(scores):
@@ -47,34 +50,51 @@ def _pairs(name: str, scores: Mapping[LayerBits, float]) -> Tensor:
 def _read_pairs(name: str, rows: Tensor) -> dict[LayerBits, float]:
     good = rows.dtype == torch.float64 and rows.dim() == 2 and rows.shape[1] in (3, 5)
     if not good or not bool(torch.isfinite(rows).all()):
-        raise InvalidArgument(f"tensor {name!r}: rows of (weight bits, activation bits, score), all finite")
+        raise InvalidArgument(f"tensor {name!r}: expected rows of (weight bits, activation bits, score), all finite")
     out: dict[LayerBits, float] = {}
     for weight, activation, score, *groups in rows.tolist():
         size, zero = (_whole(name, x) for x in groups or (0, 0))
         if zero not in (0, 1):
-            raise InvalidArgument(f"tensor {name!r}: zero points are 0 or 1, not {zero}")
+            raise InvalidArgument(f"tensor {name!r}: the column of zero points must be 0 or 1, got {zero}")
         out[LayerBits(_whole(name, weight), _whole(name, activation), size or None, not zero)] = score
     if list(out) != sorted(out) or len(out) != len(rows):
-        raise InvalidArgument(f"tensor {name!r}: pairs of widths must ascend")
+        raise InvalidArgument(f"tensor {name!r}: pairs of bit-widths must be ascending")
     return out
 
 
 def _whole(name: str, value: float) -> int:
     if value != int(value):
-        raise InvalidArgument(f"tensor {name!r}: a width is a whole number, not {value}")
+        raise InvalidArgument(f"tensor {name!r}: a bit-width must be an integer, got {value}")
     return int(value)
 
 
 def _signed(value: object) -> dict[str, bool]:
     if not isinstance(value, Mapping) or not all(isinstance(v, bool) for v in value.values()):
-        raise InvalidArgument("activation_signed must say true or false for each layer")
+        raise InvalidArgument("activation_signed must be true or false for each layer")
     return dict(value)
 
 
 def write_indicators(path: str | os.PathLike[str], indicators: Indicators) -> int:
-    """Write indicators atomically and return the bytes.
+    """Write indicators atomically; on an error, an existing file is not changed.
 
-    InvalidArgument unless widths are 1 to 8, values of one operand above 0 and those of pairs finite.
+    Args:
+        path: The file.
+        indicators: The indicators.
+
+    Returns:
+        Size of the file in bytes.
+
+    Raises:
+        InvalidArgument: A bit-width is not 1 to 8, an indicator is not positive, or a score of a pair is not finite.
+        HubMPQError: The file cannot be written.
+
+    Example:
+        >>> from hub_mpq import Indicators
+        >>> from hub_mpq.pack import read_indicators, write_indicators
+        >>> indicators = Indicators({"fc": {2: 0.5, 4: 0.1}}, {"fc": {2: 0.4, 4: 0.2}}, {"fc": False})
+        >>> size = write_indicators("indicators.safetensors", indicators)
+        >>> read_indicators("indicators.safetensors").weight
+        {'fc': {2: 0.5, 4: 0.1}}
     """
     tensors = {}
     for side in ("weight", "activation"):
@@ -90,12 +110,30 @@ def write_indicators(path: str | os.PathLike[str], indicators: Indicators) -> in
 
 
 def read_indicators(path: str | os.PathLike[str]) -> Indicators:
-    """The inverse of write_indicators; PackedFormat when the file is torn, tampered with or of another format."""
+    """Read indicators, verifying every byte.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The indicators.
+
+    Raises:
+        PackedFormat: The file is incomplete, was modified, or has another format.
+        OSError: The file cannot be opened.
+
+    Example:
+        >>> from hub_mpq import Indicators
+        >>> from hub_mpq.pack import read_indicators, write_indicators
+        >>> size = write_indicators("indicators.safetensors", Indicators({"fc": {4: 0.1}}, {"fc": {4: 0.2}}, {}))
+        >>> read_indicators("indicators.safetensors").activation
+        {'fc': {4: 0.2}}
+    """
     head, tensors = container.read(path, INDICATORS)
     try:
         tree = load_json(head.manifest, "the manifest")
         if not isinstance(tree, dict) or set(tree) != {"activation_signed", "provenance"}:
-            raise InvalidArgument("the manifest needs activation_signed and provenance")
+            raise InvalidArgument("the manifest must have the keys activation_signed and provenance")
         signed, provenance = _signed(tree["activation_signed"]), tree["provenance"]
         if not isinstance(provenance, dict):
             raise InvalidArgument("provenance must be an object")
@@ -117,19 +155,19 @@ def read_indicators(path: str | os.PathLike[str]) -> Indicators:
 
 
 def _check_provenance(indicators: Indicators) -> None:
-    """InvalidArgument for a provenance whose entries are not what `Indicators` reads from it."""
+    """Raise InvalidArgument for entries of the provenance that are not what `Indicators` expects."""
     facts = indicators.provenance
     for key, kind in (("strategy", str), ("unit", str), ("seed", int), ("task", str)):
         if key in facts and (type(facts[key]) is not kind or len(str(facts[key])) > 200):
-            raise InvalidArgument(f"provenance: {key} is a short {kind.__name__}, not {str(facts[key])[:40]!r}")
+            raise InvalidArgument(f"provenance: {key} must be a short {kind.__name__}, got {str(facts[key])[:40]!r}")
     seconds = facts.get("seconds", 0)
     if not isinstance(seconds, (int, float)) or not 0 <= seconds < 1e9:
-        raise InvalidArgument(f"provenance: seconds are a number, not {str(seconds)[:40]!r}")
+        raise InvalidArgument(f"provenance: seconds must be a number, got {str(seconds)[:40]!r}")
     try:
         indicators.inferred  # noqa: B018 (it is parsed here)
     except (TypeError, ValueError, AttributeError) as error:
         raise InvalidArgument(f"provenance: {error}") from None
     if indicators.pairs and (indicators.weight or indicators.activation):
-        raise InvalidArgument("scores are of pairs of widths, or of weights and activations, not of both")
+        raise InvalidArgument("scores must be of pairs of bit-widths, or of weights and activations, but not of both")
     if indicators.sense not in ("min", "max"):
-        raise InvalidArgument(f"provenance: sense is min or max, not {indicators.sense[:40]!r}")
+        raise InvalidArgument(f"provenance: sense must be 'min' or 'max', got {indicators.sense[:40]!r}")

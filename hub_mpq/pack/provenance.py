@@ -1,4 +1,4 @@
-"""What a manifest's provenance may hold: values of the types that those who read it expect."""
+"""The types that the entries of a manifest's provenance must have, because readers rely on them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _anything(value: Any) -> bool:
 
 
 def _with(required: Mapping[str, _Check], optional: Mapping[str, _Check] | None = None) -> _Check:
-    """An object with these keys; others may be there too."""
+    """An object with these keys, and possibly others."""
 
     def check(value: Any) -> bool:
         known = {**required, **(optional or {})}
@@ -48,8 +48,8 @@ def _with(required: Mapping[str, _Check], optional: Mapping[str, _Check] | None 
 _FIGURES = _object_of(_figure)
 _SETTING: _Check = lambda value: value is None or _figure(value)  # noqa: E731
 _KNOWN: dict[str, tuple[_Check, str]] = {
-    "hub_mpq": (_text, "text"),
-    "target": (_text, "text"),
+    "hub_mpq": (_text, "a string"),
+    "target": (_text, "a string"),
     "task": (
         _with(
             {"name": _text},
@@ -63,7 +63,7 @@ _KNOWN: dict[str, tuple[_Check, str]] = {
     ),
     "metrics": (
         _object_of(lambda row: _FIGURES(row) and _text(row.get("task", "")) and _number(row.get("samples", 0))),
-        "figures (numbers or text) by model and name",
+        "an object of figures (numbers or strings) by model and name",
     ),
     "search": (_object_of(_anything), "an object"),
     "finetune": (_object_of(_anything), "an object"),
@@ -74,7 +74,7 @@ _KNOWN: dict[str, tuple[_Check, str]] = {
                 **dict.fromkeys(("runtime", "machine"), _text),
             }
         ),
-        "what was measured of a latency",
+        "the measurement of a latency",
     ),
     "runtimes": (
         _object_of(
@@ -87,18 +87,17 @@ _KNOWN: dict[str, tuple[_Check, str]] = {
                 }
             )
         ),
-        "what was measured of each runtime",
+        "the measurements of each runtime",
     ),
 }
 
 
 def check_provenance(provenance: Mapping[str, Any]) -> None:
-    """Refuse a provenance with an entry of another type than its readers expect; entries that are not known may be
-    anything.
+    """Check the types of the known entries of a provenance; other entries may be anything.
 
     Raises:
-        InvalidArgument: An entry is wrong.
+        InvalidArgument: An entry has another type.
     """
     for key, (check, what) in _KNOWN.items():
         if key in provenance and not check(provenance[key]):
-            raise InvalidArgument(f"provenance: {key} is {what}, not {dump_json(provenance[key])[:60]}")
+            raise InvalidArgument(f"provenance: {key} must be {what}, got {dump_json(provenance[key])[:60]}")

@@ -1,4 +1,4 @@
-"""One packed weight: words, scales and the shape they unpack to."""
+"""A packed weight: words, scales and the shape that they unpack to."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _from_rows(rows: Tensor, kind: str, weight_shape: Sequence[int]) -> Tensor:
 
 
 def _swapped_axes(kind: str) -> tuple[int, int] | None:
-    """The axes of a weight that are exchanged before it is packed; None: it is packed in memory order."""
+    """The axes of a weight that are swapped before packing; None: it is packed in memory order."""
     found = layer_kinds.get(kind)
     if found.row_axes is None:
         return (1, 0) if found.channel_axis == 1 else None
@@ -53,22 +53,33 @@ GROUP_SCALES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, eq=False)
 class PackedTensor:
-    """A quantized weight, bit-dense: (integer - zero point) * scale.
+    """A bit-packed quantized weight, whose values are (integer - zero point) · scale.
 
     Args:
-        weight_packed: int32 words, [rows, ceil(cols*b/32)] (linear, embedding, conv1d, experts …) or [ceil(count*b/32)]
-            (convolutions), as the kind's `row_axes` say. Codes are value + 2^(b-1); at 1 bit they are 0 for -1 and
-            1 for +1.
-        weight_scale: float32, one per output channel or a single one; of groups float16 or bfloat16, [rows, groups].
-        weight_shape: The module's own.
-        num_bits: 1 to 8.
-        kind: Name of the LayerKind.
-        weight_zero_point: Codes of `num_bits` bits, one for each scale, packed as one stream of int32 words
-            [ceil(count*b/32)]. Files of version 1 may have int8 values of the scale's shape. None for zero.
-        group_size: Weights of a row that share a scale, the last group may be short; None: all of the row.
+        weight_packed: int32 words, `[rows, ceil(columns·b/32)]` (linear, embedding, conv1d, experts …) or
+            `[ceil(count·b/32)]` (convolutions), depending on the kind's `row_axes`. Codes are value + 2^(b-1); at 1 bit
+            they are 0 for -1 and 1 for +1.
+        weight_scale: float32, one per output channel or a single one; for groups float16 or bfloat16,
+            `[rows, groups]`.
+        weight_shape: Shape of the module's weight.
+        num_bits: Bit-width b, 1 to 8.
+        kind: Name of the `LayerKind`.
+        weight_zero_point: Codes of `num_bits` bits, one per scale, packed as one stream of int32 words,
+            `[ceil(count·b/32)]`. In files of version 1, int8 values of the scale's shape. None for zero.
+        group_size: Weights of a row that share a scale (the last group may be shorter); None: the whole row.
 
     Raises:
-        InvalidArgument: The parts do not belong together.
+        InvalidArgument: Shapes or dtypes of the parts do not fit together.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.pack import pack_weight
+        >>> packed = pack_weight(torch.tensor([[-4, 3], [1, 0]]), torch.tensor([0.5, 2.0]), "linear", num_bits=3)
+        >>> packed.weight_packed.shape, str(packed.bits)
+        (torch.Size([2, 1]), 'W3A32')
+        >>> packed.dequantize()
+        tensor([[-2.0000,  1.5000],
+                [ 2.0000,  0.0000]])
     """
 
     weight_packed: Tensor
@@ -84,7 +95,7 @@ class PackedTensor:
         want = packed_shape(self.kind, self.weight_shape, self.num_bits)
         found = self.weight_packed.dtype, tuple(self.weight_packed.shape)
         if found != (torch.int32, want):
-            raise InvalidArgument(f"weight_packed must be torch.int32 {want}, not {found[0]} {found[1]}")
+            raise InvalidArgument(f"weight_packed must be torch.int32 {want}, got {found[0]} {found[1]}")
         scale, zero = self.weight_scale, self.weight_zero_point
         shape = tuple(scale.shape)
         if bits.grouped:
@@ -93,32 +104,40 @@ class PackedTensor:
             expected = (rows,) if self.group_size is None else (rows, groups)
             if scale.dtype not in dtypes or shape != expected:
                 names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-                raise InvalidArgument(f"weight_scale must be {names} {expected}, not {scale.dtype} {shape}")
+                raise InvalidArgument(f"weight_scale must be {names} {expected}, got {scale.dtype} {shape}")
             words = (word_count(rows * groups, self.num_bits),)
             if not bits.symmetric and zero is not None and tuple(zero.shape) != words:
-                raise InvalidArgument(f"weight_zero_point must be int32 {words}, not {tuple(zero.shape)}")
+                raise InvalidArgument(f"weight_zero_point must be int32 {words}, got {tuple(zero.shape)}")
             return
         allowed = ((1,), (channel_count(self.kind, self.weight_shape),))
         if scale.dtype != torch.float32 or shape not in allowed:
-            raise InvalidArgument(f"weight_scale must be float32 {allowed[1]} or (1,), not {shape}")
+            raise InvalidArgument(f"weight_scale must be float32 {allowed[1]} or (1,), got {scale.dtype} {shape}")
         if zero is not None and (zero.dtype != torch.int8 or zero.shape != scale.shape):
-            raise InvalidArgument("weight_zero_point must be int8 of the shape of weight_scale")
+            raise InvalidArgument("weight_zero_point must be int8 and have the shape of weight_scale")
 
     @property
     def bits(self) -> LayerBits:
-        """Width, groups and zero points, as a policy has them."""
+        """Bit-width, group size and zero points of the weight, with a float input."""
         coded = self.weight_zero_point is not None and self.weight_zero_point.dtype == torch.int32
         return LayerBits(self.num_bits, FLOAT_BITS, self.group_size, not coded)
 
     def parts(self) -> dict[str, Tensor]:
-        """The tensors a file holds, by the last part of their name."""
+        """Return the tensors that a file contains.
+
+        Returns:
+            `{last part of the name: tensor}`.
+        """
         parts = {"weight_packed": self.weight_packed, "weight_scale": self.weight_scale}
         if self.weight_zero_point is not None:
             parts["weight_zero_point"] = self.weight_zero_point
         return parts | {"weight_shape": torch.tensor(self.weight_shape, dtype=torch.int64)}
 
     def zero_points(self) -> Tensor | None:
-        """Zero points in terms of the integers: int8 of the scale's shape; None for zero."""
+        """Unpack the zero points.
+
+        Returns:
+            int8 of the scale's shape, or None for zero.
+        """
         zero = self.weight_zero_point
         if zero is None or self.bits.symmetric:
             return zero
@@ -131,18 +150,22 @@ class PackedTensor:
         return _signed(unpack_bits(words, self.num_bits, columns).view(torch.int8), self.num_bits)
 
     def unpack(self) -> Tensor:
-        """The integers, int8 of `weight_shape`."""
+        """Unpack the integers.
+
+        Returns:
+            int8 of `weight_shape`.
+        """
         return _from_rows(self._values(), self.kind, self.weight_shape).contiguous()
 
     def dequantize(self, dtype: torch.dtype = torch.float32, rows: Tensor | slice | None = None) -> Tensor:
-        """(integer - zero point) * scale, multiplied in float32, or float64 if that is asked for.
+        """Compute (integer - zero point) · scale, multiplied in float32, or in float64 for that dtype.
 
         Args:
-            dtype: Of the result.
-            rows: Indices [n], or a slice, of the rows to unpack; None for all.
+            dtype: The dtype of the result.
+            rows: Indices `[n]`, or a slice, of the rows to unpack; None for all.
 
         Returns:
-            The weight, of `weight_shape`, or [n, columns].
+            The weight, of `weight_shape`, or `[n, columns]` for some rows.
         """
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         values, scale, zero = self._values(rows), self.weight_scale, self.zero_points()
@@ -162,11 +185,14 @@ class PackedTensor:
         return _from_rows(out, self.kind, self.weight_shape)
 
     def matrix(self, index: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """One matrix of a stack, dequantized.
+        """Dequantize one matrix of a stack of experts.
 
         Args:
-            index: Which one.
-            dtype: As in `dequantize`.
+            index: Index of the matrix.
+            dtype: The dtype of the result.
+
+        Returns:
+            The matrix, in the orientation of the module's weight.
         """
         each = len(self.weight_packed) // self.weight_shape[0]
         rows = self.dequantize(dtype, slice(index * each, (index + 1) * each))
@@ -174,7 +200,7 @@ class PackedTensor:
 
 
 def _signed(codes: Tensor, num_bits: int) -> Tensor:
-    """Integers from codes, in place: both are int8."""
+    """Convert codes to integers, both int8, in place."""
     if num_bits == 8:
         return codes ^ -128
     return codes.mul_(2).sub_(1) if num_bits == 1 else codes.sub_(1 << (num_bits - 1))
@@ -183,7 +209,7 @@ def _signed(codes: Tensor, num_bits: int) -> Tensor:
 def _groups(
     out: Tensor, scale: Tensor, zero: Tensor | None, group_size: int | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """(view of some groups [..., weights of a group], their scales, their zero points), which cover all of `out`."""
+    """Yield (view of some groups [..., weights of a group], their scales, their zero points), covering `out`."""
     if group_size is None:
         yield out, scale, zero
         return
@@ -207,30 +233,42 @@ def pack_weight(
     """Pack the integers of a weight with their scales.
 
     Args:
-        int_weight: Any integer dtype, the module's own shape, in -2^(b-1) … 2^(b-1)-1; at 1 bit -1 or +1.
-        scale: [channels] or [1], kept as float32; of groups [rows, groups], float16 or bfloat16. Finite and above zero.
-        kind: Name of the LayerKind.
-        num_bits: 1 to 8.
-        zero_point: int8 of the scale's shape: kept as it is. Another integer dtype, [rows, groups] or [rows]: within
-            -2^(b-1) … 2^(b-1)-1, packed.
-        group_size: As in `PackedTensor`.
+        int_weight: Integers in the shape of the module's weight, from -2^(b-1) to 2^(b-1)-1; at 1 bit -1 or +1.
+        scale: `[channels]` or `[1]`, stored as float32; for groups `[rows, groups]`, float16 or bfloat16. Finite and
+            positive.
+        kind: Name of the `LayerKind`, such as `"linear"`.
+        num_bits: Bit-width b, 1 to 8.
+        zero_point: int8 of the scale's shape, stored as is; or another integer dtype, `[rows, groups]` or `[rows]`,
+            from -2^(b-1) to 2^(b-1)-1, which is packed. None for zero.
+        group_size: Weights of a row that share a scale; None: the whole row.
+
+    Returns:
+        The packed weight.
 
     Raises:
-        InvalidArgument: A value is outside its range, or the parts do not belong together.
+        InvalidArgument: A value is out of range, or shapes or dtypes do not fit together.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.pack import pack_weight
+        >>> packed = pack_weight(torch.tensor([[-4, 3], [1, 0]]), torch.tensor([0.5, 2.0]), "linear", num_bits=3)
+        >>> packed.unpack()
+        tensor([[-4,  3],
+                [ 1,  0]], dtype=torch.int8)
     """
     bits = check_width(num_bits)
-    packed_shape(kind, int_weight.shape, bits)  # names an unknown kind or a wrong number of axes
+    packed_shape(kind, int_weight.shape, bits)  # raises for an unknown kind or a wrong number of axes
     if int_weight.is_floating_point():
-        raise InvalidArgument(f"pack_weight takes integers, not {int_weight.dtype}")
+        raise InvalidArgument(f"int_weight must have an integer dtype, got {int_weight.dtype}")
     scale = scale.detach()
     if group_size is None or scale.dtype not in GROUP_SCALES:
         scale = scale.to(torch.float32)
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise InvalidArgument("scales must be finite and above zero")
+        raise InvalidArgument("scales must be finite and positive")
     values = _to_rows(int_weight.detach(), kind)
     if bits == 1:
         if not bool((values.abs() == 1).all()):
-            raise InvalidArgument("a 1-bit weight holds only −1 and +1")
+            raise InvalidArgument("a 1-bit weight must contain only −1 and +1")
         values, offset = (values > 0).to(torch.uint8), 0
     else:
         offset = 1 << (bits - 1)
@@ -243,13 +281,24 @@ def pack_weight(
 def empty_packed(
     kind: str, weight_shape: Sequence[int], bits: LayerBits | int, *, per_channel: bool = True
 ) -> PackedTensor:
-    """A PackedTensor on the meta device: no values, the right shapes, for sizes and for skeletons of models.
+    """Create a PackedTensor on the meta device, without values, to compute sizes or build empty models.
 
     Args:
-        kind: Name of the LayerKind.
-        weight_shape: The module's own.
-        bits: What the weight is packed as.
-        per_channel: One scale per output channel, else one in all; of groups always one per group.
+        kind: Name of the `LayerKind`, such as `"linear"`.
+        weight_shape: Shape of the module's weight.
+        bits: Bit-width of the weight, with group size and zero points if any.
+        per_channel: One scale per output channel, else a single one; groups always have one scale each.
+
+    Returns:
+        The packed weight.
+
+    Raises:
+        InvalidArgument: The kind is unknown, or does not fit the shape or the groups.
+
+    Example:
+        >>> from hub_mpq.pack import empty_packed
+        >>> empty_packed("linear", (8, 100), 3).weight_packed.shape
+        torch.Size([8, 10])
     """
     bits = LayerBits(bits, FLOAT_BITS) if isinstance(bits, int) else bits
 

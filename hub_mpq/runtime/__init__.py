@@ -1,4 +1,4 @@
-"""What runs a quantized model: every runtime of the package, and what they have in common."""
+"""Runtimes execute quantized models; each one has a file, and this package what they share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A quantized model on a runtime against its float form in torch: time, memory, and whether it is the same model."""
+"""Benchmark a quantized model on a runtime against its float form in torch: time, memory, and exactness."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from .timing import Timing, batch_of, threads_of, time_calls
 
 @dataclass(frozen=True)
 class RuntimeBench:
-    """What was measured of a model on a runtime.
+    """Measurements of a model on a runtime.
 
     Args:
-        layers: What the runtime does with each layer.
+        layers: Which layers the runtime computes in integers, and why not the others.
         engine: The library that computes, with its version.
-        machine: Processor, cores and instructions in words.
-        batch_size: Samples in a call.
+        machine: Description of processor, cores and instruction set.
+        batch_size: Samples per call.
         threads: Threads that a call may use.
         runtime: Time of a call on the runtime.
-        float: Time of a call of the float model in torch, counted in turn with the other.
+        float: Time of a call of the float model in torch; the two calls are timed alternately.
         integer_nbytes: Bytes of the layers that compute in integers: int8 codes, scales and biases.
         float_nbytes: Bytes of the same layers in float32.
-        certificate: Of one run of each layer.
+        certificate: Certificate of one run of each layer.
     """
 
     layers: RuntimeLayers
@@ -52,17 +52,17 @@ class RuntimeBench:
 
     @property
     def speedup(self) -> Any:
-        """Float time over the runtime's."""
+        """Time of the float model divided by time of the runtime."""
         return self.float.seconds / self.runtime.seconds
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values only."""
+        """Return all fields and the speedup as JSON values."""
         found = {**asdict(self), "certificate": self.certificate.to_json(), "speedup": self.speedup}
         return {**found, "layers": {"integer": list(self.layers.integer), "float": dict(self.layers.float)}}
 
 
 def float_network(model: nn.Module) -> nn.Module:
-    """A quantized network without its quantizers, weights put on their grids: the arithmetic of the float model."""
+    """Remove the quantizers of a quantized network and round its weights to their grids: plain float arithmetic."""
     net = copied_structure(model).eval()
     for name, module in list(quantized_layers(net)):
         out = take_over(module.float_class, module)
@@ -77,17 +77,20 @@ def float_network(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def bench_runtime(model: nn.Module, name: str, example: Any, *, batch_size: int = 1, threads: int = 1) -> RuntimeBench:
-    """Time a quantized network on a runtime and its float form in torch, in turn, and check it layer by layer.
+    """Time a quantized network on a runtime, alternating with its float form in torch, and check each layer.
 
     Args:
-        model: The quantized network, on the CPU; it stays as it is.
-        name: Of the runtime.
+        model: The quantized network, on the CPU; it is not changed.
+        name: Name of the runtime.
         example: One sample: positional arguments or a mapping of keyword arguments.
-        batch_size: Samples in a call.
+        batch_size: Samples per call.
         threads: Threads that a call may use.
 
+    Returns:
+        The measurements.
+
     Raises:
-        HubMPQError: The runtime cannot be used here, or cannot run the model.
+        HubMPQError: The runtime is not available, or cannot run the model.
     """
     engine, batch = runtime_here(name), batch_of(example, batch_size)
     with threads_of(threads):

@@ -1,4 +1,4 @@
-"""EBS's binary decomposition as an engine: bit planes in 64-bit words, AND and popcount, by Numba."""
+"""EBS's binary decomposition as an engine: bit planes in 64-bit words, AND and popcount, compiled by Numba."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ _NO_FLOATS, _NO_CODES = np.empty(0, np.float32), np.empty(0, np.uint8)
 
 
 def words(bits: Tensor) -> Tensor:
-    """{0, 1} [..., length] in 64-bit words [..., words], the first in the lowest bit; int64."""
+    """Pack {0, 1} [..., length] into 64-bit words, int64 [..., words], the first value in the lowest bit."""
     padded = F.pad(bits.to(torch.uint8), (0, -bits.shape[-1] % WORD))
     packed = np.packbits(padded.numpy(), axis=-1, bitorder="little").view("<u8").astype(np.int64)
     return torch.from_numpy(packed)
 
 
 def weight_planes(codes: Tensor) -> tuple[Tensor, list[int], bool]:
-    """The planes of a weight's codes, as few as they need.
+    """Decompose the codes of a weight into as few bit planes as possible.
 
     Args:
         codes: int8, of any shape.
 
     Returns:
-        ({0, 1} [planes, *shape], the factor of each plane, whether the codes are ±1: then code = 2·plane − 1, else the
-        sum of factor · plane).
+        ({0, 1} [planes, *shape], the factor of each plane, whether all codes are ±1). If they are, code = 2·plane − 1,
+        otherwise code = the sum of factor · plane.
     """
     codes = codes.long()
     if bool((codes.abs() == 1).all()):
@@ -54,7 +54,7 @@ def weight_planes(codes: Tensor) -> tuple[Tensor, list[int], bool]:
 
 
 def _split(function: Callable[[int, int], None], count: int) -> None:
-    """Call a function on ranges that cover `count` items, in torch's number of threads."""
+    """Call a function on ranges that cover `count` items, with as many threads as torch uses."""
     threads = torch.get_num_threads()
     if threads == 1 or count <= BLOCK:
         function(0, count)
@@ -66,12 +66,12 @@ def _split(function: Callable[[int, int], None], count: int) -> None:
 
 @lru_cache
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads of one process; a fork has none of its parent's."""
+    """The thread pool of a process; a fork does not inherit threads."""
     return ThreadPoolExecutor(threads, "bit_serial")
 
 
 class BitSerialLayer(nn.Module):
-    """An integer layer by bit planes: codes of the input [, summand] to float32 or to codes."""
+    """An integer layer on bit planes: from codes of the input and an optional residual to float32 or codes."""
 
     multiplied: tuple[Any, ...]
     added: tuple[Any, ...]
@@ -86,7 +86,7 @@ class BitSerialLayer(nn.Module):
         blocked = F.pad(blocked, (0, 0, 0, 0, 0, -blocked.shape[1] % LANES)).unflatten(1, (-1, LANES))
         zero = layer.grid.zero_point
         self.channels = self.shape[1]  # of one group
-        # the words of neighbouring pixels lie side by side: packed once and copied for each place of the kernel
+        # the words of neighbouring pixels are adjacent: packed once, then copied for each position of the kernel
         self.adjacent = self.channels % WORD == 0 and layer.groups == 1 and layer.dilation[1] == 1
         scale = layer.scale * layer.grid.scale
         bias = torch.zeros_like(scale) if layer.bias is None else layer.bias
@@ -98,7 +98,7 @@ class BitSerialLayer(nn.Module):
             "bias": bias.float(),
         }.items():
             self.register_buffer(name, tensor, persistent=False)
-        # views: a tensor takes microseconds to become an array
+        # NumPy views, since converting a tensor takes microseconds
         self.multiplied = (self.weight.numpy().view(np.uint64), self.factors.numpy(), self.one_bit)
         self.added = tuple(tensor.numpy() for tensor in (self.constant, self.scale, self.bias))
         activation, infinity = plan.activation, float("inf")
@@ -156,7 +156,7 @@ class BitSerialLayer(nn.Module):
 
 
 class BitSerial(InProcess):
-    """Products of bit planes, whose cost grows with the product of both widths: for 1- and 2-bit layers."""
+    """Products of bit planes, whose cost grows with the product of both bit-widths: for 1- and 2-bit layers."""
 
     name, package, extra, time_by_width = "bit_serial", "numba", "bit-serial", True
     layer_class = BitSerialLayer

@@ -1,10 +1,10 @@
-"""Sums of products of codes by AND and popcount of their bit planes, compiled by Numba when they are first called.
+"""Sums of products of codes by AND and popcount of their bit planes, compiled by Numba on the first call.
 
-EBS's binary decomposition, whose definition is `hub_mpq.quantizers.binary_decomposition`: the sum of
+EBS's binary decomposition, defined in `hub_mpq.quantizers.binary_decomposition`: the sum of
 2^(i+j) · popcount(W_i AND X_j) over the planes of both operands, here packed in 64-bit words. The planes of the weight
-have signs (two's complement), so that signed codes need no correction. Only ±1 is one plane u, w = 2u − 1, and the sum
-of the activations' codes. The zero point of the activations is one number for each output. How the loops are blocked is
-our construction.
+are signed (two's complement), so that signed codes need no correction. The only exception is a weight of ±1: one plane
+u with w = 2u − 1, minus the sum of the activations' codes. The zero point of the activations adds one constant per
+output. The blocking of the loops is our construction.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from .bit_serial_vectors import LANES, ROWS, SLACK, intrinsics
 
 BLOCK = 32
-"""Pixels whose planes and sums stay in the cache while all outputs are made."""
+"""Pixels whose planes and sums stay in the cache while all outputs are computed."""
 
 
 @lru_cache
@@ -33,7 +33,7 @@ def kernels() -> SimpleNamespace:
 
     @jit
     def pack(codes: Any, planes: Any, start: int, stop: int) -> None:
-        """Planes [bits, pixels, words] of codes uint8 [pixels · words · 64], pixels start … stop."""
+        """Pack codes uint8 [pixels · words · 64] into planes [bits, pixels, words], for pixels start … stop."""
         bits, _, count = planes.shape
         for p in range(start, stop):
             for q in range(count):
@@ -44,7 +44,7 @@ def kernels() -> SimpleNamespace:
     def gather(
         codes: Any, zero: int, planes: Any, sizes: Any, shape: Any, window: Any, first: int, rows: int, g: int, x: Any
     ) -> None:
-        """Planes of all that some output pixels of group g read, into x."""
+        """Gather the planes of all inputs that some output pixels of group g read, into x."""
         pixels, groups, bits, count, channels, length, step = sizes
         height, width, out_height, out_width = shape
         kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, step_h, step_w = window
@@ -86,7 +86,7 @@ def kernels() -> SimpleNamespace:
 
     @jit
     def begin(sums: Any, wide: int, x: Any, sizes: Any, rows: int, one_bit: bool) -> None:
-        """Start sums at 0, or at minus the sum of the codes of each pixel."""
+        """Initialize sums to 0, or to minus the sum of the codes of each pixel."""
         _, _, bits, _, _, length, step = sizes
         for r in range(rows):
             total = 0
@@ -114,7 +114,7 @@ def kernels() -> SimpleNamespace:
         out: Any,
         codes: Any,
     ) -> None:
-        """Sums to float32 or to codes, the one that has a size, from `goal` on."""
+        """Convert sums to float32 or to codes (whichever array is not empty), from `goal` on."""
         constant, scale, bias = terms
         low, high = cut
         inverse, zero, top = grid
@@ -163,24 +163,28 @@ def kernels() -> SimpleNamespace:
         start: int,
         stop: int,
     ) -> None:
-        """Output pixels start … stop, all outputs.
+        """Compute all outputs of output pixels start … stop.
 
         Args:
-            codes: Of the input, uint8 [pixels · groups · channels].
-            zero: Its zero point.
-            planes: Of the input, uint64 [bits, pixels, words]; no pixels where they are made as they are read.
+            codes: Codes of the input, uint8 [pixels · groups · channels].
+            zero: Zero point of the input.
+            planes: Planes of the input, uint64 [bits, pixels, words]; no pixels if they are packed when read.
             shape: (height, width, output height, output width).
             window: (kernel, stride, padding, dilation), each for both axes.
-            channels: Of one group.
+            channels: Channels of one group.
             weight: uint64 [groups, outputs / LANES, planes, words, LANES].
-            factors: int64 [planes], of each plane of the weight.
-            one_bit: Whether w = 2u − 1: the sum of the activations' codes is subtracted.
+            factors: Factor of each plane of the weight, int64 [planes].
+            one_bit: Whether w = 2u − 1; then the sum of the activations' codes is subtracted.
             constant: int32 [outputs], added to the sums.
-            scale, bias: float32 [outputs].
-            summand: float32 [pixels · outputs], or of no size.
-            cut: (low, high) of the float32 result.
-            grid: (1 / scale, zero point, top) of the codes of the output.
-            out, out_codes: float32 and uint8 [pixels · outputs]; the one that has a size is written.
+            scale: float32 [outputs].
+            bias: float32 [outputs].
+            summand: The residual, float32 [pixels · outputs], or empty.
+            cut: (low, high) that the float32 result is clamped to.
+            grid: (1 / scale, zero point, top) of the output's codes.
+            out: float32 [pixels · outputs], or empty.
+            out_codes: uint8 [pixels · outputs], or empty; the array that is not empty is written.
+            start: First output pixel.
+            stop: Output pixel after the last one.
         """
         groups, blocks, weight_planes, length, _ = weight.shape
         bits, pixels, count = planes.shape

@@ -1,6 +1,6 @@
-"""What Numba has no words for: vectors of 64-bit words, as LLVM's instructions.
+"""Vectors of 64-bit words, which Numba does not offer, as LLVM instructions.
 
-LLVM makes of them what the CPU has: 512-bit registers, two of 256 bits, or four of 128.
+LLVM maps them to the registers of the CPU: one of 512 bits, two of 256 or four of 128.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 ROWS = 4
-"""Pixels (rows of a product) that share a load of the weight."""
+"""Pixels (rows of a product) that share one load of the weight."""
 LANES = 8
 """Outputs in one vector, 64 bits each."""
 SLACK = 4
-"""Words that are copied at once; arrays of words that are copied from or to are so much longer."""
+"""Words copied at once; arrays that are copied from or to are longer by this number."""
 BYTE_STEPS = 31
-"""Words whose counts, 8 at most, a byte can hold."""
+"""Number of words whose counts, at most 8 each, fit into a byte."""
 
 
 def counts_words() -> bool:
@@ -23,14 +23,14 @@ def counts_words() -> bool:
     from llvmlite import binding
     from numba.core import config
 
-    chosen = vars(config).get("CPU_FEATURES")  # by NUMBA_CPU_FEATURES
+    chosen = vars(config).get("CPU_FEATURES")  # set by NUMBA_CPU_FEATURES
     if chosen is not None:
         return "+avx512vpopcntdq" in chosen
     return bool(binding.get_host_cpu_features().get("avx512vpopcntdq"))
 
 
 def intrinsics() -> SimpleNamespace:
-    """Functions for compiled code; places are indices of flat arrays."""
+    """Functions for compiled code; positions are indices into flat arrays."""
     from llvmlite import ir
     from numba import types
     from numba.core import cgutils
@@ -57,7 +57,7 @@ def intrinsics() -> SimpleNamespace:
 
     @intrinsic
     def pack_word(typing: Any, codes: Any, at: Any, bit: Any) -> Any:
-        """Bit `bit` of the 64 codes from `at` on, as one word."""
+        """Pack bit `bit` of the 64 codes from `at` on into one word."""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             vector = builder.load(pointer(context, builder, signature.args[0], args[0], args[1], octets), align=1)
@@ -71,7 +71,8 @@ def intrinsics() -> SimpleNamespace:
     def add_counts(
         typing: Any, sums: Any, at: Any, stride: Any, weight: Any, w_at: Any, x: Any, x_at: Any, count: Any, factor: Any
     ) -> Any:
-        """sums[at + row·stride …] += factor · popcounts of `count` words of ROWS rows AND of LANES outputs."""
+        """sums[at + row·stride …] += factor · popcount(rows AND outputs), over `count` words of ROWS rows and LANES
+        outputs."""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             kinds = signature.args
@@ -139,7 +140,7 @@ def intrinsics() -> SimpleNamespace:
         return builder.select(builder.fcmp_ordered(">", vector, high), high, vector)
 
     def scaled(context: Any, builder: Any, kinds: Any, args: Any) -> Any:
-        """(sums + constant) · scale + bias of LANES outputs; `args` as the first six of the functions below."""
+        """(sums + constant) · scale + bias of LANES outputs; `args` starts with the six that they share."""
 
         def loaded(n: int, at: Any, element: Any) -> Any:
             return builder.load(pointer(context, builder, kinds[n], args[n], at, element), align=4)
@@ -218,7 +219,7 @@ def intrinsics() -> SimpleNamespace:
             y = clamp(builder, scaled(context, builder, signature.args, args), args[6], args[7])
             y = builder.fmul(y, splat(builder, inverse, LANES))
             y = clamp(builder, y, builder.fneg(zero), builder.fsub(top, zero))
-            magic = ir.Constant(floats, [1.5 * 2.0**23] * LANES)  # added and taken away, it rounds half to even
+            magic = ir.Constant(floats, [1.5 * 2.0**23] * LANES)  # adding and subtracting it rounds half to even
             y = builder.fsub(builder.fadd(y, magic), magic)
             whole = builder.fptosi(builder.fadd(y, splat(builder, zero, LANES)), narrow)
             octet = ir.VectorType(i8, LANES)
@@ -230,7 +231,7 @@ def intrinsics() -> SimpleNamespace:
 
     @intrinsic
     def copy_words(typing: Any, source: Any, at: Any, x: Any, goal: Any) -> Any:
-        """SLACK words."""
+        """Copy SLACK words."""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             kind = ir.VectorType(i64, SLACK)

@@ -1,7 +1,8 @@
-"""Whether a runtime computes the same model: each layer against its exact result, and the metric of the task.
+"""Check that a runtime computes the same model: each layer against its exact result, and the metric of the task.
 
-A whole network is no measure of that: one code that falls on the other side of a tie moves what follows. So a layer's
-output on the runtime is compared with the exact result, integers added up in float64, for the input that it got there.
+Comparing the outputs of whole networks is not meaningful, because one value that is rounded to the other side of a tie
+changes everything after it. Instead, each layer's output on the runtime is compared with the exact result, integers
+summed in float64, for the input that the layer received there.
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ from .integer_layer import Grid, integer_layers
 from .machine import machine
 
 LARGEST_ERROR = 1e-5
-"""Of a float32 output, relative to the largest output of the layer."""
+"""Maximum error of a float32 output, relative to the largest output of the layer."""
 LARGEST_FLIPS = 1e-3
-"""Share of codes that differ by one step: those that lie on a tie up to float32's rounding."""
+"""Maximum share of codes that differ by one step: those that lie on a tie within float32 rounding."""
 LARGEST_ITEMS = 1e-3
-"""Of a metric, in items: one in a thousand."""
+"""Maximum change of a metric, as a share of the items: one in a thousand."""
 
 
 @dataclass(frozen=True, eq=False)
 class LayerRun:
-    """What one layer got and gave in one run.
+    """Input and output of a layer in one run.
 
     Args:
-        plan: The layer and what it takes along.
-        codes: Of the input, as the runtime made them.
-        output: Float32, or codes where `plan.output` says so.
-        summand: What was added, float32.
-        source: The float32 input that the runtime made the codes of, where it made them for this layer.
+        plan: The layer and what is fused into it.
+        codes: Codes of the input, as the runtime made them.
+        output: Output in float32, or as codes if `plan.output` is set.
+        summand: The residual that was added, float32.
+        source: The float32 input that the codes were made from, if they were made for this layer.
     """
 
     plan: FusedLayer
@@ -48,13 +49,14 @@ class LayerRun:
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """How far a layer is from its exact result.
+    """Deviation of a layer from its exact result.
 
     Args:
-        error: The largest difference of a float32 output over the largest output; 0 for codes.
-        flips: How many codes (made by the layer, or of its input) differ by one step.
-        wrong: How many codes differ by more, or how many outputs by more than `LARGEST_ERROR`: saturation, or a fault.
-        codes: How many codes were compared.
+        error: Largest difference of a float32 output, relative to the largest output; 0 for codes.
+        flips: Number of codes (of the layer's output, or of its input) that differ by one step.
+        wrong: Number of codes that differ by more than one step, or of outputs that differ by more than
+            `LARGEST_ERROR`: saturation, or a bug.
+        codes: Number of codes that were compared.
     """
 
     error: float = 0.0
@@ -69,14 +71,30 @@ class LayerCheck:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was measured of a runtime against the reference.
+    """Whether a runtime computes the same model as the reference, and how far each layer deviates.
+
+    Each layer is compared with its exact result. The bounds: a float32 output may deviate by 1e-5 of the layer's
+    largest output, one code in a thousand may differ by one step, and an accuracy by one item in a thousand (but at
+    least one item). If a task has no accuracy, each of its metrics may differ by a thousandth.
 
     Args:
-        runtime: Its name.
-        layers: {layer that computes in integers: check}.
-        float: {layer that computes in float: why}.
-        metrics: {"reference" | "runtime": figures of the task}; empty where they were not measured.
-        reasons: Why it is not the same model, one sentence each; empty when it is.
+        runtime: Name of the runtime.
+        layers: `{layer that computes in integers: its check}`. A check has `error` (largest float32 difference,
+            relative to the largest output), `flips` (codes that differ by one step), `wrong` (values out of bounds) and
+            `codes` (codes compared).
+        float: `{layer that computes in float: reason}`.
+        metrics: `{"reference" | "runtime": metrics of the task}`; empty if they were not measured.
+        reasons: Why it is not the same model, one string each; empty if it is.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq import HubMPQ
+        >>> images = torch.zeros(2, 3, 32, 32)
+        >>> mpq = HubMPQ.from_pretrained("test_resnet", pretrained=False, input_size=(3, 32, 32))
+        >>> mpq = mpq.apply_policy("W4A4", [images])
+        >>> certificate = mpq.certify(mpq.to_runtime("torch"), [images])
+        >>> certificate.exact, certificate.reasons, len(certificate.float)
+        (True, (), 16)
     """
 
     runtime: str
@@ -87,23 +105,32 @@ class Certificate:
 
     @property
     def exact(self) -> bool:
-        """Whether it is the same model by the bounds of this module."""
+        """Whether it is the same model within the bounds of the class."""
         return not self.reasons
 
     @property
     def total(self) -> LayerCheck:
-        """All layers together."""
+        """The checks of all layers combined."""
         whole = LayerCheck()
         for check in self.layers.values():
             whole |= check
         return whole
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values only."""
+        """Convert to JSON values.
+
+        Returns:
+            All fields, and `exact`.
+        """
         return {"exact": self.exact, **asdict(self), "reasons": list(self.reasons)}
 
     def summary(self) -> dict[str, Any]:
-        """What a card says of it, JSON values only."""
+        """Summarize for a model card, as JSON values.
+
+        Returns:
+            The verdict, the machine, the number of layers in integers and in float, the deviation of all layers
+            together, and the metrics.
+        """
         whole = self.total
         return {
             "exact": self.exact,
@@ -122,7 +149,7 @@ class Certificate:
         verdict = "the same model" if self.exact else "; ".join(self.reasons)
         return (
             f"{self.runtime}: {len(self.layers)} layers in integers, {len(self.float)} in float; largest error "
-            f"{whole.error:.1e}, {share:.1e} of the codes one step off; {verdict}"
+            f"{whole.error:.1e}, {share:.1e} of the codes off by one step; {verdict}"
         )
 
 
@@ -132,7 +159,7 @@ def _codes(x: Tensor, grid: Grid) -> Tensor:
 
 @torch.no_grad()
 def exact_output(run: LayerRun) -> Tensor:
-    """The output of a layer in float64, its activation and summand included; not put on a grid."""
+    """Compute the output of a layer in float64, with its activation and residual, not rounded to a grid."""
     layer = run.plan.layer
     x, weight = run.codes.double() - layer.grid.zero_point, layer.weight.double()
     axes = (-1, 1, 1) if layer.convolution else (-1,)
@@ -162,16 +189,19 @@ def check_layer(run: LayerRun) -> LayerCheck:
 
 
 def _check_codes(codes: Tensor, want: Tensor) -> LayerCheck:
-    off = (codes.double() - want).abs().nan_to_num_(nan=float("inf"))  # an input that was NaN has no code
+    off = (codes.double() - want).abs().nan_to_num_(nan=float("inf"))  # a NaN input has no code
     return LayerCheck(flips=int((off == 1).sum()), wrong=int((off > 1).sum()), codes=codes.numel())
 
 
 def check_layers(runs: Iterable[LayerRun], model: nn.Module) -> dict[str, LayerCheck]:
-    """{layer: its check}, layers that run several times together.
+    """Check all runs of each layer.
 
     Args:
-        runs: What a runtime observed. Plans need not hold the codes of the weights.
+        runs: What a runtime observed. Plans need not contain the codes of the weights.
         model: The quantized network that the runtime's module was made from.
+
+    Returns:
+        {layer: its check}, all runs of a layer combined.
     """
     layers, _ = integer_layers(model)
     found: dict[str, LayerCheck] = {}
@@ -190,38 +220,41 @@ def certificate(
     checks: Mapping[str, LayerCheck],
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Certificate:
-    """The verdict on what was measured.
+    """Turn measurements into a verdict.
 
     Args:
-        layers: What the runtime does with each layer.
-        checks: {layer: check} of all that compute in integers.
-        metrics: {"reference" | "runtime": figures of the task}.
+        layers: Which layers the runtime computes in integers, and why not the others.
+        checks: {layer: check} of all layers that compute in integers.
+        metrics: {"reference" | "runtime": metrics of the task}.
+
+    Returns:
+        The certificate.
     """
     reasons = []
     for name, check in checks.items():
         if check.wrong:
-            reasons.append(f"layer {name!r} computes {check.wrong} values wrongly (largest error {check.error:.1e})")
+            reasons.append(f"layer {name!r} has {check.wrong} wrong values (largest error {check.error:.1e})")
         elif check.codes and check.flips > max(1, LARGEST_FLIPS * check.codes):
-            reasons.append(f"layer {name!r}: {check.flips / check.codes:.1e} of its codes are one step off")
+            reasons.append(f"layer {name!r} has {check.flips / check.codes:.1e} of its codes off by one step")
     if unseen := [name for name in layers.integer if name not in checks]:
-        reasons.append(f"layer {unseen[0]!r} was not seen to run")
+        reasons.append(f"layer {unseen[0]!r} did not run")
     if metrics:
         reasons += _metrics_apart(metrics["reference"], metrics["runtime"])
     return Certificate(layers.runtime, dict(checks), dict(layers.float), dict(metrics or {}), tuple(reasons))
 
 
 def _metrics_apart(reference: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """One sentence for each metric that differs by too much.
+    """A reason for each metric that differs by too much.
 
-    Accuracies, in percent, may differ by one item in a thousand, but by one item at least. Where a task has none, each
-    of its numbers may differ by a thousandth of itself.
+    Accuracies, in percent, may differ by one item in a thousand, but at least by one item. If a task has no accuracy,
+    each of its numbers may differ by a thousandth of its value.
     """
     item = 100 * max(LARGEST_ITEMS, 1 / reference["samples"])
     shares = {name: item for name in reference if name.rpartition("/")[2] in ("top1", "accuracy", "agreement")}
     numbers = {k: v for k, v in reference.items() if isinstance(v, (int, float)) and k != "samples"}
     allowed = shares or {name: LARGEST_ITEMS * abs(value) for name, value in numbers.items()}
     return [
-        f"{name} is {other[name]:.4g} on the runtime and {reference[name]:.4g} by the reference"
+        f"{name} is {other[name]:.4g} on the runtime, but {reference[name]:.4g} on the reference"
         for name, most in allowed.items()
         if abs(reference[name] - other[name]) > most * (1 + 1e-9)
     ]

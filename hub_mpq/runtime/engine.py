@@ -1,4 +1,4 @@
-"""What the runtimes have in common that hand the whole network to an engine, as an ONNX graph."""
+"""Base of the runtimes that pass the whole network to an engine, as an ONNX graph."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from .integer_layer import Grid, inexact_sums, integer_layers, integer_menu, lay
 from .rebuilt import not_on_cpu, of_class
 
 Session = Callable[[Mapping[str, Tensor]], list[Tensor]]
-"""Runs a graph: its inputs by name to its outputs."""
+"""Runs a graph: from its inputs by name to its outputs."""
 
 _DEFAULTS: dict[str, Callable[[Tensor], Tensor]] = {
     "attention_mask": torch.ones_like,
     "token_type_ids": torch.zeros_like,
 }
-"""What a transformers model takes for an input that is not given."""
+"""What a transformers model uses for an input that is not passed."""
 _NETWORK = "engine_network"
 _REFUSED = ("output_attentions", "output_hidden_states")
 _IGNORED = ("return_dict", "use_cache", *_REFUSED)
-"""Arguments that are no tensors and change no number."""
+"""Arguments that are not tensors and do not change the numbers."""
 
 
 @dataclass(eq=False)
@@ -42,9 +42,9 @@ class _Inputs:
     """The arguments of a forward as inputs of a graph.
 
     Args:
-        signature: Of the forward.
+        signature: Signature of the forward.
         dtypes: {input of the graph: its type}.
-        filled: The inputs that a call may leave out, see `_DEFAULTS`.
+        filled: Inputs that a call may omit, see `_DEFAULTS`.
     """
 
     signature: inspect.Signature
@@ -52,7 +52,7 @@ class _Inputs:
     filled: tuple[str, ...] = ()
 
     def bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """{parameter: what is given for it}, without None."""
+        """{parameter: argument}, without None."""
         found = dict(self.signature.bind(*args, **kwargs).arguments)
         for parameter in self.signature.parameters.values():
             if parameter.kind is parameter.VAR_KEYWORD:
@@ -63,51 +63,51 @@ class _Inputs:
         """The graph's inputs.
 
         Raises:
-            HubMPQError: The graph, which was traced with an example, computes something else than what is asked for.
+            HubMPQError: The arguments do not match the example that the graph was traced with.
         """
         given = {name: value for name, value in bound.items() if isinstance(value, Tensor)}
         if unknown := [name for name in given if name not in self.dtypes]:
-            raise HubMPQError(f"{unknown[0]!r} was not in the example that this runtime was built for")
+            raise HubMPQError(f"unexpected input {unknown[0]!r}: the runtime was built for an example without it")
         for name in self.filled:
             if name not in given and "input_ids" in given:
                 given[name] = _DEFAULTS[name](given["input_ids"])
         if missing := [name for name in self.dtypes if name not in given]:
-            raise HubMPQError(f"{missing[0]!r} is missing: it was in the example that this runtime was built for")
+            raise HubMPQError(f"missing input {missing[0]!r}: the runtime was built for an example with it")
         for name, value in bound.items():
             if name not in given and not self._as_traced(name, value):
                 raise HubMPQError(
-                    f"{name}={value!r:.40} was not in the example that this runtime was built for, and that takes "
-                    "tensors only"
+                    f"unexpected argument {name}={value!r:.40}: the runtime takes only tensors, and was built for an "
+                    "example without it"
                 )
         return {name: self._typed(name, value) for name, value in given.items()}
 
     def _as_traced(self, name: str, value: Any) -> bool:
-        """Whether an argument that is no tensor says what the graph does without it."""
+        """Whether a non-tensor argument asks for what the graph does anyway."""
         if name in _IGNORED:
             return True
         default = self.signature.parameters[name].default if name in self.signature.parameters else None
         return type(value) is type(default) and bool(value == default)
 
     def _typed(self, name: str, value: Tensor) -> Tensor:
-        """A whole number or a mask in the type of the example; other types are the engine's to refuse."""
+        """Convert integers and masks to the type of the example; the engine rejects other types."""
         dtype = self.dtypes[name]
         return value if value.is_floating_point() or dtype.is_floating_point else value.to(dtype)
 
 
 @dataclass(eq=False)
 class EngineNetwork:
-    """The forward of a model, computed by an engine; threads may call it.
+    """The forward of a model, computed by an engine; thread-safe.
 
     Args:
-        inputs: What the arguments are to the graph.
-        session: What runs it.
-        output: What makes the forward's output of the graph's.
-        example: Inputs that the graph is traced with.
-        graph: The graph, until it was used once more: it holds all weights a second time.
-        model: The model that it was made from, as long as it is there.
-        plans: {layer that computes in integers: it, without the codes of its weight}.
-        floats: The layers that the graph has in float.
-        clip_codes: As of the runtime.
+        inputs: Maps arguments to the graph's inputs.
+        session: Runs the graph.
+        output: Turns the graph's outputs into the forward's output.
+        example: Inputs that the graph was traced with.
+        graph: The graph, until its next use; it holds a second copy of all weights.
+        model: Weak reference to the model that it was made from.
+        plans: {layer that computes in integers: its plan, without the codes of the weight}.
+        floats: Layers that are float in the graph.
+        clip_codes: As in the runtime.
     """
 
     inputs: _Inputs
@@ -123,57 +123,57 @@ class EngineNetwork:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = self.inputs.bound(args, kwargs)
         if asked := [name for name in _REFUSED if bound.get(name)]:
-            raise HubMPQError(f"this runtime returns the outputs of its example; {asked[0]}=True is not among them")
+            raise HubMPQError(f"{asked[0]}=True is not supported: the runtime returns only the outputs of its example")
         feeds = self.inputs.feeds(bound)
         try:
             found = self.session(feeds)
-        except Exception as error:  # each engine has errors of its own for what its graph has no room for
+        except Exception as error:  # each engine raises its own errors for unsupported sizes
             raise HubMPQError(
-                f"the engine cannot compute {_told(feeds)}: this runtime was built for {_told(self.example)}, of which "
-                "only the batch and the number of tokens may change"
+                f"the engine cannot run inputs {_told(feeds)}: it was built for {_told(self.example)}, where only the "
+                "batch size and the number of tokens may change"
             ) from error
         out = self.output(found)
         return out.to_tuple() if bound.get("return_dict") is False and hasattr(out, "to_tuple") else out
 
     def take_graph(self) -> OnnxGraph:
-        """The graph, traced anew where it was taken before.
+        """Return the graph; traced again if it was already taken.
 
         Raises:
-            HubMPQError: The model that it was made from is gone.
+            HubMPQError: The model that it was made from no longer exists.
         """
         graph, self.graph = self.graph, None
         if graph is not None:
             return graph
         if (model := self.model()) is None:
-            raise HubMPQError("the model that this one was made from is gone, and its graph with it")
+            raise HubMPQError("the model that this module was made from no longer exists; keep a reference to it")
         return onnx_graph(model, self.example, self.floats, clip_codes=self.clip_codes)
 
 
 def network_of(module: nn.Module) -> EngineNetwork:
-    """What an engine's module computes by."""
+    """The network behind an engine's module."""
     network: EngineNetwork = module.__dict__[_NETWORK]
     return network
 
 
 class EngineRuntime(Runtime):
-    """A runtime that hands the whole network to an engine for CPUs.
+    """A runtime that passes the whole network to an engine for CPUs.
 
     Attributes:
-        clip_codes: How it is given inputs of fewer than 8 bits, see `onnx_graph`.
+        clip_codes: How inputs of fewer than 8 bits are represented, see `onnx_graph`.
     """
 
     clip_codes: ClassVar[bool] = False
 
     @abstractmethod
     def session(self, graph: OnnxGraph, outputs: tuple[str, ...] = ()) -> tuple[Session, frozenset[str]]:
-        """What runs a graph.
+        """Create a session for a graph.
 
         Args:
             graph: The graph.
-            outputs: Further tensors of it to return, behind its own outputs.
+            outputs: Further tensors of the graph to return, after its own outputs.
 
         Returns:
-            (it, the layers all of whose calls it computes in integers).
+            (the session, the layers whose calls are all computed in integers).
         """
 
     @abstractmethod
@@ -182,7 +182,7 @@ class EngineRuntime(Runtime):
 
     def why_float(self, graph: OnnxGraph, name: str) -> str:
         """Why the engine computes a layer with integer inputs and weights in float."""
-        return "the engine computes it in float"
+        return "the engine runs it in float"
 
     def available(self) -> str | None:
         return super().available() or missing_packages()
@@ -194,7 +194,7 @@ class EngineRuntime(Runtime):
         if (why := not_on_cpu(model)) is not None:
             raise HubMPQError(f"runtime {self.name!r}: {why}")
         if example is None:
-            raise InvalidArgument(f"runtime {self.name!r} traces the model: give example=, one batch")
+            raise InvalidArgument(f"runtime {self.name!r} requires example=, one batch to trace the model with")
         layers, kept = integer_layers(model)
         for name, layer in layers.items():
             if (why := inexact_sums(layer, self.saturates())) is not None:
@@ -204,10 +204,10 @@ class EngineRuntime(Runtime):
         inputs, given = _example(model, example)
         graph = onnx_graph(model, given, floats, clip_codes=self.clip_codes)
         if renamed := given.keys() - {x.name for x in graph.proto.graph.input}:
-            raise HubMPQError(f"runtime {self.name!r}: the model returns its input {min(renamed)!r} as it is")
+            raise HubMPQError(f"runtime {self.name!r}: the model returns its input {min(renamed)!r} unchanged")
         session, integer = self.session(graph)
         for name in [name for name in layers if name not in floats | integer]:
-            kept[name] = self.why_float(graph, name) if graph.calls.get(name) else "it was not called"
+            kept[name] = self.why_float(graph, name) if graph.calls.get(name) else "it did not run on the example"
         plans = {name: without_codes(FusedLayer(layer)) for name, layer in layers.items() if name in integer}
         network = EngineNetwork(
             inputs, session, _output(graph), given, graph, weakref.ref(model), plans, floats, self.clip_codes
@@ -217,10 +217,10 @@ class EngineRuntime(Runtime):
         return built, RuntimeLayers(self.name, tuple(plans), kept)
 
     def observe(self, module: nn.Module, batch: Any) -> list[LayerRun]:
-        """As the interface says, by a second session with the layers' inputs and outputs as further outputs.
+        """Observe the layers with a second session, which also returns their inputs and outputs.
 
-        Its graph is that of the module the first time, afterwards the model is traced anew. The products are the same;
-        where a layer's output stays float, the engine may compute activations and sums behind it apart.
+        The first call uses the module's graph; later calls trace the model again. The products are the same, but where
+        a layer's output stays float, the engine may compute the following activations and sums separately.
         """
         network = network_of(module)
         args, kwargs = ((), batch) if isinstance(batch, Mapping) else (batch, {})
@@ -233,7 +233,7 @@ class EngineRuntime(Runtime):
         return [self._run(plan, call, *(found[name] for name in self._observed(call))) for plan, call in calls]
 
     def _observed(self, call: Call) -> tuple[str, str]:
-        """Names of the input and the output of a call: codes where it makes nothing else, so that it stays fused."""
+        """Names of the input and output of a call; codes where it makes only codes, so that it stays fused."""
         after = call.requantized
         if self.clip_codes:
             return call.codes, call.output if after is None else after.codes
@@ -249,7 +249,7 @@ class EngineRuntime(Runtime):
 
 
 def _told(feeds: Mapping[str, Tensor]) -> str:
-    """Inputs in words."""
+    """Describe inputs in an error message."""
     return ", ".join(f"{k} {list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for k, x in feeds.items())
 
 
@@ -258,13 +258,13 @@ def _codes(values: Tensor, grid: Grid) -> Tensor:
 
 
 def _example(model: nn.Module, example: Any) -> tuple[_Inputs, dict[str, Tensor]]:
-    """(how arguments become inputs, the inputs of the example, with those that a later call may have)."""
+    """(the mapping of arguments to inputs, the inputs of the example, with those that a later call may add)."""
     inputs = _Inputs(inspect.signature(model.forward))
     args, kwargs = ((), example) if isinstance(example, Mapping) else (example, {})
     given = inputs.bound(args, kwargs)
     for name, value in given.items():
         if not isinstance(value, Tensor):
-            raise HubMPQError(f"{name!r} of the example is a {type(value).__name__}, and engines take tensors only")
+            raise HubMPQError(f"{name!r} of the example must be a tensor, got {type(value).__name__}")
     if "input_ids" in given and (config := getattr(model, "config", None)) is not None:
         known = {"attention_mask", *(("token_type_ids",) if hasattr(config, "type_vocab_size") else ())}
         inputs.filled = tuple(sorted(known & inputs.signature.parameters.keys()))
@@ -275,8 +275,8 @@ def _example(model: nn.Module, example: Any) -> tuple[_Inputs, dict[str, Tensor]
 
 
 def _output(graph: OnnxGraph) -> Callable[[list[Tensor]], Any]:
-    """What makes the output of the forward of the graph's outputs."""
-    structure, leaves = graph.structure, graph.leaves  # not the graph, which holds the weights
+    """A function from the graph's outputs to the forward's output."""
+    structure, leaves = graph.structure, graph.leaves  # no reference to the graph, which holds the weights
 
     def output(found: list[Tensor]) -> Any:
         tensors = iter(found)

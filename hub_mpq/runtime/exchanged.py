@@ -1,4 +1,4 @@
-"""The modules that stand where the layers of a network were: its integer layers, their float form, their codes."""
+"""Modules that replace the layers of a network: integer layers, their float form, and their codes."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _SIZES = (
     "nx",
 )
 MAGIC = 1.5 * 2.0**23
-"""Added to a small float32 it leaves no bits behind the point, and the integer in the lowest ones."""
+"""Added to a small float32, it removes the fraction and leaves the integer in the lowest bits."""
 
 
 class Codes(nn.Module):
-    """Float32 to the codes of a grid, uint8, rounded half to even."""
+    """From float32 to the codes of a grid, uint8, rounded half to even."""
 
     def __init__(self, grid: Grid) -> None:
         super().__init__()
         self.grid = grid
-        self.odd = grid.zero_point % 2  # an even number is added before rounding, so that ties go to the same side
+        self.odd = grid.zero_point % 2  # only an even number is added before rounding, which keeps ties in place
         low = MAGIC - self.odd
         self.register_buffer("start", torch.tensor(low + grid.zero_point), persistent=False)
         self.inverse = 1.0 / grid.scale
@@ -53,12 +53,12 @@ class Codes(nn.Module):
 
 
 def without_codes(plan: FusedLayer) -> FusedLayer:
-    """The same plan without the codes of the weight, of which a module has a form of its own; their shape stays."""
+    """The same plan without the codes of the weight, which a module stores in its own form; keeps their shape."""
     return replace(plan, layer=replace(plan.layer, weight=plan.layer.weight.to("meta")))
 
 
 class FloatLayer(nn.Module):
-    """The same layer computed in float32 on its grids: float32 [, summand] to float32."""
+    """The same layer computed in float32 on its grids: from float32 and an optional residual to float32."""
 
     def __init__(self, plan: FusedLayer) -> None:
         super().__init__()
@@ -66,10 +66,10 @@ class FloatLayer(nn.Module):
         self.plan, self.shape = without_codes(plan), layer.weight.shape
         self.low, self.high = -float(layer.grid.zero_point), float(layer.grid.top - layer.grid.zero_point)
         axes = (-1,) + (1,) * (layer.weight.dim() - 1)
-        # the scale of the input is in the weight: the input is integers
+        # the input is integers, so its scale goes into the weight
         weight = layer.weight.double() * layer.scale.double().view(axes) * layer.grid.scale
         weight = weight.float()
-        if layer.convolution:  # so is the output then, as those of integer layers are, and pooling is many times faster
+        if layer.convolution:  # makes the output channels-last, as integer layers do; pooling is many times faster
             weight = weight.contiguous(memory_format=torch.channels_last)
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", layer.bias, persistent=False)
@@ -88,7 +88,7 @@ class FloatLayer(nn.Module):
 
 
 class Exchanged(nn.Module):
-    """An integer layer in the place of the layer that it was made from."""
+    """An integer layer in place of the layer that it was made from."""
 
     def __init__(self, layer: nn.Module, codes: nn.Module | None) -> None:
         super().__init__()
@@ -97,21 +97,21 @@ class Exchanged(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Stands for the weight of models that look at its type or its shape; it has no values (NaN)."""
+        """Placeholder (NaN) for models that read the type or shape of the weight."""
         shape: torch.Size = self.layer.shape
         return torch.full((), torch.nan).expand(shape)
 
     @property
     def bias(self) -> Tensor | None:
-        """As the layer had it."""
+        """The bias of the layer."""
         return self.layer.bias  # type: ignore[return-value]
 
     def describe(self, layer: nn.Module) -> None:
-        """Take over the sizes by which models know a layer."""
+        """Copy the size attributes of a layer, which models may read."""
         vars(self).update({key: value for key, value in vars(layer).items() if key in _SIZES})
 
     def _apply(self, fn: Any, recurse: bool = True) -> Exchanged:
-        """It stays in float32 and integers when the model around it is cast."""
+        """Keep float32 and integers when the model around it is cast."""
         return self
 
     @torch.no_grad()
@@ -122,14 +122,14 @@ class Exchanged(nn.Module):
 
 
 class SharedCodes(Codes):
-    """Codes of a tensor that several layers read one after another: made once."""
+    """Codes of a tensor that several layers read in succession, computed once."""
 
     def __init__(self, grid: Grid) -> None:
         super().__init__(grid)
         self._last: tuple[Any, int, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        # neither of these tells whether it was overwritten: the second is NumPy's or another program's memory
+        # neither of these reveals whether it was overwritten; the second is memory of NumPy or another library
         if x.is_inference() or not x.untyped_storage().resizable():
             return super().forward(x)
         last = self._last

@@ -1,6 +1,6 @@
-"""A network as a graph in which each integer layer takes what follows it along: BatchNorm, activation, residual sum.
+"""A network as a graph in which what follows an integer layer is fused into it: BatchNorm, activation, residual sum.
 
-Only what is computed anyway moves into a layer; values are those of the layers one by one, up to float32's rounding.
+The values are those of the separate layers, up to float32 rounding.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
 
 
 def _is_norm(module: nn.Module | None) -> bool:
-    """Whether a module, evaluated, is one factor and one summand a channel. Of the subclasses, which may compute
-    anything, timm's BatchNormAct2d alone is: it has an activation too."""
+    """Whether a module in evaluation mode is a factor and a summand per channel.
+
+    Subclasses may compute anything, so the only one accepted is timm's BatchNormAct2d, which adds an activation.
+    """
     kind = type(module)
     return kind in NORMS or (kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm."))
 
@@ -45,7 +47,7 @@ class _Tracer(fx.Tracer):
 
 
 def activation_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> Activation | None:
-    """The activation that a node computes, if it is one that integer layers can take along."""
+    """The activation that a node computes, if it can be fused into an integer layer."""
     if node.op == "call_module":
         return _of_module(modules[str(node.target)])
     if node.op == "call_function" and node.target in (F.relu, torch.relu):
@@ -83,7 +85,7 @@ def _name(node: fx.Node) -> str:
 
 
 def _nothing(module: nn.Module) -> bool:
-    """Whether an evaluated module passes its input through."""
+    """Whether a module in evaluation mode returns its input."""
     return type(module) is nn.Identity or (isinstance(module, nn.modules.dropout._DropoutNd) and not module.training)
 
 
@@ -92,26 +94,26 @@ def _is_add(node: fx.Node) -> bool:
 
 
 class Engine(Protocol):
-    """What fills a fused graph."""
+    """Makes the modules of a fused graph."""
 
     def takes(self, plan: FusedLayer, activation: Activation) -> bool:
-        """Whether a layer can take an activation along."""
+        """Whether an activation can be fused into a layer."""
 
     def in_integers(self, plan: FusedLayer, coded: bool) -> bool:
-        """Whether a layer computes in integers; `coded`: its input is made as codes by the layer before."""
+        """Whether a layer computes in integers; `coded`: the previous layer already outputs codes."""
 
     def layer(self, plan: FusedLayer) -> nn.Module:
-        """A module called on the codes of the input, and on the summand if there is one."""
+        """A module called with the codes of the input, and with the residual if there is one."""
 
     def float_layer(self, plan: FusedLayer) -> nn.Module:
-        """The same called on the input in float32."""
+        """The same, called with the input in float32."""
 
     def codes(self, grid: Grid) -> nn.Module:
         """A module from float32 to codes."""
 
 
 class _Tensors(fx.Interpreter):
-    """Notes the shape, dtype and memory of every tensor of a run."""
+    """Records the shape, dtype and memory of every tensor of a run."""
 
     def run_node(self, n: fx.Node) -> Any:
         out = super().run_node(n)
@@ -122,12 +124,12 @@ class _Tensors(fx.Interpreter):
 
 
 def _cloned(example: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A network may overwrite its input."""
+    """Clone an example, because a network may overwrite its input."""
     return tuple(tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, example))
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether two outputs hold the same tensors."""
+    """Whether two outputs contain the same tensors."""
     pairs = zip(tree_leaves(one), tree_leaves(other), strict=False)
     tensors = [(a, b) for a, b in pairs if isinstance(a, Tensor) or isinstance(b, Tensor)]
     return all(
@@ -137,13 +139,13 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 class FusedGraph:
-    """The graph of one network, before an engine fills it.
+    """The graph of a network, before an engine's modules replace the layers.
 
     Args:
-        model: A quantized network in eval mode; it stays as it is.
+        model: A quantized network in evaluation mode; it is not changed.
         layers: Its integer layers by name.
         example: A batch, as positional arguments.
-        engine: What computes the layers.
+        engine: Makes the modules of the layers.
 
     Raises:
         Exception: torch.fx cannot trace the network.
@@ -163,7 +165,7 @@ class FusedGraph:
             self._clean()
             found = _Tensors(self.module).run(*_cloned(example))
         if not _equal(found, want):
-            raise NotImplementedError("its graph computes something else, a branch on a type perhaps")
+            raise NotImplementedError("the traced graph differs from the model, which may branch on a type")
         self.fused: dict[fx.Node, tuple[FusedLayer, fx.Node, fx.Node | None]] = {}
         self._sums: set[fx.Node] = set()
         self._coded: set[fx.Node] = set()
@@ -186,8 +188,8 @@ class FusedGraph:
         graph.eliminate_dead_code()
 
     def _out_of_place(self, node: fx.Node) -> None:
-        """Replace an operation that overwrites its input; who reads the input later reads the output."""
-        if node.op == "call_module" and node.target in self._overwriting:  # maybe not its first call
+        """Replace an in-place operation; later readers of its input read its output instead."""
+        if node.op == "call_module" and node.target in self._overwriting:  # may not be its first call
             self.modules[node.target].inplace = False
         elif node.op == "call_function" and node.kwargs.get("inplace"):
             node.kwargs = {**node.kwargs, "inplace": False}
@@ -206,7 +208,7 @@ class FusedGraph:
         node.args[0].replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node])
 
     def _follow(self, node: fx.Node) -> None:
-        """Take along what follows a layer."""
+        """Fuse what follows a layer into it."""
         name = str(node.target)
         out = FusedLayer(self.layers[name], shape=node.args[0].meta["shape"])
         tail, other = node, None
@@ -227,7 +229,7 @@ class FusedGraph:
         self.fused[node] = (out, tail, other)
 
     def _norm(self, node: fx.Node, plan: FusedLayer) -> Any:
-        """The BatchNorm that a node calls, if a layer can take it along, with its activation where it has one."""
+        """The BatchNorm that a node calls, if it and its activation can be fused into a layer."""
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
         if not _is_norm(module) or module.running_mean is None or plan.norm or plan.adds or not plan.layer.convolution:
             return None
@@ -238,8 +240,8 @@ class FusedGraph:
         return module if known is not None and self.engine.takes(plan, known) else None
 
     def _summand(self, add: fx.Node, tail: fx.Node) -> fx.Node | None:
-        """The other operand of a sum, where it has the same shape and is float32."""
-        if len(add.args) != 2 or add in self._sums:  # one layer takes a sum along, not both
+        """The other operand of a sum, if it has the same shape and is float32."""
+        if len(add.args) != 2 or add in self._sums:  # a sum is fused into only one of two layers
             return None
         left, right = add.args
         other = right if left is tail else left
@@ -249,7 +251,7 @@ class FusedGraph:
         return other if same else None
 
     def _last_reader(self, tensor: fx.Node, reader: fx.Node) -> bool:
-        """Whether a tensor that somebody made for this graph is read for the last time by `reader`."""
+        """Whether `reader` is the last to read a tensor that belongs to this graph."""
         made = (self.layers.keys() | self._fresh) if tensor.op == "call_module" else ()
         if tensor.target not in made and not _is_add(tensor):
             return False
@@ -259,11 +261,11 @@ class FusedGraph:
         return node.op == "call_module" and node.target in self.layers
 
     def _readers(self, tensor: fx.Node) -> list[fx.Node] | None:
-        """The integer layers that read a tensor; None when something else reads it too."""
+        """The integer layers that read a tensor; None if something else reads it too."""
         return list(tensor.users) if all(map(self._reads, tensor.users)) else None
 
     def build(self) -> fx.GraphModule:
-        """The graph with the engine's modules in place of the layers."""
+        """Replace the layers by the engine's modules, and return the graph."""
         engine = self.engine
         kept = set(self.fused)
         self._set_outputs(kept)
@@ -297,13 +299,13 @@ class FusedGraph:
         return self.module
 
     def _coded_by(self, node: fx.Node, kept: set[fx.Node]) -> bool:
-        """Whether the layer before puts out codes."""
+        """Whether the previous layer outputs codes."""
         return any(
             tail is node.args[0] and n in kept and plan.output is not None for n, (plan, tail, _) in self.fused.items()
         )
 
     def _set_outputs(self, kept: set[fx.Node]) -> None:
-        """Let the layers that compute in integers put out codes, where all readers are such layers of one grid."""
+        """Let integer layers output codes, if all readers are integer layers with the same input grid."""
         for node, (plan, tail, _) in self.fused.items():
             readers = self._readers(tail)
             plan.output = None
@@ -312,19 +314,19 @@ class FusedGraph:
                 plan.output = grids.pop() if len(grids) == 1 else None
 
     def _computed_last(self, tail: fx.Node, summand: fx.Node | None) -> bool:
-        """Whether the other layers that read a summand are computed before: each is where what it takes along ends."""
+        """Whether the other layers that read a summand run earlier; a fused layer runs where its last operation was."""
         readers = () if summand is None else [u for u in summand.users if u in self.fused]
         return all(self._order[self.fused[u][1]] < self._order[tail] for u in readers)
 
     def _add(self, name: str, module: nn.Module) -> str:
-        """The name under which a module was added, one that nobody has: a layer may run twice."""
+        """Add a module under an unused name, and return it; a layer may run twice."""
         while hasattr(self.module, name := f"{name}_"):
             pass
         self.module.add_submodule(name, module)
         return name
 
     def _renamed(self, old: fx.Node, new: fx.Node) -> None:
-        """Let plans that add `old` add what took its place."""
+        """Let plans that add `old` add its replacement."""
         for node, (plan, tail, other) in self.fused.items():
             if other is old:
                 self.fused[node] = (plan, tail, new)

@@ -1,4 +1,4 @@
-"""An integer layer with what it takes along: an activation, a residual sum, the grid of its output."""
+"""An integer layer with what is fused into it: an activation, a residual sum, the grid of its output."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from .integer_layer import Grid, IntegerLayer
 
 @dataclass(frozen=True)
 class Activation:
-    """What an integer layer applies to its output.
+    """The activation that an integer layer applies to its output.
 
     Args:
         name: "relu", "clip", "gelu", "hardswish" or "silu".
-        low, high: Of "clip".
-        approximate: Of "gelu", as in torch.
+        low: Lower bound of "clip".
+        high: Upper bound of "clip".
+        approximate: Approximation of "gelu", as in torch.
     """
 
     name: str
@@ -37,16 +38,16 @@ class Activation:
 
 @dataclass(eq=False)
 class FusedLayer:
-    """One integer layer with what it takes along.
+    """An integer layer with what is fused into it.
 
     Args:
-        layer: The layer, a BatchNorm behind it folded in.
+        layer: The layer, with a following BatchNorm folded in.
         norm: Name of the BatchNorm that is folded in, or "".
-        activation: Applied after the sum, or None.
-        adds: Whether a second input is added.
-        overwrites: Whether nobody else reads that second input any more.
-        output: The grid that every reader of the output has; None: float32.
-        shape: Of the input, of the example.
+        activation: Applied after the residual sum, or None.
+        adds: Whether a residual, a second input, is added.
+        overwrites: Whether the residual may be overwritten, because it is not read again.
+        output: The grid of the output's codes, which all readers share; None: the output is float32.
+        shape: Shape of the input in the example.
     """
 
     layer: IntegerLayer
@@ -60,7 +61,7 @@ class FusedLayer:
 
 @torch.no_grad()
 def affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """(factor, summand) of each channel of an evaluated BatchNorm."""
+    """(factor, summand) per channel of a BatchNorm in evaluation mode."""
     rstd = (norm.running_var.double() + norm.eps).rsqrt()
     factor = rstd if norm.weight is None else norm.weight.double() * rstd
     shift = -norm.running_mean.double() * factor

@@ -1,4 +1,4 @@
-"""Runtimes that compute in this process: integer layers in a graph, or one by one in the model as it is."""
+"""Runtimes that compute in process: integer layers in a fused graph, or replaced one by one in the model."""
 
 from __future__ import annotations
 
@@ -27,23 +27,24 @@ from .rebuilt import not_on_cpu, of_class, run, weights_on_grid
 class InProcess(Runtime):
     """A runtime with a module for each integer layer.
 
-    Convolutions take BatchNorm, activation and residual sum along where torch.fx can trace the network; else each layer
-    is exchanged by itself. A layer that is faster in float32 computes so.
+    If torch.fx can trace the network, BatchNorm, activation and residual sum are fused into the layers; otherwise each
+    layer is replaced separately. A layer that is faster in float32 runs in float32.
 
     Attributes:
-        layer_class: Made of a `FusedLayer`; called on the codes of the input [and a float32 summand], it gives float32,
-            or codes where the plan has a grid for its output. Has `plan` and `shape`, that of the weight.
+        layer_class: Module constructed from a `FusedLayer`. Called with the codes of the input and an optional float32
+            residual, it returns float32, or codes if the plan has a grid for its output. Has `plan`, and `shape` of the
+            weight.
     """
 
     layer_class: ClassVar[type[Any]]
 
     @abstractmethod
     def inexact(self, layer: IntegerLayer) -> str | None:
-        """Why a layer's sums would not be exact here; None when they are."""
+        """Why a layer's sums would not be exact on this machine; None if they are."""
 
     @abstractmethod
     def takes(self, plan: FusedLayer, activation: Activation) -> bool:
-        """Whether a layer can take an activation along."""
+        """Whether an activation can be fused into a layer."""
 
     def build(self, model: nn.Module, example: Any) -> tuple[nn.Module, RuntimeLayers]:
         if (why := not_on_cpu(model)) is not None:
@@ -53,7 +54,7 @@ class InProcess(Runtime):
         built = None if not isinstance(example, tuple) else _fused(model, layers, example, engine)
         if built is None:
             built = _exchanged(model, layers, example, engine)
-        weights_on_grid(built)  # of the layers that are left
+        weights_on_grid(built)  # of the remaining layers
         made = {part.plan.layer.name for part in built.modules() if isinstance(part, self.layer_class)}
         integer = tuple(name for name in layers if name in made - engine.floats.keys())
         unseen = dict.fromkeys(layers.keys() - made - engine.floats.keys(), "it did not run on the example")
@@ -65,7 +66,7 @@ class InProcess(Runtime):
         given: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
 
         def coded(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-            sources[id(out)] = (args[0].clone(), out)  # the output is held so that its id stays its own
+            sources[id(out)] = (args[0].clone(), out)  # keeps the output alive, so that its id is not reused
 
         def before(layer: nn.Module, args: tuple[Any, ...]) -> None:
             given[layer] = (args[0], args[1].clone() if len(args) > 1 else None)  # a summand may be overwritten
@@ -90,7 +91,7 @@ class InProcess(Runtime):
 
 
 class _Engine:
-    """Fills a fused graph with a runtime's modules; measures which layers are faster in float32, one of a kind once.
+    """Makes the modules of a fused graph, and measures which layers are faster in float32, equal layers once.
 
     Attributes:
         floats: {layer that computes in float: why}.
@@ -118,7 +119,7 @@ class _Engine:
             self._measured[key] = self._both_ways(plan, coded)
         integers, floats = self._measured[key]
         if integers > floats:
-            self.floats[layer.name] = f"faster so: {1e3 * floats:.3f} against {1e3 * integers:.3f} ms"
+            self.floats[layer.name] = f"float is faster: {1e3 * floats:.3f} ms, integers {1e3 * integers:.3f} ms"
         return integers <= floats
 
     def layer(self, plan: FusedLayer) -> nn.Module:
@@ -134,13 +135,15 @@ class _Engine:
         return Codes(grid)
 
     def _both_ways(self, plan: FusedLayer, coded: bool, rounds: int = 7) -> tuple[float, float]:
-        """Seconds of a layer at the shape of the example, in integers and in float, each with the conversions of its
-        kind.
+        """Time a layer in integers and in float, each with its conversions, at the shape of the example.
 
         Args:
             plan: The layer.
-            coded: Whether its input comes as codes where it computes in integers.
-            rounds: The least of so many counts.
+            coded: Whether its input arrives as codes if it computes in integers.
+            rounds: Number of timings, of which the minimum counts.
+
+        Returns:
+            (seconds in integers, seconds in float).
         """
         x = (
             torch.rand(plan.shape, generator=torch.Generator().manual_seed(0))
@@ -162,18 +165,18 @@ class _Engine:
 
 
 def _of_one_shape(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Input and summand of a layer whose sum broadcasts: they had one shape in the example, of one sample perhaps."""
+    """Broadcast input and residual of a layer, which had equal shapes in the example (of one sample, perhaps)."""
     x, summand = args
     plan = layer.plan.layer
     shape = plan.output_shape(x.shape)
     if summand.shape == shape:
         return None
     whole = torch.broadcast_shapes(shape, summand.shape)
-    own = 3 if plan.convolution else 1  # axes that no input can be repeated along
+    own = 3 if plan.convolution else 1  # axes that an input cannot be repeated along
     if whole[-own:] != shape[-own:]:
         raise HubMPQError(
-            f"layer {plan.name!r} adds {tuple(summand.shape)} to its output, {tuple(shape)}; give an "
-            "example of this size"
+            f"layer {plan.name!r} cannot add shape {tuple(summand.shape)} to its output of shape {tuple(shape)}; pass "
+            "an example of this size to to_runtime"
         )
     return x.expand(*whole[:-own], *x.shape[-own:]), summand.expand(whole).contiguous()
 
@@ -181,23 +184,27 @@ def _of_one_shape(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
 def _fused(
     model: nn.Module, layers: dict[str, IntegerLayer], example: tuple[Any, ...], engine: _Engine
 ) -> nn.Module | None:
-    """The network as one graph; None where torch.fx cannot trace it."""
+    """The network as a fused graph; None if torch.fx cannot trace it."""
     try:
         graph = FusedGraph(model, layers, example, engine)
-    except Exception:  # what torch.fx raises for a network that it cannot trace is of no one type
+    except Exception:  # torch.fx raises errors of various types for a network that it cannot trace
         return None
     built = graph.build()
     return of_class(model, built, {"graph": built})
 
 
 def _exchanged(model: nn.Module, layers: dict[str, IntegerLayer], example: Any, engine: _Engine) -> nn.Module:
-    """A copy of a model with integer layers in place of the quantized ones; other weights are shared.
+    """Copy a model with integer layers in place of the quantized ones; other weights are shared.
 
     Args:
         model: The model.
         layers: Its integer layers.
-        example: A batch, by which layers that are faster in float are found; None: all compute in integers.
-        engine: What measures.
+        example: A batch that layers are timed with, to find those that are faster in float; None: all layers compute in
+            integers.
+        engine: Times the layers and makes the modules.
+
+    Returns:
+        The copy.
     """
     net = copied_structure(model).eval()
     shapes = {} if example is None else _input_shapes(net, layers, example)
@@ -218,13 +225,13 @@ def _exchanged(model: nn.Module, layers: dict[str, IntegerLayer], example: Any, 
 
 
 def _forget(shared: Iterable[SharedCodes], *_: Any) -> None:
-    """A forward hook: codes are shared within one call."""
+    """A forward hook that frees shared codes: they are shared only within one call."""
     for codes in shared:
         codes.forget()
 
 
 def _input_shapes(net: nn.Module, layers: Iterable[str], example: Any) -> dict[str, tuple[int, ...]]:
-    """{layer: shape of its first input} in one run."""
+    """{layer: shape of its input at its first call} in one run."""
     found: dict[str, tuple[int, ...]] = {}
 
     def note(name: str) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""A quantized layer as an integer engine needs it: its codes, its scales, and what they can add up to."""
+"""A quantized layer in the form that integer engines need: codes, scales, and the range of their sums."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ..nn.packed import PackedLayer
 from ..nn.packing import packed_weight
 
 _KINDS = ("conv2d", "linear", "projection", "conv1d")
+_FLOAT_INPUT = "its input is not quantized"
 INT16 = 2**15 - 1
 INT32 = 2**31 - 1
 
@@ -40,14 +41,17 @@ class IntegerLayer:
     """Output = (codes of the input - zero point) · codes of the weight · scales + bias.
 
     Args:
-        name: Of the layer.
+        name: Name of the layer.
         weight: int8 codes, [out, in / groups, height, width] or [out, in].
-        weight_bits: 1 to 8.
-        scale: Of the weight, float32 [out].
+        weight_bits: Bit-width of the weight, 1 to 8.
+        scale: Scale of the weight, float32 [out].
         bias: float32 [out], or None.
-        grid: Of the input.
-        stride, padding, dilation, groups: Of a convolution; `stride` is None for a product.
-        same: Whether the input is padded to TensorFlow's SAME, by its size, before the convolution (`padded`).
+        grid: Grid of the input.
+        stride: Stride of a convolution; None for a linear layer.
+        padding: Padding of a convolution.
+        dilation: Dilation of a convolution.
+        groups: Groups of a convolution.
+        same: Whether the input is padded as TensorFlow's SAME before the convolution (`padded`).
     """
 
     name: str
@@ -68,25 +72,27 @@ class IntegerLayer:
         return self.stride is not None
 
     def largest_sum(self) -> int:
-        """What the sum of the products of one output can reach, from the stored codes, without a sign."""
+        """The largest absolute sum of products of one output that is possible with the stored codes."""
         flat = self.weight.flatten(1).long()
         high, low = flat.clamp(min=0).sum(1).max(), -flat.clamp(max=0).sum(1).min()
         return self.grid.top * int(max(high, low))
 
     def largest_pair(self) -> int:
-        """What the sum of two products of one output can reach: the instructions of a CPU without VNNI hold it in 16
-        bits. Which two weights share an instruction is the engine's choice, so any two are considered."""
+        """The largest absolute sum of two products of one output, which CPUs without VNNI hold in 16 bits.
+
+        Any two weights are considered, because the engine chooses which two share an instruction.
+        """
         flat = self.weight.flatten(1).long()
         ends = flat.sort(1).values
         count = min(2, flat.shape[1])
         return self.grid.top * int(max(ends[:, -count:].sum(1).max(), -ends[:, :count].sum(1).min()))
 
     def padded(self, x: Tensor, zero: int = 0) -> Tensor:
-        """The input as the convolution wants it.
+        """Pad the input of a convolution if `same` is set.
 
         Args:
             x: [N, C, H, W], codes or floats.
-            zero: What stands for zero in it.
+            zero: The value that represents zero.
         """
         if not self.same:
             return x
@@ -96,7 +102,7 @@ class IntegerLayer:
         """The shape of the output.
 
         Args:
-            size: Shape of the input.
+            size: The shape of the input.
         """
         if not self.convolution:
             return (*size[:-1], len(self.weight))
@@ -109,7 +115,7 @@ class IntegerLayer:
         return (*size[:-3], len(self.weight), *found)
 
     def times(self, factor: Tensor, bias: Tensor) -> IntegerLayer:
-        """The layer followed by output · factor + bias, as an evaluated BatchNorm is.
+        """Fold output · factor + bias into the layer, as for a BatchNorm in evaluation mode.
 
         Args:
             factor: [out].
@@ -120,14 +126,14 @@ class IntegerLayer:
 
 
 def inexact_sums(layer: IntegerLayer, saturates: bool) -> str | None:
-    """Why the sums of a layer would not be exact; None when they are.
+    """Why the sums of a layer would not be exact; None if they are.
 
     Args:
         layer: The layer, with its stored codes.
-        saturates: Whether the engine adds two products in 16 bits, as the instructions of CPUs without VNNI do.
+        saturates: Whether the engine sums two products in 16 bits, as the instructions of CPUs without VNNI do.
     """
     if layer.largest_sum() > INT32:
-        return "sums of its products can exceed 32 bits"
+        return "its sums of products can exceed 32 bits"
     if saturates and layer.largest_pair() > INT16:
         widths = f"{layer.grid.bits}-bit inputs and {layer.weight_bits}-bit weights"
         return f"on a CPU without VNNI, sums of two products of {widths} saturate"
@@ -135,11 +141,11 @@ def inexact_sums(layer: IntegerLayer, saturates: bool) -> str | None:
 
 
 def integer_menu(layer: LayerSpec, saturates: bool) -> tuple[LayerBits, ...]:
-    """All widths at which no codes whatever make a layer's sums inexact, ascending.
+    """All bit-widths at which a layer's sums are exact whatever its codes, ascending.
 
     Args:
         layer: The layer.
-        saturates: As for `inexact_sums`.
+        saturates: As in `inexact_sums`.
     """
     if layer.kind not in _KINDS:
         return ()
@@ -155,7 +161,7 @@ def integer_menu(layer: LayerSpec, saturates: bool) -> tuple[LayerBits, ...]:
 
 
 def layer_form(module: nn.Module) -> str | None:
-    """The kind of a quantized or packed layer; None for every other module."""
+    """The kind of a quantized or packed layer; None for all other modules."""
     if isinstance(module, PackedLayer):
         return module.kind
     return next((kind.name for kind in layer_kinds if type(module) is kind.quantized_class), None)
@@ -163,24 +169,24 @@ def layer_form(module: nn.Module) -> str | None:
 
 @torch.no_grad()
 def integer_layer(name: str, module: nn.Module) -> IntegerLayer | str:
-    """The integers of a quantized or packed layer.
+    """Convert a quantized or packed layer to integers.
 
     Args:
-        name: Of the layer.
-        module: It, in either form.
+        name: Name of the layer.
+        module: The layer, in either form.
 
     Returns:
-        The layer, or in a few words why it has no integer form.
+        The layer, or the reason why it has no integer form.
     """
     kind = layer_form(module)
     if kind not in _KINDS:
-        return f"{kind} layers have no integer form" if module.input_quantizer is not None else "the input stays float"
+        return f"{kind} layers have no integer form" if module.input_quantizer is not None else _FLOAT_INPUT
     found = _grid(module)
     if isinstance(found, str):
         return found
     packed = module.packed if isinstance(module, PackedLayer) else packed_weight(module, kind)
     if packed.bits.grouped:
-        return "groups of weights have scales of their own"
+        return "its weights have group scales"
     weight = packed.unpack()
     if kind == "conv1d":
         weight = weight.t().contiguous()
@@ -194,13 +200,13 @@ def integer_layer(name: str, module: nn.Module) -> IntegerLayer | str:
         return replace(layer, **where, padding=(0, 0), same=True)
     convolution = convolution_of(module)
     if convolution is None:
-        return "the input is padded by a rule of its own"
+        return "its padding is not supported in integers"
     stride, padding, dilation, groups, _ = convolution
     return replace(layer, stride=stride, padding=padding, dilation=dilation, groups=groups)
 
 
 def integer_layers(model: nn.Module) -> tuple[dict[str, IntegerLayer], dict[str, str]]:
-    """({name: layer} of all layers with an integer form, {name: why not} of the other quantized layers)."""
+    """({name: layer} of all layers with an integer form, {name: reason} of the other quantized layers)."""
     found, kept = {}, {}
     for name, module in model.named_modules():
         if layer_form(module) is None:
@@ -214,17 +220,17 @@ def integer_layers(model: nn.Module) -> tuple[dict[str, IntegerLayer], dict[str,
 
 
 def _grid(module: nn.Module) -> Grid | str:
-    """The grid of a layer's input, or why there is none."""
+    """The grid of a layer's input, or the reason why it has none."""
     if isinstance(module, PackedLayer):
         if module.input_quantizer is None:
-            return "the input stays float"
+            return _FLOAT_INPUT
         zero = module._buffers.get("input_zero_point")
         grid = Grid(float(module._buffers["input_scale"]), 0 if zero is None else int(zero), module.bits.activation)
     else:
         quantizer = module.input_quantizer
         if quantizer is None or quantizer.spec is None:
-            return "the input stays float"
+            return _FLOAT_INPUT
         grid = Grid(float(quantizer.scale), quantizer.zero_point, quantizer.spec.num_bits)
     if not 0 <= grid.zero_point <= grid.top:
-        return f"zero lies outside the input's range (zero point {grid.zero_point})"
+        return f"its input range does not contain zero (zero point {grid.zero_point})"
     return grid

@@ -1,7 +1,7 @@
-"""How long each layer of a model takes on a runtime, at each width and in float.
+"""Measure the time of each layer of a model on a runtime, at each bit-width and in float.
 
-A layer is built on the runtime as a network of its own, at the input that it reads in the model, so one way serves all
-runtimes. It is timed from float32 to float32, with the conversions of its own input and output.
+A layer is built on the runtime as a separate network, with the input that it receives in the model, which works for all
+runtimes. It is timed from float32 to float32, with the conversions of its input and output.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ PAIRS = tuple(LayerBits(w, a) for w in range(1, 9) for a in range(1, 9))
 
 @dataclass(eq=False)
 class _Kernel:
-    """Calls that take the same time: equal layers at inputs of one shape.
+    """Calls that take the same time: equal layers with inputs of equal shape.
 
     Args:
         layer: One of the layers.
-        module: It, float.
+        module: Its float module.
         x: Its input in the model.
-        seconds: {widths: seconds of one call}, and "float"; empty until it is timed.
+        seconds: {bit-widths: seconds of one call}, and "float"; empty until it is timed.
     """
 
     layer: LayerSpec
@@ -48,10 +48,26 @@ class _Kernel:
 
 
 def runtime_here(name: str) -> Runtime:
-    """The runtime of a name; HubMPQError where it cannot be used."""
+    """Look up a runtime by name, and check that it is available on this machine.
+
+    Args:
+        name: Name of the runtime, such as `"onednn"`.
+
+    Returns:
+        The runtime.
+
+    Raises:
+        InvalidArgument: The name is unknown.
+        HubMPQError: The runtime is not available, with the reason.
+
+    Example:
+        >>> from hub_mpq.runtime import runtime_here
+        >>> runtime_here("torch").name
+        'torch'
+    """
     runtime = runtimes.get(name)
     if (why := runtime.available()) is not None:
-        raise HubMPQError(f"runtime {name!r} cannot be used here: {why}")
+        raise HubMPQError(f"runtime {name!r} is not available: {why}")
     return runtime
 
 
@@ -65,26 +81,38 @@ def measure_latency(
     threads: int = 1,
     widths: Iterable[LayerBits] = PAIRS,
 ) -> LatencyTable:
-    """Time the layers of a float model on a runtime, and the whole.
+    """Time the layers of a float model on a runtime, and the whole model.
 
-    Layers that are alike are timed once; so are widths, where the runtime computes all of them by one kernel.
+    Equal layers are timed once. So are all bit-widths, if the runtime computes them with the same kernel.
 
     Args:
-        model: The float network, on the CPU; it stays as it is.
+        model: The float network, on the CPU; it is not changed.
         graph: Its layers.
         example: One sample: positional arguments or a mapping of keyword arguments.
         runtime: Name of the runtime.
-        batch_size: Samples in a call.
+        batch_size: Samples per call.
         threads: Threads that a call may use.
-        widths: What to time on a runtime whose time depends on the widths.
+        widths: Bit-widths to time, on a runtime whose time depends on them; default: all pairs of 1 to 8 bits.
+
+    Returns:
+        The table, in seconds.
 
     Raises:
-        InvalidArgument: A number is below 1 or beyond all machines, or an unknown runtime.
-        HubMPQError: The runtime cannot be used here, or cannot run the model.
+        InvalidArgument: A number is out of range, or the runtime is unknown.
+        HubMPQError: The runtime is not available, or cannot run the model.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq import HubMPQ
+        >>> from hub_mpq.runtime import measure_latency
+        >>> mpq = HubMPQ.from_pretrained("test_resnet", pretrained=False, input_size=(3, 32, 32))
+        >>> table = measure_latency(mpq.model, mpq.graph, torch.zeros(1, 3, 32, 32), runtime="torch")
+        >>> table.runtime, table.batch_size, table.whole > 0
+        ('torch', 1, True)
     """
     for name, value in {"batch_size": batch_size, "threads": threads}.items():
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST[name]:
-            raise InvalidArgument(f"{name} is a whole number from 1 to {MOST[name]}, not {value!r}")
+            raise InvalidArgument(f"{name} must be an integer from 1 to {MOST[name]}, got {value!r}")
     engine = runtime_here(runtime)
     batch = batch_of(example, batch_size)
     asked = set(widths)
@@ -127,7 +155,7 @@ def measure_latency(
 
 
 def build_at(model: nn.Module, graph: LayerGraph, policy: Policy, engine: Runtime, batch: Any) -> tuple[nn.Module, Any]:
-    """What a runtime makes of a float model at a policy, with scales that serve for timing; as `Runtime.build`."""
+    """Build a float model at a policy on a runtime, with scales that suffice for timing; returns as `Runtime.build`."""
     net = copied(model).eval()
     quantize_to_policy(net, graph.at(policy.bits), policy)
     calibrate_inputs(net, sample_inputs(net, [batch], run), mse=False)
@@ -136,14 +164,30 @@ def build_at(model: nn.Module, graph: LayerGraph, policy: Policy, engine: Runtim
 
 
 def policy_latency(model: nn.Module, graph: LayerGraph, table: LatencyTable, example: Any, policy: Policy) -> Timing:
-    """Time a whole model at a policy, on the runtime, batch and threads of a table.
+    """Time a whole model at a policy, with the runtime, batch size and threads of a table.
 
     Args:
-        model: The float network, on the CPU.
+        model: The float network, on the CPU; it is not changed.
         graph: Its layers.
-        table: Of the model.
-        example: One sample.
-        policy: Widths of all layers.
+        table: A latency table of the model.
+        example: One sample: positional arguments or a mapping of keyword arguments.
+        policy: Bit-widths of all layers.
+
+    Returns:
+        The time of one call.
+
+    Raises:
+        HubMPQError: The runtime is not available, or cannot run the model.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq import HubMPQ, Policy
+        >>> from hub_mpq.runtime import policy_latency
+        >>> mpq = HubMPQ.from_pretrained("test_resnet", pretrained=False, input_size=(3, 32, 32))
+        >>> table = mpq.measure_latency("torch")
+        >>> policy = Policy.uniform(mpq.graph, "W4A4")
+        >>> policy_latency(mpq.model, mpq.graph, table, torch.zeros(1, 3, 32, 32), policy).seconds > 0
+        True
     """
     engine, batch = runtime_here(table.runtime), batch_of(example, table.batch_size)
     with threads_of(table.threads), torch.no_grad():
@@ -153,27 +197,27 @@ def policy_latency(model: nn.Module, graph: LayerGraph, table: LatencyTable, exa
 
 
 def _widest(menu: Iterable[LayerBits], asked: set[LayerBits]) -> LayerBits:
-    """The widest pair of those that were asked for, or of all; W8A8 for a layer that never computes in integers."""
+    """The widest of the requested pairs, or of all; W8A8 for a layer that never computes in integers."""
     pairs = [bits for bits in menu if bits in asked] or list(menu) or [LayerBits(8, 8)]
     return max(pairs, key=lambda bits: (bits.weight * bits.activation, bits.activation))
 
 
 def _outside(menu: Iterable[LayerBits]) -> LayerBits:
-    """Widths that are computed in float: W8A8 where it has to be, else a float input."""
+    """Bit-widths that are computed in float: W8A8 if it is not on the menu, else a float input."""
     return LayerBits(8, FLOAT_BITS) if LayerBits(8, 8) in menu else LayerBits(8, 8)
 
 
 def _scaled(
     row: Mapping[str, float], menu: Iterable[LayerBits], factor: float, float_factor: float
 ) -> dict[str, float]:
-    """The entries of a layer: its times by the factors, and pairs of widths outside the menu in float."""
+    """The entries of a layer: its times multiplied by the factors, and pairs outside the menu in float."""
     plain = float_factor * row[FLOAT]
     outside = {str(bits): plain for bits in PAIRS if bits not in menu}
     return {key: factor * x for key, x in row.items() if key != FLOAT} | outside | {FLOAT: plain}
 
 
 def _calls(net: nn.Module, layers: Iterable[LayerSpec], batch: Any) -> dict[str, list[_Kernel]]:
-    """{layer: the kernel of each of its calls} in one run; layers that did not run are left out."""
+    """{layer: the kernel of each of its calls} in one run; layers that did not run are omitted."""
     found: dict[str, list[_Kernel]] = {}
     known: dict[Any, _Kernel] = {}
 
@@ -192,7 +236,7 @@ def _calls(net: nn.Module, layers: Iterable[LayerSpec], batch: Any) -> dict[str,
 
         hooks.append(net.get_submodule(layer.name).register_forward_pre_hook(hook, with_kwargs=True))
     fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it runs without the modules
+    torch.backends.mha.set_fastpath_enabled(False)  # the fast path bypasses the modules
     try:
         run(net, batch)
     finally:
@@ -219,7 +263,7 @@ def _time_kernels(
 
 
 def _alone(kernel: _Kernel, bits: LayerBits, engine: Runtime) -> Any:
-    """A call of one layer by itself on a runtime."""
+    """A call of a single layer on a runtime."""
     net = nn.Sequential(copied(kernel.module)).eval()
     free = {"tie": None, "activation_tie": None, "weight_owner": None, "input_owner": None, "fixed": None}
     graph = LayerGraph("", None, "", (), (replace(kernel.layer, name="0", **free),))  # type: ignore[arg-type]

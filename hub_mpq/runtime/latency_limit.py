@@ -1,4 +1,4 @@
-"""A latency that is met: the policy of a search is timed as a whole, and the table of its layers corrected by it."""
+"""Meet a latency limit: time the whole model at the policy found, and correct the latency table accordingly."""
 
 from __future__ import annotations
 
@@ -12,44 +12,71 @@ from .machine import machine
 from .timing import Timing
 
 SEARCHES = 4
-"""The first, and up to three with a corrected table."""
+"""The first search, and up to three with a corrected table."""
 CLOSE = 0.03
-"""A prediction that is off by less needs no correction, and a measured time is no further above the limit."""
+"""Relative error of a prediction below which no correction is needed, and tolerance of the limit."""
 
 
 def check_table(table: LatencyTable, graph: LayerGraph, target: str | None = None) -> None:
-    """Refuse a table that says nothing about a model here.
+    """Check that a latency table was measured for this model and on this machine.
 
     Args:
         table: The table.
         graph: The layers of the model.
-        target: The runtime that policies are made for, where the model's target is one.
+        target: The model's target; if it is a runtime, the table must be of that runtime.
 
     Raises:
-        InvalidArgument: It is of another model, input size, machine or runtime, with the command that makes the right
-            one.
+        InvalidArgument: The table is of another model, input size, machine or runtime. The message contains the command
+            that measures the right one.
+
+    Example:
+        >>> from hub_mpq import HubMPQ
+        >>> from hub_mpq.runtime import check_table
+        >>> mpq = HubMPQ.from_pretrained("test_resnet", pretrained=False, input_size=(3, 32, 32))
+        >>> table = mpq.measure_latency("torch")
+        >>> check_table(table, mpq.graph)
+        >>> check_table(table, mpq.graph, target="onednn")
+        Traceback (most recent call last):
+        ...
+        hub_mpq.errors.InvalidArgument: ...
     """
     table.check(graph)
     if target in runtimes and target != table.runtime:
         command = replace(table, runtime=str(target)).command(graph.model_id)
-        raise InvalidArgument(f"the latency table is of runtime {table.runtime!r}, not of {target!r}; `{command}`")
+        raise InvalidArgument(
+            f"expected a latency table of runtime {str(target)!r}, got one of {table.runtime!r}; run `{command}`"
+        )
     if table.machine != (here := machine()):
         raise InvalidArgument(
-            f"the latency table was measured on {table.machine}, and this is {here}; "
-            f"`{table.command(graph.model_id)}` measures here"
+            f"the latency table was measured on another machine ({table.machine}, this is {here}); "
+            f"run `{table.command(graph.model_id)}`"
         )
 
 
 @dataclass(frozen=True)
 class MetLatency:
-    """A policy within a latency that was measured.
+    """A policy whose measured latency is within the limit.
 
     Args:
-        result: The search that found it.
-        budget: That it was searched in, with the table as it was corrected until then.
-        timing: Of the whole model at the policy.
-        predicted: What the table of its search said, in seconds.
-        searches: How many searches it took.
+        result: The search that found the policy.
+        budget: The budget of that search, with the table as corrected by then.
+        timing: Measured time of the whole model at the policy.
+        predicted: The table's prediction, in seconds.
+        searches: Number of searches.
+
+    Example:
+        >>> from hub_mpq import Budget, HubMPQ, LayerBits
+        >>> from hub_mpq.runtime import Timing, meet_latency
+        >>> from hub_mpq.search.policy_search import search_policy
+        >>> mpq = HubMPQ.from_pretrained("test_resnet", pretrained=False, input_size=(3, 32, 32))
+        >>> scores = {layer.name: {LayerBits(8, 8): 0.0} for layer in mpq.graph.searched}
+        >>> met = meet_latency(
+        ...     lambda budget: search_policy(mpq.graph, scores, budget, base_bytes=0),
+        ...     Budget(latency="1s", latency_table=mpq.measure_latency("torch")),
+        ...     lambda policy: Timing(seconds=0.0049, spread=0.0001, counts=51),
+        ... )
+        >>> met.timing.seconds
+        0.0049
     """
 
     result: SearchResult
@@ -59,7 +86,11 @@ class MetLatency:
     searches: int
 
     def facts(self) -> dict[str, Any]:
-        """What is recorded, JSON values."""
+        """Convert to JSON values.
+
+        Returns:
+            The limit, measured and predicted seconds, the spread, and what they were measured on.
+        """
         table: LatencyTable = self.budget.latency_table  # type: ignore[assignment]
         return {
             "limit": self.budget.limits["latency"],
@@ -78,22 +109,39 @@ class MetLatency:
 def meet_latency(
     search: Callable[[Budget], SearchResult], budget: Budget, measure: Callable[[Policy], Timing]
 ) -> MetLatency:
-    """Search until the policy's measured time is within the limit and the table predicts it.
+    """Search until the policy's measured time is within the limit and agrees with the table.
 
-    After each search the table is multiplied by measured over predicted, upwards and downwards: where the layers' sum
-    was too high, a policy that uses the time left is found.
+    After each search, the table is multiplied by measured over predicted time, whether above or below one: if the
+    layers' sum was too high, a policy that uses the remaining time is found. There are at most four searches.
 
     Args:
-        search: The policy of a budget.
-        budget: With `latency` and a table.
+        search: Finds the policy of a budget.
+        budget: A budget with `latency` and `latency_table`.
         measure: Times the whole model at a policy.
 
     Returns:
-        The last policy whose time is within the limit, up to the spread of its measurement and 3 % at most.
+        The last policy whose time is within the limit, with a tolerance of the spread of its measurement, at most 3 %.
 
     Raises:
-        InfeasibleBudget: No policy meets the budget by the table as it was given.
-        HubMPQError: No measured policy is within the limit; it tells the least time that was measured.
+        InfeasibleBudget: No policy meets the budget according to the given table.
+        HubMPQError: No measured policy is within the limit; the message reports the shortest measured time.
+
+    Example:
+        >>> from functools import partial
+        >>> import torch
+        >>> from hub_mpq import Budget, HubMPQ, LayerBits
+        >>> from hub_mpq.runtime import meet_latency, policy_latency
+        >>> from hub_mpq.search.policy_search import search_policy
+        >>> mpq = HubMPQ.from_pretrained("test_resnet", pretrained=False, input_size=(3, 32, 32))
+        >>> table = mpq.measure_latency("torch")
+        >>> scores = {layer.name: {LayerBits(2, 2): 1.0, LayerBits(8, 8): 0.0} for layer in mpq.graph.searched}
+        >>> met = meet_latency(
+        ...     lambda budget: search_policy(mpq.graph, scores, budget, base_bytes=0),
+        ...     Budget(latency="1s", latency_table=table),
+        ...     partial(policy_latency, mpq.model, mpq.graph, table, torch.zeros(1, 3, 32, 32)),
+        ... )
+        >>> met.timing.seconds < 1
+        True
     """
     cap = float(budget.limits["latency"])  # type: ignore[arg-type]
     met: MetLatency | None = None
@@ -119,8 +167,8 @@ def meet_latency(
     if met is None:
         least = min(tried, key=lambda timing: timing.seconds)
         raise HubMPQError(
-            f"no policy was found whose measured time meets latency {human_seconds(cap)}: the least that was reached "
-            f"is {human_seconds(least.seconds)} ± {human_seconds(least.spread)} on runtime {_runtime(budget)!r}, by "
+            f"no policy found whose measured time meets latency {human_seconds(cap)}; the minimum measured is "
+            f"{human_seconds(least.seconds)} ± {human_seconds(least.spread)} on runtime {_runtime(budget)!r}, over "
             f"{len(tried)} policies"
         )
     return replace(met, searches=len(tried))

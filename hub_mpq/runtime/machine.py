@@ -1,4 +1,4 @@
-"""The machine in words, as figures need it."""
+"""Description of the machine that figures were measured on."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..core import Runtime
 
 
 def machine() -> str:
-    """Processor, cores and the widest instructions that torch uses, such as "AMD EPYC 7763, 2 cores, AVX2"."""
+    """Processor, cores and the instruction set that torch uses, such as "AMD EPYC 7763, 2 cores, AVX2"."""
     return f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def has_vnni() -> bool:
-    """Whether this CPU adds products of 8-bit integers in 32 bits.
+    """Whether this CPU sums products of 8-bit integers in 32 bits.
 
-    An x86 CPU does with AVX-VNNI or AVX-512 VNNI, every other kind does. False where an x86 CPU does not tell.
+    x86 CPUs do if they have AVX-VNNI or AVX-512 VNNI; all other CPUs do. False if an x86 CPU's flags are unknown.
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
@@ -27,10 +27,10 @@ def has_vnni() -> bool:
 
 
 def engine(runtime: Runtime) -> str:
-    """What computes on a runtime, with its version, such as "openvino 2026.4.1"."""
+    """The library behind a runtime with its version, such as "openvino 2026.4.1"."""
     try:
         return f"{runtime.package} {version(runtime.package)}"
-    except PackageNotFoundError:  # a build of another name, such as onnxruntime-openvino
+    except PackageNotFoundError:  # a build under another name, such as onnxruntime-openvino
         return runtime.package
 
 
@@ -39,7 +39,7 @@ def _processor() -> str:
 
 
 def _cpuinfo(key: str) -> str:
-    """What Linux says of the first core; "" where it says nothing."""
+    """An entry of /proc/cpuinfo for the first core; "" if there is none."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next((line.partition(":")[2].strip() for line in file if line.startswith(key)), "")

@@ -1,4 +1,4 @@
-"""torch's own int8 operators (oneDNN), in this process and without a compiler."""
+"""torch's own int8 operators (oneDNN), in process and without a compiler."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .integer_layer import Grid, IntegerLayer, inexact_sums, integer_menu
 
 @lru_cache
 def saturates() -> bool:
-    """Whether this CPU adds two products in 16 bits. Tried out: 255 · 127 twice."""
+    """Whether this CPU sums two products in 16 bits; tested with twice 255 · 127."""
     x = torch.full((1, 64), 255, dtype=torch.uint8)
     weight = torch.full((16, 64), 127, dtype=torch.int8)
     one, zero = torch.ones(16), torch.zeros(16, dtype=torch.int32)
@@ -29,7 +29,7 @@ def saturates() -> bool:
 
 
 def _post(activation: Activation | None, output: Grid | None) -> tuple[str, list[Any], str, int | None]:
-    """(name, scalars, algorithm) of oneDNN's post-operation, and what codes are cut at afterwards."""
+    """(name, scalars, algorithm) of oneDNN's post-operation, and the maximum that codes are clamped to afterwards."""
     top = None if output is None or output.bits == 8 else output.top
     name = None if activation is None else activation.name
     if name in ("relu", "clip", None) and (name == "clip" or top is not None):
@@ -46,7 +46,7 @@ def _post(activation: Activation | None, output: Grid | None) -> tuple[str, list
 
 
 class OnednnLayer(nn.Module):
-    """An integer layer: codes of the input [, summand] to float32 or to codes."""
+    """An integer layer: from codes of the input and an optional residual to float32 or codes."""
 
     def __init__(self, plan: FusedLayer) -> None:
         super().__init__()
@@ -95,13 +95,13 @@ class OnednnLayer(nn.Module):
         return y if self.cut is None else y.clamp_(max=self.cut)
 
     def __deepcopy__(self, memo: Any) -> OnednnLayer:
-        """With the same weights: oneDNN's form of them cannot be copied, and nothing changes it."""
+        """Share the weights: their oneDNN form cannot be copied, and never changes."""
         copied: OnednnLayer = take_over(type(self), self)
         return copied
 
 
 class Onednn(InProcess):
-    """torch's own int8 operators on an x86 CPU, in this process."""
+    """torch's own int8 operators on an x86 CPU, in process."""
 
     name = "onednn"
     generates: ClassVar[bool] = True
@@ -109,9 +109,9 @@ class Onednn(InProcess):
 
     def available(self) -> str | None:
         if platform.machine().lower() not in ("x86_64", "amd64"):
-            return f"its int8 operators are for x86, and this is {platform.machine()}"
+            return f"its int8 operators require an x86 CPU, got {platform.machine()}"
         if not torch.backends.mkldnn.is_available():
-            return "this build of torch has no oneDNN"
+            return "torch was built without oneDNN"
         return None
 
     def menu(self, layer: LayerSpec) -> tuple[LayerBits, ...]:

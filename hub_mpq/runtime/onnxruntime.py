@@ -18,8 +18,8 @@ from .integer_layer import INT32
 from .machine import has_vnni
 
 _DISABLED = ["MatMulAddFusion", "SkipLayerNormFusion", "WeightBiasQuantization"]
-"""The first hides a layer's product from the fusion with its quantized input; the second is slower than its parts; the
-third rounds float weights and biases, however few steps they have."""
+"""The first prevents the fusion of a layer's product with its quantized input; the second is slower than its parts; the
+third rounds float weights and biases, even to a very coarse grid."""
 _PRODUCTS = ("QLinearConv", "MatMulIntegerToFloat", "QLinearMatMul", "QGemm")
 _SILENT = 4
 
@@ -38,14 +38,14 @@ def _session(content: bytes, optimized: Path | None = None) -> Any:
 
 
 class OnnxRuntime(EngineRuntime):
-    """ONNX Runtime's CPU provider, from the graph in memory."""
+    """ONNX Runtime's CPU execution provider, from the graph in memory."""
 
     name = package = "onnxruntime"
     extra = "onnx"
     clip_codes: ClassVar[bool] = True
 
     def saturates(self) -> bool:
-        """By the flags of the CPU: its kernels cannot be told to do without instructions that are there."""
+        """Whether the CPU lacks VNNI; the kernels always use the instructions that the CPU has."""
         return not has_vnni()
 
     def why_float(self, graph: OnnxGraph, name: str) -> str:
@@ -54,7 +54,7 @@ class OnnxRuntime(EngineRuntime):
         return super().why_float(graph, name)
 
     def session(self, graph: OnnxGraph, outputs: tuple[str, ...] = ()) -> tuple[Session, frozenset[str]]:
-        with tempfile.TemporaryDirectory() as folder:  # ONNX Runtime tells what it made of a graph in a file only
+        with tempfile.TemporaryDirectory() as folder:  # ONNX Runtime reveals its optimized graph only in a file
             path = Path(folder) / "optimized.onnx"
             rounded_biases = _with_integer_biases(graph)
             session = _session(rounded_biases.serialized(outputs), path)
@@ -71,8 +71,10 @@ class OnnxRuntime(EngineRuntime):
 
 
 def _with_integer_biases(graph: OnnxGraph) -> OnnxGraph:
-    """The graph with biases of convolutions as multiples of the steps of their sums, where this moves few codes: only
-    such convolutions are computed in integers."""
+    """Round the biases of convolutions to the step of their sums, where this changes few codes.
+
+    ONNX Runtime computes only such convolutions in integers.
+    """
     import numpy as np
     from onnx import helper, numpy_helper
 
@@ -104,8 +106,10 @@ def _with_integer_biases(graph: OnnxGraph) -> OnnxGraph:
 
 
 def _with_float_weights(graph: OnnxGraph, names: Collection[str]) -> OnnxGraph:
-    """The graph with float weights of convolutions that are not computed in integers: else it multiplies them by their
-    scales at every run, and computes in a slower layout."""
+    """Give convolutions that are not computed in integers float weights.
+
+    Otherwise ONNX Runtime multiplies the weights by their scales at every run, and uses a slower memory layout.
+    """
     from onnx import numpy_helper
 
     proto = type(graph.proto)()
@@ -124,7 +128,7 @@ def _with_float_weights(graph: OnnxGraph, names: Collection[str]) -> OnnxGraph:
 
 
 def _in_integers(graph: OnnxGraph, path: Path) -> frozenset[str]:
-    """The layers whose products all run in integers, by the graph that ONNX Runtime made."""
+    """The layers whose products all run in integers, according to ONNX Runtime's optimized graph."""
     import onnx
 
     nodes = [node for node in onnx.load(path, load_external_data=False).graph.node if node.op_type in _PRODUCTS]

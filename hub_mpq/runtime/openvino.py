@@ -1,4 +1,4 @@
-"""OpenVINO: the whole network on a CPU, in int8 where inputs and weights are."""
+"""OpenVINO: the whole network on a CPU, in int8 where inputs and weights are int8."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _VIEWS = ("Reorder", "Reshape", "Transpose", "Split")
 
 @lru_cache
 def saturates() -> bool:
-    """Whether OpenVINO adds two products in 16 bits on this CPU. Tried out: 255 · 127 twice."""
+    """Whether OpenVINO sums two products in 16 bits on this CPU; tested with twice 255 · 127."""
     import numpy as np
     import openvino as ov
     from openvino import opset13 as ops
@@ -50,7 +50,7 @@ def _settings() -> dict[str, Any]:
 
 
 def _model(graph: OnnxGraph, outputs: tuple[str, ...] = ()) -> Any:
-    """The graph as OpenVINO's, in memory; HubMPQError for an operator that it does not know."""
+    """Convert the graph to OpenVINO's in memory; raises HubMPQError for an unsupported operator."""
     import openvino as ov
 
     try:
@@ -58,11 +58,11 @@ def _model(graph: OnnxGraph, outputs: tuple[str, ...] = ()) -> Any:
     except RuntimeError as error:
         said = [line.strip() for line in str(error).splitlines() if "Unsupported" in line or "not supported" in line]
         why = said[0] if said else str(error).strip().partition("\n")[0]
-        raise HubMPQError(f"OpenVINO can't read the model [{why}]; take another runtime") from error
+        raise HubMPQError(f"OpenVINO cannot read the model [{why}]; use another runtime") from error
 
 
 class OpenVINO(EngineRuntime):
-    """OpenVINO's CPU plugin, from the ONNX graph in memory; norms and activations are folded by it."""
+    """OpenVINO's CPU plugin, from the ONNX graph in memory; it fuses norms and activations."""
 
     name = package = "openvino"
     extra = "openvino"
@@ -75,7 +75,7 @@ class OpenVINO(EngineRuntime):
 
         compiled = ov.Core().compile_model(_model(graph, outputs), "CPU", _settings())
         request = compiled.create_infer_request()
-        count, alone = len(compiled.outputs), threading.Lock()  # a request serves one caller at a time
+        count, alone = len(compiled.outputs), threading.Lock()  # a request serves only one caller at a time
         read = {name for port in compiled.inputs for name in port.names}
 
         def run(feeds: Mapping[str, Tensor]) -> list[Tensor]:
@@ -88,10 +88,10 @@ class OpenVINO(EngineRuntime):
 
 
 def _in_integers(graph: OnnxGraph, runtime_model: Any) -> frozenset[str]:
-    """The layers whose products all run in int8, by what the engine says of its own graph.
+    """The layers whose products all run in int8, according to the engine's own graph.
 
-    It keeps the names of the nodes that make codes, not those of all products. Of the layers with integer weights that
-    read the same codes all must run in int8, or none counts.
+    The engine keeps the names of the nodes that make codes, but not those of all products. So layers with integer
+    weights that read the same codes count only if all of them run in int8.
     """
     readers: dict[str, list[bool]] = {}
     for node in runtime_model.get_ops():
@@ -107,7 +107,7 @@ def _in_integers(graph: OnnxGraph, runtime_model: Any) -> frozenset[str]:
 
 
 def _names_before(node: Any) -> list[str]:
-    """Names of the nodes that the nearest node before a product stands for, copies and views left out."""
+    """Names of the original nodes of the nearest node before a product, skipping copies and views."""
     while node.get_input_size():
         node = node.input_value(0).get_node()
         told = _told(node)
@@ -117,28 +117,28 @@ def _names_before(node: Any) -> list[str]:
 
 
 def _told(node: Any) -> dict[str, str]:
-    """What the engine says of one node of its graph."""
+    """The runtime information of one node of the engine's graph."""
     values = {key: getattr(value, "value", value) for key, value in node.get_rt_info().items()}
     return {key: str(value) for key, value in values.items()}
 
 
 def save_ir(module: nn.Module, folder: str | Path) -> Path:
-    """Write the network as OpenVINO's own files, model.xml and model.bin, for programs without torch.
+    """Save the network in OpenVINO's format, model.xml and model.bin, for programs without torch.
 
     Args:
-        module: What `to_runtime(model, "openvino")` made; the model must still be there.
-        folder: Folder to write into.
+        module: A module made by `to_runtime(model, "openvino")`; the model must still exist.
+        folder: Folder to write to.
 
     Returns:
         The path of model.xml.
 
     Raises:
-        InvalidArgument: Another module.
+        InvalidArgument: The module is another one.
     """
     import openvino as ov
 
     if getattr(getattr(module, "runtime_layers", None), "runtime", "") != OpenVINO.name:
-        raise InvalidArgument(f"this {type(module).__name__} was not made by to_runtime(…, 'openvino')")
+        raise InvalidArgument(f"expected a module made by to_runtime(model, 'openvino'), got {type(module).__name__}")
     with atomic_folder(folder) as work:
         ov.save_model(_model(network_of(module).take_graph()), work / IR, compress_to_fp16=False)
     return Path(folder) / IR

@@ -1,4 +1,4 @@
-"""A module that computes by other means than the model it was made from, and is of its class."""
+"""Modules that compute differently from the model they were made from, but are of the same class."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from ..nn.quantize import quantized_layers
 
 
 def of_class(model: nn.Module, forward: Callable[..., Any], modules: Mapping[str, nn.Module]) -> nn.Module:
-    """An object of a subclass of the model's class that has none of its weights.
+    """Create an object of a subclass of the model's class, without its weights.
 
     Args:
-        model: The model; its attributes that are no tensors or modules (config, generation_config, …) are taken over.
-        forward: What the object does when it is called; gets the same arguments.
+        model: The model; attributes that are neither tensors nor modules (config, generation_config, …) are copied.
+        forward: The object's forward, called with the same arguments.
         modules: Its submodules.
+
+    Returns:
+        The object, in evaluation mode.
     """
     parent = type(model)
 
@@ -38,7 +41,7 @@ def of_class(model: nn.Module, forward: Callable[..., Any], modules: Mapping[str
     cls = type(parent.__name__, (parent,), {"__module__": parent.__module__, "__doc__": parent.__doc__, **made})
     out: nn.Module = nn.Module.__new__(cls)
     nn.Module.__init__(out)
-    other = {"_parameters", "_buffers", "_modules", "forward", "_compiled_call_impl"}  # the latter call the model
+    other = {"_parameters", "_buffers", "_modules", "forward", "_compiled_call_impl"}  # the last two call the model
     out.__dict__.update({k: v for k, v in vars(model).items() if k not in other and k not in out.__dict__})
     for name, module in modules.items():
         out.add_module(name, module)
@@ -46,34 +49,34 @@ def of_class(model: nn.Module, forward: Callable[..., Any], modules: Mapping[str
 
 
 def _stay(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
-    """`_apply` of a module whose numbers are integers with scales: no other dtype or device holds them."""
+    """`_apply` of a module of integers with scales, which cannot be cast or moved."""
     return module
 
 
 def not_on_cpu(model: nn.Module) -> str | None:
-    """Why a model cannot run on an engine for CPUs as it is; None when it can."""
+    """Why a model cannot run on an engine for CPUs; None if it can."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type != "cpu":
-            return f"the model is on {tensor.device.type}"
+            return f"expected a model on the CPU, got {tensor.device.type}"
         if tensor.is_floating_point() and tensor.dtype in (torch.float16, torch.bfloat16, torch.float64):
-            return f"the model computes in {str(tensor.dtype).removeprefix('torch.')}"
+            return f"expected a model in float32, got {str(tensor.dtype).removeprefix('torch.')}"
     return None
 
 
 def as_batch(example: Any) -> Any:
-    """A batch as positional or keyword arguments; None for none."""
+    """Wrap a batch as positional or keyword arguments; None stays None."""
     if example is None or isinstance(example, (tuple, Mapping)):
         return example
     return (example,)
 
 
 def run(module: nn.Module, batch: Any) -> Any:
-    """The output of a module for a batch as `as_batch` gives it."""
+    """Call a module with a batch returned by `as_batch`."""
     return module(**batch) if isinstance(batch, Mapping) else module(*batch)
 
 
 class _OnGrid(nn.Module):
-    """Stands in a layer's `weight_quantizer` when the weight is on its grid already."""
+    """Replaces a layer's `weight_quantizer` when the weight is already on its grid."""
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight
@@ -81,14 +84,14 @@ class _OnGrid(nn.Module):
 
 @torch.no_grad()
 def weights_on_grid(net: nn.Module) -> None:
-    """Put the weights of a network's quantized layers on their grids once, instead of at every call.
+    """Round the weights of a network's quantized layers to their grids once, instead of at every call.
 
     Args:
-        net: The network; its layers are changed, the Parameters that they had are not.
+        net: The network; its layers are changed, but not their former Parameters.
     """
-    settled: dict[int, nn.Parameter] = {}  # layers that share a weight go on sharing it
+    settled: dict[int, nn.Parameter] = {}  # layers that share a weight keep sharing it
     for _, module in quantized_layers(net):
-        if "weight_quantizer" not in module._modules:  # of a graph that reads its weight alone
+        if "weight_quantizer" not in module._modules:  # of a graph that reads only its weight
             continue
         weight = module.weight
         if id(weight) not in settled:

@@ -1,4 +1,4 @@
-"""Runtimes as targets: what a policy is searched over that a runtime is to execute in integers."""
+"""Runtimes as targets: the bit-widths that a search may use so that a runtime computes them in integers."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ from ..core import FLOAT_BITS, LayerBits, LayerGraph, LayerSpec, Runtime, runtim
 from ..core.target import Target
 from .integer_layer import integer_menu
 
-_CONTAINERS = "Below 8 bits it takes the time and memory of 8 bits: fewer bits save bytes of the file alone."
+_CONTAINERS = "Widths below 8 bits take the time and memory of 8 bits; fewer bits only make the file smaller."
 NOTES = {
     "onednn": (
-        "oneDNN computes the BatchNorm, activation and residual addition behind a layer together with it.",
+        "oneDNN fuses the BatchNorm, activation and residual addition after a layer into it.",
         _CONTAINERS,
     ),
     "openvino": (
-        "OpenVINO compiles the whole network, and computes norms, activations and additions together with the layers.",
+        "OpenVINO compiles the whole network, and fuses norms, activations and additions into the layers.",
         _CONTAINERS,
     ),
     "onnxruntime": (
-        "ONNX Runtime computes scale and bias together with a linear layer, and a convolution in integers only where "
-        "its output is quantized too.",
+        "ONNX Runtime fuses scale and bias into a linear layer, and computes a convolution in integers only if its "
+        "output is quantized too.",
         _CONTAINERS,
     ),
     "bit_serial": (
-        "A bit-serial layer computes the BatchNorm and ReLU behind it together with its product.",
-        "Time grows with the product of the two widths: only the narrowest pairs, such as W1A1, make a layer faster.",
+        "A bit-serial layer fuses the BatchNorm and ReLU after it.",
+        "Time grows with the product of the two bit-widths; only the narrowest pairs, such as W1A1, speed a layer up.",
     ),
 }
-"""{runtime: what it fuses, and what bits below 8 buy}: the runtimes that are targets."""
+"""{runtime that is a target: what it fuses, and what fewer than 8 bits gain}"""
 EXACT_WITHOUT_VNNI = ("bit_serial",)
-"""The runtimes whose sums saturate on no CPU."""
+"""Runtimes whose sums never saturate, whatever the CPU."""
 
 
 class RuntimeTarget(Target):
-    """A runtime, at widths that it computes in integers exactly on every x86 CPU.
+    """A runtime as a target, at the bit-widths that it computes exactly in integers on every x86 CPU.
 
-    A policy is made on one machine and runs on others, so the menu is always that of a CPU without VNNI: W8A8, whose
-    sums saturate there, is not in it. Neither such a CPU nor the runtime has to be at hand. Layers whose input stays
-    float in any case (embeddings, experts) run in float, and have every width of the weight.
+    A policy is made on one machine and runs on others, so the menu is always that of a CPU without VNNI: it excludes
+    W8A8, whose sums saturate there. Neither such a CPU nor the runtime needs to be present. Layers whose input is
+    always float (embeddings, experts) run in float, and may have any weight bit-width.
 
     Args:
         runtime: The runtime.
-        notes: What a user of it should know, one sentence each.
+        notes: Notes for its users, one sentence each.
         saturates: Whether its sums saturate on CPUs without VNNI.
     """
 
@@ -61,16 +61,16 @@ class RuntimeTarget(Target):
         out = list(self._notes)
         layers = [layer for layer in graph if not layer.weight_only]
         if stored := len(graph) - len(layers):
-            out.append(f"{stored} layers whose input is float (embeddings, experts) are read in float.")
+            out.append(f"{stored} layers with float inputs (embeddings, experts) run in float.")
         if (why := self.runtime.available()) is not None:
-            out.append(f"It cannot be used on this machine: {why}.")
+            out.append(f"The runtime is not available on this machine: {why}.")
         elif any(set(self.runtime.menu(layer)) - set(self.menu(layer)) for layer in layers):
-            out.append("This CPU computes W8A8 exactly too; it is no choice, since CPUs without VNNI do not.")
+            out.append("This CPU computes W8A8 exactly too, but it is excluded because CPUs without VNNI do not.")
         return tuple(out)
 
 
 def runtime_targets() -> Iterator[RuntimeTarget]:
-    """A target for each registered runtime that has notes."""
+    """Yield a target for each registered runtime that has notes."""
     for runtime in runtimes:
         if (notes := NOTES.get(runtime.name)) is not None:
             yield RuntimeTarget(runtime, notes, saturates=runtime.name not in EXACT_WITHOUT_VNNI)

@@ -1,4 +1,4 @@
-"""Wall time of calls that are compared: warmed up, in turn, the median of many."""
+"""Compare the wall time of calls: warmed up, alternating, median of many."""
 
 from __future__ import annotations
 
@@ -14,23 +14,28 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 LEAST, MOST = 9, 51
-"""Counts of each call, an odd number."""
+"""Bounds of the number of timings of each call, which is odd."""
 COUNT = 1e-3
-"""Seconds that one count takes at least: shorter calls are repeated in it."""
+"""Minimum seconds of one timing; shorter calls are repeated."""
 SECONDS = 0.25
-"""What the counts of one call take together where that are more than the least."""
+"""Total seconds of the timings of one call, unless the minimum number takes longer."""
 
 clock = time.perf_counter
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How long one call takes.
+    """The time of one call.
 
     Args:
-        seconds: The median.
-        spread: Half the distance of the quartiles, in seconds.
-        counts: How often it was timed.
+        seconds: Median, in seconds.
+        spread: Half the interquartile range, in seconds.
+        counts: Number of timings.
+
+    Example:
+        >>> from hub_mpq.runtime import Timing
+        >>> Timing(seconds=0.005, spread=0.0001, counts=51).spread
+        0.0001
     """
 
     seconds: float
@@ -40,15 +45,24 @@ class Timing:
 
 @torch.no_grad()
 def time_calls(calls: Sequence[Callable[[], Any]], seconds: float = SECONDS) -> list[Timing]:
-    """Time several calls in turn, so that a machine that slows down slows all of them.
+    """Time several calls alternately, so that a slowdown of the machine affects all of them.
 
     Args:
-        calls: What is timed.
-        seconds: What the counts of one call take, about.
+        calls: Functions without arguments.
+        seconds: Approximate total time of the timings of one call, in seconds.
+
+    Returns:
+        The timing of each call, in the same order.
+
+    Example:
+        >>> from hub_mpq.runtime import time_calls
+        >>> short, long = time_calls([lambda: sum(range(100)), lambda: sum(range(100_000))], seconds=0.05)
+        >>> short.seconds < long.seconds
+        True
     """
     first = []
     for call in calls:
-        call()  # what is compiled or laid out at the first call
+        call()  # warm-up: compilation and memory layout
         first.append(_count(call, 1))
     repeats = [max(1, round(COUNT / max(took, 1e-9))) for took in first]
     longest = max(took * n for took, n in zip(first, repeats, strict=True))
@@ -74,7 +88,7 @@ def _timing(times: list[float]) -> Timing:
 
 @contextmanager
 def threads_of(count: int) -> Iterator[None]:
-    """Let torch, and what is built meanwhile, use this many threads."""
+    """Let torch, and the engines built in the meantime, use this many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -84,9 +98,9 @@ def threads_of(count: int) -> Iterator[None]:
 
 
 def batch_of(example: Any, size: int) -> Any:
-    """The first sample of an example as a batch of `size` equal samples: a tuple or a mapping.
+    """Repeat the first sample of an example to a batch of `size` equal samples: a tuple or a mapping.
 
-    Tensors whose first axis is not the batch, which is that of the first tensor, stay as they are.
+    The batch size is the first axis of the first tensor; tensors with another first axis are not changed.
     """
     from .rebuilt import as_batch
 

@@ -139,7 +139,11 @@ def test_text_models_take_no_images(run, here, folder):
     config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
     config.architectures = ["BertForSequenceClassification"]
     config.save_pretrained("bert")
-    refused(run("evaluate", "bert", "--no-pretrained", "--data", folder), "no causal language model", "Python")
+    refused(
+        run("evaluate", "bert", "--no-pretrained", "--data", folder),
+        "require a causal language model, got BertForSequenceClassification",
+        "Python",
+    )
 
 
 def test_policy_for_another_model(run, here, folder, indicators):

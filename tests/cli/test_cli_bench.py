@@ -64,7 +64,7 @@ def test_a_packed_folder_against_float(run, packed):
     assert layers == {row["name"] for row in json.loads(run("inspect", packed, "--json").stdout)["layers"]}
     text = run("bench", packed, "--runtime", "torch").stdout
     assert "0 layers compute in integers" in text
-    assert "float: fc (it is the reference)" in text
+    assert "float: fc (the reference computes in float)" in text
 
 
 def test_a_packed_folder_has_no_table(run, packed, tmp_path):

@@ -52,7 +52,7 @@ def test_a_task_that_is_named(run, folder, tmp_path):
     """Numbers of class folders as numbers: the model's one output has no classes."""
     model = [word.replace("num_classes=3", "num_classes=1") for word in MODEL]
     given = [*model, *LOADING, "--data", folder]
-    assert "3 class folders and the model 1 classes" in run("evaluate", *given).stderr
+    assert "3 class folders, but the model has 1 classes" in run("evaluate", *given).stderr
     found = only_json(run("evaluate", *given, "--task", "regression", "--json"))
     assert found["task"] == "regression"
     assert {"mse", "mae"} <= set(found)

@@ -116,12 +116,12 @@ def test_quantized_inputs_are_in_the_repo_and_the_card_says_who_reads_them(hub, 
         assert plain(hub, environment, tmp_path, mpq(IDS)[0]) == "True"
     assert "quantized inputs" not in hub.store.content(NAME)["README.md"].decode()
     mpq.apply_policy("W4A4", [{"input_ids": IDS}])
-    with pytest.warns(UserWarning, match="vLLM does not"):
+    with pytest.warns(UserWarning, match="but vLLM cannot"):
         mpq.push_to_hub(NAME, token="write-token", format="compressed-tensors")
     with torch.no_grad():
         assert plain(hub, environment, tmp_path, mpq(IDS)[0]) == "True"
     text = hub.store.content(NAME)["README.md"].decode()
-    assert "It cannot load the quantized inputs: it computes integers of 8-bit inputs" in text
+    assert "It cannot load the quantized inputs: it supports only 8-bit inputs" in text
     assert '"input_activations"' not in text
     assert "input_activations: {" in text, "the recipe"
 

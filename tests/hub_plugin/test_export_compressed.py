@@ -48,7 +48,10 @@ def test_logits_of_all_widths_are_equal_in_plain_transformers(tmp_path):
         mpq = HubMPQ.from_pretrained(tmp_path / kind / "float")
         mpq.apply_policy(mixed(mpq.graph))
         folder = tmp_path / kind / "exported"
-        with pytest.warns(UserWarning, match="vLLM"), pytest.warns(UserWarning, match="1-bit weights take 2 bits"):
+        with (
+            pytest.warns(UserWarning, match="vLLM"),
+            pytest.warns(UserWarning, match="1-bit weights are stored at 2 bits"),
+        ):
             size = mpq.export(folder, "compressed-tensors")
         assert size == (folder / "model.safetensors").stat().st_size
         save_file(inputs, tmp_path / kind / "inputs")
@@ -82,8 +85,8 @@ def in_groups(folder, target=None):
 def test_logits_of_groups_and_zero_points_are_equal_in_plain_transformers(tmp_path):
     model, inputs, mpq = in_groups(tmp_path / "float")
     with (
-        pytest.warns(UserWarning, match="transformers reads"),
-        pytest.warns(UserWarning, match="different widths or g"),
+        pytest.warns(UserWarning, match="stored for transformers"),
+        pytest.warns(UserWarning, match="different bit-widths or g"),
     ):
         mpq.export(tmp_path / "out", "compressed-tensors")
     groups = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
@@ -106,7 +109,7 @@ def test_what_is_made_for_vllm_has_the_words_of_compressed_tensors_itself(tmp_pa
         warnings.simplefilter("always")
         mpq.export(tmp_path / "out", "compressed-tensors")
     assert [str(w.message) for w in told if "hub_mpq" in w.filename] == [
-        "zero points are stored as vLLM reads them; transformers with compressed-tensors 0.20 does not"
+        "zero points are stored for vLLM; transformers with compressed-tensors 0.20 cannot read them"
     ]
     state = load_file(tmp_path / "out" / "model.safetensors")
     groups = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
@@ -143,7 +146,7 @@ def test_one_bit_in_groups_is_widened(tmp_path):
     model, inputs = build("llama")
     model.save_pretrained(tmp_path / "float")
     mpq = HubMPQ.from_pretrained(tmp_path / "float", weight_only=True).apply_policy("W1g16", [inputs])
-    with pytest.warns(UserWarning, match="1-bit weights take 2 bits"):
+    with pytest.warns(UserWarning, match="1-bit weights are stored at 2 bits"):
         mpq.export(tmp_path / "out", "compressed-tensors")
     with torch.no_grad():
         read = type(model).from_pretrained(tmp_path / "out")
@@ -170,7 +173,9 @@ def test_what_it_cannot_say_is_refused_in_words(tmp_path, net):
         gpt2.mpq.export(tmp_path / "x", "compressed-tensors")
     llama = HubMPQ.from_pretrained(pack(tmp_path / "llama", "llama", "W4").float_folder, weight_only=True)
     llama.apply_policy("W4g24")
-    with pytest.raises(HubMPQError, match=r"groups of 24 do not fill the 32 columns of \d+ layers.*divides them"):
+    with pytest.raises(
+        HubMPQError, match=r"group_size that divides the columns; 24 does not divide the 32 columns of \d+ layers"
+    ):
         llama.export(tmp_path / "x", "compressed-tensors")
     own = HubMPQ.from_module(net, torch.zeros(1, 1, 8, 8))
     with pytest.raises(HubMPQError, match="no policy"):
@@ -192,7 +197,7 @@ def test_a_class_that_reads_packed_weights_while_it_is_loaded_is_refused(tmp_pat
         model = transformers.ModernBertModel(transformers.ModernBertConfig(**SMALL, **TEXT, **tokens))
     model.save_pretrained(tmp_path / "float")
     mpq = HubMPQ.from_pretrained(tmp_path / "float", weight_only=True, sequence_length=8).apply_policy("W4A32")
-    with pytest.raises(HubMPQError, match=f"can't load {type(model).__name__}.*reads weights that are packed"):
+    with pytest.raises(HubMPQError, match=f"cannot load {type(model).__name__}.*reads packed weights"):
         mpq.export(tmp_path / "out", "compressed-tensors")
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr("hub_mpq.export.compressed_tensors.check_loadable", lambda *_: None)
@@ -210,7 +215,7 @@ def test_a_format_in_the_table_is_one_that_export_writes(net, monkeypatch, tmp_p
     assert (model, dict(config), example) == (mpq.model, {}, mpq.source.example)
     assert folder.parent == tmp_path.parent, "a folder beside it, which takes its place when all is written"
     assert manifest.policy == mpq.policy
-    with pytest.raises(InvalidArgument, match="known: compressed-tensors, gguf, onnx, toy"):
+    with pytest.raises(InvalidArgument, match="choose from compressed-tensors, gguf, onnx, toy"):
         mpq.export(tmp_path, "tflite")
 
 

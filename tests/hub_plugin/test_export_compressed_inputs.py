@@ -105,8 +105,8 @@ def test_int8_is_what_vllms_kernels_take(tmp_path):
             assert (f"{name}.input_zero_point" in state) != inputs["symmetric"]
             names.append(name)
     assert sorted(names) == [x.name for x in sorted(mpq.graph, key=lambda x: x.name) if x.kind == "linear"]
-    assert [x for x in told if "vLLM does not" in x] == []
-    assert any("take 8 bits, for vLLM" in x for x in told)
+    assert [x for x in told if "vLLM cannot" in x] == []
+    assert any("stored at 8 bits for vLLM" in x for x in told)
 
 
 def test_weights_keep_their_width_where_vllm_has_no_kernel(tmp_path):
@@ -115,8 +115,8 @@ def test_weights_keep_their_width_where_vllm_has_no_kernel(tmp_path):
     assert config["format"] == "pack-quantized"
     groups = {name.removesuffix("_asymmetric") for name in config["config_groups"]}
     assert groups == {"group_W4A6", "group_W8A8"}
-    assert any("vLLM does not: it computes integers of 8-bit inputs" in x for x in told)
-    assert not any("take 8 bits" in x for x in told)
+    assert any("vLLM cannot: it supports only 8-bit inputs" in x for x in told)
+    assert not any("at 8 bits" in x for x in told)
     assert any(name.endswith("weight_packed") for name in state)
 
 
@@ -126,7 +126,7 @@ def test_a_tied_head_is_told_and_a_pin_leaves_its_input_float(tmp_path):
     heads = [g for g in config["config_groups"].values() if g["targets"] == ["lm_head"]]
     assert [(g["weights"], g["format"], g["input_activations"]["num_bits"]) for g in heads] == [(None, "dense", 8)]
     assert {g["format"] for g in config["config_groups"].values()} == {"dense", "pack-quantized"}
-    assert any("fixed={'lm_head': 'W8'} leaves that float" in x for x in told)
+    assert any("leave it float with fixed={'lm_head': 'W8'}" in x for x in told)
     mpq = HubMPQ.from_pretrained(tmp_path / "float", fixed={"lm_head": "W8"}).apply_policy("W8A8", [inputs])
     config, _, told = export(mpq, tmp_path / "again")
     assert config["format"] == "int-quantized"
@@ -143,14 +143,14 @@ def test_scales_that_vllm_would_merge_are_told(tmp_path):
         query.input_quantizer.shift += 0.1
     told = export(mpq, tmp_path / "again")[2]
     assert len(told) == 1
-    assert "scales of their own" in told[0]
+    assert "different scales" in told[0]
 
 
 def test_a_range_far_from_zero_is_refused(tmp_path):
     _, _, mpq = quantized(tmp_path / "float", "classifier", lambda k, x: LayerBits(8, 8))
     name, layer = next((n, m) for n, m in mpq.model.named_modules() if n.endswith("self.query"))
     layer.input_quantizer.zero_points.fill_(-1)
-    with pytest.raises(HubMPQError, match=f"input of layer '{name}' lies far from zero"):
+    with pytest.raises(HubMPQError, match=f"input range of layer '{name}' is too far from zero"):
         mpq.export(tmp_path / "out", "compressed-tensors")
     assert not (tmp_path / "out").exists()
 

@@ -160,7 +160,7 @@ def test_where_the_disk_is_full_at_any_step_it_is_old_or_new_whole(tmp_path, mak
         failed += said != "saved"
         finish_interrupted(folder)
         assert users_own_is_there(folder)
-        done = said == "saved" or "which finishes it" in said
+        done = said == "saved" or "to finish the save" in said
         assert state(folder) == (NEW if done else OLD), (step, said)
         save(folder, NEW, (INDICATORS,))
         assert leftovers(folder) == []
@@ -183,7 +183,7 @@ def test_a_write_that_fails_leaves_the_old_files_alone(tmp_path):
 
     with pytest.raises(ZeroDivisionError):
         write(ZeroDivisionError())
-    with pytest.raises(HubMPQError, match="out cannot be written: the disk is full"):
+    with pytest.raises(HubMPQError, match=r"cannot write .*out: the disk is full"):
         write(OSError(errno.ENOSPC, "full"))
     with pytest.raises(HubMPQError, match=f"cannot write {folder}/{PACKED}: "), atomic_folder(folder) as work:
         write_atomic(work / PACKED, full())

@@ -54,7 +54,7 @@ def test_a_failing_disk_leaves_the_old_file(whole, monkeypatch, call):
         monkeypatch.setattr(atomic, "open", opened, raising=False)
     else:
         monkeypatch.setattr(os, call, fail)
-    with pytest.raises(HubMPQError, match="the disk is full; what was there before is untouched"):
+    with pytest.raises(HubMPQError, match="the disk is full; existing files are unchanged"):
         write_packed(path, *toy(seed=1))
     monkeypatch.undo()
     check()

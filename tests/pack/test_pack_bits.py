@@ -60,7 +60,7 @@ def test_words_of_compressed_tensors(bits, values, words):
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(InvalidArgument, match="-1 to 4 do not fit 3 bits"):
+    with pytest.raises(InvalidArgument, match="-1 to 4 do not fit into 3 bits"):
         pack_bits(torch.tensor([-1, 4]), 3)
     with pytest.raises(InvalidArgument, match="do not fit"):
         pack_bits(torch.tensor([8]), 4, offset=8)
@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_refused():
         pack_bits(torch.tensor([1.0]), 4)
     with pytest.raises(InvalidArgument, match="from 1 to 8"):
         pack_bits(torch.tensor([1]), 9)
-    with pytest.raises(InvalidArgument, match="take 2 int32 words, not 1"):
+    with pytest.raises(InvalidArgument, match=r"expected 2 int32 words .* got 1"):
         unpack_bits(torch.zeros(1, dtype=torch.int32), 5, 7)
 
 

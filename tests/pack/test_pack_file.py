@@ -121,7 +121,7 @@ def test_who_reads_an_input_first_is_written_where_it_is_not_the_layer_itself(tm
     again = replace(manifest, graph=replace(GRAPH, layers=layers))
     assert again.to_text().count("input_owner") == 1
     assert Manifest.from_text(again.to_text()) == again
-    with pytest.raises(InvalidArgument, match="manifest is wrong"):
+    with pytest.raises(InvalidArgument, match="manifest is invalid"):
         Manifest.from_text(again.to_text().replace('"fixed","input_owner"', '"input_owner","fixed"'))
 
 
@@ -136,24 +136,24 @@ def without(name):
 
 
 ODD = [
-    (change("stem", toy({**WIDTHS, "stem": "W4A8"})[0]["stem"]), "packed as W4A32, the policy says W8A8"),
+    (change("stem", toy({**WIDTHS, "stem": "W4A8"})[0]["stem"]), "packed as W4A32, but the policy has W8A8"),
     (change("stem", torch.ones(3)), "stem.weight_shape' is missing"),
     (without("mlp.fc"), "mlp.fc.weight_shape' is missing"),
     (without("stem.input_scale"), "stem.input_scale' is missing"),
     (change("stem.input_scale", torch.ones(2)), "one value"),
     (change("stem.input_scale", torch.tensor([float("nan")])), "stem.input_scale': scales must be finite"),
-    (change("stem.input_scale", torch.ones(1, dtype=torch.float64)), "a scale is float32"),
-    (change("stem.input_zero_point", torch.ones(1)), "a zero point is an integer"),
-    (change("stem.input_zero_point", torch.tensor([2**40])), "beyond"),
-    (change("emb.input_scale", torch.ones(1)), "quantizes no input of layer 'emb'"),
-    (change("no.weight_scale", torch.ones(1)), "packs no weight of layer 'no'"),
-    (change("head.weight_packed", torch.ones(1)), "packs no weight of layer 'head'"),
-    (change("stem.weight", torch.ones(1)), "a float weight beside the packed one"),
-    (change("stem.weight_scale", torch.ones(5)), "given twice"),
-    (change("z", torch.ones(1, dtype=torch.complex64)), "cannot be stored"),
-    (change("__metadata__", torch.ones(1)), "cannot be stored"),
+    (change("stem.input_scale", torch.ones(1, dtype=torch.float64)), "scales must be float32"),
+    (change("stem.input_zero_point", torch.ones(1)), "a zero point must be an integer"),
+    (change("stem.input_zero_point", torch.tensor([2**40])), "must be within"),
+    (change("emb.input_scale", torch.ones(1)), "does not quantize the input of 'emb'"),
+    (change("no.weight_scale", torch.ones(1)), "does not pack the weight of layer 'no'"),
+    (change("head.weight_packed", torch.ones(1)), "does not pack the weight of layer 'head'"),
+    (change("stem.weight", torch.ones(1)), "is packed"),
+    (change("stem.weight_scale", torch.ones(5)), "occurs twice"),
+    (change("z", torch.ones(1, dtype=torch.complex64)), "cannot store"),
+    (change("__metadata__", torch.ones(1)), "cannot store"),
     (change("z", torch.ones(1, device="meta")), "meta device"),
-    (change("\ud800", torch.ones(1)), "not JSON"),
+    (change("\ud800", torch.ones(1)), "cannot convert to JSON"),
 ]
 
 
@@ -171,7 +171,7 @@ def test_a_policy_for_another_model_is_not_written(tmp_path):
     other = replace(manifest, policy=Policy({"x": LayerBits(4, 4)}, GRAPH.digest))
     with pytest.raises(PolicyMismatch, match="unknown layers \\['x'\\]"):
         write_packed(tmp_path / "m", tensors, other)
-    with pytest.raises(InvalidArgument, match="not JSON"):
+    with pytest.raises(InvalidArgument, match="cannot convert to JSON"):
         write_packed(tmp_path / "m", tensors, replace(manifest, provenance={"loss": float("nan")}))
     assert not list(tmp_path.iterdir())
 

@@ -69,12 +69,12 @@ def test_other_files_are_named_for_what_they_are(packed, tmp_path):
     path, tensors, _ = packed
     data = path.read_bytes()
     refused(tmp_path / "empty", b"", "truncated")
-    refused(tmp_path / "zeros", bytes(1000), "no file of hub_mpq")
+    refused(tmp_path / "zeros", bytes(1000), "not a hub_mpq file")
     refused(tmp_path / "pickle", b"\x80\x04\x95" + bytes(500), "claims")
     save_file({"a": torch.ones(3)}, tmp_path / "plain")
-    with pytest.raises(PackedFormat, match="no file of hub_mpq"):
+    with pytest.raises(PackedFormat, match="not a hub_mpq file"):
         read_packed(tmp_path / "plain")
-    with pytest.raises(PackedFormat, match="holds mpq-weights, not mpq-indicators"):
+    with pytest.raises(PackedFormat, match="expected content mpq-indicators, got mpq-weights"):
         read_indicators(path)
     refused(tmp_path / "version", data.replace(b'format_version":"1"', b'format_version":"7"'), "format version 7")
     with pytest.raises(OSError, match="directory"):
@@ -82,7 +82,7 @@ def test_other_files_are_named_for_what_they_are(packed, tmp_path):
     with pytest.raises(FileNotFoundError):
         read_packed(tmp_path / "nothing")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(PackedFormat, match="not a regular file"):
+    with pytest.raises(PackedFormat, match="expected a regular file"):
         read_packed(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(path)
     path.write_bytes(data)
@@ -177,60 +177,63 @@ LIES = {
     "negative scale": (values("emb.weight_scale", "f", -1), "'emb.weight_scale': scales must be finite"),
     "negative input scale": (values("stem.input_scale", "f", -1), "'stem.input_scale': scales must be finite"),
     "other weight shape": (values("mlp.fc.weight_shape", "q", 13, 5), "'mlp.fc.weight_shape'"),
-    "bool of 2": (values("mask", "B", 2), "'mask': a BOOL is 0 or 1"),
+    "bool of 2": (values("mask", "B", 2), "'mask': BOOL values must be 0 or 1"),
     "other width": (cell("mlp.fc", "bits", "W4A2"), "'mlp.fc.weight_packed'.*at the policy's 4 bits"),
-    "float width": (cell("mlp.fc", "bits", "W32A2"), "packs no weight of layer 'mlp.fc'"),
-    "float input": (cell("stem", "bits", "W8A32"), "quantizes no input of layer 'stem'"),
+    "float width": (cell("mlp.fc", "bits", "W32A2"), "does not pack the weight of layer 'mlp.fc'"),
+    "float input": (cell("stem", "bits", "W8A32"), "does not quantize the input of 'stem'"),
     "no such width": (cell("stem", "bits", "W9A8"), "from 1 to 8"),
-    "width as number": (cell("stem", "bits", 8), "expected text"),
+    "width as number": (cell("stem", "bits", 8), "expected a string"),
     "unknown kind": (cell("stem", "kind", "conv9d"), "unknown kind|graph_digest"),
-    "other shape": (cell("stem", "weight_shape", [3, 5, 3, 3]), "graph_digest disagrees"),
-    "negative shape": (cell("stem", "weight_shape", [-5, 3, 3, 3]), "whole number"),
-    "float macs": (cell("stem", "macs", 1.5), "whole number"),
-    "giant macs": (cell("stem", "macs", 2**70), "whole number"),
+    "other shape": (cell("stem", "weight_shape", [3, 5, 3, 3]), "graph_digest does not match"),
+    "negative shape": (cell("stem", "weight_shape", [-5, 3, 3, 3]), "non-negative integer"),
+    "float macs": (cell("stem", "macs", 1.5), "non-negative integer"),
+    "giant macs": (cell("stem", "macs", 2**70), "non-negative integer"),
     "text sign": (cell("stem", "activation_signed", "yes"), "true or false"),
-    "number for a name": (cell("stem", "name", 3), "expected text"),
+    "number for a name": (cell("stem", "name", 3), "expected a string"),
     "two layers of one name": (cell("stem", "name", "depthwise"), "duplicate layer"),
-    "foreign owner": (cell("emb", "weight_owner", "stem"), "can't share the weight of 'stem'"),
-    "short row": (manifest(lambda tree: tree["layers"]["rows"][0].pop() and None), "another length"),
-    "column twice": (manifest(lambda t: t["layers"]["columns"].__setitem__(1, "name")), "stands twice"),
-    "columns as numbers": (manifest(lambda t: t["layers"].update(columns=[1], rows=[[1]])), "expected text"),
+    "foreign owner": (cell("emb", "weight_owner", "stem"), "cannot share the weight of 'stem'"),
+    "short row": (manifest(lambda tree: tree["layers"]["rows"][0].pop() and None), "one value per column"),
+    "column twice": (manifest(lambda t: t["layers"]["columns"].__setitem__(1, "name")), "must be unique"),
+    "columns as numbers": (manifest(lambda t: t["layers"].update(columns=[1], rows=[[1]])), "expected a string"),
     "no table": (manifest(lambda t: t.update(layers={"rows": []})), "manifest"),
     "unknown key": (manifest(lambda t: t.update(extra=1)), "keys"),
     "missing key": (manifest(lambda t: t.pop("floats") and None), "keys"),
     "list": (manifest(lambda t: "[1,2]"), "expected an object"),
-    "no json": (manifest(lambda t: "{"), "no valid JSON"),
+    "no json": (manifest(lambda t: "{"), "not valid JSON"),
     "nan in json": (manifest(lambda t: '{"a":NaN}'), "NaN"),
     "infinite number": (manifest(lambda t: '{"a":1e999}'), "out of range"),
-    "digits without end": (manifest(lambda t: '{"a":' + "9" * 100_000 + "}"), "no valid JSON"),
-    "deep": (manifest(lambda t: "[" * 100_000), "no valid JSON"),
+    "digits without end": (manifest(lambda t: '{"a":' + "9" * 100_000 + "}"), "not valid JSON"),
+    "deep": (manifest(lambda t: "[" * 100_000), "not valid JSON"),
     "key twice in manifest": (manifest(lambda t: '{"a":1,"a":2}'), "duplicate key 'a'"),
     "manifest no text": (metadata(manifest=3), "metadata"),
     "more metadata": (metadata(extra="x"), "metadata"),
     "name twice": (text('"bn.weight":', '"half":'), "duplicate key 'half'"),
     "metadata twice": (text('"bn.weight":', '"__metadata__":'), "duplicate key"),
-    "space": (text('"bn.weight":', '"bn.weight": '), "one spelling"),
-    "escape": (text('"bn.weight":', '"bn.wei\\u0067ht":'), "one spelling"),
-    "surrogate": (text('"bn.weight":', '"\\ud800":'), "not JSON|one spelling"),
-    "no utf-8": (text('"bn.weight":', '"\ud800":'), "no valid JSON"),
-    "deep header": (text('"bn.weight":', '"a":' + "[" * 50_000), "no valid JSON"),
-    "overlap": (entry("bn.weight", data_offsets=[0, 28]), "overlap, hole"),
+    "space": (text('"bn.weight":', '"bn.weight": '), "canonical form"),
+    "escape": (text('"bn.weight":', '"bn.wei\\u0067ht":'), "canonical form"),
+    "surrogate": (text('"bn.weight":', '"\\ud800":'), "cannot convert to JSON|canonical form"),
+    "no utf-8": (text('"bn.weight":', '"\ud800":'), "not valid JSON"),
+    "deep header": (text('"bn.weight":', '"a":' + "[" * 50_000), "not valid JSON"),
+    "overlap": (entry("bn.weight", data_offsets=[0, 28]), "overlap, gap"),
     "hole": (entry("bn.weight", data_offsets=[8, 36]), "bn.weight"),
-    "negative": (entry("bn.weight", data_offsets=[-1, 27]), "wrong data_offsets"),
-    "true": (entry("bn.weight", data_offsets=[False, True]), "wrong data_offsets"),
-    "three": (entry("bn.weight", data_offsets=[0, 1, 2]), "wrong data_offsets"),
-    "null": (entry("bn.weight", data_offsets=None), "wrong data_offsets"),
-    "other dtype": (entry("stem.weight_packed", dtype="F32"), "'stem.weight_packed': torch.float32"),
+    "negative": (entry("bn.weight", data_offsets=[-1, 27]), "invalid data_offsets"),
+    "true": (entry("bn.weight", data_offsets=[False, True]), "invalid data_offsets"),
+    "three": (entry("bn.weight", data_offsets=[0, 1, 2]), "invalid data_offsets"),
+    "null": (entry("bn.weight", data_offsets=None), "invalid data_offsets"),
+    "other dtype": (
+        entry("stem.weight_packed", dtype="F32"),
+        "'stem.weight_packed': expected torch.int32 .* got torch.float32",
+    ),
     "unknown dtype": (entry("bn.weight", dtype="F12"), "unknown dtype"),
     "dtype no text": (entry("bn.weight", dtype=[1]), "unknown dtype"),
-    "wrong count": (entry("bn.weight", shape=[8]), "overlap, hole"),
-    "huge": (entry("bn.weight", shape=[2**62, 4]), "wrong shape"),
-    "huge and empty": (entry("none", shape=[0, 2**62, 2**62]), "wrong shape"),
-    "many axes": (entry("bn.weight", shape=[1] * 100 + [7]), "wrong shape"),
-    "float axis": (entry("bn.weight", shape=[7.0]), "wrong shape"),
-    "extra key": (entry("bn.weight", x=1), "needs dtype, shape"),
-    "entry no object": (text('"bn.weight":{', '"a":1,"bn.weight":{'), "needs dtype, shape"),
-    "other order": (reverse, "overlap, hole"),
+    "wrong count": (entry("bn.weight", shape=[8]), "overlap, gap"),
+    "huge": (entry("bn.weight", shape=[2**62, 4]), "invalid shape"),
+    "huge and empty": (entry("none", shape=[0, 2**62, 2**62]), "invalid shape"),
+    "many axes": (entry("bn.weight", shape=[1] * 100 + [7]), "invalid shape"),
+    "float axis": (entry("bn.weight", shape=[7.0]), "invalid shape"),
+    "extra key": (entry("bn.weight", x=1), "expected dtype, shape"),
+    "entry no object": (text('"bn.weight":{', '"a":1,"bn.weight":{'), "expected dtype, shape"),
+    "other order": (reverse, "overlap, gap"),
     "no scale": (drop("stem.weight_scale"), "'stem.weight_scale' is missing"),
     "no words": (drop("mlp.fc.weight_packed"), "'mlp.fc.weight_packed' is missing"),
     "no input scale": (drop("stem.input_scale"), "'stem.input_scale' is missing"),

@@ -28,7 +28,7 @@ def path(tmp_path):
 def test_round_trip_is_exact(path):
     assert read_indicators(path) == GIVEN
     assert load_file(path)["weight/layer.0"].tolist() == [[2, 0.1 + 0.2], [3, 1e-9], [8, 7.0]]
-    with pytest.raises(PackedFormat, match="holds mpq-indicators, not mpq-weights"):
+    with pytest.raises(PackedFormat, match="expected content mpq-weights, got mpq-indicators"):
         read_packed(path)
 
 
@@ -41,11 +41,11 @@ def test_an_empty_row_and_nothing_at_all(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        (Indicators({"a": {2: 0.0}}, {}), "above zero"),
+        (Indicators({"a": {2: 0.0}}, {}), "finite and positive"),
         (Indicators({"a": {2: math.nan}}, {}), "finite"),
         (Indicators({"a": {9: 1.0}}, {}), "from 1 to 8"),
         (Indicators({}, {}, {"a": 1}), "true or false"),
-        (Indicators({}, {}, {}, {"x": {1, 2}}), "not JSON"),
+        (Indicators({}, {}, {}, {"x": {1, 2}}), "cannot convert to JSON"),
     ],
 )
 def test_bad_indicators_are_not_written(path, bad, words):
@@ -58,7 +58,7 @@ def test_bad_indicators_are_not_written(path, bad, words):
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ((2.0, -1.0), "above zero"),
+        ((2.0, -1.0), "finite and positive"),
         ((2.0, math.inf), "finite"),
         ((2.5, 1.0), "whole number"),
         ((9.0, 1.0), "from 1 to 8"),

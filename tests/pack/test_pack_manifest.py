@@ -38,10 +38,10 @@ def cells(**given):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (cells(emb__weight_owner="nowhere"), "its weight_owner 'nowhere' has no weight of its own"),
-        (cells(emb__weight_owner="emb"), "its weight_owner 'emb' has no weight of its own"),
-        (cells(emb__weight_owner="stem", stem__weight_owner="emb"), "has no weight of its own"),
-        (cells(emb__weight_owner="stem"), "'emb' can't share the weight of 'stem'"),
+        (cells(emb__weight_owner="nowhere"), "weight_owner 'nowhere' must be a layer with its own weight"),
+        (cells(emb__weight_owner="emb"), "weight_owner 'emb' must be a layer with its own weight"),
+        (cells(emb__weight_owner="stem", stem__weight_owner="emb"), "must be a layer with its own weight"),
+        (cells(emb__weight_owner="stem"), "'emb' cannot share the weight of 'stem'"),
     ],
 )
 def test_a_shared_weight_is_another_layers_own(packed, change, match):
@@ -52,7 +52,7 @@ def test_a_shared_weight_is_another_layers_own(packed, change, match):
             read(path)
 
 
-METRICS = "provenance: metrics is figures"
+METRICS = "provenance: metrics must be an object of figures"
 RUNTIME = {
     **dict.fromkeys(("exact", "integer layers", "float layers"), 1),
     **dict.fromkeys(("largest error", "codes one step off", "values wrong"), 0.5),
@@ -73,10 +73,14 @@ LATENCY = {
         *(({"metrics": {"float": {"top1": value}}}, METRICS) for value in (None, [1], {"a": 1}, 10**400)),
         ({"metrics": {"float": {"task": 5}}}, METRICS),
         ({"metrics": {"float": {"samples": "x"}}}, METRICS),
-        *(({key: value}, f"provenance: {key} is an object") for key in ("search", "finetune") for value in (5, [], "")),
+        *(
+            ({key: value}, f"provenance: {key} must be an object")
+            for key in ("search", "finetune")
+            for value in (5, [], "")
+        ),
         *(({"task": value}, "provenance: task") for value in (5, {}, {"name": 5}, {"name": "x", "label_keys": 5})),
-        *(({"target": value}, "provenance: target is text") for value in (5, [], {})),
-        ({"hub_mpq": {}}, "provenance: hub_mpq is text"),
+        *(({"target": value}, "provenance: target must be a string") for value in (5, [], {})),
+        ({"hub_mpq": {}}, "provenance: hub_mpq must be a string"),
         ({"latency": {}}, "provenance: latency"),
         ({"latency": {**LATENCY, "measured": "x"}}, "provenance: latency"),
         ({"runtimes": []}, "provenance: runtimes"),
@@ -141,7 +145,7 @@ def test_depth_is_bounded_however_deep_the_reader_is_called(open_, close):
 
     at(MAX_DEPTH)
     for depth in (MAX_DEPTH + 1, 500, 990, 10**5):
-        with pytest.raises(InvalidArgument, match="it is no valid JSON: nested more than"):
+        with pytest.raises(InvalidArgument, match="it is not valid JSON: nested more than"):
             at(depth)
 
 

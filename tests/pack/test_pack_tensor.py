@@ -77,7 +77,7 @@ def test_other_memory_orders_pack_alike():
 def test_bad_weights_are_refused():
     value, scale = weight((3, 5), 4), torch.ones(3)
     for bad in (float("nan"), float("inf"), 0.0, -1.0):
-        with pytest.raises(InvalidArgument, match="finite and above zero"):
+        with pytest.raises(InvalidArgument, match="finite and positive"):
             pack_weight(value, torch.tensor([1.0, bad, 1.0]), "linear", 4)
     with pytest.raises(InvalidArgument, match="weight_scale must be"):
         pack_weight(value, torch.ones(5), "linear", 4)
@@ -85,7 +85,7 @@ def test_bad_weights_are_refused():
         pack_weight(torch.tensor([[0, 1]]), torch.ones(1), "linear", 1)
     with pytest.raises(InvalidArgument, match="do not fit"):
         pack_weight(torch.tensor([[8]]), torch.ones(1), "linear", 4)
-    with pytest.raises(InvalidArgument, match="takes integers"):
+    with pytest.raises(InvalidArgument, match="must have an integer dtype"):
         pack_weight(value.float(), scale, "linear", 4)
     with pytest.raises(InvalidArgument, match="unknown layer kind"):
         pack_weight(value, scale, "conv7d", 4)

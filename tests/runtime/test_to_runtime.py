@@ -91,7 +91,7 @@ def test_a_certificate_with_labels_and_without(folder):
     assert set(alone.layers) == set(module.runtime_layers.integer)
     assert json.loads(json.dumps(alone.to_json())) == alone.to_json()
     assert mpq.history["runtimes"][found.runtime]["integer layers"] == len(found.layers)
-    with pytest.raises(InvalidArgument, match="was not made by to_runtime"):
+    with pytest.raises(InvalidArgument, match="expected a module made by to_runtime"):
         mpq.certify(mpq.model, labelled)
 
 
@@ -113,8 +113,8 @@ def test_the_card_holds_what_was_certified(folder, tmp_path):
 
 
 BOUNDS = [
-    (LayerCheck(error=2e-5, wrong=1), {}, "layer 'a' computes 1 values wrongly"),
-    (LayerCheck(flips=11, codes=10_000), {}, "layer 'a': 1.1e-03 of its codes are one step off"),
+    (LayerCheck(error=2e-5, wrong=1), {}, "layer 'a' has 1 wrong values"),
+    (LayerCheck(flips=11, codes=10_000), {}, "layer 'a' has 1.1e-03 of its codes off by one step"),
     (LayerCheck(flips=10, codes=10_000), {}, None),
     (LayerCheck(flips=1, codes=10), {}, None),
     (LayerCheck(), {"reference": {"top1": 60.0, "samples": 2000}, "runtime": {"top1": 60.2}}, "top1 is 60.2"),
@@ -135,7 +135,7 @@ def test_the_bounds_of_a_certificate(check, metrics, reason):
 
 
 def test_a_layer_that_was_not_seen_is_not_certified():
-    assert "layer 'b' was not seen" in certificate(RuntimeLayers("mine", ("a", "b")), {"a": LayerCheck()}).reasons[0]
+    assert "layer 'b' did not run" in certificate(RuntimeLayers("mine", ("a", "b")), {"a": LayerCheck()}).reasons[0]
 
 
 class Mine(Runtime):
@@ -177,7 +177,7 @@ def test_generation_is_refused_where_there_is_none():
         )
         batch = {"input_ids": tokens()["input_ids"]}
         module = quantized(LlamaForCausalLM(config).eval(), "W6A8", batch).to_runtime("mine")
-        with pytest.raises(HubMPQError, match="runtime 'mine' does not generate; take 'torch' or 'onednn'"):
+        with pytest.raises(HubMPQError, match=r"runtime 'mine' does not support generate\(\); use 'torch' or 'onednn'"):
             module.generate(batch["input_ids"], max_new_tokens=2)
     finally:
         runtimes.unregister("mine")
@@ -235,5 +235,5 @@ def test_train_does_not_move_what_is_shared_with_the_reference(name):
 
 def test_what_runs_is_not_saved():
     module = quantized(bert(), "W4A8", tokens()).to_runtime("torch")
-    with pytest.raises(HubMPQError, match="what runtime 'torch' runs has no weights to save"):
+    with pytest.raises(HubMPQError, match="a module of runtime 'torch' cannot be saved"):
         module.save_pretrained("anywhere")
