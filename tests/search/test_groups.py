@@ -199,7 +199,7 @@ def test_levels_in_words():
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"rounding": "gptq"}, "needs train="),
+        ({"rounding": "gptq"}, "requires train="),
         ({"rounding": "awq", "train": BATCHES}, "'gptq' or 'nearest'"),
         ({"group_size": 7, "train": BATCHES}, "a group size is"),
         ({"group_size": "128", "train": BATCHES}, "a group size is"),
@@ -304,7 +304,7 @@ def test_a_front_counts_the_bytes_of_a_targets_file(tmp_path):
     limit = mpq.result.usage["GGUF file"]
     front = mpq.pareto("weight_bits", 3, size="W4")
     assert front[-1].usage["GGUF file"] == limit < mpq.usage("W5")["GGUF file"]
-    with pytest.raises(InvalidArgument, match="a front over size"):
+    with pytest.raises(InvalidArgument, match="cannot vary the size of a"):
         mpq.pareto("size", 3)
 
 
