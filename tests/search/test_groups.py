@@ -204,7 +204,7 @@ def test_levels_in_words():
         ({"group_size": 7, "train": BATCHES}, "a group size is"),
         ({"group_size": "128", "train": BATCHES}, "a group size is"),
         ({"group_size": 128.0, "train": BATCHES}, "not 128.0"),
-        ({"rounding": "gptq", "per_channel": False, "train": BATCHES}, "a scale for each output channel"),
+        ({"rounding": "gptq", "per_channel": False, "train": BATCHES}, "one scale per output channel"),
         ({"group_size": [None, 16], "strategy": "limpq", "train": BATCHES}, "can't choose among them"),
         ({"group_size": [None, 16], "epochs": 1, "train": BATCHES}, "can't choose among them"),
     ],
