@@ -75,7 +75,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Mixed-precision quantization of timm and Hugging Face models: from a model and a budget to packed weights.",
+    help="Mixed-precision quantization of timm and Hugging Face models: from a model and a budget to packed weights."
+    "\n\nStart with `hub-mpq demo`, or `hub-mpq inspect resnet18`.",
 )
 
 
@@ -101,7 +102,8 @@ _COMMANDS = (
 for _command in _COMMANDS:
     app.command()(Command(_command))
 app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+    options_metavar="[OPTIONS] COMMAND [ARGS]...",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
 )(launch.launch)
 for _hub in (hub.push, hub.pull, hub.export):
     app.command()(_hub)

@@ -38,8 +38,9 @@ def bench(
 ) -> None:
     """Time a model on a runtime, on this machine.
 
-    For a float model: each layer at each bit-width, which is the table that --latency requires. For a packed folder:
-    the whole model against float, and whether the runtime computes the same model.
+    For a float model: each layer at each bit-width, the table that --latency requires.
+
+    For a packed folder: the whole model against float, and whether both compute the same.
     """
     packed = models.is_packed(model)
     if packed and (output is not None or candidates is not None):
@@ -100,8 +101,8 @@ def _against_float(model: str, found: RuntimeBench) -> str:
     lines = [
         _head(model, found, layers.runtime),
         f"{layers.runtime}: {time(found.runtime)}; float in torch: {time(found.float)}; {found.speedup:.2f}× as fast",
-        f"{len(layers.integer)} layers compute in integers: {human(found.integer_nbytes)}B, in float32 "
-        f"{human(found.float_nbytes)}B",
+        f"{len(layers.integer)} layers compute in integers: {human(found.integer_nbytes)}B "
+        f"({human(found.float_nbytes)}B in float32)",
     ]
     lines += [f"float: {name} ({why})" for name, why in layers.float.items()]
     return "\n".join([*lines, str(found.certificate)])

@@ -41,7 +41,10 @@ def push(
     message: Annotated[o.Text, typer.Option("--message", "-m", help="Commit message.")] = None,
     as_json: o.Json = False,
 ) -> None:
-    """Publish a packed folder with its model card, in one commit."""
+    """Publish a packed folder with its model card, in one commit.
+
+    Uses the token of huggingface_hub: HF_TOKEN, or `hf auth login`.
+    """
     from ..hub.publish import publish
 
     done = publish(

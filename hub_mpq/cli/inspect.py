@@ -27,8 +27,9 @@ def inspect(
 ) -> None:
     """Show a model's layers, their costs, and what stays float and why.
 
-    Loads no weights; timm names need no network. For a packed model, local or published, only the header of its file is
-    read.
+    Loads no weights; timm names need no network.
+
+    For a packed model, local or published, only the header of its file is read.
     """
     if (found := _header(model, revision)) is not None:
         from ..hub.pull import refuse_choices

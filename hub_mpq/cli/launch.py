@@ -22,6 +22,8 @@ def launch(
 ) -> None:
     """Run a command on several processes of this machine.
 
+    COMMAND is indicators, quantize, finetune or evaluate, with its own arguments.
+
     Example: hub-mpq launch --processes 2 indicators MODEL …
     """
     command = list(ctx.args)

@@ -50,7 +50,7 @@ def quantize(
     plot: o.Plot = None,
     as_json: o.Json = False,
 ) -> None:
-    """Train indicators, search a policy, quantize, fine-tune and save a packed folder, in one command."""
+    """Train indicators, search a policy, quantize, fine-tune and save, in one command."""
     from ..search.strategy import build_strategy, infers_widths
     from ..train.round_weights import check_rounding
 
