@@ -815,8 +815,9 @@ class HubMPQ(nn.Module):
             calibration: Batches to calibrate the scales of inputs on; None for synthetic inputs.
             batches: Number of batches that the scales of inputs are calibrated on.
             per_channel: One weight scale per output channel; False: one per tensor.
-            group_size: Number of weights of a row that share a scale (32, 64 or 128), in searched layers whose policy
-                names none. None: no groups. Only linear layers, embeddings and experts have groups.
+            group_size: Number of weights of a row that share a scale, at least 8, typically 32, 64 or 128, in searched
+                layers whose policy names none. None: no groups. Only linear layers, embeddings and experts have
+                groups.
             symmetric: False adds zero points to the scales of these layers.
             rounding: "gptq" or "nearest", see `hub_mpq.train.round_weights`; uses up to 16 batches. None: "gptq" for a
                 weight-only policy with calibration data, else "nearest".
@@ -1121,9 +1122,9 @@ class HubMPQ(nn.Module):
             fixed: `{name or pattern: "W8A8" or None}`, for this policy only.
             task: What the model is for; None for `self.task`, or to detect it.
             per_channel: One weight scale per output channel; False: one per tensor.
-            group_size: Number of weights of a row that share a scale (32, 64 or 128), or several, such as `[None, 128,
-                32]`, for the solver to choose from (weights are then rounded before they are scored). Levels in the
-                budget ("W4") use the first of them. None: one scale per output channel.
+            group_size: Number of weights of a row that share a scale, at least 8, typically 32, 64 or 128; or several,
+                such as `[None, 128, 32]`, for the solver to choose from (weights are then rounded before they are
+                scored). Levels in the budget ("W4") use the first of them. None: one scale per output channel.
             symmetric: False adds zero points to the scales.
             rounding: "gptq" or "nearest": round weights on `train` before they are scored, see
                 `hub_mpq.train.round_weights`. None: "gptq" for weight-only quantization with `train` and without

@@ -50,8 +50,8 @@ class MPQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         policy: A `Policy`, its dict, or a level ("W4A8") for all searched layers.
         calibration: Batches to calibrate the scales of inputs on; None for synthetic inputs.
         per_channel: One weight scale per output channel; False: one per tensor.
-        group_size: Number of weights of a row that share a scale (32, 64 or 128), in searched layers whose policy names
-            none; with a budget, in all searched layers. None: no groups.
+        group_size: Number of weights of a row that share a scale, at least 8, typically 32, 64 or 128, in searched
+            layers whose policy names none; with a budget, in all searched layers. None: no groups.
         symmetric: False adds zero points to the scales of these layers.
         rounding: "gptq" or "nearest", see `HubMPQ.apply_policy`. None: "gptq" for a weight-only policy with calibration
             data, else "nearest".

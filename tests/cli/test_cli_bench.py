@@ -22,7 +22,7 @@ def table(tmp_path_factory):
     path = tmp_path_factory.mktemp("table") / "table.json"
     result = CliRunner().invoke(app, ["bench", *MODEL, "--runtime", "onednn", "-o", str(path)], catch_exceptions=False)
     assert result.exit_code == 0, result.stderr
-    for words in ("layer1.0.conv1", "quantized", "beside these layers", "whole model", f"saved {path}"):
+    for words in ("layer1.0.conv1", "quantized", "outside these layers", "whole model", f"saved {path}"):
         assert words in result.stdout
     return path
 

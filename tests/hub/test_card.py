@@ -73,7 +73,7 @@ def test_what_was_measured_stands_in_every_form(hub, tmp_path):
     card = card_of(hub, "me/timm")
     assert (card.data.base_model, card.data.license) == ("timm/other", "cc0-1.0")
     assert "create_model" not in card.text
-    assert "does not load" in card.text
+    assert "hub-mpq is required: timm alone finds no weights" in card.text
     assert set(there) - set(hub.store.content("me/timm")) == {"model.safetensors", ".eval_results/hub-mpq.yaml"}
 
 

@@ -131,7 +131,7 @@ def test_what_it_cannot_say_is_refused_before_anything_is_sent(hub, float_folder
     with pytest.raises(HubMPQError, match="transformers models"):
         timm_toy().push_to_hub(NAME, token="write-token", format="compressed-tensors")
     mpq = HubMPQ.from_pretrained(float_folder, weight_only=True).apply_policy("W4")
-    with pytest.raises(InvalidArgument, match="both be"):
+    with pytest.raises(InvalidArgument, match="both write"):
         mpq.push_to_hub(NAME, token="write-token", format="compressed-tensors", float_copy=True)
     with pytest.raises(InvalidArgument, match="gguf"):
         mpq.push_to_hub(NAME, token="write-token", format="gguf")

@@ -172,7 +172,7 @@ def test_headers_lead_to_no_path_outside_the_cache(hub, published, net, tmp_path
         close()
         hub.extra_headers[name] = value
         for use in (pull, remote_manifest, lambda repo: HubMPQ.from_pretrained(repo, module=net)):
-            with pytest.raises(HubMPQError, match="header .* is not valid"):
+            with pytest.raises(HubMPQError, match=r"header .* is not valid"):
                 use(NAME)
         hub.extra_headers.clear()
     hub.store.make("me/none")
@@ -190,7 +190,7 @@ def test_a_client_that_is_made_anew_in_the_middle_is_checked(hub, published):
     shutil.rmtree(hub.cache)
     hub.extra_headers["ETag"] = "../../evil"
     hub.faults.append(Fault("HEAD", CONFIG, lost=True, before=close_session))
-    with pytest.raises(HubMPQError, match="header .* is not valid"):
+    with pytest.raises(HubMPQError, match=r"header .* is not valid"):
         pull(NAME)
 
 

@@ -128,7 +128,7 @@ def test_branches_and_pull_requests(hub, mpq, other, saved, net, x):
         assert torch.equal(HubMPQ.from_pretrained(NAME, module=net, revision=revision)(x), other(x))
     with pytest.raises(HubMPQError, match="revision not found"):
         HubMPQ.from_pretrained(NAME, module=net, revision="nowhere")
-    with pytest.raises(HubMPQError, match="no such repo"):
+    with pytest.raises(HubMPQError, match="repo not found"):
         other.push_to_hub("me/nowhere", token="other-token", create_pr=True)
 
 
@@ -181,7 +181,7 @@ def test_a_float_repo_and_an_unknown_one_are_left_to_their_libraries(hub):
     assert fetch("me/float", revision="main") is None
     with pytest.raises(HubMPQError, match="does not hold a packed model"):
         pull("me/float")
-    with pytest.raises(HubMPQError, match="no such repo"):
+    with pytest.raises(HubMPQError, match="repo not found"):
         HubMPQ.from_pretrained("me/unknown")
 
 
