@@ -1546,8 +1546,8 @@ class HubMPQ(nn.Module):
 
         Args:
             repo_id: "owner/name".
-            private: Whether a new repo is private; None: public. An existing repo keeps its visibility, and is refused
-                if it is public and `private` is True.
+            private: Whether a new repo is private; None: public. An existing repo keeps its visibility; a public one is
+                refused if this is True.
             revision: Branch to publish on, created if it does not exist; None for "main".
             create_pr: Open a pull request instead; the repo must exist.
             float_copy: Also publish dequantized weights, which timm or transformers load without hub-mpq. None: yes for

@@ -237,10 +237,9 @@ def _notes(manifest: Manifest, facts: CardFacts) -> str:
         how = f" (task: {_list(as_tasks)})" if as_tasks else ""
         out.append(f"Measured on {_list(sorted(samples))} samples{where}{how}." if samples else "")
     if {FLOAT_COPY, PACKED} <= set(facts.nbytes):
-        out.append(
-            "`model.safetensors` holds the same weights in float. Inputs are not quantized there, so its results"
-        )
-        out.append("differ (row `float copy`)." if "float copy" in metrics else "may differ; they were not measured.")
+        measured = "are given separately (row `float copy`)" if "float copy" in metrics else "were not measured"
+        out.append("`model.safetensors` holds the same weights in float, with inputs that are not quantized.")
+        out.append(f"Its results {measured}.")
     return " ".join(part for part in out if part)
 
 

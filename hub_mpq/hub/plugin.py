@@ -66,7 +66,6 @@ class MPQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         InvalidArgument: Neither or both of policy and budget are given, or a value is not valid.
 
     Example:
-        >>> import torch
         >>> from transformers import AutoModel, BertConfig, BertModel
         >>> from hub_mpq import MPQConfig
         >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -300,9 +299,7 @@ def save_pretrained(
         extra[FLOAT_COPY] = training_state(self, manifest.policy)
     if self.can_generate():
         extra["generation_config.json"] = self.generation_config.to_json_string().encode()
-    drop = (
-        () if FLOAT_COPY in extra else (FLOAT_COPY,)
-    )  # Trainer copies that of a checkpoint to the folder it publishes
+    drop = () if FLOAT_COPY in extra else (FLOAT_COPY,)  # Trainer copies a checkpoint's to the folder it publishes
     save_folder(folder, network_of(self), manifest, _config(self), extra=extra, drop=drop)
     if push_to_hub:
         self.push_to_hub(kwargs.pop("repo_id", None) or folder.name, **kwargs)

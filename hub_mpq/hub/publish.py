@@ -67,7 +67,8 @@ def publish(
     Args:
         folder: The packed folder.
         repo_id: "owner/name".
-        private: Whether a new repo is private; None: public. An existing repo keeps its visibility.
+        private: Whether a new repo is private; None: public. An existing repo keeps its visibility; a public one is
+            refused if this is True.
         revision: Branch to publish on, created if it does not exist; None for "main".
         create_pr: Open a pull request instead; the repo must exist.
         float_copy: Also publish dequantized weights, which plain timm or transformers load. None: yes for models of

@@ -65,7 +65,7 @@ def test_what_was_measured_stands_in_every_form(hub, tmp_path):
     assert rows["uniform W4A4"][5].strip() == "", "top-5 was not measured there"
     assert rows["mixed precision (this repo)"][3].strip() == f"{len(there[PACKED]) / 1e3:.3f} KB"
     assert "800 samples" in card.text
-    assert "may differ; they were not measured" in card.text
+    assert "Its results were not measured" in card.text
     assert 'create_model("hf-hub:me/timm"' in card.text
     assert 'AutoModelForImageClassification.from_pretrained("me/timm")' in card.text
     mpq.metrics = {**FIGURES, "float copy": {"top1": 76.0, "samples": 800.0}}
