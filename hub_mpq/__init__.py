@@ -1,4 +1,4 @@
-"""Mixed-precision quantization for the Hugging Face Hub and timm."""
+"""Mixed-precision quantization of timm and Hugging Face models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 from .hub.register import install
 
-# name -> module it is imported from on first use: `import hub_mpq` itself stays light
+# name -> module that it is imported from on first use, so that `import hub_mpq` stays light
 _LAZY = {
     "HubMPQ": "model",
     **dict.fromkeys(
@@ -80,4 +80,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-install()  # the one effect of importing: transformers knows "mpq", at once or when it is imported itself
+install()  # the only side effect of importing: registers "mpq" with transformers, now or once that is imported

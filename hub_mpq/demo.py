@@ -1,4 +1,4 @@
-"""The whole route on the handwritten digits of scikit-learn, with no network."""
+"""The whole pipeline on scikit-learn's handwritten digits, without a network."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PICTURE, FIGURES = "policy.png", "demo.json"
 
 
 def digits(seed: int = 0) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """((images, labels) to train on, the same to test on): 1200 and 597 images of shape [1, 16, 16], normalised."""
+    """((images, labels) for training, the same for testing): 1200 and 597 images of shape [1, 16, 16], normalised."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -50,7 +50,7 @@ def digits(seed: int = 0) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @contextmanager
 def _quiet_timm() -> Iterator[None]:
-    """timm warns that its default mean has three channels; the digits are normalised here."""
+    """Silence timm's warning that its default mean has three channels; the digits are normalised here."""
     logger = logging.getLogger("timm.data")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -82,14 +82,14 @@ class Demo:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage and say that it is done."""
+        """Time a stage and print when it is done."""
         began = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - began
         self.say(f"{name}: {self.seconds[name]:.1f} s")
 
     def row(self, name: str, stage: str) -> dict[str, Any]:
-        """Fine-tune at the policy that was applied, measure, and return the table's row."""
+        """Fine-tune at the applied policy, measure, and return the row of the table."""
         mpq = self.mpq
         with self.stage(stage):
             mpq.finetune(self.train, epochs=TUNE_EPOCHS, lr=1e-3, scale_lr=1e-2, seed=self.seed)
@@ -109,17 +109,27 @@ class Demo:
 
 
 def run(output: str | Path = "hub-mpq-demo", *, seed: int = 0, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Run the demo into a folder and return its figures, JSON values only.
+    """Run the demo and return its figures as JSON values.
 
-    Raises HubMPQError when `output` exists and is not of an earlier demo, or when the saved model answers otherwise
-    than the one in memory.
+    Args:
+        output: Output folder.
+        seed: Random seed.
+        say: Receives one line per stage.
+
+    Raises:
+        HubMPQError: `output` exists and was not written by the demo, or the saved model does not give the logits of the
+            one in memory.
     """
     output = Path(output)
     check_plot(output / PICTURE)
     if output.exists() and not (output.is_dir() and {p.name for p in output.iterdir()} <= {"model", PICTURE, FIGURES}):
-        raise HubMPQError(f"{output} exists and is not of an earlier demo; name another folder with --output")
+        raise HubMPQError(
+            f"{output} already exists and was not written by the demo; choose another folder with --output"
+        )
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # layers this small are not faster on more, and the figures do not depend on how many
+    torch.set_num_threads(
+        1
+    )  # layers this small are not faster on more, and the figures then do not depend on the number
     try:
         return _run(output, seed, say)
     finally:
@@ -151,13 +161,15 @@ def _run(output: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
     figures = {"rows": rows, "seconds": demo.seconds, "packed_bytes": saved, "equal_logits": equal, "seed": seed}
     write_atomic(output / FIGURES, [(json.dumps(figures, indent=2) + "\n").encode()])
     if not equal:
-        raise HubMPQError(f"the model loaded from {output / 'model'} answers otherwise than the one that was saved")
+        raise HubMPQError(
+            f"the model loaded from {output / 'model'} gives different logits than the one that was saved"
+        )
     return {**figures, "output": str(output)}
 
 
 @torch.no_grad()
 def _same_answers(mpq: HubMPQ, folder: Path, test: DataLoader[Any]) -> bool:
-    """Whether the reloaded model gives bit-equal logits on all test images, on the CPU."""
+    """Whether the reloaded model gives bit-identical logits on all test images, on the CPU."""
     with _quiet_timm():
         loaded = HubMPQ.from_pretrained(folder)
     here, there = mpq.model.cpu().eval(), loaded.model.cpu().eval()
@@ -165,7 +177,7 @@ def _same_answers(mpq: HubMPQ, folder: Path, test: DataLoader[Any]) -> bool:
 
 
 def summary(figures: dict[str, Any]) -> str:
-    """The two tables a user reads."""
+    """The tables of results and times."""
     rows = [[r["row"], f"{r['top1']:.2f} %", human(r["bitops"]), f"{r['bytes']:,}"] for r in figures["rows"]]
     stages = [[name, f"{seconds:.2f}"] for name, seconds in figures["seconds"].items()]
     output = Path(figures["output"])
@@ -175,7 +187,7 @@ def summary(figures: dict[str, Any]) -> str:
             "",
             table(["stage", "seconds"], stages),
             "",
-            f"saved {output / 'model'}: {figures['packed_bytes']:,} bytes packed; loaded back with equal logits",
+            f"saved {output / 'model'}: {figures['packed_bytes']:,} bytes packed; reloaded with bit-identical logits",
             f"bits per layer: {output / 'policy.png'}",
         ]
     )

@@ -67,13 +67,13 @@ def test_summary_shows_every_row(figures):
     for row in figures["rows"]:
         assert row["row"] in text
         assert f"{row['bytes']:,}" in text
-    assert "equal logits" in text
+    assert "bit-identical logits" in text
 
 
 def test_it_refuses_a_folder_of_others_before_it_trains(tmp_path, monkeypatch):
     (tmp_path / "thesis.txt").write_text("mine")
     monkeypatch.setattr(demo, "Demo", None)
-    with pytest.raises(HubMPQError, match="not of an earlier demo"):
+    with pytest.raises(HubMPQError, match="was not written by the demo"):
         demo.run(tmp_path)
 
 
@@ -81,5 +81,5 @@ def test_different_answers_are_an_error(figures, monkeypatch, tmp_path):
     for name in ("FLOAT_EPOCHS", "INDICATOR_EPOCHS", "TUNE_EPOCHS"):
         monkeypatch.setattr(demo, name, 0.06)
     monkeypatch.setattr(demo, "_same_answers", lambda *_: False)
-    with pytest.raises(HubMPQError, match="answers otherwise"):
+    with pytest.raises(HubMPQError, match="gives different logits"):
         demo.run(tmp_path / "out", say=lambda _: None)

@@ -20,12 +20,11 @@ USER_ERROR, INTERRUPTED = 2, 130
 
 
 MAX_MESSAGE = 2000
-"""Characters of an error that are shown."""
+"""Maximum length of an error that is shown, in characters."""
 
 
 class Commands(TyperGroup):
-    """A user's mistake, a fault of files or too little memory is one sentence on stderr; an unknown error keeps its
-    traceback."""
+    """User errors, file errors and lack of memory print one line to stderr; unknown errors keep their traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         plain, warnings.formatwarning = warnings.formatwarning, _warning
@@ -36,7 +35,7 @@ class Commands(TyperGroup):
                 launch.announce(early=True)
             return super().invoke(ctx)
         except BrokenPipeError:
-            raise  # click ends quietly when nobody reads any more
+            raise  # click exits quietly when the reader is gone
         except (HubMPQError, OSError, MemoryError, RuntimeError) as error:
             if not isinstance(error, (HubMPQError, OSError, MemoryError)) and not _out_of_memory(error):
                 raise
@@ -53,16 +52,16 @@ class Commands(TyperGroup):
 
 
 def _sentence(error: Exception) -> str:
-    """The message, of a length to read and without control characters."""
+    """The message, shortened and without control characters."""
     text = last_line(str(error)).strip()
     if not isinstance(error, (HubMPQError, OSError)):
-        text = f"not enough memory; take a smaller input or batch ({text or 'MemoryError'})"
+        text = f"out of memory; use a smaller input or batch ({text or 'MemoryError'})"
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
     return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE // 2]} … {text[-MAX_MESSAGE // 2 :]}"
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch could not have the memory that it asked for: on the CPU it has no error of its own for that."""
+    """Whether torch failed to allocate memory; on the CPU it has no error type for that."""
     words = ("can't allocate memory", "out of memory", "Storage size calculation overflowed", "Invalid buffer size")
     return any(word in str(error) for word in words)
 
@@ -76,7 +75,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="A timm or Hugging Face model and a budget in; the best mixed-precision policy and packed weights out.",
+    help="Mixed-precision quantization of timm and Hugging Face models: from a model and a budget to packed weights."
+    "\n\nStart with `hub-mpq demo`, or `hub-mpq inspect resnet18`.",
 )
 
 
@@ -88,7 +88,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
+    ),
 ) -> None:
     pass
 
@@ -100,7 +102,8 @@ _COMMANDS = (
 for _command in _COMMANDS:
     app.command()(Command(_command))
 app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+    options_metavar="[OPTIONS] COMMAND [ARGS]...",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
 )(launch.launch)
 for _hub in (hub.push, hub.pull, hub.export):
     app.command()(_hub)
@@ -109,6 +112,6 @@ for _hub in (hub.push, hub.pull, hub.export):
 def main() -> None:
     """Entry point of the `hub-mpq` script."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 shows escapes, and the command goes on
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 shows escapes instead of failing
             stream.reconfigure(errors="backslashreplace")
     app()

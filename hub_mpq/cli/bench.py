@@ -21,31 +21,36 @@ if TYPE_CHECKING:
 def bench(
     model: o.Model,
     runtime: Annotated[
-        str, typer.Option(help="onednn, openvino, onnxruntime, bit_serial or torch.", show_default=False)
+        str, typer.Option(help="Runtime: onednn, openvino, onnxruntime, bit_serial or torch.", show_default=False)
     ],
     loading: Annotated[o.ModelOptions, o.Group(without=("pin", "weight_only", "tie_fused", "target"))],
-    batch_size: Annotated[int, typer.Option(min=1, max=MAX_INT, help="Samples in a call.")] = 1,
-    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads that a call may use.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, max=MAX_INT, help="Samples per call.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads per call.")] = 1,
     candidates: Annotated[
-        o.Text, typer.Option(help="Widths to time where each has its own time (bit_serial), such as 1,2,4; all if out.")
+        o.Text, typer.Option(help="Bit-widths to time on bit_serial, for example 1,2,4. Default: all.")
     ] = None,
     output: Annotated[
-        o.File, typer.Option("--output", "-o", help="File for the table of a float model (.json).", show_default=False)
+        o.File,
+        typer.Option("--output", "-o", help="File to write the table of a float model to (.json).", show_default=False),
     ] = None,
     overwrite: o.Overwrite = False,
     as_json: o.Json = False,
 ) -> None:
-    """Time a model on a runtime on this machine. Of a float model: each layer at each width, the table that --latency
-    needs. Of a packed folder: the whole against float, and whether it is the same model."""
+    """Time a model on a runtime, on this machine.
+
+    For a float model: each layer at each bit-width, the table that --latency requires.
+
+    For a packed folder: the whole model against float, and whether both compute the same.
+    """
     packed = models.is_packed(model)
     if packed and (output is not None or candidates is not None):
-        raise InvalidArgument(f"{model} is packed, and tables are of float models: leave --output and --candidates out")
+        raise InvalidArgument(f"{model} is packed; --output and --candidates are only for float models")
     if output is not None:
         check_file(output, overwrite)
     widths = o.candidates_of(candidates)
     from ..runtime.latency import runtime_here
 
-    runtime_here(runtime)  # one that cannot be used must not cost a model's loading first
+    runtime_here(runtime)  # fail before the model is loaded if it cannot be used
     mpq = models.load(model, loading).to("cpu")
     told: dict[str, Any] = {"batch_size": batch_size, "threads": threads}
     if packed:
@@ -59,7 +64,7 @@ def bench(
         from ..pack import write_latency_table
 
         write_latency_table(output, table)
-        saved = f"\nsaved {output}; --latency AMOUNT --latency-table {output} searches within it"
+        saved = f"\nsaved {output}; use it with --latency AMOUNT --latency-table {output}"
     show.emit(as_json, table.to_dict(), f"{_layers(table)}{saved}")
 
 
@@ -81,7 +86,7 @@ def _layers(table: LatencyTable) -> str:
         [
             _head(table.model, table, table.runtime),
             text_table(["layer", "quantized", "float"], rows),
-            f"beside these layers: {human_seconds(table.constant)}",
+            f"outside these layers: {human_seconds(table.constant)}",
             f"whole model: {human_seconds(table.whole)} in integers, {human_seconds(table.whole_float)} in float, "
             f"{human_seconds(table.float_model)} in float by torch",
         ]
@@ -96,8 +101,8 @@ def _against_float(model: str, found: RuntimeBench) -> str:
     lines = [
         _head(model, found, layers.runtime),
         f"{layers.runtime}: {time(found.runtime)}; float in torch: {time(found.float)}; {found.speedup:.2f}× as fast",
-        f"{len(layers.integer)} layers compute in integers: {human(found.integer_nbytes)}B, in float32 "
-        f"{human(found.float_nbytes)}B",
+        f"{len(layers.integer)} layers compute in integers: {human(found.integer_nbytes)}B "
+        f"({human(found.float_nbytes)}B in float32)",
     ]
     lines += [f"float: {name} ({why})" for name, why in layers.float.items()]
     return "\n".join([*lines, str(found.certificate)])

@@ -25,7 +25,7 @@ def evaluate(
         typer.Option(
             min=2,
             max=MAX_INT,
-            help="Tokens of a window of text, 1024 by default, or what the model takes if it is less.",
+            help="Tokens per window of text. Default: 1024, or the model's maximum if that is less.",
         ),
     ] = None,
     stride: Annotated[
@@ -33,23 +33,22 @@ def evaluate(
         typer.Option(
             min=1,
             max=MAX_INT,
-            help="Tokens from one window to the next; fewer than --context score each token with more before it.",
+            help="Tokens from one window to the next. Default: --context. A smaller one gives each token more context.",
         ),
     ] = None,
     runtime: Annotated[
         str | None,
-        typer.Option(help="What runs a packed folder: auto, torch, onednn, openvino, onnxruntime or bit_serial."),
+        typer.Option(help="Runtime for a packed folder: auto, torch, onednn, openvino, onnxruntime or bit_serial."),
     ] = None,
     as_json: o.Json = False,
 ) -> None:
-    """The metrics of the model's task on labelled images, or a causal language model's perplexity by token on text, of
-    a float model or a packed folder."""
+    """Measure a float or packed model: the task's metrics on labelled images, or perplexity per token on text."""
     mpq = models.load(model, loading, runtime=runtime)
     if models.reads_text(mpq):
         figures = mpq.perplexity(data, context=context, stride=stride)
     else:
         if context is not None or stride is not None:
-            raise InvalidArgument(f"--context and --stride are of text, and {model} reads none")
+            raise InvalidArgument(f"--context and --stride are only for models that read text, and {model} does not")
         loader = models.loader(mpq, data, reading, train=False)
         figures = mpq.evaluate(loader)
         models.tell_corrupt(loader)
@@ -60,11 +59,11 @@ def evaluate(
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("hub-mpq-demo"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output folder.")] = Path("hub-mpq-demo"),
     seed: o.Seed = 0,
     as_json: o.Json = False,
 ) -> None:
-    """The whole route on scikit-learn's handwritten digits, with no network."""
+    """Run the whole pipeline on scikit-learn's handwritten digits; needs no network."""
     from ..demo import run, summary
 
     figures = run(output, seed=seed, say=lambda text: typer.echo(text, err=True))

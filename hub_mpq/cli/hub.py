@@ -1,4 +1,4 @@
-"""hub-mpq push and pull. The token is the client's own: HF_TOKEN, or `hf auth login`."""
+"""hub-mpq push, pull and export. The token is that of huggingface_hub: HF_TOKEN, or `hf auth login`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from . import options as o
 from . import show
 from .inspect import Revision
 
-Repo = Annotated[str, typer.Argument(help="owner/name on the Hub.", show_default=False)]
-Folder = Annotated[Path, typer.Argument(help="Folder that hub-mpq wrote.", show_default=False)]
-Private = Annotated[bool | None, typer.Option("--private/--public", help="Of a new repo; an old one keeps its own.")]
+Repo = Annotated[str, typer.Argument(metavar="REPO", help="Repo on the Hub, owner/name.", show_default=False)]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Packed folder that hub-mpq wrote.", show_default=False)]
+Private = Annotated[
+    bool | None, typer.Option("--private/--public", help="Visibility of a new repo; an existing one keeps its own.")
+]
 FloatCopy = Annotated[
-    bool | None, typer.Option(help="Dequantized weights too, that plain timm or transformers load (default: yes).")
+    bool | None,
+    typer.Option(help="Also publish dequantized weights, which plain timm or transformers load. Default: yes."),
 ]
 
 
@@ -23,20 +26,25 @@ def push(
     folder: Folder,
     repo: Repo,
     private: Private = None,
-    revision: Annotated[o.Text, typer.Option(help="Branch to publish on, made if it is missing.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    revision: Annotated[o.Text, typer.Option(help="Branch to publish on; created if it does not exist.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
     float_copy: FloatCopy = None,
-    format: Annotated[str, typer.Option(help="mpq, or compressed-tensors, for transformers models.")] = "mpq",
-    license: Annotated[o.Text, typer.Option(help="Licence of the float model, where it is not found.")] = None,
-    base_model: Annotated[o.Text, typer.Option(help="Hub id of the float model, where it is not known.")] = None,
-    pipeline_tag: Annotated[o.Text, typer.Option(help="Task of the model, where it is not known.")] = None,
-    dataset: Annotated[o.Text, typer.Option(help="What the figures were measured on, such as org/name.")] = None,
-    eval_task: Annotated[o.Text, typer.Option(help="Task of the dataset, if it is a benchmark of the Hub.")] = None,
-    trained_on: Annotated[o.Text, typer.Option(help="Data of the training, such as org/name.")] = None,
-    message: Annotated[o.Text, typer.Option("--message", "-m", help="Message of the commit.")] = None,
+    format: Annotated[str, typer.Option(help="mpq, or compressed-tensors for transformers models.")] = "mpq",
+    license: Annotated[o.Text, typer.Option(help="Licence of the float model, if it is not found.")] = None,
+    base_model: Annotated[o.Text, typer.Option(help="Hub id of the float model, if it is not known.")] = None,
+    pipeline_tag: Annotated[o.Text, typer.Option(help="Pipeline tag of the model, if it is not known.")] = None,
+    dataset: Annotated[
+        o.Text, typer.Option(help="Dataset that the figures were measured on, for example org/name.")
+    ] = None,
+    eval_task: Annotated[o.Text, typer.Option(help="Task of that dataset, if it is a benchmark on the Hub.")] = None,
+    trained_on: Annotated[o.Text, typer.Option(help="Training data, for example org/name.")] = None,
+    message: Annotated[o.Text, typer.Option("--message", "-m", help="Commit message.")] = None,
     as_json: o.Json = False,
 ) -> None:
-    """Publish a packed folder with its card, all in one commit."""
+    """Publish a packed folder with its model card, in one commit.
+
+    Uses the token of huggingface_hub: HF_TOKEN, or `hf auth login`.
+    """
     from ..hub.publish import publish
 
     done = publish(
@@ -61,11 +69,11 @@ def push(
 
 def export(
     folder: Folder,
-    output: Annotated[Path, typer.Option("--output", "-o", help="New folder to write.")],
-    format: Annotated[str, typer.Option(help="compressed-tensors, gguf or onnx.")] = "compressed-tensors",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output folder; must not exist.")],
+    format: Annotated[str, typer.Option(help="Format: compressed-tensors, gguf or onnx.")] = "compressed-tensors",
     as_json: o.Json = False,
 ) -> None:
-    """Write a packed folder in another program's format."""
+    """Convert a packed folder to another program's format."""
     from ..core.output import check_output_folder
     from ..errors import InvalidArgument
     from ..model import HubMPQ
@@ -73,9 +81,9 @@ def export(
 
     check_output_folder(output)
     if not is_packed(folder):
-        raise InvalidArgument(f"{folder} is no folder that hub-mpq wrote")
+        raise InvalidArgument(f"{folder} is not a folder that hub-mpq wrote")
     if output.exists():
-        raise InvalidArgument(f"{output} is there already; export writes a new folder")
+        raise InvalidArgument(f"{output} already exists; name a new folder")
     size = HubMPQ.from_pretrained(folder).export(output, format)
     tree = {"folder": str(output), "format": format, "bytes": size}
     show.emit(as_json, tree, f"{format} in {output}: {size:,} bytes")
@@ -83,12 +91,12 @@ def export(
 
 def pull(
     repo: Repo,
-    output: Annotated[o.File, typer.Option("--output", "-o", help="New folder; else it stays in the cache.")] = None,
+    output: Annotated[o.File, typer.Option("--output", "-o", help="Output folder. Default: the Hub cache.")] = None,
     revision: Revision = None,
-    local_files_only: Annotated[bool, typer.Option("--local-files-only", help="Ask nothing of the network.")] = False,
+    local_files_only: Annotated[bool, typer.Option("--local-files-only", help="Use cached files only.")] = False,
     as_json: o.Json = False,
 ) -> None:
-    """Fetch a published model without its float copy, verify its weights, and print where it lies."""
+    """Download a published model without its float copy, verify its weights, and print its folder."""
     from ..hub.pull import pull as pull_model
 
     folder = pull_model(repo, output, revision=revision, local_files_only=local_files_only)

@@ -17,7 +17,7 @@ from .resume import Run, check_file
 def indicators(
     model: o.Model,
     data: o.Data,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write (.safetensors)."), o.FREE],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output file (.safetensors)."), o.FREE],
     training: IndicatorOptions,
     loading: o.ModelOptions,
     reading: o.DataOptions,
@@ -30,7 +30,7 @@ def indicators(
     plot: o.Plot = None,
     as_json: o.Json = False,
 ) -> None:
-    """Learn every layer's importance once; it serves every later budget."""
+    """Learn the importance of every layer at every bit-width, once for all budgets."""
     check_file(output, overwrite, resume)
     o.check_plot(plot)
     widths = o.candidates_of(candidates)
@@ -54,7 +54,7 @@ def indicators(
         plot_indicators(found, picture)
     tree = {"output": str(output), "layers": len(found.weight), "provenance": dict(found.provenance)}
     moved = [f"  {k} scales: {_movement(v)}" for k, v in found.provenance["movement"].items() if v]
-    text = "\n".join([f"indicators of {len(found.weight)} layers in {output}", *moved])
+    text = "\n".join([f"saved {output}: indicators of {len(found.weight)} layers", *moved])
     show.emit(as_json, {**tree, "seconds": mpq.seconds}, text)
 
 

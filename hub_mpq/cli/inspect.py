@@ -25,9 +25,11 @@ def inspect(
     revision: Revision = None,
     as_json: o.Json = False,
 ) -> None:
-    """Layers, their costs, and what is not quantized and why. No weights, and for a timm name no network.
+    """Show a model's layers, their costs, and what stays float and why.
 
-    Of a packed model, in a folder or published, the header of its file is all that is read.
+    Loads no weights; timm names need no network.
+
+    For a packed model, local or published, only the header of its file is read.
     """
     if (found := _header(model, revision)) is not None:
         from ..hub.pull import refuse_choices
@@ -38,20 +40,20 @@ def inspect(
     mpq = models.load(model, loading, meta=True)
     levels = {level: dict(mpq.usage(level).amounts) for level in ("W8A8", "W4A4", "W2A2") if mpq.graph.searched}
     tree = {**_graph(mpq.graph), "levels": levels}
-    lines = [mpq.report(), "searched layers at one level, fixed ones as they are:"]
+    lines = [mpq.report(), "whole model, with all searched layers at one level:"]
     lines += [f"  {level}: {show.usage_line(amounts)}" for level, amounts in levels.items()]
     show.emit(as_json, tree, "\n".join(lines if levels else lines[:1]))
 
 
 def _header(model: str, revision: str | None) -> tuple[Manifest, int] | None:
-    """(manifest, bytes) of a packed file, None for a float model."""
+    """(manifest, bytes) of a packed file; None for a float model."""
     if models.is_packed(model):
         from ..pack import read_manifest
 
         path = Path(model) / PACKED
         return read_manifest(path), path.stat().st_size
     if Path(model).exists() or ("/" not in model):
-        return None  # and the Hub's client is not even imported
+        return None  # without importing the Hub client
     from ..hub.pull import remote_manifest
     from ..hub.remote import repo_of
 
@@ -78,7 +80,7 @@ def _packed(manifest: Manifest, nbytes: int, as_json: bool) -> None:
 
 
 def _graph(graph: Any) -> dict[str, Any]:
-    """The graph as JSON values, with the sums that people ask for."""
+    """The graph as JSON values, with its total MACs."""
     tree = graph.to_dict()
     macs = sum(layer.macs for layer in graph)
     return {**tree, "macs": macs + sum(op.macs for op in graph.floats), "quantized_macs": macs}

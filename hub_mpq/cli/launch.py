@@ -1,4 +1,4 @@
-"""hub-mpq launch, and what a command does when it runs as one of several processes."""
+"""hub-mpq launch, and how a command behaves as one of several processes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,27 @@ TRAINS = ("indicators", "quantize", "finetune", "evaluate")
 
 def launch(
     ctx: typer.Context,
-    processes: Annotated[int, typer.Option(min=1, max=4096, help="How many; on GPUs, one a GPU.")],
-    cpu: Annotated[bool, typer.Option("--cpu", help="CPUs even where there are GPUs.")] = False,
+    processes: Annotated[int, typer.Option(min=1, max=4096, help="Number of processes; on GPUs one per GPU.")],
+    cpu: Annotated[bool, typer.Option("--cpu", help="Use CPUs even if there are GPUs.")] = False,
 ) -> None:
-    """Run a command on several processes of this machine: hub-mpq launch --processes 2 indicators MODEL …"""
+    """Run a command on several processes of this machine.
+
+    COMMAND is indicators, quantize, finetune or evaluate, with its own arguments.
+
+    Example: hub-mpq launch --processes 2 indicators MODEL …
+    """
     command = list(ctx.args)
     if not command or command[0] not in TRAINS:
-        raise InvalidArgument(f"launch runs {', '.join(TRAINS)}, not {command[0] if command else 'nothing'!r}")
+        raise InvalidArgument(
+            f"expected a command to launch ({', '.join(TRAINS)}), got {command[0] if command else 'none'!r}"
+        )
     import torch
 
     gpus = 0 if cpu else torch.cuda.device_count()
     if gpus and processes > gpus:
-        raise InvalidArgument(f"this machine has {gpus} GPU for {processes} processes; pass --cpu for CPUs")
+        raise InvalidArgument(
+            f"--processes {processes} exceeds the {gpus} GPUs of this machine; pass --cpu to run on CPUs"
+        )
     if not gpus:
         os.environ["ACCELERATE_USE_CPU"] = "true"
         # two processes on the same cores, each with as many threads as there are cores, are 3 to 5 times slower
@@ -49,7 +58,7 @@ def _launched(options: list[str], command: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # each process says what was wrong; the launcher's own report is 40 lines about its internals
+    # each process reports its error; the launcher's own report is 40 lines about its internals
     logging.disable(logging.ERROR)
     parsed = launch_command_parser().parse_args([*options, "-m", "hub_mpq", *command])
     try:
@@ -65,10 +74,11 @@ def _launched(options: list[str], command: list[str]) -> int:
 
 
 def announce(*, early: bool = False) -> None:
-    """The first line of a command that trains: how many processes run, and on what. Many start here.
+    """Print the first line of a command that trains: how many processes run, and on what. Many start here.
 
-    early: only where a launcher started this process, before anything else can be said; by itself, a command says it as
-    its training begins, so that a mistake in its options stays one sentence.
+    Args:
+        early: Print only if a launcher started this process, before anything else. Otherwise a command prints it when
+            its training begins, so that an error in its options stays one line.
     """
     if early != ("ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ):
         return
@@ -82,12 +92,12 @@ def announce(*, early: bool = False) -> None:
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Whether this is the process that writes and prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def tells(error: HubMPQError) -> bool:
-    """Whether this process should say what went wrong: not when all met the same."""
+    """Whether this process should report the error: only the main one if all processes have the same."""
     torch: Any = sys.modules.get("torch")
     started = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
     return is_main() or (started and not getattr(error, "agreed", False))

@@ -28,18 +28,26 @@ _OWN = frozenset(
         *("pretrained", "resident", "runtime", "library", "meta", "input_size", "checkpoint_path"),
     }
 )
-"""Arguments of `HubMPQ.from_pretrained` that commands set by options of their own, or not at all."""
+"""Arguments of `HubMPQ.from_pretrained` that commands set through their own options, or not at all."""
 
 
 def load(model: str, options: ModelOptions, *, meta: bool = False, runtime: str | None = None) -> HubMPQ:
-    """The model of a command. meta: its skeleton without weights or network; else on the GPU when there is one.
-    runtime: what runs it; it then stays on the CPU."""
+    """The model of a command, on the GPU if there is one.
+
+    Args:
+        model: Its name or folder.
+        options: How to load it.
+        meta: Build its skeleton only, without weights or network.
+        runtime: The runtime that executes it; it then stays on the CPU.
+    """
     kwargs = model_args_of(options.model_arg)
     for name in kwargs:
         if name in _OWN:
-            raise InvalidArgument(f"--model-arg: {name!r} is for hub-mpq, not for the model; see the options of --help")
+            raise InvalidArgument(
+                f"--model-arg: {name!r} is not an argument of the model; use the option of hub-mpq, see --help"
+            )
     if options.task is not None:
-        tasks.get(options.task)  # an unknown name must not cost a model's loading first
+        tasks.get(options.task)  # fail before the model is loaded if the name is unknown
     exclude = options.exclude or ()
     searched: dict[str, Any] = {
         "fixed": pins_of(options.pin),
@@ -69,13 +77,15 @@ def load(model: str, options: ModelOptions, *, meta: bool = False, runtime: str 
     if options.checkpoint_path is not None:
         kwargs["checkpoint_path"] = options.checkpoint_path
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # of weights that no file gives (--no-pretrained, a new head): the same when a run goes on
+        torch.manual_seed(
+            0
+        )  # for weights that no file holds (--no-pretrained, a new head): the same when a run is resumed
         mpq = HubMPQ.from_pretrained(model, pretrained=options.pretrained, exclude=exclude, **searched, **kwargs)
         return mpq if runtime not in (None, "torch") else place(mpq)
 
 
 def runs_on(mpq: HubMPQ) -> dict[str, Any]:
-    """What runs the model, and how many layers it computes in integers; {} for torch without a runtime."""
+    """The runtime and how many layers it computes in integers; {} without a runtime."""
     layers = getattr(mpq.model, "runtime_layers", None)
     if layers is None:
         return {}
@@ -83,14 +93,14 @@ def runs_on(mpq: HubMPQ) -> dict[str, Any]:
 
 
 def place(mpq: HubMPQ) -> HubMPQ:
-    """The model on the GPU, when there is one."""
+    """The model, on the GPU if there is one."""
     import torch
 
     return mpq.to("cuda") if torch.cuda.is_available() else mpq
 
 
 def is_packed(folder: str | Path) -> bool:
-    """Whether a folder is one that hub-mpq wrote."""
+    """Whether hub-mpq wrote the folder."""
     if Path(folder).is_dir():
         from ..pack.atomic_folder import finish_interrupted
 
@@ -99,8 +109,8 @@ def is_packed(folder: str | Path) -> bool:
 
 
 def loader(mpq: HubMPQ, data: str, options: DataOptions, *, train: bool, seed: int = 0) -> DataLoader[Any]:
-    """Batches of images, prepared as the model wants them, or of chunks of text for a model that reads tokens."""
-    with contextlib.redirect_stdout(sys.stderr):  # readers print, and stdout is for what a command answers
+    """Batches of images, preprocessed for the model, or of chunks of text for a model that reads tokens."""
+    with contextlib.redirect_stdout(sys.stderr):  # readers print, and stdout is for the command's result
         return _loader(mpq, data, options, train=train, seed=seed)
 
 
@@ -115,7 +125,7 @@ def _loader(mpq: HubMPQ, data: str, options: DataOptions, *, train: bool, seed: 
         most = most_tokens(mpq.model)
         length = options.chunk_length or min(CHUNK, most or CHUNK)
         if most is not None and length > most:
-            raise InvalidArgument(f"--chunk-length is at most {most} tokens for this model, not {length}")
+            raise InvalidArgument(f"--chunk-length must be at most {most} for this model, got {length}")
         ids = text_tokens(data, source, mpq.model, mpq.task)
         return text_loader(ids, length=length, train=train, batch_size=options.batch_size or 1, seed=seed)
     classes = None
@@ -142,7 +152,7 @@ def reads_text(mpq: HubMPQ) -> bool:
 
 
 def tell_corrupt(*loaders: Any) -> None:
-    """One warning of the images that were skipped, of all processes."""
+    """Print one warning about images that were skipped, in all processes."""
     from ..train.processes import total
 
     found = [loader.dataset for loader in loaders if hasattr(getattr(loader, "dataset", None), "corrupt")]
@@ -153,16 +163,16 @@ def tell_corrupt(*loaders: Any) -> None:
 
 
 def read_indicators_of(path: Path) -> Indicators:
-    """The indicators of a file; InvalidArgument when there is none."""
+    """The indicators of a file; InvalidArgument if there is no such file."""
     from ..pack import read_indicators
 
     if not path.is_file():
-        raise InvalidArgument(f"no indicators file {str(path)!r}; `hub-mpq indicators` writes one")
+        raise InvalidArgument(f"indicators file {str(path)!r} not found; create it with `hub-mpq indicators`")
     return read_indicators(path)
 
 
 def indicators_for(mpq: HubMPQ, path: Path | None) -> None:
-    """Give the model the indicators of a file, or keep those of its folder; HubMPQError when there are none."""
+    """Give the model the indicators of a file, or those of its folder; HubMPQError if there are none."""
     if path is not None:
         mpq.scores = read_indicators_of(path)
     elif mpq.scores is None:
@@ -172,11 +182,11 @@ def indicators_for(mpq: HubMPQ, path: Path | None) -> None:
 
             mpq.scores = read_folder_indicators(folder)
     if mpq.scores is None:
-        raise HubMPQError("there are no indicators; train them with `hub-mpq indicators` and pass --indicators FILE")
+        raise HubMPQError("no indicators found; train them with `hub-mpq indicators` and pass --indicators FILE")
 
 
 def read_policy(text: str, mpq: HubMPQ) -> Any:
-    """A policy from a file (a policy, or what `search --json` printed), or a level such as W4A4."""
+    """A policy from a file (a policy, or the output of `search --json`), or a level such as W4A4."""
     from ..core import LayerBits, Policy
     from .options import read_json
 
@@ -184,12 +194,12 @@ def read_policy(text: str, mpq: HubMPQ) -> Any:
         try:
             return LayerBits.parse(text)
         except InvalidArgument:
-            raise InvalidArgument(f"--policy: {text!r} is neither a file nor a level such as W4A4") from None
+            raise InvalidArgument(f"--policy: expected a file or a level such as W4A4, got {text!r}") from None
     tree = read_json(Path(text))
     tree = tree.get("policy", tree) if isinstance(tree, dict) else tree
     try:
         policy = Policy.from_dict(tree)
     except (KeyError, TypeError, AttributeError) as error:
-        raise PackedFormat(text, "no policy: expected graph_digest and bits") from error
+        raise PackedFormat(text, "not a policy: expected graph_digest and bits") from error
     policy.check(mpq.graph)
     return policy

@@ -29,7 +29,7 @@ Number = float | None
 
 
 def _checked(check: Callable[[str, object], object]) -> Any:
-    """A callback of typer's by which a command line refuses what Python refuses, in the same words."""
+    """A typer callback that rejects what Python rejects, with the same message."""
 
     def callback(param: typer.CallbackParam, value: Any) -> Any:
         if value is not None:
@@ -42,25 +42,28 @@ def _checked(check: Callable[[str, object], object]) -> Any:
 File = Path | None
 Many = list[str] | None
 
-FREE = "may be another when an interrupted run goes on"
-"""Marks an option, beside typer's own description, that does not say what a run computes."""
+FREE = "may differ when an interrupted run is resumed"
+"""Marks an option, next to typer's own description, that does not affect what a run computes."""
 
 Model = Annotated[
-    str, typer.Argument(help="A timm name, a Hugging Face id, hf-hub:…, or a folder.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A timm name, a Hugging Face id, hf-hub:…, or a local folder.", show_default=False
+    ),
 ]
-CandidateBits = Annotated[Text, typer.Option("--candidates", help="Widths to choose from, such as 2,3,4,5,6.")]
+CandidateBits = Annotated[Text, typer.Option("--candidates", help="Candidate bit-widths, for example 2,3,4,5,6.")]
 GroupSize = Annotated[
     Text,
     typer.Option(
-        help="Weights of a row that share a scale: 128, or several such as none,128,32 for the solver to choose from."
+        help="Weights of a row that share a scale: 128, or several (none,128,32) for the solver to choose from."
     ),
 ]
-Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="Zero points beside the scales of the weights.")]
+Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="Store zero points with the weight scales.")]
 Rounding = Annotated[
     Text,
     typer.Option(
-        help="gptq or nearest: round the weights on --data before they are scored; gptq by default where weights alone "
-        "are quantized without fine-tuning.",
+        help="gptq or nearest: round weights on --data before they are scored. Default: gptq for weight-only "
+        "quantization without fine-tuning.",
         show_default=False,
     ),
 ]
@@ -68,12 +71,15 @@ Alpha = Annotated[
     Number,
     typer.Option(
         callback=_checked(number),
-        help="Weight of the weight indicators; when left out, 1 for scores in one unit, balanced for others.",
+        help="Multiplier for the weight indicators. Default: 1 for scores in one unit, else balanced.",
     ),
 ]
 TimeLimit = Annotated[
     Number,
-    typer.Option(callback=_checked(seconds), help="Seconds; past them the best found so far, with its gap."),
+    typer.Option(
+        callback=_checked(seconds),
+        help="Time limit in seconds; after it the best policy so far is returned, with its gap.",
+    ),
 ]
 Strategy = Annotated[
     Text,
@@ -82,61 +88,68 @@ Strategy = Annotated[
         show_default=False,
     ),
 ]
-StrategyOption = Annotated[list[str] | None, typer.Option("--strategy-option", help="KEY=VALUE for the strategy.")]
-Indicators = Annotated[File, typer.Option(help="Indicators trained before.")]
+StrategyOption = Annotated[
+    list[str] | None, typer.Option("--strategy-option", help="KEY=VALUE, an argument of the strategy. Repeatable.")
+]
+Indicators = Annotated[File, typer.Option(help="File of trained indicators.")]
 
 _SOURCES = (
-    "Images: folder of class folders or of images without labels, .tar file, hfds/NAME[:SPLIT], wds/FOLDER[:SPLIT]. "
-    "For causal language models text: a text file, .parquet or .jsonl file, hfds/NAME[:CONFIG][:SPLIT]."
+    "Images: a folder of class folders, a folder of unlabelled images, a .tar file, hfds/NAME[:SPLIT] or "
+    "wds/FOLDER[:SPLIT]. Text, for causal language models: a text, .parquet or .jsonl file, or "
+    "hfds/NAME[:CONFIG][:SPLIT]."
 )
 Data = Annotated[str, typer.Option(help=_SOURCES)]
-OptionalData = Annotated[Text, typer.Option("--data", help=f"{_SOURCES} None: data-free, with a warning.")]
+OptionalData = Annotated[
+    Text, typer.Option("--data", help=f"{_SOURCES} Without it quantization is data-free, with a warning.")
+]
 CalibrationText = Annotated[
     Text,
     typer.Option(
         "--text",
-        help="Text, as for --data, that a causal language model is calibrated on: no fine-tuning unless --epochs or "
-        "--steps is given, and inputs stay float unless the budget limits them.",
+        help="Text to calibrate a causal language model on, sources as for --data. Nothing is fine-tuned unless "
+        "--epochs or --steps is given, and inputs stay float unless the budget limits them.",
     ),
 ]
-Val = Annotated[Text, typer.Option(help="Labelled images, or text, to measure on, before and after.")]
+Val = Annotated[Text, typer.Option(help="Labelled images, or text, to evaluate on before and after.")]
 ValidateSeconds = Annotated[
     Number,
     typer.Option(
         callback=_checked(seconds),
-        help="What measuring policies may take; a quarter of what the scores took, at least 30, by default.",
+        help="Time limit in seconds for measuring policies. Default: a quarter of what the scores took, at least 30.",
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED)]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint an interrupted run left."), FREE]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output of hub-mpq that is there."), FREE]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write."), FREE]
-Plot = Annotated[File, typer.Option(help="Picture to write (.png, .svg or .pdf)."), FREE]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else."), FREE]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume an interrupted run from its checkpoint."), FREE]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Overwrite an existing hub-mpq output."), FREE]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Output folder."), FREE]
+Plot = Annotated[File, typer.Option(help="Plot to write (.png, .svg or .pdf)."), FREE]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout."), FREE]
 
 
 @dataclass(frozen=True)
 class ModelOptions(Options):
-    """Which model, and what of it is quantized."""
+    """Which model to load, and what of it to quantize."""
 
     title = "Model"
 
-    library: str | None = option(None, "Library of the model, such as timm or transformers, if its id does not tell.")
+    library: str | None = option(None, "Library of the model (timm, transformers), if it is not clear from the name.")
     task: str | None = option(
-        None, "What the model is for, if it and its data do not tell: classification, regression, segmentation, …"
+        None, "Task, if it is not clear from model and data: classification, regression, segmentation, …"
     )
-    input_size: str | None = option(None, "Other input than the model's own: 160, 160x192 or 3x160x192.")
+    input_size: str | None = option(None, "Input size, if not the model's own: 160, 160x192 or 3x160x192.")
     model_arg: list[str] | None = option(
-        None, "KEY=VALUE for the model's constructor, such as num_classes=10. Repeatable."
+        None, "KEY=VALUE, an argument of the model's constructor, for example num_classes=10. Repeatable."
     )
-    checkpoint_path: Path | None = option(None, "Weights from this file.")
-    pretrained: bool = option(True, "Fetch the published weights.")
+    checkpoint_path: Path | None = option(None, "Load the weights from this file.")
+    pretrained: bool = option(True, "Download the published weights.")
     exclude: list[str] | None = option(None, "Pattern of layers to leave float. Repeatable.")
-    pin: list[str] | None = option(None, "PATTERN=W8A8 keeps layers at widths, PATTERN=none searches them. Repeatable.")
-    weight_only: bool = option(False, "All inputs stay float.")
-    tie_fused: bool = option(False, "Layers of one input (q, k, v) share a width, as in vLLM.")
-    target: str | None = option(None, "What the policy is made for: a runtime (onednn, …), vllm or gguf.")
-    per_expert: bool = option(False, "Each expert of a stack has widths of its own.")
+    pin: list[str] | None = option(
+        None, "PATTERN=W8A8 fixes layers at bit-widths, PATTERN=none searches them. Repeatable."
+    )
+    weight_only: bool = option(False, "Quantize weights only; all inputs stay float.")
+    tie_fused: bool = option(False, "Layers that read the same input (q, k, v) share a bit-width, as vLLM requires.")
+    target: str | None = option(None, "Program that the policy is made for: a runtime (onednn, …), vllm or gguf.")
+    per_expert: bool = option(False, "Give each expert of a stack its own bit-widths.")
 
 
 @dataclass(frozen=True)
@@ -145,26 +158,29 @@ class DataOptions(Options):
 
     title = "Data"
 
-    class_map: Path | None = option(None, "Text file: one class folder a line, in the order of the labels.")
+    class_map: Path | None = option(None, "Text file with one class folder per line, in the order of the labels.")
     batch_size: int | None = option(
-        None, "Images in a batch, 64 by default, or chunks of text, 1 by default.", low=1, high=MAX_INT
+        None, "Images per batch (default 64), or chunks of text (default 1).", low=1, high=MAX_INT
     )
     chunk_length: int | None = option(
         None,
-        "Tokens of a chunk of text, 512 by default, or what the model takes if that is less.",
+        "Tokens per chunk of text. Default: 512, or the model's maximum if that is less.",
         low=2,
         high=MAX_INT,
     )
-    workers: int = option(2, "Processes that read images.", low=0, high=1024, free=True)
+    workers: int = option(2, "Number of processes that read images.", low=0, high=1024, free=True)
     max_corrupt: float = option(
-        0.01, "Part of the images that may be unreadable; they are skipped and counted.", low=0, high=1
+        0.01, "Fraction of images that may be unreadable; they are skipped and counted.", low=0, high=1
     )
 
 
 class Group(NamedTuple):
-    """How the fields of a dataclass appear: as Annotated[Engine, Group(…)].
+    """How the fields of a dataclass become options: `Annotated[Engine, Group(…)]`.
 
-    prefix: in front of every name. only: the fields that appear; (): all. without: those that do not.
+    Args:
+        prefix: Prefix of every name.
+        only: The fields that become options; () for all.
+        without: Fields that do not.
     """
 
     prefix: str = ""
@@ -173,11 +189,11 @@ class Group(NamedTuple):
 
 
 NoWeights = Annotated[ModelOptions, Group(without=("checkpoint_path", "pretrained", "task"))]
-"""For commands that load no weights."""
+"""The options of commands that load no weights."""
 
 
 class Settings(dict[str, Any]):
-    """{option: value} of everything that must be the same when an interrupted run goes on."""
+    """{option: value} of everything that must not change when an interrupted run is resumed."""
 
 
 class _Row(NamedTuple):
@@ -190,7 +206,7 @@ class _Row(NamedTuple):
 
 
 class Command:
-    """A command's function as typer is to see it, with its groups unfolded. Limits registered meanwhile are seen."""
+    """A command's function as typer sees it, with its groups unfolded, and with limits that were registered later."""
 
     def __init__(self, function: Callable[..., None]) -> None:
         self.function = function
@@ -210,7 +226,9 @@ class Command:
         grouped: dict[str, dict[str, Any]] = {}
         for row in rows:
             if isinstance(value := values[row.parameter.name], str) and not value.strip():
-                raise InvalidArgument(f"{row.parameter.name.replace('_', '-')} is empty; give a value or leave it out")
+                raise InvalidArgument(
+                    f"{row.parameter.name.replace('_', '-')} must not be empty; pass a value or omit it"
+                )
             grouped.setdefault(row.home, {})[row.field] = values[row.parameter.name]
         arguments: dict[str, Any] = {}
         for name, annotation, _ in self._parameters:
@@ -227,7 +245,7 @@ class Command:
 
     @cached_property
     def _parameters(self) -> list[tuple[str, Any, Any]]:
-        """(name, annotation, default) of what the function takes."""
+        """(name, annotation, default) of the function's parameters."""
         hints = get_type_hints(self.function, include_extras=True)
         return [(p.name, hints[p.name], p.default) for p in inspect.signature(self.function).parameters.values()]
 
@@ -240,7 +258,9 @@ class Command:
                 for limit in limits:
                     described = typer.Option(help=limit.help or f"{limit.label}.", rich_help_panel="Budget")
                     yield _row(limit.name, Annotated[Text, described], None, name, limit.name, False)
-                described = typer.Option(help="What `hub-mpq bench` measured, for --latency.", rich_help_panel="Budget")
+                described = typer.Option(
+                    help="Table from `hub-mpq bench`; required by --latency.", rich_help_panel="Budget"
+                )
                 yield _row("latency_table", Annotated[File, described], None, name, "latency_table", False)
             elif kind is not None:
                 yield from _fields(kind, group, name)
@@ -291,7 +311,7 @@ def logs_of(output: Path) -> Path:
 
 
 def engine_for(engine: Engine, output: Path) -> Engine:
-    """How a training runs; a tracker that is not there must not cost a model's loading first."""
+    """The engine with its folder of logs; a missing tracker fails before a model is loaded."""
     from ..train.track import tracker
 
     logs = logs_of(output)
@@ -302,7 +322,7 @@ def engine_for(engine: Engine, output: Path) -> Engine:
 
 
 def check_plot(plot: Path | None) -> None:
-    """A picture that cannot be drawn must not cost a training first."""
+    """Fail before a training if a plot cannot be drawn."""
     if plot is not None:
         from ..plot import check_plot
 
@@ -310,7 +330,7 @@ def check_plot(plot: Path | None) -> None:
 
 
 def pictures(plot: Path | None, output: Path, log_with: str | None) -> list[Path]:
-    """Where pictures of the indicators go: where asked for, and beside a tracker's logs if matplotlib is there."""
+    """Where plots of the indicators go: as requested, and next to a tracker's logs if matplotlib is installed."""
     from importlib.util import find_spec
 
     logs = [logs_of(output) / "indicators.png"] if log_with is not None and find_spec("matplotlib") else []
@@ -328,7 +348,9 @@ def candidates_of(text: str | None) -> Candidates | None:
     except ValueError as error:
         if isinstance(error, HubMPQError):
             raise
-        raise InvalidArgument(f"--candidates: {text!r} is no list of widths; write for example 2,3,4,5,6") from None
+        raise InvalidArgument(
+            f"--candidates: {text!r} is not a valid list of bit-widths; use for example 2,3,4,5,6"
+        ) from None
 
 
 def group_sizes_of(text: str | None) -> list[int | None]:
@@ -337,7 +359,7 @@ def group_sizes_of(text: str | None) -> list[int | None]:
         sizes = [None if part.strip().lower() == "none" else int(part) for part in (text or "none").split(",")]
     except ValueError:
         raise InvalidArgument(
-            f"--group-size: {text!r} is no group size; write for example 128 or none,128,32"
+            f"--group-size: {text!r} is not a valid group size; use for example 128 or none,128,32"
         ) from None
     return [check_group_size(size) for size in sizes]
 
@@ -348,7 +370,7 @@ def pins_of(items: list[str] | None) -> dict[str, LayerBits | None]:
     for item in items or ():
         pattern, equals, bits = item.rpartition("=")
         if not equals or not pattern:
-            raise InvalidArgument(f"--pin: {item!r} is not PATTERN=W8A8 or PATTERN=none")
+            raise InvalidArgument(f"--pin: expected PATTERN=W8A8 or PATTERN=none, got {item!r}")
         pins[pattern] = None if bits.lower() == "none" else LayerBits.parse(bits)
     return pins
 
@@ -359,19 +381,19 @@ def input_size_of(text: str | None) -> tuple[int, int, int] | None:
         return None
     parts = text.lower().replace("×", "x").split("x")
     if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts) or len(parts) > 3:
-        raise InvalidArgument(f"--input-size: {text!r} is not 160, 160x192 or 3x160x192")
+        raise InvalidArgument(f"--input-size: expected a size such as 160, 160x192 or 3x160x192, got {text!r}")
     sides = [int(part) for part in parts]
     sides = sides * 2 if len(sides) == 1 else sides
     return (3, *sides) if len(sides) == 2 else tuple(sides)  # type: ignore[return-value]
 
 
 def model_args_of(items: list[str] | None, option: str = "--model-arg") -> dict[str, Any]:
-    """["num_classes=10"] → {"num_classes": 10}; values are JSON, else text. `option` is named in errors."""
+    """["num_classes=10"] → {"num_classes": 10}; values are JSON, else strings. `option` is named in errors."""
     out: dict[str, Any] = {}
     for item in items or ():
         key, equals, value = item.partition("=")
         if not equals or not key.isidentifier():
-            raise InvalidArgument(f"{option}: {item!r} is not KEY=VALUE")
+            raise InvalidArgument(f"{option}: expected KEY=VALUE, got {item!r}")
         try:
             out[key] = json.loads(value)
         except ValueError:
@@ -380,7 +402,7 @@ def model_args_of(items: list[str] | None, option: str = "--model-arg") -> dict[
 
 
 def read_json(path: Path) -> Any:
-    """Content of a JSON file ("-": standard input); HubMPQError when it is none."""
+    """Content of a JSON file ("-": standard input); HubMPQError if it is not valid JSON."""
     try:
         text = typer.get_text_stream("stdin").read() if str(path) == "-" else path.read_text(encoding="utf-8")
         return json.loads(text, object_pairs_hook=_once)
@@ -391,9 +413,9 @@ def read_json(path: Path) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these members; ValueError where a name stands twice, of which json would keep the last one."""
+    """The object of these members; ValueError for a duplicate name, of which json would keep the last one."""
     tree = dict(pairs)
     if len(tree) < len(pairs):
         name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"{name!r} stands twice in one object")
+        raise ValueError(f"duplicate name {name!r} in one object")
     return tree

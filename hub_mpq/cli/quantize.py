@@ -41,7 +41,7 @@ def quantize(
     strategy_option: o.StrategyOption = None,
     indicators: o.Indicators = None,
     validate: Annotated[
-        bool, typer.Option(help="Measure policies before one is taken, on --val or else on a part of --data.")
+        bool, typer.Option(help="Measure policies before one is chosen, on --val or else on a part of --data.")
     ] = True,
     validate_seconds: o.ValidateSeconds = None,
     seed: o.Seed = 0,
@@ -50,7 +50,7 @@ def quantize(
     plot: o.Plot = None,
     as_json: o.Json = False,
 ) -> None:
-    """Indicators, search, quantizers, fine-tuning and a packed folder, in one command."""
+    """Train indicators, search a policy, quantize, fine-tune and save, in one command."""
     from ..search.strategy import build_strategy, infers_widths
     from ..train.round_weights import check_rounding
 
@@ -61,7 +61,7 @@ def quantize(
     sizes = o.group_sizes_of(group_size)
     check_rounding(rounding)
     if stored is None:
-        build_strategy(strategy, strategy_options)  # an unknown name or option must not cost a model's loading first
+        build_strategy(strategy, strategy_options)  # fail before the model is loaded if a name or option is unknown
     if budget is None and (stored.inferred is None if stored is not None else not infers_widths(strategy)):
         Budget()
     check_folder(output, overwrite, resume)
@@ -70,14 +70,14 @@ def quantize(
     engine = o.engine_for(engine, output)
     if text is not None:
         if data is not None:
-            raise InvalidArgument("--data and --text are both what is trained on; give one of them")
+            raise InvalidArgument("--data and --text cannot be combined; pass one of them")
         if tuning.steps is None and invocation.get_parameter_source("epochs").name == "DEFAULT":  # type: ignore[union-attr]
             tuning = replace(tuning, epochs=0)
         if budget is not None and loading.target is None and not _limits_inputs(budget):
             loading = replace(loading, weight_only=True)
     mpq = models.load(model, loading)
     if text is not None and not models.reads_text(mpq):
-        raise InvalidArgument(f"{model} reads no text; give --data instead of --text")
+        raise InvalidArgument(f"{model} does not read text; pass --data instead of --text")
     source = data or text
     train = models.loader(mpq, source, reading, train=True, seed=seed) if source else None
     measured = models.loader(mpq, val, reading, train=False) if val else None
@@ -117,7 +117,7 @@ def quantize(
 
 
 def _limits_inputs(budget: Budget) -> bool:
-    """Whether a budget says how inputs are to be quantized: by a level that names their width, or by what it limits."""
+    """Whether a budget determines how inputs are quantized: by a level with their bit-width, or by what it limits."""
     levels = [value for value in budget.limits.values() if isinstance(value, LayerBits)]
     named = any(level.activation != FLOAT_BITS for level in levels)
     if budget.latency_table is not None:
@@ -127,7 +127,8 @@ def _limits_inputs(budget: Budget) -> bool:
 
 def finetune(
     model: Annotated[
-        str, typer.Argument(help="A packed folder, or a model together with --policy.", show_default=False)
+        str,
+        typer.Argument(metavar="MODEL", help="A packed folder, or a float model with --policy.", show_default=False),
     ],
     data: o.Data,
     output: o.Output,
@@ -136,7 +137,10 @@ def finetune(
     reading: o.DataOptions,
     engine: NoShards,
     settings: o.Settings,
-    policy: Annotated[o.Text, typer.Option(help="A level (W4A4) or a file that `search --json` wrote.")] = None,
+    policy: Annotated[
+        o.Text,
+        typer.Option(help="Policy for a float model: a level (W4A4), or a file with the output of `search --json`."),
+    ] = None,
     val: o.Val = None,
     seed: o.Seed = 0,
     resume: o.Resume = False,
@@ -144,12 +148,12 @@ def finetune(
     plot: o.Plot = None,
     as_json: o.Json = False,
 ) -> None:
-    """Train a quantized model on, or a float one at a policy that is known."""
+    """Fine-tune a packed model, or a float model at a given policy."""
     check_folder(output, overwrite, resume)
     o.check_plot(plot)
     packed = models.is_packed(model)
     if packed and policy is not None:
-        raise InvalidArgument(f"{model} has its policy already; leave --policy out")
+        raise InvalidArgument(f"{model} already has a policy; omit --policy")
     if not packed and policy is None:
         raise InvalidArgument(f"{model!r} has no policy; pass --policy W4A4 or --policy FILE")
     engine = o.engine_for(engine, output)
@@ -175,7 +179,7 @@ def finetune(
 
 
 def _finish(mpq: Any, output: Path, saved: int, plot: Path | None, as_json: bool) -> None:
-    """Picture and report of a folder that was just saved."""
+    """Write the plot and print the report of a folder that was just saved."""
     if not is_main():
         return
     if plot is not None:

@@ -1,4 +1,4 @@
-"""Outputs that are not overwritten, and what an interrupted run leaves."""
+"""Outputs that must not be overwritten, and the checkpoints of interrupted runs."""
 
 from __future__ import annotations
 
@@ -21,47 +21,61 @@ SETTINGS = "run.json"
 
 
 def states_of(output: Path) -> Path:
-    """Where the states of the run that writes `output` are."""
+    """The checkpoint folder of the run that writes `output`."""
     return output.with_name(output.name + ".checkpoints")
 
 
 def check_folder(output: Path, overwrite: bool, resume: bool = False) -> None:
-    """Refuse a folder that cannot be written or holds something, unless hub-mpq wrote it and may replace it, or the
-    interrupted run that is resumed did."""
+    """Refuse a folder that cannot be written or is not empty, unless it is a hub-mpq output that may be overwritten, or
+    belongs to the run that is resumed."""
     check_output_folder(output, (CONFIG, PACKED, INDICATORS))
     _check_states(states_of(output), resume)
     if output.is_dir() and any(output.iterdir()):
         if not is_packed(output):
-            raise InvalidArgument(f"{output} holds something else than a packed model; name another folder")
+            raise InvalidArgument(f"{output} is not empty and not a packed model; choose another folder")
         if not overwrite and not (resume and states_of(output).is_dir()):
-            raise InvalidArgument(f"{output} holds a packed model; name another folder or pass --overwrite")
+            raise InvalidArgument(f"{output} already holds a packed model; choose another folder or pass --overwrite")
 
 
 def check_file(output: Path, overwrite: bool, resume: bool | None = None) -> None:
-    """Refuse a file that cannot be written or is there, unless the interrupted run that is resumed wrote it. resume:
-    None for a command without states."""
+    """Refuse a file that cannot be written or exists, unless it belongs to the run that is resumed.
+
+    Args:
+        output: The file.
+        overwrite: Whether it may be overwritten.
+        resume: Whether a run is resumed; None for a command without checkpoints.
+    """
     check_output_file(output)
     if resume is not None:
         _check_states(states_of(output), resume)
     if output.exists() and not overwrite and not (resume and states_of(output).is_dir()):
-        raise InvalidArgument(f"{output} exists; name another file or pass --overwrite")
+        raise InvalidArgument(f"{output} already exists; choose another file or pass --overwrite")
 
 
 def _check_states(states: Path, resume: bool) -> None:
-    """Refuse an output whose states lie there and are not resumed, or whose states' place is taken."""
+    """Refuse an output with checkpoints that are not resumed, or whose checkpoint folder is not hub-mpq's."""
     check_output_folder(states)
     if states.is_dir() and not (states / SETTINGS).is_file():
-        raise InvalidArgument(f"{states} is not of hub-mpq, and the states of the run go there; move it away")
+        raise InvalidArgument(
+            f"{states} was not written by hub-mpq, and the run needs this folder for its checkpoints; move it away"
+        )
     if states.is_dir() and not resume:
-        raise InvalidArgument(f"{states} holds an interrupted run: pass --resume to go on, or remove it")
+        raise InvalidArgument(f"{states} holds an interrupted run; pass --resume to resume it, or remove the folder")
 
 
 class Run:
-    """The checkpoint folder `OUTPUT.checkpoints` of one command: made on entry, removed when the command is done.
+    """The checkpoint folder `OUTPUT.checkpoints` of one command: created on entry, removed when the command is done.
 
-    After Ctrl-C, SIGTERM or an error it stays when it holds a state to go on from, after SIGKILL always. `settings`
-    must be the same when the run is resumed. Raises InvalidArgument when they are not, and when a run was interrupted
-    there but `resume` is not asked for. Of several processes the main one does it, and all get to know.
+    After Ctrl-C, SIGTERM or an error it is kept if it holds a checkpoint to resume from, after SIGKILL always. With
+    several processes the main one does the work and tells the others.
+
+    Args:
+        output: What the command writes.
+        settings: The options that must not change when the run is resumed.
+        resume: Whether to resume.
+
+    Raises:
+        InvalidArgument: On entry, if the settings have changed, or if a run was interrupted and `resume` is False.
     """
 
     def __init__(self, output: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
@@ -77,7 +91,7 @@ class Run:
         return self
 
     def _begin(self) -> bool:
-        """Make the folder, or check that it is of this run; whether there is something to go on from."""
+        """Create the folder, or check that it belongs to this run; whether there is a checkpoint to resume from."""
         _check_states(self.folder, self.resume)
         if self.resume and (self.folder / SETTINGS).is_file():
             try:
@@ -87,11 +101,11 @@ class Run:
             changed = sorted(k for k in {*before, *self.settings} if before.get(k) != self.settings.get(k))
             if changed:
                 raise InvalidArgument(
-                    f"{self.folder} is of a run with other {', '.join(changed)}; remove it to start anew"
+                    f"{self.folder} belongs to a run with different {', '.join(changed)}; remove it to start over"
                 )
             return True
         if self.resume:
-            typer.echo(f"hub-mpq: nothing to resume in {self.folder}; starting from the beginning", err=True)
+            typer.echo(f"hub-mpq: nothing to resume in {self.folder}, starting from the beginning", err=True)
         from ..pack.atomic_folder import atomic_folder
 
         with atomic_folder(self.folder) as new:
@@ -99,7 +113,7 @@ class Run:
         return False
 
     def _holds_state(self) -> bool:
-        """Whether there is something to go on from; False too while the main process removes the folder."""
+        """Whether there is a checkpoint to resume from; also False while the main process removes the folder."""
         with contextlib.suppress(FileNotFoundError):
             return any(self.folder.glob("*/step-*")) or any(self.folder.rglob("*.safetensors"))
         return False
@@ -114,4 +128,4 @@ class Run:
             remove_folder(self.folder)
         if isinstance(error, KeyboardInterrupt):
             said = str(error) or "stopped"
-            raise KeyboardInterrupt(f"{said}; the same command with --resume goes on" if kept else said) from None
+            raise KeyboardInterrupt(f"{said}; run the same command with --resume to resume" if kept else said) from None

@@ -1,4 +1,4 @@
-"""What a command prints: one JSON object for machines, or text for people."""
+"""What a command prints: one JSON object, or human-readable text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..report import measurements, table
 
 
 def emit(as_json: bool, tree: Mapping[str, Any], text: str) -> None:
-    """Print one or the other on stdout."""
+    """Print one or the other to stdout."""
     typer.echo(json.dumps(tree, indent=2, sort_keys=False) if as_json else text)
 
 
@@ -23,13 +23,13 @@ def amount(limit: str, value: float) -> str:
 
 
 def policy_table(result: Any, graph: Any) -> str:
-    """Layers with their widths, then what the policy costs, how well the optimum is proved and what was measured."""
+    """Layers with their bit-widths, then the cost of the policy, the proof of the optimum and measurements."""
     rows = [
         [layer.name, layer.kind, str(result.policy.bits[layer.name]), "fixed" if layer.fixed else ""] for layer in graph
     ]
     proof = proof_line(result)
     if result.policy != result.optimum:
-        proof = f"{result.chosen_by}, chosen by measuring; the optimum of the scores: {proof}"
+        proof = f"chosen by measuring: {result.chosen_by}; the optimum of the scores: {proof}"
     lines = [table(["layer", "kind", "bits", ""], rows), usage_line(result.usage.amounts), proof, measurements(result)]
     return "\n".join(filter(None, lines))
 
@@ -45,7 +45,7 @@ def proof_line(result: Any) -> str:
 
 
 def front_table(results: Sequence[Any]) -> str:
-    """One row a point."""
+    """One row per point."""
     names = [limit.name for limit in limits if limit.over == "sum" and not limit.at_least]
     names = [name for name in names if all(name in result.usage.amounts for result in results)]
     rows = [

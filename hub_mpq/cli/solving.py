@@ -1,4 +1,4 @@
-"""hub-mpq search, solve, pareto: no training, no weights."""
+"""hub-mpq search, solve and pareto: no training, no weights."""
 
 from __future__ import annotations
 
@@ -22,14 +22,20 @@ def search(
     candidates: o.CandidateBits = None,
     alpha: o.Alpha = None,
     validate: Annotated[
-        o.Text, typer.Option(help="Images to measure policies on before one is chosen, sources as for --data.")
+        o.Text,
+        typer.Option(
+            help="Images or text to measure policies on before one is chosen; sources as for --data of quantize."
+        ),
     ] = None,
     validate_seconds: o.ValidateSeconds = None,
     time_limit: o.TimeLimit = None,
     plot: o.Plot = None,
     as_json: o.Json = False,
 ) -> None:
-    """The best policy within a budget, from indicators trained before; weights are needed with --validate only."""
+    """Find the best policy within a budget, from trained indicators.
+
+    Model weights are loaded only with --validate.
+    """
     budget = budget or Budget()
     o.check_plot(plot)
     widths = o.candidates_of(candidates)
@@ -47,11 +53,11 @@ def search(
 
 
 def solve(
-    file: Annotated[Path, typer.Argument(metavar="TABLE.json", help='A table of scores and costs; "-" reads stdin.')],
+    file: Annotated[Path, typer.Argument(metavar="TABLE.json", help='Table of scores and costs; "-" reads stdin.')],
     time_limit: o.TimeLimit = None,
     as_json: o.Json = False,
 ) -> None:
-    """The best choice per layer of a table that anyone may bring."""
+    """Find the best choice per layer in your own table of scores and costs."""
     from ..report import table
     from ..solve import solve_table
 
@@ -68,15 +74,20 @@ def pareto(
     budget: Budget | None,
     loading: o.NoWeights,
     indicators: o.Indicators = None,
-    limit: Annotated[str, typer.Option(help="What to run over: bitops, size, weight_bits, …")] = "bitops",
-    points: Annotated[int, typer.Option(min=2, max=10_000, help="Budgets between the least and the greatest.")] = 20,
+    limit: Annotated[str, typer.Option(help="Limit to vary: bitops, size, weight_bits, …")] = "bitops",
+    points: Annotated[
+        int, typer.Option(min=2, max=10_000, help="Number of budgets between the minimum and the maximum.")
+    ] = 20,
     candidates: o.CandidateBits = None,
     alpha: o.Alpha = None,
     time_limit: o.TimeLimit = None,
     plot: o.Plot = None,
     as_json: o.Json = False,
 ) -> None:
-    """The best policies along one limit; other limits, where given, hold at each point."""
+    """Find the best policies along one limit, from trained indicators.
+
+    Other limits, if given, apply at every point.
+    """
     o.check_plot(plot)
     widths = o.candidates_of(candidates)
     mpq = models.load(model, loading, meta=True)

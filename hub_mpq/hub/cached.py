@@ -1,4 +1,4 @@
-"""Files in the Hub client's cache: whether they are still what was downloaded, and how they become it again."""
+"""Files in the Hub client's cache: whether they are intact, and how they are downloaded again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 OPTIONAL = 256 << 20
-"""Bytes of a file that a model runs without, at most."""
+"""Maximum bytes of an optional file."""
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 Loaded = TypeVar("Loaded")
 
@@ -37,7 +37,7 @@ def repo_of_snapshot(folder: Path) -> str | None:
 
 
 def is_foreign_link(file: Path) -> bool:
-    """Whether it is a link that the Hub client has not made: what it leads to may be nobody's to publish."""
+    """Whether a file is a link that the Hub client did not create, so its target may not be meant for publishing."""
     if not file.is_symlink():
         return False
     from huggingface_hub import constants
@@ -47,10 +47,10 @@ def is_foreign_link(file: Path) -> bool:
 
 
 def as_downloaded(file: Path) -> bool:
-    """Whether a file of the cache has the content that it had when it was downloaded, where that can be known.
+    """Whether a cached file still has its downloaded content, as far as that can be checked.
 
-    The client names files by what the Hub calls their content: SHA-256, or git's SHA-1 for small ones (some mirrors
-    give the plain SHA-1). A name of another form tells nothing, nor does a cache without links: True.
+    The client names files by the Hub's digest of their content: SHA-256, or git's SHA-1 for small ones (some mirrors
+    use the plain SHA-1). Files with other names, and caches without links, cannot be checked: True.
     """
     try:
         name = os.path.basename(os.readlink(file))
@@ -69,7 +69,7 @@ def as_downloaded(file: Path) -> bool:
 
 
 def download_packed(api: HfApi, repo_id: str, commit: str, **how: Any) -> None:
-    """The packed file: as many bytes as the Hub announces, if there is room for them."""
+    """Download the packed file: as many bytes as the Hub announces, if the disk has room for them."""
     from huggingface_hub import constants, hf_hub_url
 
     with bounded(1 << 60):
@@ -77,15 +77,15 @@ def download_packed(api: HfApi, repo_id: str, commit: str, **how: Any) -> None:
     cache = Path(how.get("cache_dir") or constants.HF_HUB_CACHE)
     size, free = found.size or 0, shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free
     if size > free:
-        raise BadAnswer(f"{PACKED} is said to have {size:,} bytes, and {cache} has {free:,} free")
-    with bounded(max(size, 1 << 16)):  # an error has a body too
+        raise BadAnswer(f"{PACKED} has {size:,} bytes, but only {free:,} are free in {cache}")
+    with bounded(max(size, 1 << 16)):  # error responses have a body too
         api.hf_hub_download(repo_id, PACKED, revision=commit, **how)
 
 
 def mend_small(folder: Path, names: Iterable[str], token: str | bool | None, offline: bool) -> None:
-    """Fetch every small file of a folder anew that is no longer what was downloaded.
+    """Download again every small file of a folder that has changed since it was downloaded.
 
-    HubMPQError where the config can't be had, a warning for others.
+    Raises HubMPQError if the config cannot be downloaded; warns about others.
     """
     for name in names:
         if not (folder / name).is_file() or as_downloaded(folder / name):
@@ -101,10 +101,10 @@ def mend_small(folder: Path, names: Iterable[str], token: str | bool | None, off
 def _fetch_anew(folder: Path, name: str, token: str | bool | None, offline: bool) -> None:
     repo_id = repo_of_snapshot(folder)
     if offline or repo_id is None:
-        raise HubMPQError(f"{folder / name} is not what was downloaded; load it with the network, or delete {folder}")
+        raise HubMPQError(f"{folder / name} has changed since it was downloaded; load it online, or delete {folder}")
     api = hub_api(token)
     how: dict[str, Any] = {"cache_dir": folder.parents[2], "force_download": True}
-    with hub_errors(f"{name} of {repo_id} is damaged in the cache and can't be fetched anew"), bounded(OPTIONAL):
+    with hub_errors(f"{name} of {repo_id} is damaged in the cache and cannot be downloaded again"), bounded(OPTIONAL):
         if name == PACKED:
             download_packed(api, repo_id, folder.name, **how)
         else:
@@ -114,18 +114,18 @@ def _fetch_anew(folder: Path, name: str, token: str | bool | None, offline: bool
 def mended(
     folder: Path, load: Callable[[], Loaded], *, token: str | bool | None = None, offline: bool = False
 ) -> Loaded:
-    """What `load` returns, which reads the packed file of a folder.
+    """Return what `load` returns, which reads the packed file of a folder.
 
-    A file in the Hub client's cache that is damaged and no longer what was downloaded is fetched anew first.
+    A damaged file in the Hub client's cache is downloaded again first.
 
     Args:
-        folder: The folder; PackedFormat of any other one, and of a file that was published as it is, is raised.
-        load: Called once, or twice where the file was damaged.
-        token: As for huggingface_hub.
-        offline: Ask nothing of the network.
+        folder: The folder. For other folders, and for a file that was published damaged, PackedFormat is raised.
+        load: Called once, or twice if the file was damaged.
+        token: Hub token, as in huggingface_hub.
+        offline: Make no request.
 
     Raises:
-        HubMPQError: It is damaged and can't be fetched.
+        HubMPQError: The file is damaged and cannot be downloaded.
     """
     from huggingface_hub import constants
 

@@ -1,4 +1,4 @@
-"""The model card: what was measured, what it costs, how to load it, how it was made. Nothing that is not known."""
+"""The model card: what was measured, what it costs, how to load it and how it was made; only what is known."""
 
 from __future__ import annotations
 
@@ -37,26 +37,33 @@ MEASURES = {
     "mae": ("mae", "mean absolute error"),
     "perplexity": ("perplexity", "perplexity"),
     "loss": ("loss", "loss"),
-    "fidelity_db": ("snr", "signal to noise against the float model (dB)"),
+    "fidelity_db": ("snr", "signal-to-noise ratio against the float model (dB)"),
     "kl": ("kl_divergence", "KL divergence from the float model"),
-    "agreement": ("agreement", "same answer as the float model (%)"),
+    "agreement": ("agreement", "agreement with the float model (%)"),
     "spearman": ("spearmanr", "Spearman correlation (×100)"),
 }
-"""{key of evaluate: (type in the front matter, column of the table)}; another key stands for itself."""
+"""{key of evaluate: (type in the front matter, column of the table)}; other keys are used directly."""
 
 NO_MEASURE = ("task", "samples")
-"""Keys of evaluate that are no figures of quality."""
+"""Keys of evaluate that are not metrics."""
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the packed file does not say. None and () where it is not known: it is then left out.
+    """Facts for the card that the packed file does not hold; unknown ones (None, empty) are omitted.
 
-    `nbytes`: {file name: bytes} of what is published. `license`, `base_model`: of the float model, as Hub ids go.
-    `dataset`: what the figures were measured on. `eval_task`: its task, where it is a benchmark of the Hub.
-    `trained_on`: the data of indicators and fine-tuning.
-    `picture`: name of the policy picture. `config`: content of config.json. `indicators`: provenance of the indicators.
-    `seconds`: of each stage.
+    Args:
+        nbytes: `{file name: bytes}` of the published files.
+        license: Licence of the float model, as the Hub names it.
+        base_model: Hub id of the float model.
+        pipeline_tag: Pipeline tag of the model.
+        dataset: What the figures were measured on.
+        eval_task: Task of that dataset, if it is a benchmark on the Hub.
+        trained_on: Training data of indicators and fine-tuning.
+        picture: File name of the policy plot.
+        config: Content of config.json.
+        indicators: Provenance of the indicators.
+        seconds: `{stage: wall time}`.
     """
 
     nbytes: Mapping[str, int]
@@ -73,12 +80,12 @@ class CardFacts:
 
 
 def code(text: object) -> str:
-    """One line of text between a card's backticks: names come from models of others and must not write its markdown."""
+    """One line of text between backticks; names come from untrusted models and must not write the card's Markdown."""
     return shown(" ".join(str(text).replace("`", "'").replace("|", "/").replace("<", "‹").split()))
 
 
 def prose(text: object) -> str:
-    """One line of text for a card that shows as it is, whatever Markdown or HTML is in it."""
+    """One line of text that the card shows literally, whatever Markdown or HTML it contains."""
     return _SPECIAL.sub(r"\\\g<0>", shown(text)).replace("<", "&lt;")
 
 
@@ -86,24 +93,24 @@ _SPECIAL = re.compile(r"[\\`*\[\]|~]")
 
 
 def own_name(model_id: str) -> str:
-    """A folder's name without its path, which says more about the author's disk than about the model."""
+    """A folder's name without its path, which would reveal the author's disk."""
     return Path(model_id).name if Path(model_id).is_absolute() or model_id.startswith((".", "~")) else model_id
 
 
 def render_card(repo_id: str, manifest: Manifest, facts: CardFacts) -> str:
-    """README.md of a published model, front matter included."""
+    """README.md of a published model, with front matter."""
     from huggingface_hub import ModelCard
 
     graph = manifest.graph
     bits = sorted({b.weight for b in manifest.policy.bits.values()})
     acts = sorted({b.activation for b in manifest.policy.bits.values()} - {FLOAT_BITS})
-    inputs = f"inputs of layers at {_list(acts)} bits" if acts else "inputs of layers in float"
+    inputs = f"inputs at {_list(acts)} bits" if acts else "inputs in float"
     base = (
         f"[`{code(facts.base_model)}`](/{quote(facts.base_model)})"
         if facts.base_model
         else f"`{code(own_name(graph.model_id))}`"
     )
-    intro = f"{base} in mixed precision: {len(graph)} layers with weights at {_list(bits)} bits, {inputs}."
+    intro = f"{base} in mixed precision: {len(graph)} layers with weights at {_list(bits)} bits and {inputs}."
     floats = [f"- `{code(op.name)}` ({prose(op.kind)}): {prose(op.reason)}" for op in graph.floats]
     card = ModelCard.from_template(
         card_data=_front_matter(repo_id, manifest, facts),
@@ -172,7 +179,7 @@ def _front_matter(repo_id: str, manifest: Manifest, facts: CardFacts) -> ModelCa
 
 
 def _figures(manifest: Manifest, facts: CardFacts) -> str:
-    """One row a model that was measured; BitOps and bytes are computed, and of the packed file counted."""
+    """One row per measured model; BitOps are computed, bytes too except for the packed file, which are counted."""
     metrics: Mapping[str, Mapping[str, Any]] = manifest.provenance.get("metrics", {})
     keys = [k for k in dict.fromkeys(k for row in metrics.values() for k in row) if k not in NO_MEASURE]
     rows = []
@@ -210,7 +217,7 @@ def _costs(name: str, manifest: Manifest, facts: CardFacts) -> list[str]:
         nbytes = ""
         own = manifest.policy.bits
         if PACKED in facts.nbytes and all(_floats(own[n]) == _floats(policy.bits[n]) for n in own):
-            # the same tensors: a header as long
+            # the same tensors, so the header has the same length
             size = sum(layer_nbytes(x, policy.bits[x.name]) - layer_nbytes(x, own[x.name]) for x in graph)
             nbytes = f"{human(facts.nbytes[PACKED] + size)}B"
     return [human(usage_of(graph, policy, None, 0)["bitops"]), nbytes]
@@ -227,11 +234,12 @@ def _notes(manifest: Manifest, facts: CardFacts) -> str:
     if metrics:
         where = f" of `{code(facts.dataset)}`" if facts.dataset else ""
         as_tasks = sorted({prose(row["task"]) for row in metrics.values() if "task" in row})
-        how = f" as {_list(as_tasks)}" if as_tasks else ""
+        how = f" (task: {_list(as_tasks)})" if as_tasks else ""
         out.append(f"Measured on {_list(sorted(samples))} samples{where}{how}." if samples else "")
     if {FLOAT_COPY, PACKED} <= set(facts.nbytes):
-        out.append("`model.safetensors` holds the same weights in float, and inputs of layers are not quantized there:")
-        out.append("its figures are its own." if "float copy" in metrics else "it was not measured by itself.")
+        measured = "are given separately (row `float copy`)" if "float copy" in metrics else "were not measured"
+        out.append("`model.safetensors` holds the same weights in float, with inputs that are not quantized.")
+        out.append(f"Its results {measured}.")
     return " ".join(part for part in out if part)
 
 
@@ -241,7 +249,7 @@ def _list(values: Sequence[int | str]) -> str:
 
 
 def _loading(repo_id: str, manifest: Manifest, facts: CardFacts) -> str:
-    """A few lines for each audience that the repo serves."""
+    """A few lines for each way to load the repo."""
     nbytes, library = facts.nbytes, libraries.get(manifest.library)
     if PACKED not in nbytes:
         return _compressed(library.float_code(repo_id, facts.config), manifest, nbytes)
@@ -256,30 +264,30 @@ def _loading(repo_id: str, manifest: Manifest, facts: CardFacts) -> str:
         )
     ]
     if needs_net:
-        parts.append("`net` is the network itself, built from its own code: no hub library can build it.")
+        parts.append("`net` is the network itself, built by its own code; no library on the Hub can build it.")
     if plugin := library.plugin_code(repo_id, facts.config):
         parts.append(_block("With transformers and hub-mpq (packed weights):", *plugin))
     if alone := library.float_code(repo_id, facts.config):
         if FLOAT_COPY in nbytes:
-            parts.append(_block(f"With {library.name} alone (the float copy, weights dequantized):", *alone))
+            parts.append(_block(f"With {library.name} alone (float copy with dequantized weights):", *alone))
         else:
             parts.append(
-                f"Without hub-mpq it does not load: {library.name} alone finds no weights here and says so. "
-                "Never take a model whose weights were newly initialised."
+                f"hub-mpq is required: {library.name} alone finds no weights in this repo and reports that. "
+                "Do not use a model whose weights were newly initialised."
             )
     if INDICATORS in nbytes:
         base = code(facts.base_model or own_name(manifest.base_model)).replace('"', "'")
         again = "HubMPQ.from_module(net, x)" if needs_net else f'HubMPQ.from_pretrained("{base}")'
         parts.append(
             _block(
-                "Another budget at once, with the scores stored here:",
+                "For another budget, quantize the float model with the scores stored here:",
                 f'scores = HubMPQ.from_pretrained("{repo_id}"{given}).scores',
                 f'model = {again}.quantize(bitops="W3A3", indicators=scores, train=loader)',
             )
         )
     if exportable(manifest):
         parts.append(
-            "All quantized layers are Linear or Embedding layers: "
+            "All quantized layers are Linear or Embedding layers; "
             f'`push_to_hub(…, format="{COMPRESSED_TENSORS}")` publishes this policy so that transformers loads it '
             "without hub-mpq."
         )
@@ -287,7 +295,7 @@ def _loading(repo_id: str, manifest: Manifest, facts: CardFacts) -> str:
 
 
 def _compressed(alone: tuple[str, ...], manifest: Manifest, nbytes: Mapping[str, int]) -> str:
-    """A repo in compressed-tensors' form: nobody needs hub-mpq."""
+    """Loading a repo in compressed-tensors format, which does not need hub-mpq."""
     imports, *load = alone
     parts = [
         _block(
@@ -299,19 +307,19 @@ def _compressed(alone: tuple[str, ...], manifest: Manifest, nbytes: Mapping[str,
     widths = {bits.weight for bits in manifest.policy.bits.values()} - {FLOAT_BITS}
     if len({max(width, 2) for width in widths}) > 1:
         parts.append(
-            "Do not pass `dequantize=True`: transformers 5.23 then reads all layers at one width, and the weights are "
-            "wrong without a word; inputs stay float."
+            "Do not pass `dequantize=True`: transformers 5.23 then reads all layers at one bit-width, and the weights "
+            "are silently wrong; inputs stay float."
         )
     unequal = unequal_inputs(manifest)
     parts.append(
-        "vLLM computes layers that read one input as one matrix and needs one width for them, which "
-        + (f"{len(unequal)} groups here do not have: it cannot load this repo." if unequal else "they have here.")
+        "vLLM fuses layers that read the same input into one matrix, which must have one bit-width. "
+        + (f"Here {len(unequal)} groups of layers do not: vLLM cannot load this repo." if unequal else "Here all do.")
         + (f" It cannot load the quantized inputs: {code(why)}." if (why := unread_inputs(manifest)) else "")
-        + " No load by vLLM was tried."
+        + " Loading with vLLM was not tested."
     )
     if any(layer.kind == "embedding" for layer in manifest.graph):
         parts.append(
-            "Embeddings lie on their quantized grid and are stored in float: transformers reads no packed ones."
+            "Embeddings are rounded to their quantized grid but stored in float: transformers cannot read packed ones."
         )
     return "\n\n".join(parts)
 
@@ -322,7 +330,7 @@ def _block(title: str, *lines: str) -> str:
 
 
 def _making(manifest: Manifest, facts: CardFacts) -> str:
-    """What is recorded, and no more: tool, base revision, indicators, search and its proof, fine-tuning, seconds."""
+    """What is recorded: tool, base revision, indicators, search with its proof, fine-tuning, seconds."""
     provenance = manifest.provenance
     base = facts.base_model or own_name(manifest.base_model)
     rows: list[tuple[str, object]] = [("tool", f"hub-mpq {provenance.get('hub_mpq', '')}".strip())]
@@ -337,14 +345,14 @@ def _making(manifest: Manifest, facts: CardFacts) -> str:
     table = "\n".join(["| | |", "|---|---|", *(f"| {prose(k)} | {prose(v)} |" for k, v in rows)])
     if not exportable(manifest):
         return table
-    # names of layers are others' text: no line of theirs ends the block
+    # layer names are untrusted: none of their lines may end the block
     recipe = llm_compressor_recipe(manifest).replace("`", "'")
-    told = "The same widths as a recipe for llm-compressor (scales and rounding are then its own):"
+    told = "The same bit-widths as a recipe for llm-compressor, which uses its own scales and rounding:"
     return "\n\n".join([table, told, f"```yaml\n{recipe}\n```"])
 
 
 def _certificate(tree: Mapping[str, Any]) -> str:
-    """One line of what was measured of a runtime."""
+    """One line about what was measured on a runtime."""
     metrics = tree["metrics"]
     figures = [
         f"{key} {_figure(metrics['runtime'][key])} (reference {_figure(value)})"
@@ -356,8 +364,8 @@ def _certificate(tree: Mapping[str, Any]) -> str:
             "the same model" if tree["exact"] else "not the same model",
             f"{tree['integer layers']} layers in integers and {tree['float layers']} in float",
             f"largest error of a layer {tree['largest error']:.1e}",
-            f"codes one step off {tree['codes one step off']:.1e}",
-            f"values wrong {tree['values wrong']}",
+            f"fraction of codes one step off {tree['codes one step off']:.1e}",
+            f"wrong values {tree['values wrong']}",
             *figures,
             f"on {tree['machine']}",
         ]

@@ -1,4 +1,4 @@
-"""The numbers of a config.json, before a library makes anything of them."""
+"""Checks of the numbers in a config.json, before a library uses them."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from ..errors import PackedFormat, shown
 from ..pack import PackedTensor
 
 MOST = 100_000
-"""Things that a config may count without a tensor of that size: its class makes lists of layers and labels at once."""
+"""Counts that need no tensor of that size are allowed up to this: configs create lists of layers and labels at once."""
 _SIZES = re.compile(
     r"vocab|position|length|theta|window|size|dim|token|_id$|seed|base|max|rate|freq|hop|scal|_k$|bytes|context|seq"
 )
-"""Names of numbers that are no counts: sizes of tensors, which cost nothing until one is made, ids, frequencies."""
+"""Names of numbers that are not counts: sizes of tensors, which cost nothing until allocated, ids, frequencies."""
 
 
 def check_numbers(config: Path, tensors: Mapping[str, PackedTensor | Tensor]) -> None:
-    """Refuse a config.json with a number that is NaN, or that counts more things than any axis of the file's tensors.
+    """Refuse a config.json with a NaN, or with a count that exceeds every axis of the packed file's tensors.
 
     Args:
         config: The file.
-        tensors: What the packed file holds, as `read_shapes` returns it.
+        tensors: Tensors of the packed file, as `read_shapes` returns them.
 
     Raises:
-        PackedFormat: There is such a number, or the file is no JSON.
+        PackedFormat: There is such a number, or the file is not valid JSON.
     """
     try:
         tree = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise PackedFormat(config, f"can't be read: {error}") from None
+        raise PackedFormat(config, f"cannot be read: {error}") from None
     shapes = (t.weight_shape if isinstance(t, PackedTensor) else tuple(t.shape) for t in tensors.values())
     most = max([MOST, *(n for shape in shapes for n in shape)])
     for name, value in _numbers(tree):
@@ -43,12 +43,13 @@ def check_numbers(config: Path, tensors: Mapping[str, PackedTensor | Tensor]) ->
             raise PackedFormat(config, f"{shown(name, 80)} is NaN")
         if isinstance(value, int) and value > most and not _SIZES.search(name):
             raise PackedFormat(
-                config, f"{shown(name, 80)} is {shown(value, 20)}, and the packed file holds no network of that size"
+                config,
+                f"{shown(name, 80)} is {shown(value, 20)}, but the packed file does not hold a network of that size",
             )
 
 
 def _numbers(tree: Any) -> list[tuple[str, int | float]]:
-    """(key, number) of every number in JSON values; those of a list go by the list's key."""
+    """(key, number) of every number in JSON values; those in a list have the list's key."""
     found: list[tuple[str, int | float]] = []
     level = [("", tree)]
     while level:

@@ -1,4 +1,4 @@
-"""A quantized model as a Hub-shaped folder, and back."""
+"""A quantized model as a folder in the layout of a Hub repo, and back."""
 
 from __future__ import annotations
 
@@ -29,10 +29,25 @@ def save_folder(
     extra: Mapping[str, bytes] | None = None,
     drop: Collection[str] = (),
 ) -> int:
-    """Write config.json, the packed file and, if given, indicators and extra files; returns the packed bytes.
+    """Write config.json, the packed file and, if given, indicators and extra files, atomically.
 
-    Whoever looks finds the old version or the new one, whole. Other files in the folder stay but for those that `drop`
-    names. Raises InvalidArgument when the folder cannot be written, HubMPQError when the disk refuses.
+    Readers see the old version or the new one, complete. Other files in the folder stay.
+
+    Args:
+        folder: Folder to write.
+        model: The quantized model.
+        manifest: What the packed file says about it.
+        config: Content of config.json without the quantization.
+        indicators: Scores to store; None removes those of an earlier save.
+        extra: `{name: content}` of other files to write.
+        drop: Names of files to remove.
+
+    Returns:
+        Bytes of the packed file.
+
+    Raises:
+        InvalidArgument: The folder cannot be written.
+        HubMPQError: Writing fails, for example because the disk is full.
     """
     check_output_folder(folder, (CONFIG, PACKED, INDICATORS))
     quantization = {
@@ -40,9 +55,9 @@ def save_folder(
         "format_version": manifest.format_version,
         "policy": manifest.policy.to_dict(),
     }
-    public = {k: v for k, v in config_of(model, config).items() if k != "_name_or_path"}  # a path on this machine
+    public = {k: v for k, v in config_of(model, config).items() if k != "_name_or_path"}  # a local path
     text = json.dumps({**public, "quantization_config": quantization}, indent=2, sort_keys=True) + "\n"
-    gone = {*drop, INDICATORS} if indicators is None else drop  # those of another model must not stay
+    gone = {*drop, INDICATORS} if indicators is None else drop  # those of another model must be removed
     with atomic_folder(folder, gone) as work:
         for name, content in (extra or {}).items():
             (work / name).write_bytes(content)
@@ -53,13 +68,19 @@ def save_folder(
 
 
 def read_folder_indicators(folder: str | os.PathLike[str]) -> Indicators | None:
-    """Indicators stored in a folder; None when there are none, and with a warning when they cannot be read: a model
-    runs without them."""
+    """Read the indicators stored in a folder.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The indicators. None if there are none, or, with a warning, if they cannot be read: a model runs without them.
+    """
     path = Path(folder) / INDICATORS
     if not path.is_file():
         return None
     try:
         return read_indicators(path)
     except (PackedFormat, OSError) as error:
-        warnings.warn(f"the stored indicators are left out: {error}", stacklevel=2)
+        warnings.warn(f"the stored indicators are ignored: {error}", stacklevel=2)
         return None

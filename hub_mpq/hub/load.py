@@ -1,4 +1,4 @@
-"""From a packed folder to the model that runs."""
+"""Load a packed folder into a model."""
 
 from __future__ import annotations
 
@@ -39,15 +39,16 @@ def load_folder(folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any
 
     Args:
         folder: What save_pretrained wrote.
-        module: The network for a model that no library can build; it is copied, not changed.
-        kwargs: Arguments of the library's `load`. With a dtype the model computes in it, else in what it was saved in.
+        module: The network, for a model that no library can build; it is copied, not modified.
+        kwargs: Arguments of the library's `load`. The model computes in their dtype if they have one, else in the dtype
+            that it was saved in.
 
     Returns:
-        The quantized model with where it comes from, and what its file says.
+        The quantized model with its source, and its file's manifest.
 
     Raises:
-        InvalidArgument: The network is needed.
-        PackedFormat: The file is bad, or of a library that is not registered.
+        InvalidArgument: `module` is required.
+        PackedFormat: The file is damaged, or its library is not registered.
         PolicyMismatch: The file is for another model.
     """
     file, cast = folder / PACKED, not {"dtype", "torch_dtype"}.isdisjoint(kwargs)
@@ -57,11 +58,11 @@ def load_folder(folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any
         library = library_of(manifest, file)
         if not library.builds_from_folder:
             raise InvalidArgument(
-                f"{folder} holds a network that no hub can build; pass it: from_pretrained(…, module=net)"
+                f"{folder} holds a network that no library can build; pass it with from_pretrained(…, module=net)"
             )
         given = {name: value for name, value in kwargs.items() if name != "library"}  # the file says which
         check_folder(folder, given, cast=cast)
-        read_packed(file)  # every byte, before memory is taken for a network
+        read_packed(file)  # verifies every byte, before memory is allocated for a network
         source = library.rebuild(str(folder), graph, meta=False, **_arguments(library, graph, given))
         example = tensors_of(source.example)
         if kwargs and example and tuple(example[0].shape[1:]) != graph.input_shape:  # the caller gave another one
@@ -77,24 +78,24 @@ def load_folder(folder: Path, module: nn.Module | None, kwargs: Mapping[str, Any
 
 
 def _arguments(library: Library, graph: LayerGraph, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `rebuild` for a folder, of which the user's come first."""
+    """Arguments of `rebuild` for a folder; those of the user take precedence."""
     stacks = split_stacks(layer.name for layer in graph if layer.kind.startswith("experts"))
     per_expert = {"per_expert": stacks} if stacks else {}
     return {**library.folder_defaults, **library.example_arguments(graph.input_shape), **given, **per_expert}
 
 
 def check_folder(folder: Path, given: Mapping[str, Any], *, cast: bool = False) -> None:
-    """Refuse a folder whose config.json describes another network than its packed file holds, before memory is taken.
+    """Refuse a folder whose config.json describes another network than its packed file, before memory is allocated.
 
     Args:
-        folder: The folder; of its packed file the header is read.
-        given: Arguments of `rebuild` that are the user's.
+        folder: The folder; only the header of its packed file is read.
+        given: The user's arguments of `rebuild`.
         cast: As in `load_quantized`.
 
     Raises:
-        PackedFormat: File and network are of different tensors, or the file does not determine the network.
+        PackedFormat: File and network have different tensors, or the file does not determine the network.
         PolicyMismatch: The network has other layers.
-        HubMPQError: The network can't be built.
+        HubMPQError: The network cannot be built.
     """
     file, config = folder / PACKED, folder / CONFIG
     tensors, manifest = read_shapes(file)
@@ -108,34 +109,34 @@ def check_folder(folder: Path, given: Mapping[str, Any], *, cast: bool = False) 
     except Exceeded as error:
         raise PackedFormat(config, str(error)) from None
     if drawn := build.drawn_outside_state(skeleton):
-        raise PackedFormat(config, f"the network draws {drawn[0]!r} at random, and no packed file holds it")
+        raise PackedFormat(config, f"the network initializes {drawn[0]!r} at random, which packed files do not store")
     fit(file, skeleton, manifest)
     check_tensors(file, skeleton, tensors, cast=cast)
 
 
 def load_resident(folder: Path, resident: str, kwargs: Mapping[str, Any]) -> tuple[Source, Manifest]:
-    """Load a packed folder of a model of transformers into packed layers, which run but are not trained.
+    """Load a packed folder of a transformers model into packed layers, for inference only.
 
     The float model is never built: memory holds the packed weights.
 
     Args:
         folder: What save_pretrained wrote.
-        resident: As in `hub_mpq.nn.packed.set_resident`.
+        resident: "packed" or "float", see `hub_mpq.set_resident`.
         kwargs: Arguments of transformers' from_pretrained, such as dtype.
 
     Returns:
-        The model with where it comes from, and what its file says.
+        The model with its source, and its file's manifest.
 
     Raises:
-        InvalidArgument: The folder is of another library.
-        PackedFormat: The file is bad.
+        InvalidArgument: The folder belongs to another library.
+        PackedFormat: The file is damaged.
     """
     manifest = read_manifest(folder / PACKED)
     library = library_of(manifest, folder / PACKED)
     if not library.pretrained_models:
-        raise InvalidArgument(f"resident= is for models of transformers, and {folder} holds one of {library.name}")
+        raise InvalidArgument(f"resident= is only for transformers models, and {folder} holds a {library.name} model")
     if resident not in RESIDENT:
-        raise InvalidArgument(f"resident is 'packed' or 'float', not {resident!r}")
+        raise InvalidArgument(f"resident must be 'packed' or 'float', got {resident!r}")
     import transformers
 
     check_folder(folder, {})
@@ -168,12 +169,12 @@ def library_of(manifest: Manifest, file: str | os.PathLike[str]) -> Library:
     """
     if manifest.library not in libraries:
         known = ", ".join(libraries.names())
-        raise PackedFormat(file, f"its library {manifest.library[:40]!r} is not registered; known: {known}")
+        raise PackedFormat(file, f"its library {manifest.library[:40]!r} is unknown; registered libraries: {known}")
     return libraries.get(manifest.library)
 
 
 def cached_folder(name: str, commit: str | None) -> Path | None:
-    """Where config.json and packed file of a model lie; None where that can't be told."""
+    """The folder with config.json and packed file of a model; None if that is unknown."""
     from huggingface_hub import try_to_load_from_cache
 
     if (Path(name) / PACKED).is_file():
@@ -185,10 +186,19 @@ def cached_folder(name: str, commit: str | None) -> Path | None:
 
 
 def load_packed(path: str | os.PathLike[str], skeleton: nn.Module, *, cast: bool = False) -> Manifest:
-    """Turn `skeleton` (the float model, any weights) into the packed model at `path`, in place.
+    """Turn a float model (with any weights) into the packed model of a file, in place.
 
-    cast: to the dtypes of `skeleton`; else it takes those of the file. Raises PackedFormat for a bad file,
-    PolicyMismatch when the file is for another model.
+    Args:
+        path: The packed file.
+        skeleton: The float model.
+        cast: Keep the dtypes of `skeleton`; otherwise it takes those of the file.
+
+    Returns:
+        The file's manifest.
+
+    Raises:
+        PackedFormat: The file is damaged.
+        PolicyMismatch: The file is for another model.
     """
     tensors, manifest = read_packed(path)
     fit(path, skeleton, manifest)
@@ -197,11 +207,16 @@ def load_packed(path: str | os.PathLike[str], skeleton: nn.Module, *, cast: bool
 
 
 def fit(path: str | os.PathLike[str], skeleton: nn.Module, manifest: Manifest) -> None:
-    """Put the quantizers of a packed file into its float model, in place.
+    """Add the quantizers of a packed file to its float model, in place.
+
+    Args:
+        path: The packed file, for errors.
+        skeleton: The float model.
+        manifest: The file's manifest.
 
     Raises:
         PolicyMismatch: The model has other layers.
-        PackedFormat: Its layers share other weights than the file says.
+        PackedFormat: Its layers share weights differently than the file says.
     """
     expose_layers(skeleton)
     if (why := check_folded(skeleton, manifest.graph.floats)) is not None:
@@ -217,6 +232,6 @@ def fit(path: str | os.PathLike[str], skeleton: nn.Module, manifest: Manifest) -
         says = layer.weight_owner or layer.name
         if (holder := holders.setdefault(id(weights[layer.name]), layer.name)) != says:
             raise PackedFormat(
-                path, f"layer {layer.name!r} has the weight of {says!r}, and in the network that of {holder!r}"
+                path, f"layer {layer.name!r} shares the weight of {says!r}, but in the network that of {holder!r}"
             )
     quantize_to_policy(skeleton, graph, manifest.policy)

@@ -1,4 +1,4 @@
-"""What is known of the float model a packed one was made from: its name on the Hub, licence and task."""
+"""The float model that a packed one was made from: its Hub id, licence and task."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .cached import is_foreign_link
 from .remote import COMMIT, bounded, hub_api, repo_of
 
 _CARD = 16 << 20
-"""Bytes of a card, at most."""
+"""Maximum bytes of a card."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Hub id, licence and pipeline tag of the float model; None where it is not known."""
+    """Hub id, licence and pipeline tag of the float model; None if unknown."""
 
     base_model: str | None
     license: str | None
@@ -29,7 +29,7 @@ class Origin:
 def origin_of(
     manifest: Manifest, config: Mapping[str, Any], base_model: str | None, token: str | bool | None = None
 ) -> Origin:
-    """From the base model's own card, where it can be had, else from what its library knows and its config.json."""
+    """Read them from the base model's card if it is available, else from its library and config.json."""
     library = libraries.get(manifest.library)
     base = base_model or _hub_id(library, manifest.base_model)
     card = _base_card(base or manifest.base_model, manifest.revision, token)
@@ -41,17 +41,17 @@ def origin_of(
 
 
 def local_card(folder: Path | None) -> dict[str, str]:
-    """Licence and task that the card in the folder a model was loaded from names; {} where there is none."""
+    """Licence and task from the card in the folder that a model was loaded from; {} without a card."""
     card = None if folder is None else folder / "README.md"
     if card is not None and is_foreign_link(card):
-        warnings.warn(f"{card} is a link and is not read", stacklevel=2)
+        warnings.warn(f"{card} is a symbolic link and is ignored", stacklevel=2)
         card = None
     found = _front_matter(card) if card is not None and card.is_file() else {}
     return {key: found[key] for key in ("license", "pipeline_tag") if isinstance(found.get(key), str)}
 
 
 def _hub_id(library: Library, name: str) -> str | None:
-    """The base model's Hub id: the name itself, or what its library knows it by."""
+    """The base model's Hub id: its name, or the id that its library knows."""
     if not library.builds_from_folder:
         return None
     if (found := repo_of(name)) is not None:
@@ -60,7 +60,7 @@ def _hub_id(library: Library, name: str) -> str | None:
 
 
 def _base_card(base: str, revision: str | None, token: str | bool | None) -> Mapping[str, Any]:
-    """Front matter of the base model's card; empty when there is none or it can't be had."""
+    """Front matter of the base model's card; {} if there is none or it cannot be downloaded."""
     found = repo_of(base)
     if found is None and not base.startswith("timm/"):
         return {}
@@ -68,7 +68,7 @@ def _base_card(base: str, revision: str | None, token: str | bool | None) -> Map
         revision = revision if revision and COMMIT.fullmatch(revision) else None
         with bounded(_CARD):
             path = hub_api(token).hf_hub_download(found[0] if found else base, "README.md", revision=revision)
-    except Exception:  # whatever it is: a card of others must not stop a push
+    except Exception:  # whatever it is: a foreign card must not stop a push
         return {}
     return _front_matter(Path(path))
 

@@ -1,4 +1,4 @@
-"""The "mpq" quantizer of transformers: AutoModel.from_pretrained reads packed folders, and quantizes float ones."""
+"""The "mpq" quantizer of transformers: AutoModel.from_pretrained loads packed folders, and quantizes float models."""
 
 from __future__ import annotations
 
@@ -42,24 +42,38 @@ _FLOAT_FILES = (
 
 
 class MPQConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What `quantization_config` says of a packed folder, and how to quantize a float model while it is loaded.
+    """The `quantization_config` of a packed folder; also quantizes a float model while transformers loads it.
 
-    Only the policy is stored.
+    Pass either a policy or a budget. Only the policy is stored in config.json.
 
     Args:
-        policy: A Policy, its dict, or a level ("W4A8") for all searched layers.
-        calibration: Batches for the scales of activations; None for synthetic ones.
-        per_channel: One weight scale per output channel, else one per tensor.
-        group_size, symmetric, rounding: As in `HubMPQ.apply_policy`; with a budget the searched layers take this group
-            size.
+        policy: A `Policy`, its dict, or a level ("W4A8") for all searched layers.
+        calibration: Batches to calibrate the scales of inputs on; None for synthetic inputs.
+        per_channel: One weight scale per output channel; False: one per tensor.
+        group_size: Number of weights of a row that share a scale, at least 8, typically 32, 64 or 128, in searched
+            layers whose policy names none; with a budget, in all searched layers. None: no groups.
+        symmetric: False adds zero points to the scales of these layers.
+        rounding: "gptq" or "nearest", see `HubMPQ.apply_policy`. None: "gptq" for a weight-only policy with calibration
+            data, else "nearest".
         exclude: Patterns of layers to leave float.
-        quant_method, format_version: As config.json has them.
-        budget: In place of a policy: a Budget, or a mapping of limits. The best policy within it is searched, with the
-            scores stored beside the model or with data-free ones.
-        limits: Limits of the budget by name, as in `HubMPQ.search` (bitops=, size=, …).
+        quant_method: Always "mpq", as in config.json.
+        format_version: Version of the packed format, as in config.json.
+        budget: A `Budget` or a dict of limits. The best policy within it is searched with the scores stored next to the
+            model, or with data-free scores.
+        **limits: Limits of the budget by name, as in `HubMPQ.search` (`bitops=`, `size=`, …).
 
     Raises:
-        InvalidArgument: Neither a policy nor a budget, or both.
+        InvalidArgument: Neither or both of policy and budget are given, or a value is not valid.
+
+    Example:
+        >>> from transformers import AutoModel, BertConfig, BertModel
+        >>> from hub_mpq import MPQConfig
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> BertModel(BertConfig(vocab_size=100, **sizes)).save_pretrained("tiny-bert")
+        >>> model = AutoModel.from_pretrained("tiny-bert", quantization_config=MPQConfig("W4A32"))
+        >>> model.save_pretrained("tiny-bert-w4")
+        >>> AutoModel.from_pretrained("tiny-bert-w4").config.quantization_config.to_dict()["quant_method"]
+        'mpq'
     """
 
     def __init__(
@@ -78,10 +92,10 @@ class MPQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         **limits: Any,
     ) -> None:
         if quant_method != METHOD:
-            raise InvalidArgument(f"quant_method is {METHOD!r}, not {quant_method!r}")
+            raise InvalidArgument(f"quant_method must be {METHOD!r}, got {quant_method!r}")
         self.budget = Budget.of(budget, limits)
         if (policy is None) == (self.budget is None):
-            raise InvalidArgument("MPQConfig takes a policy or a budget, for example bitops='W4A8'")
+            raise InvalidArgument("MPQConfig requires either a policy or a budget, for example bitops='W4A8'")
         self.quant_method = METHOD
         self.format_version = format_version
         self.policy = _policy(policy)
@@ -92,7 +106,11 @@ class MPQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.exclude = tuple(exclude)
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds: method, format version and policy."""
+        """Return what config.json holds.
+
+        Returns:
+            `{"quant_method": "mpq", "format_version": version, "policy": policy as a dict or a level}`.
+        """
         policy = self.policy.to_dict() if isinstance(self.policy, Policy) else self.policy and str(self.policy)
         version = self.format_version
         if isinstance(self.policy, Policy):
@@ -110,15 +128,18 @@ def _policy(value: Policy | Mapping[str, Any] | str | None) -> Policy | LayerBit
         try:
             return Policy.from_dict(value)
         except (KeyError, TypeError, AttributeError) as error:
-            raise InvalidArgument(f"quantization_config: the policy is wrong: {error!r}") from None
+            raise InvalidArgument(f"quantization_config: the policy is not valid: {error!r}") from None
     return value
 
 
 class MPQHfQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Loads packed weights into packed layers; or quantizes a float model behind its loading.
+    """Load packed weights into packed layers, or quantize a float model after it is loaded.
 
-    `manifest`: what the packed file of the model says, once it is loaded. `commit`: of the Hub repository that the
-    weights were taken from, if any. `source`: the name that the config was loaded by, and its commit.
+    Attributes:
+        manifest: The manifest of the packed file, once it is loaded.
+        commit: Commit of the Hub repo that the weights came from, if any.
+        source: The name that the config was loaded from, and its commit.
+        trainable: Whether the layers have float weights behind quantizers.
     """
 
     quantization_config: Any
@@ -130,22 +151,27 @@ class MPQHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         warn_if_untested("transformers")
         if isinstance(device_map, Mapping) and "disk" in device_map.values():
-            raise HubMPQError("packed weights can't be offloaded to disk; leave 'disk' out of the device_map")
+            raise HubMPQError("packed weights cannot be offloaded to disk; remove 'disk' from the device_map")
         version = self.quantization_config.format_version
         if self.pre_quantized and version not in range(1, FORMAT_VERSION + 1):
-            raise PackedFormat("config.json", f"format_version {version!r} is unknown, the newest is {FORMAT_VERSION}")
+            raise PackedFormat("config.json", f"format_version {version!r} is unknown; the newest is {FORMAT_VERSION}")
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Runs before the files are looked for. config.json never names the packed file: a load without this
-        plug-in must find the float copy or nothing."""
+        """Name the packed file; transformers calls this before it looks for files.
+
+        config.json never names the packed file: a load without this plug-in must find the float copy or nothing.
+        """
         if self.pre_quantized:
             config.transformers_weights = PACKED
             self.source = config.name_or_path, getattr(config, "_commit_hash", None)
         return config
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Runs after the files were found and before the model is built: the last moment at which a config.json that
-        describes another network costs nothing. Only the Auto classes have told the config its name by then."""
+        """Check the folder; transformers calls this after it has found the files and before it builds the model.
+
+        It is the last point at which a config.json that describes another network is refused at no cost. Only the Auto
+        classes have set the config's name by then.
+        """
         if self.pre_quantized and (folder := cached_folder(*self.source)) is not None:
             check_folder(folder, {})
         return dtype
@@ -156,9 +182,9 @@ class MPQHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self.commit = commit_of(checkpoint_files[0]) if checkpoint_files else None
         if self.pre_quantized:
             if not checkpoint_files:
-                raise HubMPQError("packed weights are read from a file, not from a state dict")
+                raise HubMPQError("packed weights must be loaded from a file, not from a state dict")
             if finish_interrupted(Path(checkpoint_files[0]).parent):
-                raise HubMPQError("a save into this folder had been interrupted and is finished now; load it again")
+                raise HubMPQError("an interrupted save into this folder has now been completed; load it again")
             dtype = dtype or torch.get_default_dtype()
             self.manifest = become_packed(model, checkpoint_files[0], self.quantization_config.policy, dtype)
 
@@ -172,35 +198,38 @@ class MPQHfQuantizer(HfQuantizer):  # type: ignore[misc]
             self.manifest = quantize_in_place(model, self.quantization_config, self.commit)
             self.trainable = True
         if self.manifest is None:
-            raise HubMPQError("nothing was loaded")
+            raise HubMPQError("no weights were loaded")
         _attach(model, self.manifest, self)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         if not any(packed_layers(model)):
-            raise HubMPQError("this model holds trainable quantizers; save and load it to dequantize it")
+            raise HubMPQError("a model with trainable quantizers cannot be dequantized; save and reload it first")
         to_float(model, dtype or torch.get_default_dtype())
         _detach(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """False: transformers' own save_pretrained would write packed tensors as model.safetensors, which a plain
-        load takes for a model without weights. The model's save_pretrained is ours."""
+        """False; the model's save_pretrained is replaced by ours.
+
+        transformers' own would write packed tensors as model.safetensors, which a plain load takes for a model without
+        weights.
+        """
         return False
 
     @property
     def is_trainable(self) -> bool:
-        """True: adapters train beside packed weights."""
+        """True: adapters can be trained on top of packed weights."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """True while layers hold float weights behind quantizers, False for packed ones."""
+        """True if layers have float weights behind quantizers, False for packed ones."""
         return self.trainable
 
 
 def _attach(model: Any, manifest: Manifest, quantizer: Any) -> None:
-    """Set what transformers asks of a quantized model, and the save_pretrained that writes `manifest`'s format."""
+    """Set the attributes of a quantized transformers model, and the save_pretrained of `manifest`'s format."""
     quantizer.quantization_config.policy = manifest.policy
     model.hf_quantizer = quantizer
     model.config.quantization_config = quantizer.quantization_config
@@ -213,9 +242,9 @@ def _attach(model: Any, manifest: Manifest, quantizer: Any) -> None:
 
 
 class _Method:
-    """A method of one model that goes along when the model is copied or pickled.
+    """A method of one model that is kept when the model is copied or pickled.
 
-    A bound method is pickled by its name alone, and in the copy that is the class's own: transformers'.
+    A bound method is pickled by its name only, and in the copy that is the method of the class: transformers'.
     """
 
     def __init__(self, function: Callable[..., Any], model: Any) -> None:
@@ -226,12 +255,12 @@ class _Method:
 
 
 def _detach(model: Any) -> None:
-    """Give a model that is float again transformers' own ways to save and push."""
+    """Give a model that is float again transformers' own save_pretrained and push_to_hub."""
     del model.save_pretrained, model.push_to_hub
 
 
 def _forget_packed_file(model: Any) -> None:
-    """Undo what loading left: config.json must never name the packed file; names on disk are transformers' default."""
+    """Undo what loading set: config.json must never name the packed file, and names on disk are the default."""
     model.config.__dict__.pop("transformers_weights", None)
     if not getattr(model, "_weight_conversions", True):
         del model._weight_conversions
@@ -245,10 +274,12 @@ def save_pretrained(
     push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
-    """As transformers' save_pretrained, writing config.json and the packed file, whole or not at all.
+    """Write config.json and the packed file atomically; replaces transformers' save_pretrained.
 
-    One file whatever max_shard_size says. A checkpoint of Trainer also gets the state that training goes on from.
-    Raises HubMPQError when float weights lie in the folder: a plain load would take them for this model.
+    Always one file, whatever max_shard_size says. A checkpoint of Trainer also gets the state to resume training from.
+
+    Raises:
+        HubMPQError: The folder holds float weights, which a plain load would mistake for this model.
     """
     if getattr(self, "_hf_peft_config_loaded", False):  # adapters only
         return type(self).save_pretrained(  # type: ignore[no-any-return]
@@ -259,7 +290,9 @@ def save_pretrained(
     folder = Path(save_directory)
     files = [name for name in _FLOAT_FILES if (folder / name).exists()]
     if stale := [name for name in files if not is_training_state(folder / name)]:
-        raise HubMPQError(f"{folder} holds {stale[0]}, which a plain load would take for this model; save elsewhere")
+        raise HubMPQError(
+            f"{folder} holds {stale[0]}, which a plain load would mistake for this model; save to another folder"
+        )
     manifest = self.hf_quantizer.manifest
     extra = {}
     if is_checkpoint(folder) and self.hf_quantizer.trainable:
@@ -285,8 +318,10 @@ def push_to_hub(
     float_copy: bool | None = None,
     **kwargs: Any,
 ) -> Any:
-    """As transformers' push_to_hub, by hub_mpq.hub.publish: one commit with the card and, unless float_copy=False, the
-    dequantized weights, so that no stale ones stay in the repo. max_shard_size, tags and the like are not used.
+    """Publish the model as `hub_mpq.hub.publish` does; replaces transformers' push_to_hub.
+
+    One commit with the card and, unless float_copy=False, the dequantized weights, so that no stale ones stay in the
+    repo. max_shard_size, tags and similar arguments are ignored.
     """
     if getattr(self, "_hf_peft_config_loaded", False):
         given = {"commit_message": commit_message, "private": private, "token": token, "revision": revision}
@@ -316,9 +351,9 @@ def _config(model: Any) -> dict[str, Any]:
 
 
 def register() -> None:
-    """Tell transformers of "mpq"; does nothing the second time. HubMPQError for a transformers that lacks the hook."""
+    """Register "mpq" with transformers, once; HubMPQError if transformers lacks the required hook."""
     if not hasattr(HfQuantizer, "update_attn_implementation"):
-        raise HubMPQError("its quantizers have no update_attn_implementation; transformers 5.23 or newer is needed")
+        raise HubMPQError("transformers 5.23 or newer is required: its quantizers lack update_attn_implementation")
     if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
         auto.register_quantization_config(METHOD)(MPQConfig)
     if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
@@ -326,8 +361,10 @@ def register() -> None:
 
 
 def prepare(model: Any, manifest: Manifest) -> None:
-    """Make a transformers model that HubMPQ quantized known to transformers as such: save_pretrained and push_to_hub
-    write the packed format, and Trainer trains it. Does nothing to other models."""
+    """Mark a transformers model that HubMPQ quantized as quantized; does nothing to other models.
+
+    save_pretrained and push_to_hub then write the packed format, and Trainer trains it.
+    """
     if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
         return
     quantizer = MPQHfQuantizer(MPQConfig(manifest.policy))
@@ -335,4 +372,4 @@ def prepare(model: Any, manifest: Manifest) -> None:
     _attach(model, manifest, quantizer)
 
 
-register()  # here, since this module may be imported first, and transformers' tables by it
+register()  # here, because this module may be the first to import transformers' tables

@@ -1,9 +1,9 @@
-"""Checkpoints of transformers' Trainer: the state of a training beside the packed file.
+"""Checkpoints of transformers' Trainer: the training state next to the packed file.
 
-Trainer saves a checkpoint by the model's `save_pretrained` and reads its model.safetensors back by `load_state_dict`,
-to resume and to load the best model. The packed file lacks what training needs: the float weights behind the
-quantizers. So model.safetensors of a checkpoint holds the whole state dict, under names of our own, and one weight
-without elements: who takes the file for float weights meets a wrong shape.
+Trainer saves a checkpoint with the model's `save_pretrained` and reads its model.safetensors with `load_state_dict`, to
+resume and to load the best model. The packed file lacks what training needs: the float weights behind the quantizers.
+So model.safetensors of a checkpoint holds the whole state dict, under names of our own, and one weight without
+elements: loading the file as float weights fails with a wrong shape.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def is_training_state(file: Path) -> bool:
-    """Whether a file is what `training_state` makes."""
+    """Whether a file was written by `training_state`."""
     try:
         with safe_open(file, "pt") as opened:
             return (opened.metadata() or {}).get("content") == _CONTENT
@@ -48,7 +48,10 @@ def training_state(model: nn.Module, policy: Policy) -> bytes:
 
     Args:
         model: The model, with quantizers.
-        policy: Its widths.
+        policy: Its bit-widths.
+
+    Returns:
+        The content of the file.
     """
     own = model.state_dict()
     state = {_STATE + key: own[key].cpu().contiguous() for key in dict.fromkeys(_first_names(model).values())}
@@ -58,9 +61,9 @@ def training_state(model: nn.Module, policy: Policy) -> bytes:
 
 
 def restore_from_checkpoints(model: nn.Module) -> None:
-    """Let `model.load_state_dict` take what `training_state` saved.
+    """Let `model.load_state_dict` accept what `training_state` saved.
 
-    It raises InvalidArgument for the state of another policy.
+    Loading raises InvalidArgument for the state of another policy.
 
     Args:
         model: A transformers model with quantizers, whose `hf_quantizer` knows the policy.
@@ -69,13 +72,13 @@ def restore_from_checkpoints(model: nn.Module) -> None:
 
 
 def _restore(model: Any, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-    """Give the tensors of a training state their own names back; does nothing to other states."""
+    """Restore the names of the tensors of a training state; does nothing to other states."""
     if (policy := state_dict.pop(prefix + _POLICY, None)) is None:
         return
     if not torch.equal(policy, _policy_tensor(model.hf_quantizer.manifest.policy)):
         raise InvalidArgument(
-            "the checkpoint was trained at another policy than the model's; apply the policy in the checkpoint's "
-            "config.json to the model first"
+            "the checkpoint was trained with a different policy than the model has; first apply the policy in the "
+            "checkpoint's config.json to the model"
         )
     marked = prefix + _STATE
     saved = {key.removeprefix(marked): state_dict.pop(key) for key in list(state_dict) if key.startswith(marked)}

@@ -1,4 +1,4 @@
-"""From a model of transformers on the meta device and a packed file to packed layers that wait for their tensors."""
+"""Prepare a transformers model on the meta device for the tensors of a packed file."""
 
 from __future__ import annotations
 
@@ -32,16 +32,28 @@ def network_of(model: Any) -> nn.Module:
 
 
 def become_packed(model: Any, file: str, policy: Policy | LayerBits | None, dtype: torch.dtype) -> Manifest:
-    """Give `model` packed layers for the tensors of `file`, every byte of which is verified; returns its manifest.
+    """Replace layers of a model by packed ones for the tensors of a file, every byte of which is verified.
 
-    `policy`: what config.json says. The model may be another class than the one that was saved: without its head,
-    or with a new one; the manifest is then that of the part that was taken over. Raises PackedFormat for a bad
-    file or a config.json that disagrees with it, PolicyMismatch for another model.
+    The model may be of another class than the saved one: without its head, or with a new one. The manifest is then that
+    of the part that was loaded.
+
+    Args:
+        model: A transformers model on the meta device.
+        file: The packed file.
+        policy: The policy in config.json.
+        dtype: Dtype to compute in.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        PackedFormat: The file is damaged, or config.json contradicts it.
+        PolicyMismatch: The file is for another model.
     """
     tensors, manifest = mended(Path(file).parent, lambda: read_packed(file))
     library_of(manifest, file)
     if policy != manifest.policy:
-        raise PackedFormat(file, "its policy is not the one that config.json states")
+        raise PackedFormat(file, "its policy differs from the one in config.json")
     net = network_of(model)
     expose_layers(net)
     if (why := check_folded(net, manifest.graph.floats)) is not None:
@@ -64,7 +76,7 @@ def become_packed(model: Any, file: str, policy: Policy | LayerBits | None, dtyp
 
 
 def _names(wanted: Iterable[str], net: nn.Module, model: Any) -> dict[str, str]:
-    """{name in the file: name in the network} of the layers it has, with or without the base model's prefix."""
+    """{name in the file: name in the network} of existing layers, with or without the base model's prefix."""
     modules = {name for name, module in net.named_modules() if hasattr(module, "weight")}  # timm's no head: Identity
     return {name: found for name in wanted if (found := _here(name, modules, model)) is not None}
 
@@ -101,10 +113,10 @@ def _replace_layer(
 def _check_covered(
     model: Any, net: nn.Module, flat: Mapping[str, Tensor], manifest: Manifest, names: Mapping[str, str], file: str
 ) -> None:
-    """PackedFormat when transformers would draw random weights for anything but a part the file knows nothing of.
+    """Raise PackedFormat if transformers would initialize weights at random that the file should hold.
 
-    The class that was saved must find exactly its tensors. Another one may leave a head unread and draw a new one
-    (transformers says so), but not when tensors of the base model are left over, or lacking in a part that is there.
+    The saved class must find exactly its tensors. Another class may leave a head unread and initialize a new one
+    (transformers reports that), but no tensors of the base model may be left over or missing in a part that exists.
     """
     own = set(net.state_dict())
     found = {key: _here(key, own, model) for key in flat}
@@ -122,8 +134,8 @@ def _check_covered(
     if missing or unread:
         raise PackedFormat(
             file,
-            f"it is for another model than {type(model).__name__}: missing {sorted(missing)[:4]}, "
-            f"unknown {sorted(unread)[:4]}",
+            f"it does not match {type(model).__name__}: missing tensors {sorted(missing)[:4]}, "
+            f"unexpected tensors {sorted(unread)[:4]}",
         )
 
 
@@ -133,7 +145,7 @@ def _part(key: str, prefix: str) -> str:
 
 
 def _untie(model: Any, net: nn.Module) -> None:
-    """A packed head reads the embedding's words by itself; transformers would look for a Parameter to tie."""
+    """A packed head reads the embedding's weight itself; transformers would look for a Parameter to tie."""
     prefix = "" if net is model else "timm_model."
     gone = {f"{prefix}{name}.weight" for name, _ in packed_layers(net)}
     tied = getattr(model, "all_tied_weights_keys", None) or {}
@@ -141,15 +153,17 @@ def _untie(model: Any, net: nn.Module) -> None:
 
 
 def fill_scales(net: nn.Module) -> None:
-    """Set the scales of packed embeddings, which no file holds: transformers fills these buffers by the type of a
-    module, and does not know the packed one."""
+    """Set the scales of packed embeddings, which no file holds.
+
+    transformers fills these buffers by the type of a module, and does not know the packed one.
+    """
     for _, layer in packed_layers(net):
         if (scale := layer._buffers.get("embed_scale")) is not None:
             scale.fill_(layer.scalar_embed_scale)  # type: ignore[arg-type]
 
 
 def _manifest_of(manifest: Manifest, names: Mapping[str, str], net: nn.Module) -> Manifest:
-    """The manifest of what was taken over; the same one when that is everything under its own name."""
+    """The manifest of what was loaded; the same one if that is everything under its own name."""
     if all(names.get(name) == name for name in manifest.graph.names):
         return manifest
     graph = manifest.graph
@@ -177,7 +191,7 @@ def _manifest_of(manifest: Manifest, names: Mapping[str, str], net: nn.Module) -
 
 
 def to_float(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every packed layer by its float form with the dequantized weight, in place; shared weights stay one."""
+    """Replace every packed layer by its float form, with dequantized weights, in place; shared weights stay shared."""
     for name, module in sorted(packed_layers(model), key=lambda item: bool(item[1].owner)):
         shared: Any = module.owner[0].weight if module.owner else None  # the owner is float by now
         replace_layer(model, name, float_layer(module, dtype, shared))

@@ -1,4 +1,4 @@
-"""Quantize a float model of transformers in place, behind its loading."""
+"""Quantize a float transformers model in place, after it is loaded."""
 
 from __future__ import annotations
 
@@ -34,21 +34,25 @@ from .plugin_load import network_of
 
 
 def quantize_in_place(model: Any, config: Any, revision: str | None = None) -> Manifest:
-    """Put quantizers into a loaded float model as an MPQConfig asks; returns the manifest of the result.
+    """Quantize a loaded float model as an MPQConfig asks.
 
-    Scales of inputs from up to 4 calibration batches, or from synthetic inputs with one warning. A policy of weights
-    alone is rounded by GPTQ on up to 16 of them, unless the config says otherwise.
+    Scales of inputs are calibrated on up to 4 batches, or on synthetic inputs with one warning. Weight-only policies
+    are rounded by GPTQ on up to 16 batches, unless the config says otherwise.
 
     Args:
         model: The float model.
         config: An MPQConfig.
-        revision: Commit of the Hub repository that the float weights were taken from, if any.
+        revision: Commit of the Hub repo that the float weights came from, if any.
+
+    Returns:
+        The manifest of the quantized model.
 
     Raises:
         InfeasibleBudget: No policy meets the budget.
+        InvalidArgument: The model is offloaded.
     """
     if any(p.is_meta for p in model.parameters()):
-        raise InvalidArgument("a model that is offloaded can't be quantized; load it whole, without device_map='auto'")
+        raise InvalidArgument("an offloaded model cannot be quantized; load it without device_map='auto'")
     model.eval()
     net = network_of(model)
     expose_layers(net)
@@ -65,8 +69,8 @@ def quantize_in_place(model: Any, config: Any, revision: str | None = None) -> M
     if config.budget is not None:
         if scores is None:
             warnings.warn(
-                "no stored indicators: searching with scales that were not trained, on synthetic inputs; "
-                "HubMPQ.quantize(train=…) gives a policy that was learned",
+                "no stored indicators: searching with untrained scales on synthetic inputs; use "
+                "HubMPQ.quantize(train=…) for a learned policy",
                 stacklevel=2,
             )
             with torch.no_grad():
@@ -89,19 +93,19 @@ def quantize_in_place(model: Any, config: Any, revision: str | None = None) -> M
         policy = policy.with_groups(graph, config.group_size, config.symmetric)
     if config.calibration is None and any(bits.activation <= 8 for bits in policy.bits.values()):
         warnings.warn(
-            "no calibration batches: scales of activations come from synthetic inputs; pass "
-            "MPQConfig(…, calibration=batches) for real ones",
+            "no calibration batches: scales of inputs are calibrated on synthetic data; pass "
+            "MPQConfig(…, calibration=batches)",
             stacklevel=2,
         )
     data = [batch] if config.calibration is None else config.calibration
     rounding = chosen_rounding(config.rounding, policy, config.calibration, config.per_channel)
     apply_policy(net, graph, policy, data, per_channel=config.per_channel, example=example, rounding=rounding)
-    config.budget = config.calibration = None  # served; a copy of the config must not drag data along
+    config.budget = config.calibration = None  # no longer needed; copies of the config must not hold data
     return Manifest(graph.model_id, graph.revision, graph.library, graph, policy, {"hub_mpq": __version__})
 
 
 def _graph(model: Any, net: nn.Module, exclude: Any, revision: str | None) -> tuple[Any, LayerGraph]:
-    # a local folder's path is nobody's business: its name says as much
+    # publish the name of a local folder, not its path
     name = Path(model.name_or_path).name if Path(model.name_or_path).is_dir() else model.name_or_path
     common: dict[str, Any] = {"model_id": name, "revision": revision, "exclude": exclude}
     if net is not model:

@@ -1,4 +1,4 @@
-"""Files that say how a model's input is made: tokenizers, image processors, generation defaults."""
+"""Preprocessing files of a model: tokenizers, image processors, generation defaults."""
 
 from __future__ import annotations
 
@@ -17,14 +17,20 @@ from .remote import COMMIT, FILES, bounded, hub_api, hub_errors, repo_of
 
 
 def preprocess_names() -> tuple[str, ...]:
-    """Names of the files of all libraries; no other file of a folder or repo is taken for one."""
+    """Names of the preprocessing files of all libraries."""
     return tuple(dict.fromkeys(name for library in libraries for name in library.preprocessing))
 
 
 def local_preprocess(folder: Path | None, library: str, input_shape: tuple[int, ...]) -> dict[str, bytes]:
-    """{name: content} of a library's files in the folder that a model was loaded from; {} when it was no folder.
+    """Read a library's preprocessing files from the folder that a model was loaded from.
 
-    `input_shape`: of the model, which may have been given another than the folder's own.
+    Args:
+        folder: The folder; None if there was none.
+        library: Name of the library.
+        input_shape: Input shape of the model, which may differ from the folder's.
+
+    Returns:
+        `{name: content}`; {} without a folder.
     """
     if folder is None:
         return {}
@@ -32,7 +38,7 @@ def local_preprocess(folder: Path | None, library: str, input_shape: tuple[int, 
     found = {}
     for name in owner.preprocessing:
         if is_foreign_link(folder / name):
-            warnings.warn(f"{folder / name} is a link and is not copied", stacklevel=2)
+            warnings.warn(f"{folder / name} is a symbolic link and is not copied", stacklevel=2)
         elif (folder / name).is_file():
             found[name] = (folder / name).read_bytes()
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8")) if found else {}
@@ -45,17 +51,25 @@ def _resized(
     try:
         return library.resized(name, content, config, input_shape)
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RecursionError):
-        warnings.warn(f"{name} cannot be read and is copied as it is, whatever the input size", stacklevel=2)
+        warnings.warn(f"{name} cannot be read and is copied unchanged, even if the input size differs", stacklevel=2)
         return content
 
 
 def preprocess_files(
     base_model: str, revision: str | None, *, library: str, token: str | bool | None = None
 ) -> dict[str, Path]:
-    """{name: path} of the base model's own files; {} for a library without such files, or where none are found.
+    """Find the base model's preprocessing files.
 
-    `base_model` is what a packed file says, which others may have written: a Hub id, never a path on this disk.
-    A base that can't be reached leaves them out: they are its files, and a packed model runs without them.
+    A base that cannot be reached has none: a packed model runs without them.
+
+    Args:
+        base_model: The base model as the (untrusted) packed file names it: a Hub id, never a local path.
+        revision: Its revision.
+        library: Name of its library.
+        token: Hub token, as in huggingface_hub.
+
+    Returns:
+        `{name: path}`; {} for a library without such files, or if none are found.
     """
     wanted = libraries.get(library).preprocessing
     found = repo_of(base_model)
@@ -64,7 +78,7 @@ def preprocess_files(
     api = hub_api(token)
     revision = revision if revision and COMMIT.fullmatch(revision) else None
     try:
-        with hub_errors(f"files of {found[0]} can't be fetched"), bounded(OPTIONAL):
+        with hub_errors(f"cannot download files of {found[0]}"), bounded(OPTIONAL):
             names = {file.path for file in islice(api.list_repo_tree(found[0], revision=revision), FILES)}
             there = [name for name in wanted if name in names]
             return {name: Path(api.hf_hub_download(found[0], name, revision=revision)) for name in there}

@@ -1,4 +1,4 @@
-"""From a packed folder to the Hub: everything in one commit."""
+"""Publish a packed folder on the Hub, in one commit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PICTURE = "policy.png"
 EVAL_RESULTS = ".eval_results/hub-mpq.yaml"
 _OURS = (CONFIG, PACKED, INDICATORS, FLOAT_COPY, CARD, PICTURE, MANIFEST, EVAL_RESULTS)
 _ANSWER = 64 << 20
-"""Bytes of an answer that is no file, at most."""
+"""Maximum bytes of a response that is not a file."""
 _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".safetensors", ".safetensors.index.json", ".onnx")
 
 
@@ -59,41 +59,63 @@ def publish(
     model: nn.Module | None = None,
     seconds: Mapping[str, float] | None = None,
 ) -> CommitInfo:
-    """Publish a folder that save_pretrained wrote as `repo_id`, in one commit; returns it (commit_url, oid, pr_url).
+    """Publish a folder that save_pretrained wrote, in one commit.
 
-    private: None leaves a repo as it is and makes a new one public. revision: another branch than main, made if
-    missing. create_pr: open a pull request instead; the repo must be there. float_copy: also dequantized weights that
-    plain timm and transformers load, by default for their models. format: "mpq", or "compressed-tensors" for a
-    policy of a transformers model over Linear and Embedding layers: transformers then reads it with that package and
-    without this one, and HubMPQ.from_pretrained does not. license, base_model, pipeline_tag: of the float model where
-    they can't be found.
-    dataset: what the figures were measured on; eval_task: its task, if it is a benchmark of the Hub.
-    trained_on: data of the training. message: of the commit.
-    model: the quantized model, to spare building it again. seconds: {stage: wall time} of its making.
+    Nothing in the folder changes, and only files of known names are published. Readers of the repo see the old version
+    or the new one, complete.
 
-    Nothing in `folder` changes, and of it only files of known names are published. Raises PackedFormat for a torn
-    packed file before anything is sent, InvalidArgument for a folder or name that can't be, HubMPQError when the Hub
-    refuses: a reader then finds the old version or the new one, whole.
+    Args:
+        folder: The packed folder.
+        repo_id: "owner/name".
+        private: Whether a new repo is private; None: public. An existing repo keeps its visibility; a public one is
+            refused if this is True.
+        revision: Branch to publish on, created if it does not exist; None for "main".
+        create_pr: Open a pull request instead; the repo must exist.
+        float_copy: Also publish dequantized weights, which plain timm or transformers load. None: yes for models of
+            these libraries.
+        format: "mpq", or "compressed-tensors" for a policy of a transformers model over Linear and Embedding layers.
+            transformers loads that with the compressed-tensors package and without hub-mpq; `HubMPQ.from_pretrained`
+            does not load it.
+        token: Hub token, as in huggingface_hub.
+        license: Licence of the float model, if it is not found.
+        base_model: Hub id of the float model, if it is not known.
+        pipeline_tag: Pipeline tag of the model, if it is not known.
+        dataset: What the figures were measured on.
+        eval_task: Task of that dataset, if it is a benchmark on the Hub.
+        trained_on: Training data.
+        message: Commit message.
+        model: The quantized model, so that it is not built again.
+        seconds: `{stage: wall time}` for the card.
+
+    Returns:
+        The commit, with `commit_url`, `oid` and `pr_url`.
+
+    Raises:
+        PackedFormat: The packed file is incomplete or damaged; nothing is sent.
+        InvalidArgument: The folder or the name is not valid.
+        HubMPQError: The Hub refuses.
     """
     check_repo_id(repo_id)
     folder = Path(folder)
     finish_interrupted(folder)
     if not (folder / PACKED).is_file() or not (folder / CONFIG).is_file():
-        raise InvalidArgument(f"{folder} holds no {CONFIG} and {PACKED}: publish a folder that save_pretrained wrote")
+        raise InvalidArgument(
+            f"{folder} does not contain {CONFIG} and {PACKED}; publish a folder that save_pretrained wrote"
+        )
     for name in (CONFIG, PACKED, INDICATORS, CARD, *preprocess_names()):
         if is_foreign_link(folder / name):
             raise InvalidArgument(
-                f"{folder / name} is a link, and links are not followed when a folder is published; put the file there"
+                f"{folder / name} is a symbolic link, which is not followed when publishing; replace it with the file"
             )
     _, manifest = read_packed(folder / PACKED)
     library = library_of(manifest, folder / PACKED)
     if format not in ("mpq", COMPRESSED_TENSORS):
-        raise InvalidArgument(f"format is 'mpq' or {COMPRESSED_TENSORS!r}, not {format!r}")
+        raise InvalidArgument(f"format must be 'mpq' or {COMPRESSED_TENSORS!r}, got {format!r}")
     if format == COMPRESSED_TENSORS:
         check_exportable(manifest)
         if float_copy:
             raise InvalidArgument(
-                f"{COMPRESSED_TENSORS} and a float copy would both be {FLOAT_COPY}: publish one of them"
+                f"{COMPRESSED_TENSORS} and a float copy would both write {FLOAT_COPY}; publish only one of them"
             )
     wanted = float_copy
     float_copy = format == "mpq" and (library.builds_from_folder if float_copy is None else float_copy)
@@ -107,7 +129,7 @@ def publish(
             whole = model or _network(folder, library)
             why = why_not_unfolded(whole)
             if why is not None and wanted:
-                raise HubMPQError(f"there is no float copy to publish: {why}")
+                raise HubMPQError(f"cannot publish a float copy: {why}")
             if why is not None:
                 warnings.warn(f"published without a float copy: {why}", stacklevel=2)
             else:
@@ -126,7 +148,7 @@ def _preprocessing(folder: Path, manifest: Manifest, token: str | bool | None) -
 
 
 def _write_compressed(work: Path, folder: Path, manifest: Manifest, model: nn.Module | None) -> dict[str, Path]:
-    """config.json and weights in compressed-tensors' form, and the manifest, which no other file would tell."""
+    """Write config.json and weights in compressed-tensors format, and the manifest, which no other file holds."""
     config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     export(work, COMPRESSED_TENSORS, model or load_folder(folder, None, {})[0].model, manifest, config, None)
     (work / MANIFEST).write_text(manifest.to_text(), encoding="utf-8")
@@ -136,7 +158,7 @@ def _write_compressed(work: Path, folder: Path, manifest: Manifest, model: nn.Mo
 def _network(folder: Path, library: Library) -> nn.Module:
     """The quantized model of a folder."""
     if not library.builds_from_folder:
-        raise InvalidArgument("the float copy of a network of one's own needs the network: HubMPQ.push_to_hub has it")
+        raise InvalidArgument("a float copy of a custom network needs the network itself; use HubMPQ.push_to_hub")
     return load_folder(folder, None, {})[0].model
 
 
@@ -148,7 +170,7 @@ def _write_float_copy(path: Path, library: Library, model: nn.Module) -> Path:
 
 
 def _draw(manifest: Manifest, path: Path) -> bool:
-    """Draw the policy; False where matplotlib is missing."""
+    """Plot the policy; False if matplotlib is not installed."""
     from ..plot import check_plot, plot_policy
 
     try:
@@ -169,7 +191,7 @@ def _card(
     seconds: Mapping[str, float],
     token: str | bool | None,
 ) -> dict[str, Path]:
-    """The card and the evaluation file. A README.md that stands in the folder is the user's own and goes as it is."""
+    """The card and the evaluation file; a README.md in the folder is the user's own and is published unchanged."""
     config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     origin = origin_of(manifest, config, given["base_model"], token)
     indicators = read_folder_indicators(folder)
@@ -214,8 +236,8 @@ def _commit(
     from huggingface_hub.errors import HfHubHTTPError
 
     api = hub_api(token)
-    after = "; its readers see the old version or the new one, whole"
-    with hub_errors(f"{repo_id} can't be published", after), bounded(_ANSWER):
+    after = "; the repo holds the old version or the new one, complete"
+    with hub_errors(f"cannot publish {repo_id}", after), bounded(_ANSWER):
         if not create_pr:
             api.create_repo(repo_id, private=private, exist_ok=True)
         for attempt in (1, 2):
@@ -229,13 +251,13 @@ def _commit(
                     create_pr=create_pr,
                     parent_commit=head,
                 )
-            except HfHubHTTPError as error:  # 412: somebody else has committed since
+            except HfHubHTTPError as error:  # 412: somebody else has committed in the meantime
                 if error.response is None or error.response.status_code != 412:
                     raise
                 if attempt == 2:
                     raise HubMPQError(
-                        f"{repo_id} changes while it is published: its head is no longer {head[:12]}, and had moved "
-                        "before too. Nothing was published; try again"
+                        f"{repo_id} keeps changing while it is published: its head is no longer {head[:12]}. "
+                        "Nothing was published; try again"
                     ) from error
     raise AssertionError
 
@@ -243,7 +265,7 @@ def _commit(
 def _head(
     api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool
 ) -> tuple[str, frozenset[str]]:
-    """(commit a push starts from, names of its files)."""
+    """(commit that the push starts from, names of its files)."""
     from huggingface_hub.errors import RevisionNotFoundError
 
     try:
@@ -254,14 +276,14 @@ def _head(
         api.create_branch(repo_id, branch=revision, exist_ok=True)
         info = api.model_info(repo_id, revision=revision)
     if private and info.private is False:
-        raise HubMPQError(f"{repo_id} is there already and public: make it private in its settings first")
+        raise HubMPQError(f"{repo_id} already exists and is public; make it private in its settings first")
     if info.sha is None:
-        raise HubMPQError(f"{repo_id}: the Hub names no commit to start from")
+        raise HubMPQError(f"{repo_id}: the Hub returned no commit to start from")
     return info.sha, frozenset(f.rfilename for f in info.siblings or ())
 
 
 def _operations(repo_id: str, files: Mapping[str, Path], there: frozenset[str]) -> list[Any]:
-    """Add every file; delete ours that this version lacks. Weights of others would be taken for ours: refuse them."""
+    """Add every file and delete ours that this version lacks; refuse a repo with weights of others."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     ours = (*_OURS, *preprocess_names())
@@ -270,8 +292,8 @@ def _operations(repo_id: str, files: Mapping[str, Path], there: frozenset[str]) 
         foreign |= there & {FLOAT_COPY}
     if foreign:
         raise HubMPQError(
-            f"{repo_id} holds weights that hub-mpq did not write ({', '.join(sorted(foreign)[:3])}); a plain load "
-            "would take those for this model. Publish under another name, or delete them first"
+            f"{repo_id} holds weights that hub-mpq did not write ({', '.join(sorted(foreign)[:3])}), which a plain "
+            "load would mistake for this model. Publish under another name, or delete them first"
         )
     adds = [CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())]
     stale = [name for name in ours if name in there and name not in files]

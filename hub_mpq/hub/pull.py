@@ -1,4 +1,4 @@
-"""From the Hub to a folder: packed weights and what belongs to them, never the float copy."""
+"""Download a published model: packed weights and their files, never the float copy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _FIRST = 1 << 16
 _ANSWER = 16 << 20
-"""Bytes of a config or of a page of file names, at most."""
+"""Maximum bytes of a config or of a page of file names."""
 _REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 
 
@@ -40,25 +40,36 @@ def fetch(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Path | None:
-    """Folder in the Hub client's cache with a published model, all of one commit; None when the repo is no such one.
+    """Download a published model into the Hub client's cache, all of one commit.
 
-    `revision`: branch, tag or commit. Of a branch that has not moved one request is made; of a commit (40 hexadecimal
-    digits) that is in the cache none, nor with `local_files_only` or HF_HUB_OFFLINE. Only files of known names are
-    fetched, whatever the repo lists; where one that a model runs without can't be had, a warning says so. Small files
-    that are no longer what was downloaded are fetched anew. HubMPQError when the model can't be had.
+    For a branch that has not moved one request is made; for a cached commit none, nor with `local_files_only` or
+    HF_HUB_OFFLINE. Only files of known names are downloaded, whatever the repo lists; a warning names optional files
+    that cannot be downloaded. Small files that have changed since their download are downloaded again.
+
+    Args:
+        repo_id: "owner/name".
+        revision: Branch, tag or commit (40 hexadecimal digits).
+        token: Hub token, as in huggingface_hub.
+        local_files_only: Use cached files only.
+
+    Returns:
+        The folder in the cache; None if the repo does not hold a packed model.
+
+    Raises:
+        HubMPQError: The model cannot be downloaded.
     """
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     api, offline = hub_api(token), local_files_only or constants.HF_HUB_OFFLINE
-    with hub_errors(f"{repo_id} can't be fetched"), bounded(_ANSWER):
+    with hub_errors(f"cannot download {repo_id}"), bounded(_ANSWER):
         try:
             commit = revision if offline else _commit(api, repo_id, revision)
             config = api.hf_hub_download(repo_id, CONFIG, revision=commit, local_files_only=local_files_only)
         except LocalEntryNotFoundError:
             if local_files_only:
                 raise
-            return None  # whoever loads float models says what is missing
+            return None  # loading a float model then reports what is missing
         except EntryNotFoundError:
             return None
     folder = Path(config).parent
@@ -68,24 +79,23 @@ def fetch(
     if not _is_packed(folder / CONFIG):
         return None
     if not named:
-        raise HubMPQError(f"{repo_id}: the server names no commit but {folder.name[:60]!r}")
+        raise HubMPQError(f"{repo_id}: expected a commit from the server, got {folder.name[:60]!r}")
     packed = (folder / PACKED).is_file()
-    # transformers fetches the packed file alone; the indicators, which are fetched just before, tell
+    # transformers downloads only the packed file; ours is complete if the indicators, downloaded before it, are known
     if packed and try_to_load_from_cache(repo_id, INDICATORS, revision=folder.name) is not None:
         _remember(folder, revision, offline)
         return folder
     if offline:
         if packed:
             return folder
-        raise HubMPQError(f"{repo_id} can't be fetched: its packed weights are not in the local cache")
+        raise HubMPQError(f"cannot download {repo_id}: its packed weights are not in the local cache")
     _fetch_files(api, repo_id, folder.name)
     _remember(folder, revision, offline)
     return folder
 
 
 def _commit(api: HfApi, repo_id: str, revision: str | None) -> str | None:
-    """The commit that a branch is at now, since it may move between two requests; the revision itself when the Hub
-    doesn't say: it may be in the cache."""
+    """The current commit of a branch, which may move between requests; the revision itself if the Hub does not say."""
     from huggingface_hub import hf_hub_url
 
     if revision is not None and COMMIT.fullmatch(revision):
@@ -100,43 +110,43 @@ def _commit(api: HfApi, repo_id: str, revision: str | None) -> str | None:
 
 
 def _fetch_files(api: HfApi, repo_id: str, commit: str) -> None:
-    """All files of a published model, the packed one last: where it is, the rest is too."""
+    """Download all files of a published model, the packed one last: if it exists, the rest does too."""
     from huggingface_hub.errors import EntryNotFoundError
 
-    with hub_errors(f"{repo_id} can't be fetched"), bounded(_ANSWER):
+    with hub_errors(f"cannot download {repo_id}"), bounded(_ANSWER):
         tree = islice(api.list_repo_tree(repo_id, revision=commit), FILES)
         there = {file.path: int(getattr(file, "size", 0)) for file in tree}
         if INDICATORS not in there:
-            with contextlib.suppress(EntryNotFoundError):  # so that the cache knows
+            with contextlib.suppress(EntryNotFoundError):  # so that the cache knows there is none
                 api.hf_hub_download(repo_id, INDICATORS, revision=commit)
     for name in _wanted():
         if name in there and name not in (CONFIG, PACKED):
             try:
-                size = max(there[name], _FIRST)  # an error has a body too
-                with hub_errors(f"{name} of {repo_id} can't be fetched"), bounded(min(size, OPTIONAL)):
+                size = max(there[name], _FIRST)  # error responses have a body too
+                with hub_errors(f"cannot download {name} of {repo_id}"), bounded(min(size, OPTIONAL)):
                     api.hf_hub_download(repo_id, name, revision=commit)
             except HubMPQError as error:
                 warnings.warn(f"{error}; the model is loaded without it", stacklevel=2)
-    with hub_errors(f"{repo_id} can't be fetched"):
+    with hub_errors(f"cannot download {repo_id}"):
         try:
             download_packed(api, repo_id, commit)
         except EntryNotFoundError:
-            raise HubMPQError(f"{repo_id} has the config of a packed model but no {PACKED}") from None
+            raise HubMPQError(f"{repo_id} has the config of a packed model but not {PACKED}") from None
 
 
 def _remember(folder: Path, revision: str | None, offline: bool) -> None:
-    """Let the branch lead to this commit in the cache, now that all of it is there: without network it is found."""
+    """Let the branch point to this commit in the cache, now that it is complete, so that it is found offline."""
     name = revision or "main"
     if not offline and not COMMIT.fullmatch(name) and _REVISION.fullmatch(name):
         file = folder.parents[1] / "refs" / name
-        with contextlib.suppress(OSError, HubMPQError):  # a cache that can only be read will do
+        with contextlib.suppress(OSError, HubMPQError):  # a read-only cache is fine
             if not file.is_file() or file.read_text(encoding="utf-8") != folder.name:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(file, [folder.name.encode()])
 
 
 def _wanted() -> tuple[str, ...]:
-    """Names of the files of a published model, in the order to fetch: where the packed file is, the rest is too."""
+    """Names of the files of a published model in download order: if the packed file exists, the rest does too."""
     return (CONFIG, *preprocess_names(), INDICATORS, PACKED)
 
 
@@ -156,19 +166,31 @@ def pull(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Fetch a published model, verify every byte of its weights, and return where it lies.
+    """Download a published model and verify every byte of its weights.
 
-    `folder`: a new folder for a copy of its own; None leaves it in the cache. HubMPQError when it can't be had,
-    PackedFormat when the packed file was published torn or tampered with.
+    Args:
+        repo_id: "owner/name".
+        folder: New folder for a copy; None leaves the model in the cache.
+        revision: Branch, tag or commit.
+        token: Hub token, as in huggingface_hub.
+        local_files_only: Use cached files only.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InvalidArgument: The folder is not empty or cannot be written, or the name is not "owner/name".
+        HubMPQError: The model cannot be downloaded.
+        PackedFormat: The packed file was published incomplete or tampered with.
     """
     target = None if folder is None else Path(folder)
     if target is not None:
         check_output_folder(target)
         if target.exists() and any(target.iterdir()):
-            raise InvalidArgument(f"{target} is there already; pull writes a new folder")
+            raise InvalidArgument(f"{target} already exists and is not empty; choose a new folder")
     found = fetch(check_repo_id(repo_id), revision=revision, token=token, local_files_only=local_files_only)
     if found is None:
-        raise HubMPQError(f"{repo_id} can't be pulled: it is no repo of packed weights, or it can't be reached")
+        raise HubMPQError(f"cannot pull {repo_id}: it does not hold a packed model, or it cannot be reached")
     mended(found, lambda: read_packed(found / PACKED), token=token, offline=local_files_only)
     if target is None:
         return found
@@ -182,10 +204,21 @@ def pull(
 def remote_manifest(
     repo_id: str, *, revision: str | None = None, token: str | bool | None = None
 ) -> tuple[Manifest, int] | None:
-    """(manifest, bytes of the packed file) of a published model, from the file's header alone by a range request.
+    """Read the manifest of a published model with a range request for the header of its packed file.
 
-    Of a repo in compressed-tensors' form: from its manifest file. None for a repo without either, and for any with
-    HF_HUB_OFFLINE. HubMPQError when the repo can't be reached, PackedFormat when header or manifest are wrong.
+    For a repo in compressed-tensors format, read its manifest file.
+
+    Args:
+        repo_id: "owner/name".
+        revision: Branch, tag or commit.
+        token: Hub token, as in huggingface_hub.
+
+    Returns:
+        (manifest, bytes of the packed file). None for a repo with neither file, and with HF_HUB_OFFLINE.
+
+    Raises:
+        HubMPQError: The repo cannot be reached.
+        PackedFormat: The header or the manifest is not valid.
     """
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
@@ -202,11 +235,11 @@ def remote_manifest(
             response = get_session().get(url, headers={**headers, "Range": f"bytes={begin}-{end - 1}"}, timeout=30)
         hf_raise_for_status(response)
         if response.status_code != 206:
-            raise HubMPQError(f"{name}: the server serves no parts of files; pull it instead")
+            raise HubMPQError(f"{name}: the server does not support range requests; pull the model instead")
         content: bytes = response.content
         return content[: end - begin]
 
-    with hub_errors(f"{repo_id} can't be inspected"), bounded(1 << 60):
+    with hub_errors(f"cannot inspect {repo_id}"), bounded(1 << 60):
         try:
             found = api.get_hf_file_metadata(url=hf_hub_url(repo_id, PACKED, revision=revision), token=token)
         except EntryNotFoundError:
@@ -217,7 +250,7 @@ def remote_manifest(
         header = 8 + int.from_bytes(first[:8], "little")
         if header > size or header - 8 > MAX_HEADER:
             raise PackedFormat(
-                name, f"the header claims {header - 8} bytes, the file has {size}: torn or tampered with"
+                name, f"the header claims {header - 8} bytes, but the file has {size}: incomplete or tampered with"
             )
         if header > len(first):
             first += part(url, len(first), header)
@@ -225,7 +258,7 @@ def remote_manifest(
 
 
 def _manifest_file(repo_id: str, revision: str | None, token: str | bool | None) -> tuple[Manifest, int] | None:
-    """(manifest, bytes of the weights) of a repo in compressed-tensors' form that `publish` wrote, else None."""
+    """(manifest, bytes of the weights) of a repo in compressed-tensors format; None if hub-mpq did not write it."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -237,7 +270,7 @@ def _manifest_file(repo_id: str, revision: str | None, token: str | bool | None)
     except EntryNotFoundError:
         return None
     if (found.size or 0) > MAX_HEADER:
-        raise PackedFormat(name, f"{found.size} bytes are too many for a manifest")
+        raise PackedFormat(name, f"{found.size} bytes exceed the maximum size of a manifest")
     with bounded(MAX_HEADER):
         path = api.hf_hub_download(repo_id, MANIFEST, revision=found.commit_hash)
     try:
@@ -247,19 +280,19 @@ def _manifest_file(repo_id: str, revision: str | None, token: str | bool | None)
 
 
 def refuse_choices(model_id: str | os.PathLike[str], **asked: Any) -> None:
-    """Refuse what a caller says of how a packed model is to be quantized.
+    """Refuse arguments that say how to quantize a model that is already packed.
 
     Args:
         model_id: The packed model.
-        asked: What was said, by its name; empty or False: nothing.
+        **asked: The arguments by name; empty or False ones are ignored.
 
     Raises:
-        InvalidArgument: Something was.
+        InvalidArgument: An argument was passed.
     """
     if told := [name for name, value in asked.items() if value]:
         raise InvalidArgument(
-            f"{str(model_id)!r} is packed, its policy is made: {', '.join(told)} is of float models; load its base "
-            "model to quantize anew"
+            f"{', '.join(told)} cannot be used with the packed model {str(model_id)!r}; to quantize it again, load its "
+            "base model"
         )
 
 
@@ -270,9 +303,16 @@ def packed_folder(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Path | None:
-    """The folder of a packed model: the local one that `model_id` names, or a published one, fetched as by `fetch`.
+    """The folder of a packed model: a local one, or a published one, which is downloaded as by `fetch`.
 
-    None for everything else: a timm name, a float repo, a float folder.
+    Args:
+        model_id: A local folder or a Hub id.
+        revision: Branch, tag or commit.
+        token: Hub token, as in huggingface_hub.
+        local_files_only: Use cached files only.
+
+    Returns:
+        The folder; None for everything else: a timm name, a float repo, a float folder.
     """
     if Path(model_id).is_dir():
         finish_interrupted(Path(model_id))

@@ -1,4 +1,4 @@
-"""Make transformers know "mpq" without importing it: the one effect that importing hub_mpq has."""
+"""Register "mpq" with transformers without importing it: the only side effect of importing hub_mpq."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from importlib.util import find_spec
 from types import ModuleType
 
 TARGET = "transformers.quantizers.auto"
-"""The module that holds transformers' tables of quantizers; importing it costs seconds, so it is waited for."""
+"""The module with transformers' tables of quantizers; importing it takes seconds, so we wait until it is imported."""
 
 
 def install() -> None:
-    """Register at once when transformers' quantizers are imported already, else as soon as they are."""
+    """Register now if transformers' quantizers are imported already, else as soon as they are."""
     if hasattr(sys.modules.get(TARGET), "register_quantizer"):
         _register()
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
@@ -27,11 +27,11 @@ def _register() -> None:
     try:
         import_module(".plugin", __package__)  # registers at its end
     except Exception as error:  # hub_mpq must never break an import of transformers
-        warnings.warn(f"hub_mpq can't plug itself into this transformers: {error!r}", stacklevel=2)
+        warnings.warn(f"hub_mpq cannot register itself with this version of transformers: {error!r}", stacklevel=2)
 
 
 class _AfterImport(MetaPathFinder):
-    """Lets the usual finders find TARGET and runs `_register` behind it."""
+    """Let the usual finders find TARGET, and run `_register` after its import."""
 
     def __init__(self) -> None:
         self.asking = False

@@ -1,4 +1,4 @@
-"""Talking to the Hub: the client, which ids are repos, and its errors in words."""
+"""Access to the Hub: the client, which ids are repos, and its errors as messages."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 FILES = 10_000
-"""Files of a repo that are looked at, at most."""
+"""Maximum number of files of a repo that are listed."""
 _NAME = re.compile(r"\w[\w.+=:~-]{0,199}", re.ASCII)
 _PATIENCE = 120
-"""Seconds to wait, at most, when the Hub says how long."""
+"""Maximum seconds to wait when the Hub asks for it."""
 _limit: ContextVar[int | None] = ContextVar("limit", default=None)
 _REPO = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 
 
 def hub_api(token: str | bool | None = None) -> HfApi:
-    """The Hub client, under this package's own name."""
+    """The Hub client, with this package's name as the library name."""
     from huggingface_hub import HfApi
 
     warn_if_untested("huggingface_hub")
@@ -36,9 +36,9 @@ def hub_api(token: str | bool | None = None) -> HfApi:
 
 
 def repo_of(model_id: str) -> tuple[str, str | None] | None:
-    """(repo, revision named in the id) of "me/name" or "hf-hub:me/name@revision"; None for what is no Hub repo.
+    """(repo, revision in the id) of "me/name" or "hf-hub:me/name@revision"; None for what is not a Hub repo.
 
-    timm's own repos and names are none: nobody publishes packed weights there.
+    timm's own repos and names are not: nobody publishes packed weights there.
     """
     text = str(model_id)
     if Path(text).exists() or text.startswith(("timm/", "local-dir:")):
@@ -50,22 +50,22 @@ def repo_of(model_id: str) -> tuple[str, str | None] | None:
 
 
 def check_repo_id(repo_id: str) -> str:
-    """The id itself, or InvalidArgument unless it is "owner/name"."""
+    """The id itself; InvalidArgument unless it is "owner/name"."""
     if not _REPO.fullmatch(repo_id) or ".." in repo_id:
-        raise InvalidArgument(f"a Hub repo is named owner/name, not {repo_id!r}")
+        raise InvalidArgument(f"repo_id must be owner/name, got {repo_id!r}")
     return repo_id
 
 
 class BadAnswer(HubMPQError):
-    """A server answers what no Hub does, or more than can be taken."""
+    """A response that no Hub sends, or that is larger than expected."""
 
 
 @contextmanager
 def bounded(limit: int) -> Iterator[None]:
-    """Check every answer that the client gets in this thread while the block runs.
+    """Check every response that the client gets in this thread while the block runs.
 
-    Refused with BadAnswer are bodies of more than `limit` bytes, and headers that are no names of files: the client
-    writes to paths made of them.
+    BadAnswer is raised for bodies of more than `limit` bytes, and for headers that are not valid file names: the client
+    writes to paths made from them.
     """
     _watch_client()
     before = _limit.set(limit)
@@ -76,7 +76,7 @@ def bounded(limit: int) -> Iterator[None]:
 
 
 class _Watched:
-    """Makes clients as before, whose answers are checked. Whenever a connection fails a new one is made."""
+    """A factory of clients whose responses are checked; a new client is made whenever a connection fails."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self.make = make
@@ -105,7 +105,7 @@ def _watched(client: Any) -> Any:
 
 def _ask_plain(request: Any) -> None:
     if _limit.get() is not None:
-        request.headers["Accept-Encoding"] = "identity"  # a packed body may be a thousand times as long
+        request.headers["Accept-Encoding"] = "identity"  # a compressed body may expand a thousandfold
 
 
 def _check(response: Any) -> None:
@@ -114,23 +114,23 @@ def _check(response: Any) -> None:
         return
     wait = re.search(r"\d+", headers.get("Retry-After", "")) or re.search(r"(?<=;t=)\d+", headers.get("RateLimit", ""))
     if response.status_code in (429, 503) and wait and int(wait[0][:9]) > _PATIENCE:
-        raise BadAnswer(f"the Hub asks to wait {int(wait[0][:9])} s; try again then")
+        raise BadAnswer(f"the Hub asks to wait {int(wait[0][:9])} s; try again later")
     if response.request.method == "HEAD":
         for name in ("X-Linked-Etag", "ETag", "X-Repo-Commit"):
             if name in headers and not _NAME.fullmatch(headers[name].lstrip("W/").strip('"')):
-                raise BadAnswer(f"the server's {name}, {headers[name][:60]!r}, is no name")
+                raise BadAnswer(f"the server's {name} header {headers[name][:60]!r} is not valid")
     elif headers.get("Content-Encoding", "identity") != "identity":
-        raise BadAnswer("the server compresses what it was asked to send as it is")
+        raise BadAnswer("the server sent a compressed response, although an uncompressed one was requested")
     for name in ("X-Linked-Size", "Content-Length") if response.request.method == "HEAD" else ("Content-Length",):
-        size = headers.get(name, "") if response.status_code < 400 else ""  # else the status says more
+        size = headers.get(name, "") if response.status_code < 400 else ""  # for errors the status says more
         if size.isdecimal() and (len(size) > 18 or int(size) > limit):
-            raise BadAnswer(f"the server announces {size[:30]} bytes where at most {limit:,} are expected")
+            raise BadAnswer(f"the server announces {size[:30]} bytes, but at most {limit:,} are expected")
     if response.request.method != "HEAD":
         response.stream = _bounded_stream(response.stream, limit)
 
 
 def _bounded_stream(stream: Any, limit: int) -> Any:
-    """The stream, which ends with an error beyond `limit` bytes."""
+    """The stream, which raises an error beyond `limit` bytes."""
     base: Any = next(kind for kind in type(stream).__mro__ if kind.__name__ == "SyncByteStream")
 
     class Bounded(base):  # type: ignore[misc]
@@ -139,7 +139,7 @@ def _bounded_stream(stream: Any, limit: int) -> Any:
             for chunk in stream:
                 left -= len(chunk)
                 if left < 0:
-                    raise BadAnswer(f"the server sends more than the {limit:,} bytes that are expected")
+                    raise BadAnswer(f"the server sent more than the expected {limit:,} bytes")
                 yield chunk
 
         def close(self) -> None:
@@ -150,9 +150,9 @@ def _bounded_stream(stream: Any, limit: int) -> Any:
 
 @contextmanager
 def hub_errors(doing: str, after: str = "") -> Iterator[None]:
-    """Raise what the client raises as one HubMPQError: `doing`, why it did not happen, and how things stand `after`.
+    """Raise the client's errors as HubMPQError: what failed (`doing`), why, and the resulting state (`after`).
 
-    Bugs pass as they are.
+    Bugs are raised unchanged.
     """
     try:
         yield
@@ -174,29 +174,29 @@ def _reason(error: BaseException) -> str | None:
     if isinstance(error, (RuntimeError, ValueError)) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, errors.GatedRepoError):
-        return "its owner has not given you access; ask on its page"
+        return "access is restricted; request it on the repo's page"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return "there is no such repo, or it is private and your token may not see it (token=, or HF_TOKEN)"
+        return "repo not found, or it is private and your token has no access (token=, or HF_TOKEN)"
     if isinstance(error, errors.RevisionNotFoundError):
-        return "it has no such revision"
+        return "revision not found"
     if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
-        return "it is not in the local cache, and the Hub can't be reached or may not be asked"
+        return "it is not in the local cache, and the Hub cannot be reached or requests are disabled"
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code if error.response is not None else "no"
         said = (error.server_message or "").strip() or str(error).strip().partition("\n")[0]
-        hint = "; does your token allow it?" if status in (401, 403) else ""
+        hint = "; check the permissions of your token" if status in (401, 403) else ""
         return f"the Hub answered {status} ({said}){hint}"
     if isinstance(error, errors.HFValidationError) or is_connection_error(error):
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     if isinstance(error, json.JSONDecodeError):
-        return "its answer is no JSON; is this a Hub (HF_ENDPOINT)?"
+        return "the response is not valid JSON; check that HF_ENDPOINT is a Hub"
     if _raised_by_client(error):
-        return f"its answer cannot be used ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]})"
+        return f"unexpected response ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]})"
     return None
 
 
 def _raised_by_client(error: BaseException) -> bool:
-    """Whether the client itself stumbled, over an answer of another form than it knows."""
+    """Whether the client itself failed, on a response in a form that it does not know."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

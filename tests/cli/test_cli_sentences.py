@@ -38,9 +38,9 @@ def test_limits_without_end(run, tmp_path, limit):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--model-arg", "exclude=x"], "'exclude' is for hub-mpq"),
-        (["--model-arg", "input_size=3"], "'input_size' is for hub-mpq"),
-        (["--model-arg", "meta=true"], "'meta' is for hub-mpq"),
+        (["--model-arg", "exclude=x"], "'exclude' is not an argument of the model"),
+        (["--model-arg", "input_size=3"], "'input_size' is not an argument of the model"),
+        (["--model-arg", "meta=true"], "'meta' is not an argument of the model"),
         (["--library", ""], "library is empty"),
         (["--target", " "], "target is empty"),
     ],

@@ -65,7 +65,7 @@ def test_what_was_measured_stands_in_every_form(hub, tmp_path):
     assert rows["uniform W4A4"][5].strip() == "", "top-5 was not measured there"
     assert rows["mixed precision (this repo)"][3].strip() == f"{len(there[PACKED]) / 1e3:.3f} KB"
     assert "800 samples" in card.text
-    assert "was not measured by itself" in card.text
+    assert "Its results were not measured" in card.text
     assert 'create_model("hf-hub:me/timm"' in card.text
     assert 'AutoModelForImageClassification.from_pretrained("me/timm")' in card.text
     mpq.metrics = {**FIGURES, "float copy": {"top1": 76.0, "samples": 800.0}}
@@ -73,7 +73,7 @@ def test_what_was_measured_stands_in_every_form(hub, tmp_path):
     card = card_of(hub, "me/timm")
     assert (card.data.base_model, card.data.license) == ("timm/other", "cc0-1.0")
     assert "create_model" not in card.text
-    assert "does not load" in card.text
+    assert "hub-mpq is required: timm alone finds no weights" in card.text
     assert set(there) - set(hub.store.content("me/timm")) == {"model.safetensors", ".eval_results/hub-mpq.yaml"}
 
 

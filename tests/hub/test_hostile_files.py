@@ -91,7 +91,7 @@ def test_a_network_shares_the_weights_that_the_file_says(tmp_path):
         again = HubMPQ.from_pretrained(tmp_path / str(tied), module=Tied(tied))
         assert torch.equal(again(ids), mpq(ids))
         with pytest.raises(
-            PackedFormat, match=r"layer 'head' has the weight of '(emb|head)', and in the network that of"
+            PackedFormat, match=r"layer 'head' shares the weight of '(emb|head)', but in the network that of"
         ):
             HubMPQ.from_pretrained(tmp_path / str(tied), module=Tied(not tied))
 
@@ -148,7 +148,7 @@ def test_a_scale_beyond_all_weights_is_refused_when_it_is_loaded(hostile, tmp_pa
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"num_labels": 10**9}, "num_labels is 1000000000, and the packed file holds no network of that size"),
+        ({"num_labels": 10**9}, "num_labels is 1000000000, but the packed file does not hold a network of that size"),
         ({"a": [{"deep": [1, 10**400]}]}, "deep is 10000"),
         ({"drop": float("nan")}, "drop is NaN"),
         ({"\x1b[2J" * 99: 10**9}, r"\\x1b\[2J.* is 1000000000"),

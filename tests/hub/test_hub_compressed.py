@@ -75,7 +75,7 @@ def test_anybody_loads_it_without_this_package(hub, environment, tmp_path, float
     assert card.data.library_name == "transformers"
     assert "compressed-tensors" in card.data.tags
     assert "hub-mpq is not needed" in card.text
-    assert "they have here" in card.text
+    assert "must have one bit-width. Here all do." in card.text
     assert "from hub_mpq" not in card.text
     assert "dequantize=True" in card.text, "transformers 5.23 reads all widths as one with it"
     with pytest.raises(HubMPQError, match="quantized already"):
@@ -96,7 +96,7 @@ def test_versions_of_either_format_follow_each_other(hub, environment, tmp_path,
     mpq.push_to_hub(NAME, token="write-token")
     assert PACKED in hub.store.content(NAME)
     assert "without hub-mpq" in hub.store.content(NAME)["README.md"].decode(), "the hint"
-    assert "needs no hub-mpq" in mpq.report()
+    assert "loads it without hub-mpq" in mpq.report()
     for _ in range(2):
         mpq.push_to_hub(NAME, token="write-token", format="compressed-tensors")
         assert PACKED not in hub.store.content(NAME)
@@ -110,7 +110,7 @@ def test_versions_of_either_format_follow_each_other(hub, environment, tmp_path,
 
 def test_quantized_inputs_are_in_the_repo_and_the_card_says_who_reads_them(hub, environment, tmp_path, float_folder):
     mpq = HubMPQ.from_pretrained(float_folder).apply_policy("W8A8", [{"input_ids": IDS}])
-    assert "needs no hub-mpq" in mpq.report()
+    assert "loads it without hub-mpq" in mpq.report()
     mpq.push_to_hub(NAME, token="write-token", format="compressed-tensors")
     with torch.no_grad():
         assert plain(hub, environment, tmp_path, mpq(IDS)[0]) == "True"
@@ -127,11 +127,11 @@ def test_quantized_inputs_are_in_the_repo_and_the_card_says_who_reads_them(hub, 
 
 
 def test_what_it_cannot_say_is_refused_before_anything_is_sent(hub, float_folder):
-    assert "needs no hub-mpq" not in timm_toy().report()
+    assert "loads it without hub-mpq" not in timm_toy().report()
     with pytest.raises(HubMPQError, match="transformers models"):
         timm_toy().push_to_hub(NAME, token="write-token", format="compressed-tensors")
     mpq = HubMPQ.from_pretrained(float_folder, weight_only=True).apply_policy("W4")
-    with pytest.raises(InvalidArgument, match="both be"):
+    with pytest.raises(InvalidArgument, match="both write"):
         mpq.push_to_hub(NAME, token="write-token", format="compressed-tensors", float_copy=True)
     with pytest.raises(InvalidArgument, match="gguf"):
         mpq.push_to_hub(NAME, token="write-token", format="gguf")
@@ -143,7 +143,7 @@ def test_a_policy_that_vllm_cannot_fuse_is_told(hub, float_folder, tmp_path):
     mpq.apply_policy(mixed(mpq, tied=False))
     with pytest.warns(UserWarning, match='target="vllm"'):
         mpq.push_to_hub(NAME, token="write-token", format="compressed-tensors")
-    assert "2 groups here do not have" in hub.store.content(NAME)["README.md"].decode()
+    assert "Here 2 groups of layers do not: vLLM cannot load this repo" in hub.store.content(NAME)["README.md"].decode()
     groups = json.loads(hub.store.content(NAME)["config.json"])["quantization_config"]["config_groups"]
     (tmp_path / "weights").write_bytes(hub.store.content(NAME)[FLOAT_COPY])
     keys = load_file(tmp_path / "weights")

@@ -63,13 +63,13 @@ def test_without_network_a_damaged_file_is_told_with_the_way(hub, published, net
     from huggingface_hub import constants
 
     flip(published / PACKED)
-    with pytest.raises(HubMPQError, match="not what was downloaded; load it with the network"):
+    with pytest.raises(HubMPQError, match="has changed since it was downloaded; load it online"):
         HubMPQ.from_pretrained(NAME, module=net, local_files_only=True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(HubMPQError, match="not what was downloaded; load it with the network"):
+    with pytest.raises(HubMPQError, match="has changed since it was downloaded; load it online"):
         HubMPQ.from_pretrained(NAME, module=net)
     flip(published / CONFIG)
-    with pytest.raises(HubMPQError, match="not what was downloaded"):
+    with pytest.raises(HubMPQError, match="has changed since it was downloaded"):
         pull(NAME)
 
 
@@ -172,7 +172,7 @@ def test_headers_lead_to_no_path_outside_the_cache(hub, published, net, tmp_path
         close()
         hub.extra_headers[name] = value
         for use in (pull, remote_manifest, lambda repo: HubMPQ.from_pretrained(repo, module=net)):
-            with pytest.raises(HubMPQError, match="is no name"):
+            with pytest.raises(HubMPQError, match=r"header .* is not valid"):
                 use(NAME)
         hub.extra_headers.clear()
     hub.store.make("me/none")
@@ -190,7 +190,7 @@ def test_a_client_that_is_made_anew_in_the_middle_is_checked(hub, published):
     shutil.rmtree(hub.cache)
     hub.extra_headers["ETag"] = "../../evil"
     hub.faults.append(Fault("HEAD", CONFIG, lost=True, before=close_session))
-    with pytest.raises(HubMPQError, match="is no name"):
+    with pytest.raises(HubMPQError, match=r"header .* is not valid"):
         pull(NAME)
 
 
@@ -211,7 +211,7 @@ def test_what_a_server_sends_is_bounded(hub, published, tmp_path, fault):
     headers = {"X-Repo-Commit": hub.store.repos[NAME].refs["main"], "ETag": "e" * 40}
     status, more, body = fault.answer
     hub.faults.append(Fault(fault.method, fault.path, fault.times, answer=(status, {**headers, **more}, body)))
-    with pytest.raises(HubMPQError, match=r"can't be fetched: .*(bytes|compresses|asks to wait)"):
+    with pytest.raises(HubMPQError, match=r"cannot download .*: .*(bytes|compressed|asks to wait)"):
         pull(NAME)
     assert hub.bytes_down() < 200e6, "a gigabyte was on offer"
     assert sum(p.stat().st_size for p in hub.cache.rglob("*") if p.is_file()) < 100_000

@@ -148,7 +148,7 @@ def test_float_models_do_not_take_a_checkpoint_for_their_weights(ran, tmp_path):
 def test_a_checkpoint_of_other_widths_is_refused(ran, tmp_path):
     kind, floats, run = ran
     other = trainer(quantized(kind, floats, "W4A6"), kind, tmp_path)
-    with pytest.raises(InvalidArgument, match="another policy"):
+    with pytest.raises(InvalidArgument, match="different policy"):
         other.train(resume_from_checkpoint=run.state.best_model_checkpoint)
 
 

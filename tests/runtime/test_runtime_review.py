@@ -279,7 +279,7 @@ def test_what_only_runs_has_no_file_to_report_of(tmp_path):
     mpq.apply_policy("W4A4", [noise(8, 3, 32, 32)]).save_pretrained(tmp_path / "packed")
     pulled = HubMPQ.from_pretrained(tmp_path / "packed", runtime="onednn")
     for asked in (pulled.report, pulled.usage, pulled.base_bytes):
-        with pytest.raises(HubMPQError, match="it was loaded with runtime='onednn' and only runs"):
+        with pytest.raises(HubMPQError, match="loaded with runtime='onednn' is inference-only"):
             asked()
 
 

@@ -172,7 +172,7 @@ def test_a_pin_or_a_policy_that_it_cannot_run_is_refused(net, train):
         HubMPQ.from_module(net, x, target="onednn", fixed={"0": "W8A8"})
     with pytest.raises(InvalidArgument, match="at W4A32; the nearest choice is W4A8"):
         HubMPQ.from_module(net, x, target="onednn", fixed={"3": "W4"})
-    with pytest.raises(InvalidArgument, match="computes in integers; weight_only=True keeps inputs float"):
+    with pytest.raises(InvalidArgument, match="computes in integers and cannot be combined with weight_only=True"):
         HubMPQ.from_module(net, x, target="onednn", weight_only=True)
     mpq = HubMPQ.from_module(net, x, target="onednn", fixed={"0": "W8A7", "13": None})
     assert str(mpq.graph["0"].fixed) == "W8A7"

@@ -50,12 +50,12 @@ def test_what_only_runs_is_neither_trained_nor_saved(folder, tmp_path):
         lambda: mpq.finetune(batches, epochs=1),
         lambda: mpq.to_runtime("torch"),
     ):
-        with pytest.raises(HubMPQError, match=r"it was loaded with runtime='(onednn|torch)' and only runs"):
+        with pytest.raises(HubMPQError, match=r"loaded with runtime='(onednn|torch)' is inference-only"):
             refused()
 
 
 def test_runtime_is_of_packed_models(folder):
-    with pytest.raises(InvalidArgument, match="runtime= is for packed models, and 'resnet18' is none"):
+    with pytest.raises(InvalidArgument, match="runtime= is only for packed models, and 'resnet18' is not packed"):
         HubMPQ.from_pretrained("resnet18", pretrained=False, runtime="auto")
     with pytest.raises(InvalidArgument, match="unknown runtime 'fast'"):
         HubMPQ.from_pretrained(folder, runtime="fast")

@@ -199,12 +199,12 @@ def test_levels_in_words():
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"rounding": "gptq"}, "needs train="),
+        ({"rounding": "gptq"}, "requires train="),
         ({"rounding": "awq", "train": BATCHES}, "'gptq' or 'nearest'"),
         ({"group_size": 7, "train": BATCHES}, "a group size must be"),
         ({"group_size": "128", "train": BATCHES}, "a group size must be"),
         ({"group_size": 128.0, "train": BATCHES}, "not 128.0"),
-        ({"rounding": "gptq", "per_channel": False, "train": BATCHES}, "a scale for each output channel"),
+        ({"rounding": "gptq", "per_channel": False, "train": BATCHES}, "one scale per output channel"),
         ({"group_size": [None, 16], "strategy": "limpq", "train": BATCHES}, "cannot choose among the group sizes"),
         ({"group_size": [None, 16], "epochs": 1, "train": BATCHES}, "cannot choose among the group sizes"),
     ],
@@ -304,7 +304,7 @@ def test_a_front_counts_the_bytes_of_a_targets_file(tmp_path):
     limit = mpq.result.usage["GGUF file"]
     front = mpq.pareto("weight_bits", 3, size="W4")
     assert front[-1].usage["GGUF file"] == limit < mpq.usage("W5")["GGUF file"]
-    with pytest.raises(InvalidArgument, match="a front over size"):
+    with pytest.raises(InvalidArgument, match="cannot vary the size of a"):
         mpq.pareto("size", 3)
 
 
