@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import sys
 from functools import lru_cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,12 @@ def test_every_table_has_its_source():
         assert "machine" in above, where
         assert re.search(r"\b20\d\d-\d\d-\d\d\b", above), where
         assert re.search(r"(commits?|recorded in) `[0-9a-f]{7}`", above.replace("\n", " ")), where
+
+
+def test_no_script_hides_a_package():
+    """The folder of a script comes first in sys.path; Numba, for one, imports `coverage` where it finds it."""
+    names = {file.stem for file in FOLDER.glob("*.py")}
+    assert names & {"coverage", *sys.stdlib_module_names, *packages_distributions()} == set()
 
 
 def slug(heading):

@@ -1,4 +1,4 @@
-"""Models for coverage.py: the smallest of each timm module, and transformers types cut from their default configs."""
+"""Models for family_coverage.py: the smallest of each timm module, and transformers types with cut configs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """How much of each family of models is quantized, and whether it survives a round trip.
 
-    python examples/benchmarks/coverage.py timm
-    python examples/benchmarks/coverage.py transformers --round-trip
-    python examples/benchmarks/coverage.py transformers llava qwen2_audio --rows rows.jsonl
+    python examples/benchmarks/family_coverage.py timm
+    python examples/benchmarks/family_coverage.py transformers --round-trip
+    python examples/benchmarks/family_coverage.py transformers llava qwen2_audio --rows rows.jsonl
 
 One row per family: the smallest model of each of timm's files, types of transformers with their default config, or
 NAMES. Counted on meta tensors, without weights or network. "MACs": share of the multiply-accumulates with a weight that
