@@ -1,12 +1,12 @@
-"""What in a training decides: the study's mixed row again with one setting changed.
+"""Ablations: the study's mixed row with one setting changed.
 
     python examples/benchmarks/ablations.py --task resnet20 --level W3A3
     python examples/benchmarks/ablations.py --tuning --task resnet20 --level W2A2
     python examples/benchmarks/ablations.py --report
 
-Settings of the indicators' training, or with --tuning of fine-tuning, for 60 steps and for five epochs. Start, steps,
-schedule and test items are the study's; each row differs from the default in one thing alone. Finished rows are kept in
-the cache folder ($HUB_MPQ_CACHE), so that a stopped run goes on where it was.
+By default the training of the indicators varies; with --tuning the fine-tuning does, for 60 steps and for five epochs.
+Start, steps, schedule and test items are those of the study, and each row differs from the default in one setting.
+Finished rows are kept in the cache folder ($HUB_MPQ_CACHE), so a stopped run can be continued.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tasks import TASKS, Task
 from hub_mpq.pack import read_indicators
 from hub_mpq.search.movement import movement
 
-# settings of train_indicators; alpha is of the search, which takes the default's indicators
+# settings of train_indicators; alpha is a setting of the search, which uses the indicators of the default
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "untrained": {"steps": 0},
@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "relative power as indicator": {"indicator": "scale"},
     "raw scale as indicator": {"indicator": "raw scale"},
     "raw scale, the authors' SGD": {"preset": "authors"},
-    # of MNIST's images, one epoch: the joint steps follow from the share
+    # one epoch of a share of MNIST, which determines the number of joint steps
     "10 % of the data": {"share": 0.1, "steps": None},
     "50 % of the data": {"share": 0.5, "steps": None},
     "100 % of the data": {"share": 1.0, "steps": None},
@@ -55,12 +55,12 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "distilled, EMA 0.99": {"distill": 1.0, "ema": 0.99},
 }
 LENGTHS: dict[str, dict[str, Any]] = {"60 steps": {"steps": 60}, "five epochs": {"steps": None, "epochs": 5}}
-"""Of fine-tuning: every one of `TUNINGS` is run for both."""
+"""Lengths of fine-tuning; each of `TUNINGS` is run for both."""
 SHARES = [name for name in VARIANTS if name.endswith("the data")]
 
 
 def variants_of(task: str) -> list[str]:
-    """An epoch of CIFAR-10 is twenty times the study's steps, so shares are tried on MNIST."""
+    """Return the variants of a task; shares only of MNIST, as an epoch of CIFAR-10 is 20 times the study."""
     return [name for name in VARIANTS if task == "mnist" or name not in SHARES]
 
 
@@ -71,29 +71,29 @@ def folder_of(variant: str) -> Path:
 
 
 def run_variant(task: str, level: str, variant: str, seed: int) -> None:
-    """A row with one setting of the indicators' training changed."""
-    # α is of the search, which takes the default's indicators
+    """Run a row with one setting of the indicators' training changed."""
+    # α is a setting of the search, which uses the indicators of the default
     first = folder_of("default") if variant.startswith("α") else None
     print(f"{variant}: ", end="", flush=True)
     run(TASKS[task], "mixed", level, seed, folder_of(variant), VARIANTS[variant], indicators=first)
 
 
 def run_tuning(task: str, level: str, variant: str, length: str, seed: int) -> None:
-    """A row with one setting of the fine-tuning changed; the policy is the default's."""
+    """Run a row with one setting of the fine-tuning changed, at the policy of the default."""
     folder, tune = folder_of(f"{variant}, {length}"), {**LENGTHS[length], **TUNINGS[variant]}
     print(f"{variant}, {length}: ", end="", flush=True)
     run(TASKS[task], "mixed", level, seed, folder, {}, tune, indicators=folder_of("default"))
 
 
 def report() -> None:
-    """Print the tables of the rows that are there, in markdown."""
+    """Print the tables of the finished rows in Markdown."""
     tables(VARIANTS, "default")
     for length in LENGTHS:
         tables([f"{variant}, {length}" for variant in TUNINGS], f"tuning default, {length}")
 
 
 def tables(variants: Iterable[str], first: str) -> None:
-    """A table for each task and level, every variant against `first`."""
+    """Print a table for each task and level that compares every variant with `first`."""
     rows: dict[tuple[str, str], dict[str, dict[int, Any]]] = {}
     for variant in variants:
         for file in sorted(folder_of(variant).glob("*.json")):
@@ -101,7 +101,7 @@ def tables(variants: Iterable[str], first: str) -> None:
             rows.setdefault((row["task"], row["level"]), {}).setdefault(variant, {})[row["seed"]] = row
     for (name, level), found in sorted(rows.items()):
         task, default = TASKS[name], found.get(first, {})
-        head = ["setting", task.unit, "spread", "seeds", f"this minus {first}, 95 %", "rank corr. W / A", "search s"]
+        head = ["setting", task.unit, "spread", "seeds", f"minus {first}, 95 %", "rank corr. W / A", "search s"]
         print(f"\n### {name} at {level}\n\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
         for variant, seeds in found.items():
             both = sorted(set(seeds) & set(default))
@@ -120,8 +120,10 @@ def tables(variants: Iterable[str], first: str) -> None:
 
 
 def correlations(variant: str, task: Task, level: str, seeds: list[int]) -> list[float]:
-    """Mean rank correlation of the weight and of the activation indicators with untrained ones of the same kind;
-    nothing where there are none (a scale has another unit than a divergence)."""
+    """Return the mean rank correlation of the weight and activation indicators with untrained ones of the same kind.
+
+    Empty where there are none: a scale and a divergence have different units.
+    """
     out: list[list[float]] = []
     for seed in seeds:
         start, end = (indicator_file(task, "mixed", level, seed, folder_of(v)) for v in ("untrained", variant))
@@ -138,7 +140,9 @@ def main() -> None:
     parser.add_argument("--task", choices=sorted(TASKS), action="append")
     parser.add_argument("--level", action="append")
     parser.add_argument("--variant", choices=sorted({*VARIANTS, *TUNINGS}), action="append")
-    parser.add_argument("--tuning", action="store_true", help="settings of fine-tuning, not of the indicators")
+    parser.add_argument(
+        "--tuning", action="store_true", help="vary the fine-tuning instead of the training of the indicators"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()

@@ -1,14 +1,14 @@
-"""Convolutions by bit planes against float32 and int8, on the 3×3 shapes of ResNet-18, one image.
+"""Speed of bit-serial convolutions against float32 and int8, on the 3×3 shapes of ResNet-18, one image.
 
     python examples/benchmarks/bit_serial.py [--rounds 15] [--threads 1]
 
 Process CPU time of one layer: float32 by torch (the faster of its two memory formats), int8 by torch's oneDNN
 operators, and the runtime `bit_serial`. Rounds alternate; medians are printed with the fastest and slowest round. In
-the first table inputs come as codes, as between layers of a network; in the second they are made from float32. Outputs
-are float32, and are compared with the exact sums before. The aims at one thread: W1A1 at least four times as fast as
+the first table inputs are codes, as between layers of a network; in the second they are quantized from float32. Outputs
+are float32 and are first checked against the exact sums. The aims at one thread: W1A1 at least four times as fast as
 float32, W2A2 faster.
 
-On a CPU with AVX-512 this shows what one without would do:
+To emulate a CPU without AVX-512 on one that has it:
 
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 NUMBA_CPU_NAME=haswell \\
     NUMBA_CPU_FEATURES=+avx2,+fma,+bmi,+bmi2,+popcnt,+lzcnt python examples/benchmarks/bit_serial.py
@@ -43,7 +43,7 @@ Way = Callable[[], Tensor]
 
 
 def plan(channels: int, size: int, bits: int, x_bits: int, generator: torch.Generator) -> FusedLayer:
-    """A layer with drawn codes, scales of 1 and a zero point."""
+    """Return a layer with random codes, scales of 1 and a zero point."""
     codes = torch.randint(2**bits, (channels, channels, 3, 3), generator=generator)
     codes = 2 * codes - 1 if bits == 1 else codes - 2 ** (bits - 1)
     grid = Grid(1.0, 2**x_bits // 3, x_bits)
@@ -54,7 +54,7 @@ def plan(channels: int, size: int, bits: int, x_bits: int, generator: torch.Gene
 
 
 def checked(name: str, layer: Any, chosen: FusedLayer, codes: Tensor) -> Any:
-    """The layer, if its sums are exact."""
+    """Return the layer if its sums are exact; SystemExit otherwise."""
     integers = chosen.layer
     x = codes.double() - integers.grid.zero_point
     if not torch.equal(layer(codes).double(), F.conv2d(x, integers.weight.double(), padding=integers.padding)):
@@ -63,7 +63,7 @@ def checked(name: str, layer: Any, chosen: FusedLayer, codes: Tensor) -> Any:
 
 
 def float_ways(chosen: FusedLayer, x: Tensor) -> dict[str, Way]:
-    """float32 in both memory formats."""
+    """Return float32 calls in both memory formats."""
     weight, plain = chosen.layer.weight.float(), x.contiguous()
     packed = weight.contiguous(memory_format=torch.channels_last)
     return {
@@ -73,7 +73,7 @@ def float_ways(chosen: FusedLayer, x: Tensor) -> dict[str, Way]:
 
 
 def ways(channels: int, size: int) -> tuple[dict[str, Way], dict[str, Way]]:
-    """{name: call} with inputs as codes, and from float32."""
+    """Return {name: call} for inputs as codes, and for inputs from float32."""
     generator = torch.Generator().manual_seed(0)
     coded: dict[str, Way] = {}
     whole: dict[str, Way] = {}
@@ -96,7 +96,7 @@ def ways(channels: int, size: int) -> tuple[dict[str, Way], dict[str, Way]]:
 
 
 def measured(calls: dict[str, Way], rounds: int) -> dict[str, list[float]]:
-    """{name: milliseconds of a call in each round}."""
+    """Return {name: milliseconds of a call in each round}."""
     for call in calls.values():
         call()
     found: dict[str, list[float]] = {name: [] for name in calls}
@@ -110,7 +110,7 @@ def measured(calls: dict[str, Way], rounds: int) -> dict[str, list[float]]:
 
 
 def rows(found: dict[str, list[float]]) -> dict[str, list[float]]:
-    """The same with the faster float32 only."""
+    """Keep only the faster memory format of float32."""
     floats = sorted(
         (name for name in found if name.startswith("float32")), key=lambda name: statistics.median(found[name])
     )
@@ -119,7 +119,7 @@ def rows(found: dict[str, list[float]]) -> dict[str, list[float]]:
 
 def table(title: str, results: list[dict[str, list[float]]]) -> None:
     heads = [f"{channels} channels, {size}×{size}" for channels, size in SHAPES]
-    print(f"\n{title}\n\n| ms, times float32, times int8 | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
+    print(f"\n{title}\n\n| ms, × float32, × int8 | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
     for name in results[0]:
         cells = []
         for result in results:
@@ -132,8 +132,8 @@ def table(title: str, results: list[dict[str, list[float]]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15, help="default: 15")
+    parser.add_argument("--threads", type=int, default=1, help="default: 1")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with torch.no_grad():

@@ -1,10 +1,10 @@
-"""Quantize real models, measure them, publish them on a loopback Hub, pull them as each audience does.
+"""Quantize and measure real models, publish them to a loopback Hub, and pull them as each audience would.
 
     python examples/benchmarks/cards.py [--models resnet20 mobilenetv1 minilm mobilenetv2] [--cards model_cards]
 
-Prints a table of bytes and seconds and, with --cards, keeps each published card there. Indicators are those of the
-study (--indicators: its folder in the cache, trained here when they are not there). mobilenetv2 (timm and its
-TimmWrapper) and minilm-w4 (compressed-tensors) are calibrated only and get no card.
+Prints a table of bytes and seconds and, with --cards, saves each published card in that folder. Indicators are those of
+the study (--indicators: its folder in the cache); missing ones are trained. mobilenetv2 (timm and its TimmWrapper) and
+minilm-w4 (compressed-tensors) are only calibrated and get no card.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hub import loopback, publish_and_pull
 
 @dataclass(frozen=True)
 class Recipe:
-    """`level`: of the uniform row and of the budget. `steps`: of tuning, for either. `card`: what no file knows."""
+    """`level`: of the uniform row and of the budget. `steps`: of fine-tuning, for both. `card`: metadata."""
 
     level: str
     steps: int
@@ -70,7 +70,7 @@ RECIPES = {
 
 
 def made(name: str, recipe: Recipe, folder: Path) -> tuple[Any, Any]:
-    """(the quantized model with float, uniform, mixed and float copy measured, some inputs of one batch)."""
+    """Return (the quantized model, with float, uniform, mixed and float copy measured; some inputs of one batch)."""
     from study import indicators_of
     from tasks import TASKS
 
@@ -109,7 +109,7 @@ def made(name: str, recipe: Recipe, folder: Path) -> tuple[Any, Any]:
 
 
 def weight_only_minilm(recipe: Recipe) -> tuple[Any, Any]:
-    """All weights at one width, nothing trained: what plain transformers loads with compressed-tensors."""
+    """Return MiniLM with all weights at one bit-width, untrained: plain transformers loads it by compressed-tensors."""
     import texts
 
     from hub_mpq import HubMPQ
@@ -119,7 +119,7 @@ def weight_only_minilm(recipe: Recipe) -> tuple[Any, Any]:
 
 
 def calibrated_mobilenetv2(recipe: Recipe) -> tuple[Any, Any]:
-    """A model that timm builds by name, calibrated on 64 images at 128 pixels; its BatchNorm is folded and stays."""
+    """Return a model that timm builds by name, calibrated on 64 images at 128 pixels, with its folded BatchNorm."""
     from images import Images, imagenet
     from nets import data_root
 
@@ -135,14 +135,14 @@ def calibrated_mobilenetv2(recipe: Recipe) -> tuple[Any, Any]:
 
 
 UNTRAINED = {"mobilenetv2": calibrated_mobilenetv2, "minilm-w4": weight_only_minilm}
-"""Calibrated only: they show who loads what, and get no card."""
+"""Calibrated only: they show which audience loads which format, and get no card."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--cards", type=Path, help="folder for the published cards")
-    parser.add_argument("--indicators", default="study", help="folder of indicators, in the cache")
+    parser.add_argument("--indicators", default="study", help="folder of the indicators in the cache")
     args = parser.parse_args()
     with loopback() as (hub, root):
         import torch
@@ -163,7 +163,7 @@ def main() -> None:
             lines += [f"| {name} | {r.step} | {r.bytes_up:,} | {r.bytes_down:,} | {r.seconds:.2f} |" for r in rows]
             if args.cards and name not in UNTRAINED:
                 text = hub.store.content(f"me/{name}")["README.md"].decode()
-                # the picture lies in the repo, not beside the cards here
+                # the plot is in the published repo, not beside the saved cards
                 kept = "\n".join(line for line in text.splitlines() if not line.startswith("![")) + "\n"
                 (args.cards / f"{name}.md").write_text(kept, encoding="utf-8")
         print("\n| model | step | bytes up | bytes down | seconds |\n|---|---|---|---|---|")

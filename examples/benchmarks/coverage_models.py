@@ -1,5 +1,4 @@
-"""Which models the coverage is counted on: the smallest of each timm module, and transformers types cut from their
-default configs."""
+"""Models for family_coverage.py: the smallest of each timm module, and transformers types with cut configs."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ moonshine nllb-moe switch_transformers timesformer videomae vivit audioflamingo3
 glmasr granite_speech mllama plbart pegasus_x qwen2_audio qwen3_asr seamless_m4t_v2 t5gemma t5gemma2 voxtral
 llava_next llava_onevision internvl mistral3 dia kosmos-2 instructblip qwen3_vl aya_vision idefics2
 """.split()  # noqa: SIM905
-"""183 types of transformers: text, images, sound and what takes several of them."""
+"""183 types of transformers: text, images, audio and multimodal."""
 
 _HEADS = (
     "IMAGE_TEXT_TO_TEXT",
@@ -50,7 +49,7 @@ _HEADS = (
     "MULTIMODAL_LM",
     "TIME_SERIES_PREDICTION",
 )
-"""Tasks of transformers' auto classes: a type is built for the first that it has, else as its bare model."""
+"""Tasks of transformers' auto classes; a type is built for the first that it has, else as its base model."""
 
 _DEPTHS = (
     "num_hidden_layers",
@@ -130,7 +129,7 @@ _LEFT_OUT: dict[str, dict[str, Any]] = {
 
 
 def timm_modules() -> dict[str, list[str]]:
-    """{file of timm.models: the names it registers}, without timm's own test models."""
+    """Return {file of timm.models: the names it registers}, without timm's test models."""
     import timm
 
     found: dict[str, list[str]] = defaultdict(list)
@@ -141,7 +140,7 @@ def timm_modules() -> dict[str, list[str]]:
 
 
 def smallest(names: list[str]) -> str:
-    """Of timm's names that with the fewest Parameters; names that say that they are large are not built."""
+    """Return the timm name with the fewest Parameters; models whose names say that they are large are not built."""
     import timm
     import torch
 
@@ -155,7 +154,7 @@ def smallest(names: list[str]) -> str:
 
 
 def class_of(model_type: str) -> str:
-    """Name of the class that stands for a type of transformers."""
+    """Return the name of the class that represents a type of transformers."""
     from transformers.models.auto import modeling_auto
 
     for task in (*(f"FOR_{task}_" for task in _HEADS), ""):
@@ -165,21 +164,21 @@ def class_of(model_type: str) -> str:
 
 
 def all_types() -> list[str]:
-    """The types of transformers that have a class for a task."""
+    """Return the types of transformers that have a class for a task."""
     from transformers.models.auto import modeling_auto
 
     return list(dict.fromkeys(t for h in _HEADS for t in getattr(modeling_auto, f"MODEL_FOR_{h}_MAPPING_NAMES")))
 
 
 def config_of(model_type: str) -> Any:
-    """The default config of a type, with what its default leaves out and no model can be built or run without."""
+    """Return the default config of a type, completed where no model can be built or run from the default."""
     import transformers
 
     return _with_places(transformers.AutoConfig.for_model(model_type, **_LEFT_OUT.get(model_type, {})))
 
 
 def _with_places(config: Any) -> Any:
-    """The config with tokens of its vocabulary for the places of images and sounds."""
+    """Return the config with placeholder tokens for images and audio that are in its vocabulary."""
     words = getattr(config.get_text_config(), "vocab_size", None)
     for i, kind in enumerate(("image", "audio")):
         for name in (f"{kind}_token_id", f"{kind}_token_index"):
@@ -190,7 +189,7 @@ def _with_places(config: Any) -> Any:
 
 
 def cut(config: Any, layers: int = 2) -> Any:
-    """A config with at most so many layers in each tower."""
+    """Return a config with at most `layers` layers in each tower."""
     changed: dict[str, Any] = {}
     for key in _DEPTHS:
         depth = getattr(config, key, None)
@@ -200,7 +199,7 @@ def cut(config: Any, layers: int = 2) -> Any:
 
 
 def tiny(config: Any) -> Any:
-    """A config with the sizes of `_SMALL` in each tower."""
+    """Return a config with the sizes of `_SMALL` in each tower."""
     arguments = _arguments(config)
     changed: dict[str, Any] = {}
     for key, value in _SMALL.items():
@@ -233,7 +232,7 @@ def _arguments(config: Any) -> Any:
 
 
 def _changed(config: Any, values: dict[str, Any], part: Callable[[Any], Any]) -> Any:
-    """The config with other values, and its towers changed by `part`."""
+    """Return the config with other values, and with its towers changed by `part`."""
     towers = {key: getattr(config, key, None) for key in getattr(type(config), "sub_configs", {})}
     own = {key: part(tower).to_dict() for key, tower in towers.items() if hasattr(tower, "to_dict")}
     kept = config.to_dict()

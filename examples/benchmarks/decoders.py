@@ -1,17 +1,17 @@
-"""How good is a decoder with quantized weights, and what does it cost to get there?
+"""Perplexity of a decoder with quantized weights, and the cost of quantizing it.
 
     python examples/benchmarks/decoders.py
     python examples/benchmarks/decoders.py --whole "gptq 128 W4" --whole "float"
     python examples/benchmarks/decoders.py --row "autoround 128 W4"
     python examples/benchmarks/decoders.py --report
 
-SmolLM2-135M, weights alone, its embedding (which is its head) in float. Calibrated on 32 chunks of 256 tokens of
-WikiText-2's validation split, measured on 16 chunks of 256 tokens of its test split; --whole: on the whole test file in
-windows of 1,024 tokens. Methods: data-free (no calibration); nearest (grids of least output error); gptq; mixed (the
-policy that measured best within a mean of integer bits). By --row alone, since it needs `pip install auto-round`:
-autoround (rounding learned in --steps steps a block on the same chunks, symmetric, 16-bit scales, so at equal bytes).
-Each row runs in a process of its own, which tells CPU seconds (user and system, all threads) and peak memory. Rows are
-kept in the cache folder ($HUB_MPQ_CACHE).
+SmolLM2-135M, weights only, with its embedding (which is also its head) in float. Calibrated on 32 chunks of 256 tokens
+of WikiText-2's validation split and measured on 16 chunks of 256 tokens of its test split; with --whole on the whole
+test file in windows of 1,024 tokens. Methods: data-free (no calibration); nearest (grids of least output error); gptq;
+mixed (the policy that measured best within a mean of integer bits). Only by --row, since it needs
+`pip install auto-round`: autoround (rounding learned in --steps steps per block on the same chunks, symmetric, 16-bit
+scales, hence equal bytes). Each row runs in a separate process, which reports CPU-seconds (user and system, all
+threads) and peak memory. Rows are kept in the cache folder ($HUB_MPQ_CACHE).
 """
 
 from __future__ import annotations
@@ -48,29 +48,29 @@ ROWS = [
 ]
 MEANS = (4.0, 3.5, 3.0)
 CALIBRATION, VALIDATION = 32, 16
-"""Chunks of 256 tokens; those for validation lie behind the others."""
+"""Numbers of chunks of 256 tokens; those for validation follow the others."""
 
 
 def folder() -> Path:
-    """Of the rows."""
+    """Return the folder of the rows."""
     found = cache_root() / "decoders"
     found.mkdir(parents=True, exist_ok=True)
     return found
 
 
 def cpu_seconds() -> float:
-    """Of this process so far."""
+    """Return the CPU-seconds of this process so far."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
 
 def peak_bytes() -> int:
-    """Most memory that this process had so far."""
+    """Return the peak memory of this process so far."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def figures(mpq: HubMPQ, began: float) -> dict[str, Any]:
-    """What a quantized model takes, and what it gives."""
+    """Return the size, the cost and the losses of a quantized model."""
     with tempfile.TemporaryDirectory() as out:
         saved = mpq.save_pretrained(out)
     spent, peak = cpu_seconds() - began, peak_bytes()
@@ -89,13 +89,13 @@ def figures(mpq: HubMPQ, began: float) -> dict[str, Any]:
 
 
 def calibration() -> list[dict[str, Any]]:
-    """Batches of two chunks; the first 16 are read."""
+    """Return batches of two chunks, of which the first 16 are read."""
     whole = texts.chunks("valid", CALIBRATION)
     return [{key: rows[i : i + 2] for key, rows in batch.items()} for batch in whole for i in (0, 2)]
 
 
 def run(row: str, steps: int = 50) -> Iterator[dict[str, Any]]:
-    """The figures of one row, or of one for each mean width. steps: AutoRound's, of each block."""
+    """Yield the figures of one row, or of one for each mean bit-width. steps: of AutoRound, per block."""
     began = cpu_seconds()
     method, *rest = row.split()
     if method == "autoround":
@@ -126,11 +126,11 @@ def run(row: str, steps: int = 50) -> Iterator[dict[str, Any]]:
             )
             told = {"seconds": dict(mpq.seconds), "chosen_by": mpq.result.chosen_by if mpq.result else ""}
             yield {"row": f"{row} {bits}", **figures(mpq, began), **told}
-            began = cpu_seconds()  # scores and rounded weights serve the next one too
+            began = cpu_seconds()  # the next one reuses scores and rounded weights
 
 
 def autoround(row: str, steps: int) -> dict[str, Any]:
-    """The figures of AutoRound at a level and a group size, on the chunks that the other rows are calibrated on."""
+    """Return the figures of AutoRound at a level and a group size, on the calibration chunks of the other rows."""
     import torch
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -170,7 +170,7 @@ def autoround(row: str, steps: int) -> dict[str, Any]:
 
 
 def whole(row: str) -> dict[str, Any]:
-    """Perplexity on the whole test file in windows of 1,024 tokens."""
+    """Return the perplexity on the whole test file in windows of 1,024 tokens."""
     mpq = texts.smollm2()
     method, *rest = row.split()
     if method != "float":
@@ -181,7 +181,7 @@ def whole(row: str) -> dict[str, Any]:
 
 
 def report() -> None:
-    """Print the table of the rows that are there, in markdown."""
+    """Print the table of the finished rows in Markdown."""
     rows = [json.loads(file.read_text()) for file in sorted(folder().glob("*.json"))]
     by_name = {row["row"]: row for row in rows}
     print("| method | scales | mean bits | effective bits | file, MB | perplexity | CPU-seconds | peak memory, GB |")
@@ -204,9 +204,9 @@ def report() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--row", help="run this one here")
-    parser.add_argument("--steps", type=int, default=50, help="AutoRound's, of each block")
-    parser.add_argument("--whole", action="append", default=[], help="a row's perplexity on the whole test file")
+    parser.add_argument("--row", help="run this row in this process")
+    parser.add_argument("--steps", type=int, default=50, help="steps of AutoRound per block")
+    parser.add_argument("--whole", action="append", default=[], help="row to measure on the whole test file too")
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     if args.report:

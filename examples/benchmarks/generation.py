@@ -1,14 +1,14 @@
-"""Decoders end to end: quantized, published, pulled and generated from in a fresh process, and how fast that is.
+"""Speed and memory of generation: decoders quantized, published, pulled and run in a fresh process.
 
     python examples/benchmarks/generation.py
     python examples/benchmarks/generation.py --row "smollm2 W4 128"
     python examples/benchmarks/generation.py --report
 
-SmolLM2-135M with its embedding (which is its head) in float, and tiny mixtures of experts of random weights with all
-layers quantized, weights alone by GPTQ. The Hub is a stand-in on loopback. The fresh process generates greedily with
-packed weights resident, then with float ones; its tokens must be those of the model that was pushed. Speed is tokens a
-CPU-second of one thread behind a prompt of 32, the best of three. Memory is the most that the process took with packed
-weights beyond what it had before the model was loaded. Rows are kept in the cache folder ($HUB_MPQ_CACHE).
+SmolLM2-135M with its embedding (which is also its head) in float, and tiny mixtures of experts with random weights and
+all layers quantized; weights only, by GPTQ. The Hub is a stand-in on loopback. The fresh process generates greedily
+with packed weights resident, then with float ones; its tokens must be those of the pushed model. Speed is tokens per
+CPU-second of one thread after a prompt of 32, the best of three. Memory is the peak with packed weights, beyond what
+the process used before it loaded the model. Rows are kept in the cache folder ($HUB_MPQ_CACHE).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import hub
 
 NEW = 32
-"""Tokens to generate."""
+"""Number of tokens to generate."""
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 ENDS = {"vocab_size": 512, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
 EXPERTS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -72,7 +72,7 @@ def memory(name):
 HubMPQ.from_pretrained(repo, resident="packed").model.generate(ids, max_new_tokens=1)  # imports what is needed
 gc.collect()
 ctypes.CDLL("libc.so.6").malloc_trim(0)
-open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+open("/proc/self/clear_refs", "w").write("5")  # reset the peak
 before, began = memory("VmRSS"), time.perf_counter()
 mpq = HubMPQ.from_pretrained(repo, resident="packed")
 found = {"load_seconds": time.perf_counter() - began}
@@ -91,7 +91,7 @@ print(json.dumps(found))
 
 
 def decoder(name: str, folder: Path) -> tuple[Any, str, list[Any]]:
-    """(the float model as HubMPQ, its folder, batches to calibrate on)."""
+    """Return (the float model as HubMPQ, its folder, calibration batches)."""
     import torch
     import transformers
 
@@ -111,7 +111,7 @@ def decoder(name: str, folder: Path) -> tuple[Any, str, list[Any]]:
 
 
 def run(row: str) -> dict[str, Any]:
-    """The figures of one row; SystemExit when the pulled model generates other tokens than the pushed one."""
+    """Return the figures of one row; SystemExit when the pulled and the pushed model generate different tokens."""
     import torch
 
     name, level, group = row.split()
@@ -136,12 +136,12 @@ def run(row: str) -> dict[str, Any]:
             raise SystemExit(f"{row}: {done.stderr[-2000:]}")
         found = json.loads(done.stdout.splitlines()[-1])
         if not found.pop("equal") or found.pop("tokens") != wanted.tolist():
-            raise SystemExit(f"{row}: what was pulled generates other tokens than what was pushed")
+            raise SystemExit(f"{row}: the pulled model and the pushed model generate different tokens")
         return {"row": row, "size": mpq.usage()["size"], "up": up, "down": server.bytes_down() - down, **found}
 
 
 def report() -> None:
-    """Print the table of the rows that are there, in markdown."""
+    """Print the table of the finished rows in Markdown."""
     head = [
         "model",
         "file, MB",
@@ -152,7 +152,7 @@ def report() -> None:
         "packed",
         "packed / float",
     ]
-    print("tokens a CPU-second of one thread\n\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    print("tokens per CPU-second of one thread\n\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for name in ROWS:
         if not (file := folder() / f"{name.replace(' ', '-')}.json").exists():
             continue
@@ -163,7 +163,7 @@ def report() -> None:
 
 
 def folder() -> Path:
-    """Of the rows."""
+    """Return the folder of the rows."""
     from images import cache_root
 
     found = cache_root() / "generation"
@@ -173,7 +173,7 @@ def folder() -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--row", help="run this one here")
+    parser.add_argument("--row", help="run this row in this process")
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     if args.row:

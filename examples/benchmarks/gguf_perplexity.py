@@ -1,15 +1,16 @@
-"""What is a policy worth in llama.cpp, beside llama.cpp's own mixtures of equal size?
+"""Perplexity of policies in llama.cpp, beside llama.cpp's own mixtures of equal size.
 
     python examples/benchmarks/gguf_perplexity.py --llama-python /path/to/python
 
 SmolLM2-135M on 16 chunks of 256 tokens of WikiText-2's test split, all in llama.cpp. Q4_K_M and Q3_K_M are made by its
 llama_model_quantize from the F16 file that hub_mpq writes. For the bytes of each of them a policy is chosen among
-Q4_0, Q5_0 and Q8_0 ("exact": our GPTQ weights are written as they are) and among all types ("all": K-quants are made by
-llama.cpp from our weights). Calibrated on 40 chunks of its validation split. The embedding, which is the head, is Q8_0
-in all of them. --llama-python: of an environment that has llama-cpp-python, which takes about half an hour to build.
+Q4_0, Q5_0 and Q8_0 ("exact": our GPTQ weights are written unchanged) and among all types ("all": llama.cpp makes
+K-quants from our weights). Calibrated on 40 chunks of the validation split. The embedding, which is also the head, is
+Q8_0 in all of them. --llama-python names the interpreter of an environment with llama-cpp-python, which takes about
+half an hour to build.
 
-Note: the float weights come from a file of Q4_1 tensors, the only one that the package registry has; types with a
-minimum for each 32 weights (Q4_1, Q4_K) find them on their grid.
+Note: the float weights come from a file of Q4_1 tensors, the only one in the package registry. Types with a minimum for
+each 32 weights (Q4_1, Q4_K) find them on their grid.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from hub_mpq.export.gguf import FILE, TENSOR_TYPES
 from hub_mpq.export.gguf_write import write_gguf
 
 MIXTURES = {"Q4_K_M": 15, "Q3_K_M": 12}
-"""{name: llama.cpp's number of the file type}."""
+"""{name: number of the file type in llama.cpp}."""
 Q8_0 = 7
 QUANTIZE = """
 import ctypes, json, sys
@@ -66,28 +67,28 @@ print(json.dumps(losses))
 
 
 def folder() -> Path:
-    """Of the files and the rows."""
+    """Return the folder of the files and the rows."""
     found = cache_root() / "gguf"
     found.mkdir(parents=True, exist_ok=True)
     return found
 
 
 def llama(python: str, script: str, *args: object, stdin: str = "") -> str:
-    """Run a script where llama-cpp-python is; what it prints."""
+    """Run a script with llama-cpp-python and return what it prints."""
     return subprocess.run(
         [python, "-c", script, *map(str, args)], input=stdin, check=True, stdout=subprocess.PIPE, text=True
     ).stdout
 
 
 def perplexity(python: str, file: Path) -> dict[str, object]:
-    """Bytes of a file and what it measures in llama.cpp."""
+    """Return the bytes of a file and its losses in llama.cpp."""
     ids = torch.cat([batch["input_ids"] for batch in texts.chunks("test", 16)]).tolist()
     losses = json.loads(llama(python, MEASURE, file, stdin=json.dumps(ids)))
     return {"row": file.stem, "bytes": file.stat().st_size, "losses": losses}
 
 
 def mixed(python: str, file: Path, size: int, *, exact: bool) -> Path:
-    """The file of the policy that measures best within a number of bytes, whose bytes are those that were promised."""
+    """Write the file of the policy that measures best within a number of bytes, and check its size."""
     mpq = HubMPQ.from_pretrained(texts.smollm2_path(), target="gguf", sequence_length=256)
     mpq.quantize(
         size=size,
@@ -101,7 +102,7 @@ def mixed(python: str, file: Path, size: int, *, exact: bool) -> Path:
         resume=True,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that K-quants are to come
+        warnings.simplefilter("ignore")  # K-quants are made later
         mpq.export(file.with_suffix(""), "gguf")
     llama(python, QUANTIZE, file.with_suffix("") / FILE, file, Q8_0, file.with_suffix("") / TENSOR_TYPES)
     assert file.stat().st_size == mpq.usage()["GGUF file"] <= size
@@ -110,7 +111,7 @@ def mixed(python: str, file: Path, size: int, *, exact: bool) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--llama-python", default=sys.executable)
+    parser.add_argument("--llama-python", default=sys.executable, help="Python interpreter that has llama-cpp-python")
     args = parser.parse_args()
     python, where = args.llama_python, folder()
 
@@ -127,7 +128,7 @@ def main() -> None:
             less = f"{chunks.mean():+.4f} ± {chunks.std() / 4:.4f}"
         print(f"| {found['row']} | {found['bytes']:,} | {losses.mean().exp():.2f} | {less} |", flush=True)
 
-    print("| file | bytes | perplexity | loss against llama.cpp's mixture, ± standard error over chunks |")
+    print("| file | bytes | perplexity | loss minus that of llama.cpp's mixture, ± one standard error over chunks |")
     print("|---|---|---|---|")
     source = where / "F16.gguf"
     if not source.exists():

@@ -1,14 +1,14 @@
-"""Packed files and configs of a hostile author: what loads is what the file says, and what does not costs nothing.
+"""Packed files and configs of a hostile author: loads give what the file says, and refusals are cheap.
 
     python examples/benchmarks/hostile_files.py [--count 25000] [--seed 1] [--bombs]
 
-Mutants (mutants.py, digests right) of four packed models are loaded into two networks with different random weights.
-In those that load, both networks must give the same outputs to the bit, and so must the model that is saved and loaded
-again. Printed are the counts of what went wrong: a model that the file does not determine (`not from file`), an error
-that is no sentence of hub_mpq (`crash`), more than 20 s (`hang`), more than 200 MB (`memory`), a flipped bit that loads
-(`silent`), a model that can't be saved (`refused at save`), a message of several lines or of more than 500 characters
-(`message`). Bombs are folders of at most 200 KB that describe something huge; each is loaded in a process of its own,
-and the table has the memory that it took above what importing hub_mpq, timm and transformers takes, and its CPU time.
+Mutants (mutants.py, with valid digests) of four packed models are loaded into two networks with different random
+weights. If a mutant loads, both networks must give bit-identical outputs, and so must the model after it is saved and
+loaded again. Printed are counts of what went wrong: a model that the file does not determine (`not from file`), an
+error that is not a HubMPQError (`crash`), more than 20 s (`hang`), more than 200 MB (`memory`), a flipped bit that
+loads (`silent`), a model that cannot be saved (`refused at save`), a message of several lines or of more than 500
+characters (`message`). Bombs are folders of at most 200 KB that describe something huge. Each is loaded in a separate
+process; the table shows its CPU time and its memory above that of importing hub_mpq, timm and transformers.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def example(kind: str) -> Tensor:
 
 
 def bases(root: Path) -> dict[str, Path]:
-    """Packed folders to start from: two networks of one's own, a timm model, two transformers models."""
+    """Return the packed folders to start from: two custom networks, a timm model and transformers models."""
     torch.manual_seed(0)
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     bert = transformers.BertConfig(vocab_size=64, max_position_embeddings=32, num_labels=3, **small)
@@ -133,7 +133,7 @@ def _logits(mpq: HubMPQ, kind: str) -> Tensor:
 
 
 def judge(kind: str, folder: Path, way: str, work: Path) -> str:
-    """What a mutant in a folder does: "refused", "loaded", or what is wrong with it."""
+    """Judge a mutant in a folder: "refused", "loaded", or what is wrong with it."""
     before, stage = _peak(), "load"
     signal.alarm(20)
     try:
@@ -162,7 +162,7 @@ def judge(kind: str, folder: Path, way: str, work: Path) -> str:
 
 
 def run_mutants(kind: str, base: Path, count: int, seed: int, root: Path) -> Counter[tuple[str, str]]:
-    """Load `count` mutants of a packed folder; {(way, what it did): how many}. Those that are wrong stay in `root`."""
+    """Load `count` mutants of a packed folder; {(mutation, verdict): count}. Wrong ones are kept in `root`."""
     work, found = root / f"work-{kind}", Counter[tuple[str, str]]()
     shutil.copytree(base, work)
     mutants = Mutants(base, seed)
@@ -181,7 +181,7 @@ Change = Callable[[dict[str, Any]], Any]
 
 
 def _changed(base: Path, folder: Path, config: Change | None = None, manifest: Change | None = None) -> Path:
-    """A copy of a packed folder whose config.json, or manifest, was changed."""
+    """Copy a packed folder and change its config.json or its manifest."""
     shutil.copytree(base, folder)
     if config is not None:
         tree = json.loads((base / CONFIG).read_text())
@@ -221,7 +221,7 @@ _REGNET = {"depth": 10**5, "wa": 1e9, "w0": 8, "wm": 1.0000001}
 
 
 def bombs(base: dict[str, Path], root: Path) -> Iterator[tuple[str, Path]]:
-    """(what, folder) of each; none has more than 200 KB."""
+    """Yield (description, folder) of each bomb; none has more than 200 KB."""
     configs: list[tuple[str, str, Change]] = [
         ("vit_huge in place of test_resnet", "timm", _top(architecture="vit_huge_patch14_224")),
         ("num_classes 1e9", "timm", _arguments(num_classes=10**9)),
@@ -263,7 +263,7 @@ def bombs(base: dict[str, Path], root: Path) -> Iterator[tuple[str, Path]]:
 
 
 def cost(load: Callable[[], Any], limit: int = 120) -> tuple[str, float, float]:
-    """(what a load answers, MB it took, CPU seconds) in a forked process, which has all imports behind it."""
+    """Return (answer of a load, MB, CPU-seconds), measured in a forked process after all imports."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -294,12 +294,12 @@ def _load_at_all(folder: Path) -> Any:
 
 
 def run_bombs(root: Path) -> None:
-    answer, _, _ = cost(lambda: bases(root))  # in a process of its own: this one has nothing but the imports
+    answer, _, _ = cost(lambda: bases(root))  # in a separate process: this one only has the imports
     if not answer.startswith("loaded"):
         raise SystemExit(answer)
     base = {kind: root / kind for kind in ("timm", "bert", "vit", "swin", "neo")}
     print("| bomb | KB | MB | CPU s | answer |\n| --- | ---: | ---: | ---: | --- |")
-    for what, folder in [*((f"none: {kind} as it is", base[kind]) for kind in base), *bombs(base, root)]:
+    for what, folder in [*((f"control: {kind}, unchanged", base[kind]) for kind in base), *bombs(base, root)]:
         size = sum(path.stat().st_size for path in folder.iterdir()) / 1000
         answer, taken, seconds = cost(lambda folder=folder: HubMPQ.from_pretrained(folder).model)
         said = answer.replace(f"{root}/", "").replace("|", "/")[:110]
@@ -307,11 +307,11 @@ def run_bombs(root: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=25_000, help="mutants in all")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--bombs", action="store_true", help="the bombs in place of the mutants")
-    parser.add_argument("--keep", type=Path, help="folder for the mutants that are wrong")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=25_000, help="total number of mutants")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the mutants")
+    parser.add_argument("--bombs", action="store_true", help="load the bombs instead of the mutants")
+    parser.add_argument("--keep", type=Path, help="folder in which to keep the mutants that are wrong")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

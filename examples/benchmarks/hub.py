@@ -1,7 +1,7 @@
-"""A Hub stand-in on loopback, and a model published there and pulled by each audience in a fresh process.
+"""Publish a model to a stand-in for the Hub on loopback, and pull it as each audience would in a fresh process.
 
-Real HTTP of the real client (the server is the one of tests/hub). Seconds over loopback leave out any network: the
-bytes are what a network would carry.
+The client and its HTTP are real; the server is that of tests/hub. Seconds over loopback exclude the network; bytes are
+what a network would carry.
 """
 
 from __future__ import annotations
@@ -65,8 +65,10 @@ print(json.dumps({"equal": torch.equal(out, want), "seconds": seconds}))
 
 @contextmanager
 def loopback() -> Iterator[tuple[Any, Path]]:
-    """(server, folder); this process's client and those of its children talk to it. Before huggingface_hub is
-    imported, which reads the environment once."""
+    """Yield (server, folder); the clients of this process and of its children use the server.
+
+    Enter it before huggingface_hub is imported, which reads the environment once.
+    """
     from server import Hub
     from store import Store
 
@@ -84,7 +86,7 @@ def loopback() -> Iterator[tuple[Any, Path]]:
 
 @dataclass(frozen=True)
 class Row:
-    """One step over the wire: bytes as the server counted them, wall seconds."""
+    """One step: bytes as counted by the server, and wall seconds."""
 
     step: str
     bytes_up: int
@@ -95,11 +97,11 @@ class Row:
 def publish_and_pull(
     hub: Any, root: Path, name: str, mpq: Any, inputs: Any, *, build: str = "", card: dict[str, Any]
 ) -> list[Row]:
-    """Push the float model, the packed one (and a float copy where a plain loader exists), pull by every audience.
+    """Push the float model, the packed one and, where a plain loader exists, a float copy; pull as every audience.
 
-    `build`: function of nets.py that builds a network of one's own. `card`: what push_to_hub takes. SystemExit when a
-    pulled model answers otherwise than the pushed one, to the bit (plain loads of a float copy: than the float
-    architecture with those weights).
+    `build`: function of nets.py that builds a custom network. `card`: argument of push_to_hub. SystemExit when the
+    outputs of a pulled model are not bit-identical to those of the pushed one (for plain loads of a float copy: of the
+    float architecture with its weights).
     """
     import torch
     from huggingface_hub import HfApi
@@ -130,7 +132,7 @@ def publish_and_pull(
     timed("push packed", lambda: mpq.push_to_hub(repo, token="token", float_copy=False, **card))
     audiences = [("HubMPQ", "")]
     compressed = "format" in card
-    if compressed:  # one form, which needs no hub_mpq
+    if compressed:  # a single format, which needs no hub_mpq
         audiences = [("AutoModel without", "plain")]
     elif library != "module":
         auto = "AutoModel" if library == "transformers" else "AutoModelForImageClassification"
@@ -158,13 +160,13 @@ def publish_and_pull(
             raise SystemExit(f"{name}: {audience} failed: {done.stderr[-2000:]}")
         answer = json.loads(done.stdout.splitlines()[-1])
         if not answer["equal"]:
-            raise SystemExit(f"{name}: pulled by {audience}, the model answers otherwise than the pushed one")
+            raise SystemExit(f"{name}: pulled by {audience}, the model gives other outputs than the pushed one")
         rows.append(Row(f"pull by {audience}, equal", 0, hub.bytes_down() - down, answer["seconds"]))
     return rows
 
 
 def float_state(model: Any) -> dict[str, Any]:
-    """Its state dict, every tensor of its own."""
+    """Return the state dict of a model with every tensor in separate memory."""
     return {k: v.detach().contiguous().clone() for k, v in model.state_dict().items()}
 
 

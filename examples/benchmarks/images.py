@@ -1,4 +1,4 @@
-"""Image data of the benchmarks as tensors, decoded once and kept in a cache outside the repository."""
+"""Image data for the benchmarks as tensors, decoded once and cached outside the repository."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def cache_root() -> Path:
-    """$HUB_MPQ_CACHE or ~/.cache/hub_mpq."""
+    """Return $HUB_MPQ_CACHE or ~/.cache/hub_mpq."""
     root = Path(os.environ.get("HUB_MPQ_CACHE", Path.home() / ".cache" / "hub_mpq"))
     root.mkdir(parents=True, exist_ok=True)
     return root
 
 
 def device() -> torch.device:
-    """Where the benchmarks run: the GPU where there is one (CUDA_VISIBLE_DEVICES= hides it)."""
+    """Return the device of the benchmarks: a GPU if available (CUDA_VISIBLE_DEVICES= hides it), else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Images(Dataset):
-    """Bytes [N, H, W, C] or [N, H, W] with labels; normalised and, for training, shifted and mirrored by the batch.
+    """Bytes [N, H, W, C] or [N, H, W] with labels; normalised and, for training, shifted and mirrored batch by batch.
 
-    `pad`: largest shift in pixels; `mirror`: left-right flips, each with a chance of one half. The draw depends on
-    (seed, the batch's indices) alone, so that a run that was interrupted sees what it would have seen. Bytes and
-    batches stay where `pixels` is; a whole batch is fetched at once by `loader`.
+    `pad`: largest shift in pixels; `mirror`: left-right flips with a probability of one half. The augmentation depends
+    only on the seed and the indices of the batch, so a resumed run sees the same images. Bytes and batches stay on the
+    device of `pixels`; `loader` fetches a whole batch at once.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Images(Dataset):
         return x[0], y[0]
 
     def __getitems__(self, indices: list[int]) -> list[Tensor]:
-        """[x, y] of the whole batch, which `loader` hands on as it is."""
+        """Return [x, y] of the whole batch, which `loader` passes on unchanged."""
         where = self.pixels.device
         chosen = torch.tensor(indices, device=where)
         x = self.pixels[chosen].permute(0, 3, 1, 2).float().div_(255).sub_(self.mean).div_(self.std)
@@ -81,7 +81,7 @@ class Images(Dataset):
 
 
 def cifar10(split: str) -> tuple[Tensor, Tensor]:
-    """(pixels uint8 [N, 32, 32, 3], labels) of "train" or "test"."""
+    """Return (pixels uint8 [N, 32, 32, 3], labels) of "train" or "test"."""
     file = cache_root() / f"cifar10-{split}.npz"
     if not file.exists():
         import pandas as pd
@@ -94,16 +94,16 @@ def cifar10(split: str) -> tuple[Tensor, Tensor]:
 
 
 def mnist(split: str) -> tuple[Tensor, Tensor]:
-    """(pixels uint8 [N, 28, 28], labels) of "train" or "test"."""
+    """Return (pixels uint8 [N, 28, 28], labels) of "train" or "test"."""
     with np.load(data_root() / "mnist.npz") as found:
         part = "train" if split == "train" else "test"
         return torch.from_numpy(found[f"x_{part}"]), torch.from_numpy(found[f"y_{part}"].astype(np.int64))
 
 
 def imagenet(split: str, side: int = 224, quality: int | None = None) -> tuple[Tensor, Tensor]:
-    """(pixels uint8 [N, side, side, 3], labels): bilinear resize to side·256/224, centre crop.
+    """Return (pixels uint8 [N, side, side, 3], labels): bilinear resize to side·256/224, centre crop.
 
-    quality: coded as WebP of this quality and decoded again, so that the study's set fits in 12 MB.
+    quality: the images are re-coded as WebP of this quality, so that the set of the study fits in 12 MB.
     """
     file = cache_root() / f"imagenet-{split}-{side}{f'-webp{quality}' if quality else ''}.npz"
     if not file.exists():
@@ -140,7 +140,7 @@ def _webp(image: Image.Image, quality: int) -> np.ndarray:
 
 
 def loader(data: Dataset, batch: int, *, seed: int | None = None) -> DataLoader:
-    """Shuffled by `seed`, in order when None; without the last, smaller batch when shuffled."""
+    """Return a DataLoader, shuffled by `seed` without the last, smaller batch, or in order if `seed` is None."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     shuffled = seed is not None
     return DataLoader(
@@ -149,5 +149,5 @@ def loader(data: Dataset, batch: int, *, seed: int | None = None) -> DataLoader:
 
 
 def _collate(items: list) -> list:
-    """A batch that `Images` made whole as it is, else of its samples."""
+    """Return a batch that `Images` made as a whole unchanged; collate samples otherwise."""
     return items if isinstance(items[0], Tensor) else default_collate(items)

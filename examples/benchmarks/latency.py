@@ -1,12 +1,12 @@
-"""Does a policy keep a limit on its time?
+"""Check that policies keep a limit on their latency.
 
     ONEDNN_MAX_CPU_ISA=AVX2 python examples/benchmarks/latency.py
     python examples/benchmarks/latency.py --runtime bit_serial --model resnet18
 
-MobileNetV1 and DeiT-S of random weights, at limits between the fastest and the slowest policy of the table: the
-scores are the errors of the weights, so only the times mean something. The first command keeps oneDNN from VNNI, as on
-most x86 CPUs: layers at W8A8 then compute in float, those at W4A8 in integers, and the solver chooses which. On
-bit_serial the widths 1, 2 and 4 have times of their own. One thread, batch 1; a policy is built and timed as a whole.
+MobileNetV1 and DeiT-S with random weights, at limits between the fastest and the slowest policy of the latency table.
+Scores are the errors of the weights, so only the times are meaningful. The first command keeps oneDNN from using VNNI,
+which many x86 CPUs lack: W8A8 layers then compute in float, W4A8 layers in integers, and the solver chooses. On
+bit_serial the bit-widths 1, 2 and 4 differ in time. One thread, batch 1; each policy is built and timed as a whole.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def run(model: str, runtime: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=NAMES, action="append")
-    parser.add_argument("--runtime", default="onednn")
+    parser.add_argument("--model", choices=NAMES, action="append", help="default: mobilenetv1 and deit_s")
+    parser.add_argument("--runtime", default="onednn", help="default: onednn")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    print(f"{machine()}\n\n| model | runtime | limit, ms | measured, ms | off the limit | mean weight bits |")
+    print(f"{machine()}\n\n| model | runtime | limit, ms | measured, ms | relative to the limit | mean weight bits |")
     print("|---|---|---|---|---|---|")
     for model in args.model or ("mobilenetv1", "deit_s"):
         run(model, args.runtime)

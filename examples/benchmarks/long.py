@@ -1,11 +1,11 @@
-"""Long runs of ResNet-20 on the whole CIFAR-10 training set: does training the indicators pay when it is given time?
+"""Long runs of ResNet-20 on all of CIFAR-10: do trained indicators pay off after an epoch of joint training?
 
     python examples/benchmarks/long.py --dry
     python examples/benchmarks/long.py --rows a b
     python examples/benchmarks/long.py --report
 
-Rows run in the order of `ROWS` and are kept in the cache folder ($HUB_MPQ_CACHE) one by one; a stopped row goes on from
-its newest state. Methods as in study.py, "mixed" with trained indicators.
+Rows run in the order of `ROWS`. Each is kept in the cache folder ($HUB_MPQ_CACHE), and a stopped row resumes from its
+newest state. Methods are those of study.py; "mixed" has trained indicators.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ BATCH = 128
 
 @dataclass(frozen=True)
 class Row:
-    """joint, tune: epochs of joint training and of fine-tuning. start: "float", or "joint": fine-tuning starts from
-    the weights of the joint training, uniform's too."""
+    """A row: `joint` and `tune` are epochs of joint training and of fine-tuning.
+
+    start: "float", or "joint": fine-tuning starts from the weights of the joint training, for uniform too.
+    """
 
     letter: str
     method: str
@@ -42,12 +44,12 @@ class Row:
 
     @property
     def folder(self) -> Path:
-        """Of rows that may be compared with each other."""
+        """Folder of the rows that may be compared with each other."""
         return study.cache_root() / "long" / f"{self.joint}-joint-{self.tune}-tuned-from-{self.start}"
 
     @property
     def kept(self) -> Path:
-        """The weights of the joint training."""
+        """File of the weights of the joint training."""
         set_of = LEVELS[self.level].name
         return study.cache_root() / "long" / f"weights-{set_of}-{self.joint}-{self.seed}.safetensors"
 
@@ -64,20 +66,20 @@ ROWS = [
 
 @register_strategy("limpq-keeping-weights")
 class Keeping(LIMPQ):
-    """LIMPQ that writes what it trained to a file, with all banks of its norms; the package drops it."""
+    """LIMPQ that keeps the weights of its joint training in a file, with all banks of the norms."""
 
     def __init__(self, *, keep: str, **options: Any) -> None:
         super().__init__(**options)
         self.keep = keep
 
     def read_out(self, model: nn.Module, batches: Any) -> None:
-        """Write, then read out."""
+        """Write the weights, then read out the scores."""
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, self.keep)
         super().read_out(model, batches)
 
 
 def trained_resnet20(row: Row) -> nn.Module:
-    """ResNet-20 with the weights of the joint training and the norms of the bank of the level's weight width."""
+    """Return ResNet-20 with the weights of the joint training and the norms of the bank of the level's weight bits."""
     net, kept = nets.resnet20(), load_file(row.kept)
     bank = LEVELS[row.level].widths.weight.index(int(row.level[1]))
     state = {
@@ -90,7 +92,7 @@ def trained_resnet20(row: Row) -> nn.Module:
 
 
 def task_of(row: Row, steps: int | None = None) -> Task:
-    """The study's task at a row's length, or for so many steps of each training."""
+    """Return the study's task at the length of a row, or with `steps` steps of each training."""
     build = (lambda: trained_resnet20(row)) if row.start == "joint" else lifted_resnet20
     return replace(
         TASKS["resnet20"],
@@ -104,7 +106,7 @@ def task_of(row: Row, steps: int | None = None) -> Task:
 
 
 def run(row: Row, steps: int | None = None) -> None:
-    """One row, if it is not there yet. A row that starts from joint weights takes the indicators of that training."""
+    """Run a row unless it is finished. A row that starts from joint weights uses the indicators of that training."""
     row.folder.mkdir(parents=True, exist_ok=True)
     options = {"strategy": "limpq-keeping-weights", "strategy_options": {"keep": str(row.kept)}}
     first = replace(row, start="float").folder
@@ -112,7 +114,7 @@ def run(row: Row, steps: int | None = None) -> None:
 
 
 def dry(rows: list[Row]) -> None:
-    """Print how many hours the rows take, from ten steps of each training."""
+    """Estimate the hours that the rows take from ten steps of each training."""
     mpq, train = wrapped(nets.resnet20(), "resnet20", 3, 32, 32), cifar_train(0, BATCH)
     mpq.apply_policy("W2A2", train, reestimate_norms=False)
     tuned = mpq.finetune(train, steps=10).step_seconds
@@ -130,9 +132,11 @@ def dry(rows: list[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=sorted({row.letter for row in ROWS}), help="letters; all")
-    parser.add_argument("--dry", action="store_true", help="measure ten steps and print the hours")
-    parser.add_argument("--report", action="store_true")
+    parser.add_argument(
+        "--rows", nargs="+", choices=sorted({row.letter for row in ROWS}), help="letters of the rows; default: all"
+    )
+    parser.add_argument("--dry", action="store_true", help="measure ten steps and estimate the hours")
+    parser.add_argument("--report", action="store_true", help="print the tables of the finished rows and exit")
     args = parser.parse_args()
     chosen = [row for row in ROWS if args.rows is None or row.letter in args.rows]
     if args.report:

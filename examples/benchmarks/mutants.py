@@ -1,9 +1,9 @@
-"""Packed files as a hostile author writes them: changed anywhere, with digests that are right again.
+"""Packed files as a hostile author writes them: changed anywhere, with recomputed digests.
 
     mutants = Mutants(folder, seed=1)
     what, file = mutants.make()
 
-`what` names the way it was changed, `file` is the whole of model.mpq.safetensors. The same seed gives the same files.
+`what` names the mutation, `file` is the content of model.mpq.safetensors. The same seed gives the same files.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def compact(tree: Any, *, sort: bool = False) -> str:
 
 
 def split(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """(header, payload) of a packed file."""
+    """Return (header, payload) of a packed file."""
     size = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + size]), data[8 + size :]
 
 
 def seal(text: str, payload: bytes) -> bytes:
-    """A file of a header's text, whose digests are zeros, and a payload, with both digests filled in."""
+    """Build a file from the text of a header, whose digests are zeros, and a payload; fill in both digests."""
     head = text.encode("utf-8", "surrogatepass")
     head = head.replace(b'payload_sha256":"' + ZEROS.encode(), b'payload_sha256":"' + _sha256(payload), 1)
     head += b" " * (-len(head) % 8)
@@ -74,11 +74,11 @@ def _sha256(data: bytes) -> bytes:
 
 
 class Mutants:
-    """Makes one changed file after another.
+    """Generator of changed files.
 
     Args:
-        folder: What save_pretrained wrote.
-        seed: Of the changes.
+        folder: A folder written by save_pretrained.
+        seed: Seed of the changes.
     """
 
     def __init__(self, folder: Path, seed: int) -> None:
@@ -93,7 +93,7 @@ class Mutants:
         self.ways = (self.bytes_of_the_file, *manifest, *[self.tensors] * 3, self.entry, self.text, self.values)
 
     def make(self) -> tuple[str, bytes]:
-        """(how, the file); one that is changed in fact, and that JSON can say."""
+        """Return (mutation, file); the file differs from the original and is valid JSON where it is JSON."""
         while True:
             way = self.rng.choice(self.ways)
             try:
@@ -140,7 +140,7 @@ class Mutants:
         return deep
 
     def bytes_of_the_file(self) -> bytes:
-        """An accident: the digests stay as they were."""
+        """Change bytes by accident: the digests are not recomputed."""
         data, rng = bytearray(self.data), self.rng
         for _ in range(rng.randint(1, 3)):
             at, other, what = rng.randrange(len(data) or 1), rng.randrange(len(data) or 1), rng.randrange(5)
@@ -157,7 +157,7 @@ class Mutants:
         return bytes(data)
 
     def anything(self) -> bytes:
-        """Any value of the manifest becomes any other."""
+        """Replace any value of the manifest by any other."""
         manifest = copy.deepcopy(self.manifest)
         for _ in range(self.rng.choice([1, 1, 1, 2, 3])):
             *path, last = self.rng.choice(list(_paths(manifest))[1:])
@@ -168,7 +168,7 @@ class Mutants:
         return self._file(manifest=manifest)
 
     def cell(self) -> bytes:
-        """Values of layers that are of the right type."""
+        """Change values of layers within their type."""
         manifest, rng = copy.deepcopy(self.manifest), self.rng
         rows = manifest["layers"]["rows"]
         for _ in range(rng.choice([1, 1, 2, 3])):
@@ -200,7 +200,7 @@ class Mutants:
         return rng.choice([0, 1, 2**63 - 1, 10**18, 5])
 
     def entry(self) -> bytes:
-        """The header's entry of a tensor, or the length of the payload."""
+        """Change the header's entry of a tensor, or the length of the payload."""
         header, rng, payload = copy.deepcopy(self.header), self.rng, self.payload
         name, what = rng.choice(self.names), rng.randrange(10)
         entry = header[name]
@@ -229,7 +229,7 @@ class Mutants:
         return self._file(header, payload)
 
     def text(self) -> bytes:
-        """The text of the manifest, as no program would write it."""
+        """Change the text of the manifest in ways that no JSON writer would."""
         metadata = {**self.header["__metadata__"], "digest": ZEROS, "payload_sha256": ZEROS}
         text, rng = compact({**self.header, "__metadata__": metadata}), self.rng
         at = rng.randrange(text.index('"manifest"'), len(text))
@@ -238,14 +238,14 @@ class Mutants:
         return seal(text[:at] + rng.choice(TOKENS) + text[at + rng.choice([0, 1, 5]) :], self.payload)
 
     def values(self) -> bytes:
-        """Bytes of tensors."""
+        """Change bytes of tensors."""
         payload = bytearray(self.payload)
         for _ in range(self.rng.randint(1, 16)):
             payload[self.rng.randrange(len(payload))] = self.rng.choice([0, 255, 127, 128, self.rng.randrange(256)])
         return self._file(payload=bytes(payload))
 
     def tensors(self) -> bytes:
-        """Widths, owners and dtypes of the manifest together with tensors that fit them."""
+        """Change bit-widths, owners and dtypes in the manifest together with tensors that fit them."""
         manifest, rng = copy.deepcopy(self.manifest), self.rng
         held = {}
         for name in self.names:
@@ -340,7 +340,7 @@ class Mutants:
 
 
 def _paths(tree: Any, path: tuple[Any, ...] = ()) -> Any:
-    """Paths of keys and indices to all values of a tree, its own first."""
+    """Return the paths of keys and indices to all values of a tree, parents first."""
     yield path
     for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
         yield from _paths(value, (*path, key))

@@ -1,4 +1,4 @@
-"""The networks of the benchmarks that no hub builds, with their weights from the data folder."""
+"""Networks of the benchmarks that no library builds, with weights from the data folder."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.nn import functional as F
 
 
 def data_root() -> Path:
-    """The folder with weights and data: $HUB_MPQ_DATA/data, or ../shared/data beside the repository."""
+    """Return the folder with weights and data: $HUB_MPQ_DATA/data, or ../shared/data beside the repository."""
     root = Path(os.environ.get("HUB_MPQ_DATA", Path(__file__).parents[2].parent / "shared")) / "data"
     if not root.is_dir():
-        raise SystemExit(f"no data at {root}: set HUB_MPQ_DATA to the folder that holds data/")
+        raise SystemExit(f"data not found at {root}: set HUB_MPQ_DATA to the folder that contains data/")
     return root
 
 
 class _Block(nn.Module):
-    """Two 3×3 convolutions; where the shape changes the shortcut subsamples and pads with zeros (option A)."""
+    """Two 3×3 convolutions; where the shape changes, the shortcut subsamples and pads with zeros (option A)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -61,14 +61,14 @@ def _weights(name: str) -> tuple[dict[str, Tensor], dict]:
 
 
 def resnet20() -> nn.Module:
-    """CIFAR ResNet-20 with the published weights."""
+    """Return the CIFAR ResNet-20 with its published weights."""
     net = CifarResNet(3)
     net.load_state_dict(_weights("resnet20.akamaster_cifar10")[0])
     return net.eval()
 
 
 def mobilenet_v1(pretrained: bool = True) -> nn.Module:
-    """MobileNetV1-0.75 with its ImageNet weights."""
+    """Return MobileNetV1-0.75 with its ImageNet weights."""
     from timm.models.efficientnet import _gen_mobilenet_v1
 
     net = _gen_mobilenet_v1("mobilenetv1_100", channel_multiplier=0.75, pad_type="same", bn_eps=1e-3)
@@ -78,7 +78,7 @@ def mobilenet_v1(pretrained: bool = True) -> nn.Module:
 
 
 def mobilenet_v2(pretrained: bool = True) -> nn.Module:
-    """MobileNetV2-1.0, whose BatchNorm is folded: each becomes a bias of its convolution first."""
+    """Return MobileNetV2-1.0 with folded BatchNorms: each becomes a bias of its convolution."""
     import timm
 
     net = timm.create_model("mobilenetv2_100", pad_type="same", bn_eps=1e-3)
@@ -90,7 +90,7 @@ def mobilenet_v2(pretrained: bool = True) -> nn.Module:
 
 @torch.no_grad()
 def fold_batch_norm(net: nn.Module) -> None:
-    """Turn every BatchNorm behind a convolution into the convolution's bias and scale; its activation stays."""
+    """Fold every BatchNorm after a convolution into its weight and bias; activations stay."""
     previous: tuple[nn.Module, str] | None = None
     for parent in list(net.modules()):
         for name, module in list(parent.named_children()):

@@ -1,10 +1,10 @@
-"""Loading a packed file of 100 million weights against safetensors' load and clone of the same model in float32.
+"""Time to load a packed file of 100 million weights, beside safetensors' load of the same model in float32.
 
     python examples/benchmarks/pack.py [--rounds 11] [--threads 1]
 
-Both sides end with every tensor of the model as float32 in memory of its own. The files are warm (read once before);
-rounds alternate, medians are printed with the fastest and slowest round. The aim: at most 5 times the float load, the
-SHA-256 of the file's bytes shown apart.
+Both sides end with every tensor of the model as float32 in separate memory. The files are warm (read once before).
+Rounds alternate; medians are printed with the fastest and slowest round. The aim: at most 5 times the float load
+without the SHA-256 of the file, which is shown separately.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 
 
 def network() -> LayerGraph:
-    """100.1 million weights: six transformer blocks 1024 wide, ten 3×3 convolutions of 512 channels, an embedding."""
+    """Return 100.1 million weights: six transformer blocks of width 1024, ten 3×3 convolutions, an embedding."""
     shapes: list[tuple[str, str, tuple[int, ...]]] = [("embed", "embedding", (1000, 1024))]
     for i in range(6):
         shapes += [(f"blocks.{i}.attn.{part}", "linear", (1024, 1024)) for part in "qkvo"]
@@ -44,7 +44,7 @@ def network() -> LayerGraph:
 
 
 def build(folder: Path) -> tuple[Path, Path, int]:
-    """Write both files; return their paths and the number of weights."""
+    """Write both files and return their paths and the number of weights."""
     graph = network()
     rng = torch.Generator().manual_seed(0)
     packed: dict[str, PackedTensor | Tensor] = {}
@@ -61,7 +61,7 @@ def build(folder: Path) -> tuple[Path, Path, int]:
 
 
 def dense(tensors: dict[str, PackedTensor | Tensor]) -> dict[str, Tensor]:
-    """The model in float32, every tensor in memory of its own."""
+    """Return the model in float32, every tensor in separate memory."""
     return {
         f"{name}.weight" if isinstance(value, PackedTensor) else name: value.dequantize()
         if isinstance(value, PackedTensor)
@@ -71,7 +71,7 @@ def dense(tensors: dict[str, PackedTensor | Tensor]) -> dict[str, Tensor]:
 
 
 def timed(call: Callable[[], object]) -> tuple[float, float]:
-    """(wall, CPU) milliseconds of one call; what it returns is freed outside of them."""
+    """Return (wall, CPU) milliseconds of one call, without freeing its result."""
     wall, cpu = time.perf_counter(), time.process_time()
     kept = call()
     spent = (time.perf_counter() - wall) * 1e3, (time.process_time() - cpu) * 1e3
@@ -81,8 +81,8 @@ def timed(call: Callable[[], object]) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=11, help="default: 11")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch; default: 1")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -90,13 +90,13 @@ def main() -> None:
         data = packed.read_bytes()
         ours, theirs = dense(read_packed(packed)[0]), load_file(plain)
         if ours.keys() != theirs.keys() or not all(torch.equal(ours[k], theirs[k]) for k in ours):
-            raise SystemExit("the two files hold different models")
+            raise SystemExit("the two files contain different models")
         del ours, theirs
         steps: dict[str, Callable[[], object]] = {
             "float32: load_file and clone": lambda: {k: v.clone() for k, v in load_file(plain).items()},
             "packed: read, verify, unpack, dequantize": lambda: dense(read_packed(packed)[0]),
-            "of it reading and verifying": lambda: read_packed(packed),
-            "of it SHA-256": lambda: hashlib.sha256(data).digest(),
+            "of which reading and verifying": lambda: read_packed(packed),
+            "of which SHA-256": lambda: hashlib.sha256(data).digest(),
         }
         rounds = [{name: timed(call) for name, call in steps.items()} for _ in range(args.rounds)]
         sizes = plain.stat().st_size / 1e6, packed.stat().st_size / 1e6

@@ -1,7 +1,7 @@
-"""Pictures of the study: accuracy over BitOps and over bytes, a file per network, from the rows of study.py,
-with the policies of other packages from those of strategies.py.
+"""Plots of the study: accuracy over BitOps and over bytes, one file per network, from the rows of study.py, with the
+policies of other packages from the rows of strategies.py.
 
-python examples/benchmarks/pareto.py --name study --to examples/benchmarks/pictures
+    python examples/benchmarks/pareto.py --name study --to examples/benchmarks/pictures
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ COLOURS = {
     "reversed": "#b7950b",
 }
 PEERS = {"ModelOpt": "s", "AutoScheme": "D", "MCT": "^"}
-"""{word in a row's name of strategies.py: marker}: policies of other packages, fine-tuned here."""
+"""{word in the name of a row of strategies.py: marker} of policies of other packages, fine-tuned by hub_mpq."""
 LINES = ("uniform", "mixed")
 LEVEL = re.compile(r"W\d+A\d+")
 
 
 def draw(task: str, rows: list[dict[str, Any]], peers: list[dict[str, Any]], path: Path) -> None:
-    """One picture: a point per method and level (mean over seeds, bars from the least to the greatest).
+    """Draw one plot: a point per method and level (mean over seeds, bars from minimum to maximum).
 
-    Over BitOps the levels of BitOps, over bytes all of them. Lines join equal widths of both operands.
+    The plot over BitOps has the levels of BitOps, that over bytes all of them. Lines join equal bits of both operands.
     """
     import matplotlib
 
@@ -69,21 +69,21 @@ def draw(task: str, rows: list[dict[str, Any]], peers: list[dict[str, Any]], pat
 
 
 def point(rows: list[dict[str, Any]], method: str, level: str, cost: str, by: float) -> tuple[float, ...] | None:
-    """(mean cost, mean score, least, greatest, whether both operands have one width) over the seeds of a level."""
+    """Return (mean cost, mean score, minimum, maximum, whether both operands have equal bits) over seeds."""
     found = [r for r in rows if (r["method"], r["level"]) == (method, level)]
     if not found:
         return None
     scores = [r["score"] for r in found]
     widths = re.findall(r"\d+", level)
-    equal = len(widths) == 2 and widths[1] in (widths[0], "8")  # a sentence encoder's inputs have 8 bits throughout
+    equal = len(widths) == 2 and widths[1] in (widths[0], "8")  # inputs of a sentence encoder always have 8 bits
     where = float(np.mean([r["usage"][cost] for r in found])) / by
     return where, float(np.mean(scores)), min(scores), max(scores), float(equal)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", default="study", help="folder of the rows, in the cache")
-    parser.add_argument("--to", type=Path, default=Path("pictures"))
+    parser.add_argument("--name", default="study", help="folder of the rows in the cache")
+    parser.add_argument("--to", type=Path, default=Path("pictures"), help="output folder")
     args = parser.parse_args()
     rows = [json.loads(p.read_text()) for p in sorted((cache_root() / args.name).glob("*.json"))]
     file = cache_root() / "strategies.jsonl"

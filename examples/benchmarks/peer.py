@@ -1,12 +1,12 @@
-"""Policies of other packages at the same budget: weights mixed, activations at one width.
+"""Policies of other packages at the same budget: mixed weights, activations at one bit-width.
 
-ModelOpt's auto_quantize (extra `bench`) scores every layer's formats by gradients and picks them with a linear program
-for a mean number of weight bits. Neither BitOps nor bytes are limits of its own: it gets the most weight bits that fit.
-MCT (`pip install model-compression-toolkit`, in an environment of its own: it pins older packages) measures the
-distance of inner activations with one layer quantized and solves for its BitOps or its bytes of weights.
-AutoScheme (`pip install auto-round`) scores groups of 128 weights by the gradient of a decoder's own loss and fills a
-mean number of weight bits. It needs that loss: of an encoder, "BaseModelOutputWithPoolingAndCrossAttentions has no
-attribute 'loss'" (0.16.1).
+ModelOpt's auto_quantize (extra `bench`) scores the formats of every layer by gradients and picks them with a linear
+program for a mean number of weight bits. It has no limits on BitOps or bytes, so it gets the most weight bits that fit.
+MCT (`pip install model-compression-toolkit`, in a separate environment, since it pins older packages) measures the
+distance of inner activations with one layer quantized and solves for BitOps or bytes of weights.
+AutoScheme (`pip install auto-round`) scores groups of 128 weights by the gradient of a decoder's loss and fills a mean
+number of weight bits. It needs that loss; for an encoder it fails with "BaseModelOutputWithPoolingAndCrossAttentions
+has no attribute 'loss'" (0.16.1).
 
     python examples/benchmarks/peer.py --mean-bits 3 --policies decoders.json
     python examples/benchmarks/prediction.py --perplexity --policies-file decoders.json
@@ -32,7 +32,7 @@ from hub_mpq import HubMPQ, LayerBits, Policy
 
 
 def weight_format(bits: int, activation: int) -> dict[str, Any]:
-    """ModelOpt's configuration of one width, weights per output channel, activations per tensor."""
+    """Return ModelOpt's configuration of one bit-width: weights per output channel, activations per tensor."""
     return {
         "quant_cfg": [
             {"quantizer_name": "*", "enable": False},
@@ -47,10 +47,10 @@ def weight_format(bits: int, activation: int) -> dict[str, Any]:
 def modelopt_policy(
     mpq: HubMPQ, batches: Sequence[Any], widths: Sequence[int], activation: int, limit: str, target: float
 ) -> Policy:
-    """What auto_quantize chooses for the searched layers with the most weight bits that keep `limit` within `target`.
+    """Return the policy of auto_quantize with the most weight bits that keep `limit` within `target`.
 
-    It is scored once; its linear program is then solved for falling mean widths until its policy fits. Fixed layers
-    stay as they are here.
+    It is scored once. Its linear program is then solved for decreasing mean bits until its policy fits. Fixed layers
+    are the same as in hub_mpq.
     """
     import modelopt.torch.quantization as mtq
 
@@ -86,17 +86,17 @@ def modelopt_policy(
 
 
 def node_of(layer: str) -> str:
-    """The name of a layer in MCT's graph, which adds "_bn" where it folded a BatchNorm in."""
+    """Return the name of a layer in MCT's graph, which adds "_bn" where it folded a BatchNorm."""
     return layer.replace(".", "_")
 
 
 def mct_policy(
     mpq: HubMPQ, batches: Sequence[Any], widths: Sequence[int], activation: int, limit: str, target: float, level: int
 ) -> Policy:
-    """What MCT chooses for the weights of the searched layers within the cost of all of them at `level` bits.
+    """Return the policy of MCT for the weights of the searched layers within the cost of the uniform `level`.
 
-    Activations are float while it searches. Its own limit is lowered by hundredths until `limit` is within `target`.
-    Fixed layers are held at the widest candidate there, and counted so.
+    Activations are float while it searches. Its limit is lowered by hundredths until `limit` is within `target`. It
+    keeps fixed layers at the widest candidate and counts them so.
     """
     import model_compression_toolkit as mct
     from mct_quantizers import QuantizationMethod
@@ -170,7 +170,7 @@ def mct_policy(
 
 
 def autoscheme_bits(mean_bits: float, widths: Sequence[int] = (2, 3, 4, 8), samples: int = 16) -> dict[str, int]:
-    """{layer of SmolLM2: weight bits} that AutoScheme chooses, scored on chunks of WikiText-2's validation split."""
+    """Return AutoScheme's {layer of SmolLM2: weight bits}, scored on chunks of WikiText-2's validation split."""
     from auto_round import AutoRound, AutoScheme
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -197,8 +197,8 @@ def autoscheme_bits(mean_bits: float, widths: Sequence[int] = (2, 3, 4, 8), samp
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mean-bits", type=float, default=4.0)
-    parser.add_argument("--policies", type=Path, required=True, help="JSON file, which is written or added to")
+    parser.add_argument("--mean-bits", type=float, default=4.0, help="mean weight bits of AutoScheme; default: 4")
+    parser.add_argument("--policies", type=Path, required=True, help="JSON file to create or to add to")
     args = parser.parse_args()
     known = json.loads(args.policies.read_text()) if args.policies.exists() else {}
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Policies to compare with: random ones at the same budget, and reversed scores."""
+"""Baseline policies: random ones at the same budget, and reversed scores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hub_mpq.search.scores import Scores
 
 
 def random_policy(mpq: HubMPQ, limit: str, target: float, generator: np.random.Generator) -> Policy:
-    """Widths at random, then single random changes until the limit lies within 1 % below `target`."""
+    """Draw random bit-widths, then make single random changes until the limit lies within 1 % below `target`."""
     graph = mpq.graph
     widths = {
         x.name: (
@@ -49,16 +49,16 @@ def random_policy(mpq: HubMPQ, limit: str, target: float, generator: np.random.G
             return Policy({**fixed, **bits}, graph.digest)
         trial = changed(bits)
         value = amount(trial)
-        # now and then a step away: a small network has few policies, and the nearest may be a dead end
+        # sometimes step away: a small network has few policies, and the nearest may be a dead end
         if abs(value - 0.995 * target) < abs(now - 0.995 * target) or trials % 50 == 49:
             bits, now = trial, value
-    raise SystemExit(f"no random policy within 1 % below {limit} = {target:.4g} was found")
+    raise SystemExit(f"no random policy found within 1 % below {limit} = {target:.4g}")
 
 
 def reversed_scores(scores: Scores) -> Scores:
-    """Score tables exchanged between the layer of rank i and the layer of rank n − 1 − i, by their mean score.
+    """Exchange the score tables of the layers of rank i and rank n − 1 − i, ranked by mean score.
 
-    A width that one of the two lacks (an outlier of the training) is left out.
+    A bit-width that one of the two lacks (an outlier of the training) is omitted.
     """
     ranked = sorted(scores, key=lambda name: float(np.mean(list(scores[name].values()))))
     out = {}

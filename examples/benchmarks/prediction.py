@@ -1,15 +1,15 @@
-"""Does the sum of scores predict what a policy measures? Random policies of equal budget, on items of their own.
+"""Do sums of scores predict measurements? Random policies of equal budget, measured on separate items.
 
     python examples/benchmarks/prediction.py --net resnet20 --level W2A2
     python examples/benchmarks/prediction.py --net resnet20 --level W2A2 --strategy kl --strategy mse
     python examples/benchmarks/prediction.py --perplexity
     python examples/benchmarks/prediction.py --report
 
-Scores are learned on training data. A refit, as the search makes it, sees twenty other policies on held-out data. Then
-`POLICIES` random policies are measured on test items. Two kinds: fills of the budget that owe nothing to the scores,
-and optima of perturbed scores, which are nearer to what a search compares. The intervals are of the bootstrap over
-policies and items. --perplexity: SmolLM2, uniform and mixed widths, weights alone. Finished rows are kept in the cache
-folder ($HUB_MPQ_CACHE).
+Scores are learned on training data. A refit, as in the search, uses twenty other policies on held-out data. Then
+`POLICIES` random policies of two kinds are measured on test items: fills of the budget that do not depend on the
+scores, and optima of perturbed scores, which are nearer to what a search compares. Intervals are bootstrapped over
+policies and items. --perplexity: SmolLM2 with uniform and mixed bit-widths, weights only. Finished rows are kept in the
+cache folder ($HUB_MPQ_CACHE).
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ WIDTHS = Candidates((2, 3, 4, 5, 6, 7, 8), (32,))  # SmolLM2's
 
 @dataclass(frozen=True)
 class Net:
-    """A network, the budgets to look at, and three sets of batches that share no item.
+    """A network, its budgets, and three sets of batches that share no item.
 
-    scored: what the scores are learned on; held: of the refit; tested: what policies are measured on.
+    scored: for learning the scores; held: for the refit; tested: for measuring policies.
     """
 
     build: Callable[[], HubMPQ]
@@ -92,14 +92,14 @@ NETS: dict[str, Net] = {
 
 
 def folder() -> Path:
-    """Of the rows."""
+    """Return the folder of the rows."""
     found = images.cache_root() / "prediction"
     found.mkdir(parents=True, exist_ok=True)
     return found
 
 
 def distinct(draw: Callable[[np.random.Generator], Policy | None], count: int) -> list[Policy]:
-    """Up to `count` policies that differ from each other."""
+    """Return up to `count` distinct policies."""
     generator = np.random.default_rng(11)
     found: dict[Any, Policy] = {}
     for _ in range(3 * count):
@@ -110,7 +110,7 @@ def distinct(draw: Callable[[np.random.Generator], Policy | None], count: int) -
 
 
 def scored(name: str, level: str, strategy: str) -> HubMPQ:
-    """A network with its scores, which are learned once for all levels of one set of candidates."""
+    """Return a network with its scores, learned once for all levels of one set of candidates."""
     net = NETS[name]
     mpq, widths = net.build(), net.widths(level)
     mark = "-".join(str(b) for b in (*widths.weight, *widths.activation))
@@ -124,7 +124,7 @@ def scored(name: str, level: str, strategy: str) -> HubMPQ:
 
 
 def run(name: str, level: str, policies: int = POLICIES, strategy: str = "limpq") -> None:
-    """One row, if it is not there yet."""
+    """Run a row unless it is finished."""
     file = folder() / f"{name}-{level}{'' if strategy == 'limpq' else f'-{strategy}'}.json"
     if file.exists():
         return
@@ -170,7 +170,7 @@ def run(name: str, level: str, policies: int = POLICIES, strategy: str = "limpq"
 
 
 def figures(found: dict[str, Any], which: str, rounds: int = 1000) -> tuple[str, str]:
-    """(Spearman, slope) with their 95 % intervals; slope is the median of measured over predicted."""
+    """Return (Spearman, slope) with 95 % intervals; slope is the median of measured over predicted."""
     predicted, measured = np.array(found[which]), np.array(found["measured"])
     counts, generator = np.array(found["counts"]), np.random.default_rng(0)
 
@@ -186,9 +186,9 @@ def figures(found: dict[str, Any], which: str, rounds: int = 1000) -> tuple[str,
 
 
 def perplexity(level: str, others: Path | None = None) -> None:
-    """SmolLM2 at a mean width of its weights: uniform and mixed, each token's loss on 16 × 256 test tokens.
+    """Measure SmolLM2 at a mean bit-width of weights, uniform and mixed: losses of 16 × 256 test tokens.
 
-    others: file of AutoScheme's policies, written by peer.py.
+    others: file of policies of AutoScheme, written by peer.py.
     """
     file = folder() / f"perplexity-{level}.json"
     if file.exists():
@@ -213,7 +213,7 @@ def perplexity(level: str, others: Path | None = None) -> None:
 
 
 def report() -> None:
-    """Print the tables of the rows that are there, in markdown."""
+    """Print the tables of the finished rows in Markdown."""
     head = [
         "network",
         "level",
@@ -244,7 +244,7 @@ def report() -> None:
 
 
 def paired(a: list[float], b: list[float], chunk: int = 255, rounds: int = 2000) -> str:
-    """95 % interval of the mean of a − b, over resampled chunks: the tokens of one are not independent."""
+    """Return the 95 % interval of the mean of a − b over resampled chunks, whose tokens are not independent."""
     means = (np.array(a) - np.array(b)).reshape(-1, chunk).mean(1)
     draws = np.random.default_rng(0).choice(means, (rounds, len(means))).mean(1)
     return "{:+.3f} … {:+.3f}".format(*np.percentile(draws, [2.5, 97.5]))
@@ -255,10 +255,10 @@ def main() -> None:
     parser.add_argument("--net", choices=sorted(NETS), action="append")
     parser.add_argument("--level", action="append")
     parser.add_argument("--strategy", choices=("limpq", "gradient", "hessian", "mse", "kl"), action="append")
-    parser.add_argument("--policies", type=int, default=POLICIES, help="of each kind")
-    parser.add_argument("--perplexity", action="store_true")
-    parser.add_argument("--policies-file", type=Path, help="AutoScheme's policies, written by peer.py")
-    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--policies", type=int, default=POLICIES, help="number of policies of each kind")
+    parser.add_argument("--perplexity", action="store_true", help="SmolLM2 instead of the other networks")
+    parser.add_argument("--policies-file", type=Path, help="policies of AutoScheme, written by peer.py")
+    parser.add_argument("--report", action="store_true", help="print the tables of the finished rows and exit")
     args = parser.parse_args()
     if args.perplexity:
         for level in args.level or NETS["smollm2"].levels:

@@ -1,6 +1,9 @@
-"""ResNet-20 on CIFAR-10 by one process, and by two that are killed in the middle and go on: python processes.py
+"""ResNet-20 on CIFAR-10 in one process, and in two that are killed and resumed.
 
-Indicators, search at W3A3, fine-tuning, test accuracy. The same samples a step: 128 by one, 64 by each of two.
+    python examples/benchmarks/processes.py --steps 8 --tune 8
+
+Indicators, search at W3A3, fine-tuning, test accuracy. Both see the same samples per step: 128 in one process, 64 in
+each of two.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ BATCH, SEED, LEVEL = 128, 0, "W3A3"
 
 
 def worker(folder: Path, steps: int, tune: int) -> None:
-    """The route, as one of however many processes were launched."""
+    """Run the route as one of the launched processes."""
     import images
     import tasks
     import torch
@@ -36,7 +39,7 @@ def worker(folder: Path, steps: int, tune: int) -> None:
     mpq = HubMPQ.from_module(
         net, torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), model_id="resnet20"
     )
-    # no augmentation: its draws would depend on how the samples are spread
+    # no augmentation: its random draws would depend on how the samples are distributed
     data = images.Images(*images.cifar10("train"), images.CIFAR_MEAN, images.CIFAR_STD)
     train = images.loader(data, BATCH // processes, seed=SEED)
     test = tasks.cifar_test()
@@ -65,7 +68,7 @@ def worker(folder: Path, steps: int, tune: int) -> None:
 
 
 def start(folder: Path, processes: int, steps: int, tune: int) -> subprocess.Popen[bytes]:
-    """The worker on so many processes, by Accelerate's launcher."""
+    """Start the worker on a number of processes with Accelerate's launcher."""
     from hub_mpq.cli.launch import arguments
 
     launcher = [sys.executable]
@@ -77,13 +80,13 @@ def start(folder: Path, processes: int, steps: int, tune: int) -> subprocess.Pop
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process started."""
+    """Return the child processes of a process."""
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(child) for child in found]
 
 
 def kill(process: subprocess.Popen[bytes], folder: Path, step: int) -> str:
-    """SIGKILL to launcher and workers once the states are at a step; the newest state's name."""
+    """Send SIGKILL to launcher and workers once a state of `step` exists; return the name of the newest state."""
     states = folder / "indicators"
     while process.poll() is None and not any(int(p.name[-8:]) >= step for p in states.glob("step-*")):
         time.sleep(0.01)
@@ -94,7 +97,7 @@ def kill(process: subprocess.Popen[bytes], folder: Path, step: int) -> str:
 
 
 def compare(one: dict[str, Any], two: dict[str, Any], side: str) -> tuple[float, float]:
-    """(rank correlation over layers, mean over widths; median relative difference) of the indicators."""
+    """Return (rank correlation over layers, mean over bit-widths; median relative difference) of the indicators."""
     from hub_mpq.search.movement import rank_correlation
 
     a, b = one["indicators"][side], two["indicators"][side]
@@ -105,10 +108,10 @@ def compare(one: dict[str, Any], two: dict[str, Any], side: str) -> tuple[float,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=12, help="joint steps")
-    parser.add_argument("--tune", type=int, default=16, help="steps of fine-tuning")
+    parser.add_argument("--tune", type=int, default=16, help="fine-tuning steps")
     given = parser.parse_args()
     if given.worker:
         worker(given.worker, given.steps, given.tune)
@@ -122,7 +125,7 @@ def main() -> None:
             running = start(folder, processes, given.steps, given.tune)
             if processes > 1:
                 last = kill(running, folder, given.steps // 2)
-                print(f"killed with SIGKILL; going on from {last}", flush=True)
+                print(f"killed with SIGKILL; resuming from {last}", flush=True)
                 running = start(folder, processes, given.steps, given.tune)
             if running.wait() != 0:
                 raise SystemExit("the worker failed")
@@ -136,10 +139,10 @@ def main() -> None:
         print(f"| {processes} ({row['device']}) | {' | '.join(map(str, cells))} | {row['seconds']:.0f} |")
     for side in ("weight", "activation"):
         rho, apart = compare(found[1], found[2], side)
-        print(f"{side} indicators of two beside one: rank correlation {rho:.4f}, median difference {100 * apart:.2f} %")
+        print(f"{side} indicators, two and one: rank correlation {rho:.4f}, median difference {100 * apart:.2f} %")
     bits = [row["bits"] for row in found.values()]
     same = sum(bits[0][name] == bits[1][name] for name in bits[0])
-    print(f"policies: {same} of {len(bits[0])} layers have the same widths; {found[1]['samples']:.0f} test images")
+    print(f"policies: {same} of {len(bits[0])} layers have the same bit-widths; {found[1]['samples']:.0f} test images")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The whole route on tasks that are no image classification, with real data: float, calibrated, fine-tuned.
+"""The whole route on tasks other than image classification, with real data: float, calibrated, fine-tuned.
 
     python examples/benchmarks/routes.py mnist-regression cifar-heads cifar-attributes stsb-cosine stsb sst2
 
-Each network is trained in float first where it needs a head (once, kept in the cache folder), then quantized at a mixed
-policy and measured before and after fine-tuning, by the metrics of its task.
+A network that needs a head is first trained in float (once; the weights are kept in the cache folder). It is then
+quantized with a mixed policy and measured before and after fine-tuning by the metrics of its task.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from hub_mpq import HubMPQ, Task
 from hub_mpq.tasks import task_of
 from hub_mpq.train import Finetune, fit
 
-LENGTH = 48  # tokens of a sentence, or of a pair
+LENGTH = 48  # tokens per sentence or pair
 
 
 class Route(NamedTuple):
-    """A network with its data. `metrics`: those that are shown; `tune`: options of fine-tuning."""
+    """A network with its data. `metrics`: those to print; `tune`: options of the fine-tuning."""
 
     load: Callable[[], HubMPQ]
     train: Callable[[], Iterable[Any]]
@@ -43,7 +43,7 @@ class Route(NamedTuple):
 
 
 class Labelled(Dataset[Any]):
-    """Images with labels made from their classes or pixels by `label(pixels, classes)`, a tensor or a tuple of them."""
+    """Images with labels from `label(pixels, classes)`, a tensor or a tuple of tensors."""
 
     def __init__(
         self, data: tuple[Tensor, Tensor], mean: Any, std: Any, label: Callable[[Tensor, Tensor], Any]
@@ -63,7 +63,7 @@ def _split(data: Dataset[Any], *, train: bool) -> Iterable[Any]:
 
 
 def _float(name: str, net: nn.Module, train: Iterable[Any], task: Any = None, **options: Any) -> nn.Module:
-    """`net` trained in float, once."""
+    """Return `net` trained in float; the weights are cached."""
     file = images.cache_root() / f"{name}.safetensors"
     if not file.exists():
         known = task_of(task, net, next(iter(train)))
@@ -98,11 +98,11 @@ def mnist_regression() -> Route:
     return Route(load, lambda: data("train"), lambda: data("test"), {"bitops": "W3A3"}, ("mse", "r2", "pearson"), tune)
 
 
-# heads of their own on ResNet-20
+# custom heads on ResNet-20
 
 
 class TwoHeads(nn.Module):
-    """Classes, and the mean colour of the image."""
+    """A network with two heads: classes, and the mean colour of the image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ def cifar_heads() -> Route:
 
 
 _ATTRIBUTES = ["0110", "0100", "1010", "1001", "1000", "1001", "1000", "1001", "0000", "0100"]
-"""Of CIFAR-10's classes: animal, has wheels, flies, kept as a pet or on a farm."""
+"""Attributes of CIFAR-10's classes: animal, has wheels, flies, kept as a pet or on a farm."""
 ATTRIBUTES = torch.tensor([[int(bit) for bit in row] for row in _ATTRIBUTES])
 
 
@@ -178,7 +178,7 @@ def _pairs(split: str) -> tuple[list[str], list[str], Tensor]:
 
 
 class Cosine(nn.Module):
-    """The cosine of two sentences' mean-pooled embeddings."""
+    """Cosine of the mean-pooled embeddings of two sentences."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ ROUTES = {
 
 
 def run(name: str) -> dict[str, Any]:
-    """Figures of one route: {"float" | "calibrated" | "tuned": metrics, …}."""
+    """Return the figures of one route: {"float" | "calibrated" | "tuned": metrics, …}."""
     route = ROUTES[name]()
     began = time.perf_counter()
     mpq, train, test = route.load(), route.train(), route.test()
@@ -296,17 +296,17 @@ def run(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print one line per stage, and with --json everything."""
+    """Print one line per stage or, with --json, everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[*ROUTES, []], default=list(ROUTES))
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("names", nargs="*", choices=[*ROUTES, []], default=list(ROUTES), help="default: all")
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON lines")
     arguments = parser.parse_args()
     for name in arguments.names:
         found = run(name)
         if arguments.json:
             print(json.dumps({"route": name, **found}), flush=True)
             continue
-        widths = f"{len(found['widths'])} different widths"
+        widths = f"{len(found['widths'])} different bit-widths"
         print(f"{name}: {found['float']['task']}, {found['budget']}, {widths}, {found['seconds']} s")
         for stage in ("float", "calibrated", "tuned"):
             shown = ROUTES[name]().metrics

@@ -1,13 +1,13 @@
-"""Is a pulled model the same model on every runtime?
+"""Check that a pulled model gives the same results on every runtime.
 
     python examples/benchmarks/runtimes.py
     python examples/benchmarks/runtimes.py --model resnet20
 
-A mixed policy (scores by "gradient", calibrated, not fine-tuned) is certified on each runtime that is installed,
-published to the Hub stand-in on loopback, and pulled and measured on each in a fresh process: MobileNetV1 at the BitOps
-of W4A4 (top-1 on 800 images of ImageNet), ResNet-20 at those of W4A4 (top-1 on CIFAR-10's test images), MiniLM at the
-bytes of W4A8 (Spearman on the STS-B test pairs). Of images it tells how many a runtime answers rightly that the
-reference does not and the other way round, and how many answers are right or wrong otherwise than in float64.
+A mixed policy (scores by "gradient", calibrated, not fine-tuned) is certified on each installed runtime, published to
+the Hub stand-in on loopback, and pulled and measured on each in a fresh process: MobileNetV1 at the BitOps of W4A4
+(top-1 on 800 images of ImageNet), ResNet-20 at those of W4A4 (top-1 on the test images of CIFAR-10), MiniLM at the
+bytes of W4A8 (Spearman on the STS-B test pairs). For images the table shows how many only the runtime, and only the
+reference, classifies correctly, and how many are correct on one of runtime and float64 only.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ print(json.dumps([items, figure, len(layers.integer), len(layers.float)]))
 
 
 class InFloat64(nn.Module):
-    """A network for images in float64, where sums in another order round to the same codes."""
+    """A network for images in float64, where the order of sums does not change the codes."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class InFloat64(nn.Module):
 
 
 def run(name: str) -> list[list[Any]]:
-    """Rows of one model: runtime, certificate in words, layers in integers, figure of the pulled model, reference's."""
+    """Return the rows of one model: runtime, integer layers, certificate, result of the pulled model, reference."""
     import tasks
 
     from hub_mpq.core import runtimes
@@ -107,7 +107,7 @@ def run(name: str) -> list[list[Any]]:
 
 
 def _changed(items: list[Any], own: list[Any]) -> str:
-    """How many items only the pulled model, and only the reference, answers rightly; "" where items are no answers."""
+    """Count the items that only the pulled model, and only the reference, gets right; "" where not applicable."""
     if not isinstance(own[0], float):
         return ""
     pairs = list(zip(items, own, strict=True))
@@ -116,11 +116,11 @@ def _changed(items: list[Any], own: list[Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=LEVELS, action="append")
+    parser.add_argument("--model", choices=LEVELS, action="append", help="default: all")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    head = ["model", "runtime", "layers in integers", "largest error", "codes one step off", "the same model"]
-    head += ["pulled", "reference", "images gained, lost", "other than in float64"]
+    head = ["model", "runtime", "integer layers", "largest error", "codes off by one", "certified"]
+    head += ["pulled model", "reference", "images gained, lost", "answers unlike float64"]
     with hub.loopback():
         print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
         for name in args.model or LEVELS:

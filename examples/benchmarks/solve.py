@@ -1,17 +1,17 @@
-"""Time of the exact solver against PuLP/CBC and HiGHS on the same tables, in one run, all to gap 0.
+"""Time of the exact solver beside PuLP/CBC and HiGHS on the same tables, all to gap 0.
 
     python examples/benchmarks/solve.py                          # golden case and 18, 52, 200, 1000 layers, 5 seeds
     python examples/benchmarks/solve.py --sizes golden,52 --timeout 30 --json solve.json
 
-Every time is the wall time from the table (a dict) to the policy, building the model included; imports and a first
-tiny solve are not. Solvers take turns on each instance, so that load on the machine hits all of them alike. Peers get
-the plain model with costs in parts of their limit (raw BitOps of 1e10 are beyond their tolerances) and one thread.
-Every answer is checked: the sum of its scores against the others', its costs in exact integers. Peers that say
-"optimal" at gap 0 may still end a little above the optimum: their tolerances are 1e-6.
+Times are wall times from the table (a dict) to the policy, including building the model but not imports and a first
+tiny solve. Solvers take turns on each instance, so that load on the machine affects all of them. Peers get the plain
+model with costs as fractions of their limit (raw BitOps of 1e10 exceed their tolerances) and one thread. Every answer
+is checked: the sum of its scores against the others, its costs in exact integers. Peers that report "optimal" at gap 0
+may still end slightly above the optimum, as their tolerances are 1e-6.
 
-The random tables are shaped like the trained ResNet-50 indicators of LIMPQ (tests/solve/golden_limpq_resnet50.json):
-log-normal MACs and weight counts with the golden means and spreads, scales that fall with the width by the golden
-steps, smaller for layers with more weights. Limits: BitOps of W3A4, bytes of 2.4 bits a weight.
+The random tables resemble the trained ResNet-50 indicators of LIMPQ (tests/solve/golden_limpq_resnet50.json):
+log-normal MACs and weight counts with the golden means and spreads, scales that decrease with the bit-width by the
+golden steps and are smaller for layers with more weights. Limits: BitOps of W3A4, bytes of 2.4 bits per weight.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Answer = tuple[dict[str, str] | None, bool]  # policy, proved
 
 
 def golden_table() -> dict[str, Any]:
-    """ResNet-50 at W3A4 and 12.2x compression, the policy that LIMPQ's authors published."""
+    """Return the table of ResNet-50 at W3A4 and 12.2x compression, for which LIMPQ's authors published a policy."""
     data = json.loads(GOLDEN.read_text())
     case, rows, fixed = data["cases"][0], data["layers"], sum(data["fixed_weights"].values())
     layers = {}
@@ -58,7 +58,7 @@ def golden_table() -> dict[str, Any]:
 
 
 def random_table(n: int, seed: int) -> dict[str, Any]:
-    """n layers of 25 choices under two limits."""
+    """Return a table of n layers with 25 choices under two limits."""
     rng = np.random.default_rng([n, seed])
     z = rng.normal(size=(n, 2))
     log_macs, log_count = 18.0 + 0.45 * z[:, 0], 12.0 + 1.5 * (0.4 * z[:, 0] + math.sqrt(1 - 0.4**2) * z[:, 1])
@@ -96,7 +96,7 @@ def by_hub_mpq(table: dict[str, Any], timeout: float) -> Answer:
 
 
 def by_cbc(table: dict[str, Any], timeout: float) -> Answer:
-    """LIMPQ's own way: PuLP and the CBC it ships."""
+    """Solve as LIMPQ does: PuLP and the CBC it ships."""
     import pulp
 
     problem = pulp.LpProblem("table", pulp.LpMinimize)
@@ -119,7 +119,7 @@ def by_cbc(table: dict[str, Any], timeout: float) -> Answer:
 
 
 def by_highs(table: dict[str, Any], timeout: float) -> Answer:
-    """HiGHS by its own Python interface, the model handed over as arrays."""
+    """Solve by the Python interface of HiGHS, with the model passed as arrays."""
     import highspy
 
     keys = [(name, c) for name, row in table["layers"].items() for c in row]
@@ -160,7 +160,7 @@ SOLVERS: dict[str, Callable[[dict[str, Any], float], Answer]] = {
 
 
 def measure(table: dict[str, Any], solver: str, timeout: float) -> dict[str, Any]:
-    """One timed solve, checked with exact integers."""
+    """Time one solve and check it with exact integers."""
     begin = time.perf_counter()
     policy, proved = SOLVERS[solver](table, timeout)
     seconds = time.perf_counter() - begin
@@ -188,9 +188,14 @@ def run(sizes: list[str], seeds: int, timeout: float) -> list[dict[str, Any]]:
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    """Markdown: medians (least to most) over the seeds; ratio to the faster peer instance by instance."""
+    """Return a Markdown table: medians (minimum to maximum) over seeds; ratios of peers instance by instance."""
     peers = [name for name in SOLVERS if name != "hub_mpq"]
-    head = ["instance", *(f"{name} s" for name in SOLVERS), *(f"{name} / hub_mpq" for name in peers), "optimum held"]
+    head = [
+        "instance",
+        *(f"{name} s" for name in SOLVERS),
+        *(f"{name} / hub_mpq" for name in peers),
+        "optimum confirmed",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for size in dict.fromkeys(row["size"] for row in rows):
         here = {name: [r for r in rows if r["size"] == size and r["solver"] == name] for name in SOLVERS}
@@ -210,7 +215,7 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 
 def agreement(here: dict[str, list[dict[str, Any]]]) -> str:
-    """Whether nobody found anything better than hub_mpq proved, and how much worse the peers' "optima" are."""
+    """Tell whether no peer beat the optimum that hub_mpq proved, and how much worse the peers' "optima" are."""
     beaten, worse, over = False, 0.0, dict.fromkeys(here, 0)
     for mine, *others in zip(*here.values(), strict=True):
         for row in (mine, *others):
@@ -229,9 +234,9 @@ def main() -> None:
     parser.add_argument(
         "--sizes", default="golden,18,52,200,1000", help="comma separated: golden, or a number of layers"
     )
-    parser.add_argument("--seeds", type=int, default=5, help="instances a size (golden: repeats)")
+    parser.add_argument("--seeds", type=int, default=5, help="instances per size (golden: repeats)")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one solve")
-    parser.add_argument("--json", type=Path, help="write every measurement here")
+    parser.add_argument("--json", type=Path, help="file for all measurements")
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
     rows = run(arguments.sizes.split(","), arguments.seeds, arguments.timeout)

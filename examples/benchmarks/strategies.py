@@ -1,15 +1,15 @@
-"""All search strategies on one piece of work: CIFAR-10 ResNet-20, equal image passes to search, equal fine-tuning.
+"""All search strategies on CIFAR-10 ResNet-20, with equal image passes for the search and equal fine-tuning.
 
-    python examples/benchmarks/strategies.py            # every row that is not in the cache folder yet
+    python examples/benchmarks/strategies.py            # every row that is not finished
     python examples/benchmarks/strategies.py --only DQ --seeds 1 --search-steps 20 --tune-steps 20
     python examples/benchmarks/strategies.py --report
 
 Three budgets, three seeds each: the BitOps of W3A3 and of W2A2, and the bytes of W2 with 4-bit activations. Each
-finished row is one JSON line in the cache folder ($HUB_MPQ_CACHE), so a stopped run goes on where it was; rows of other
-settings stand beside them. It runs on the GPU where there is one. An image pass is one image through the network once:
-LIMPQ makes one a width and one more, so it gets that part of the steps.
+finished row is one JSON line in the cache folder ($HUB_MPQ_CACHE), so a stopped run can be continued; rows of other
+settings are kept too. It runs on the GPU if available. An image pass is one image through the network once: LIMPQ makes
+one per bit-width plus one in each step, so it gets correspondingly fewer steps.
 
-Other packages may be installed on another machine than the one that tunes. Their policies are kept in a file:
+Other packages may be installed on another machine than the one that fine-tunes. Their policies are kept in a file:
 
     python examples/benchmarks/strategies.py --only peer --policies peers.json --tune-steps 0 --test 1000
     python examples/benchmarks/strategies.py --policies peers.json
@@ -61,7 +61,7 @@ PEER_BATCHES = 8
 
 
 def peers_policy(mpq: HubMPQ, row: str, name: str, seed: int, args: argparse.Namespace) -> tuple[Policy, float]:
-    """(policy of another package, seconds of its search), out of the file of policies where it is there."""
+    """Return (policy of another package, seconds of its search), from the file of policies if it has one."""
     known = json.loads(args.policies.read_text()) if args.policies and args.policies.exists() else {}
     id = f"{row}|{name}|{seed}|{args.batch}"
     if id not in known:
@@ -85,7 +85,7 @@ def peers_policy(mpq: HubMPQ, row: str, name: str, seed: int, args: argparse.Nam
 
 
 def policy_of(mpq: HubMPQ, row: str, name: str, seed: int, args: argparse.Namespace) -> tuple[Policy, float]:
-    """(policy, seconds of the search)."""
+    """Return (policy, seconds of the search)."""
     level, (strategy, options) = LEVELS[name], ROWS[row]
     began = time.perf_counter()
     if row == "uniform LSQ":
@@ -124,7 +124,7 @@ def policy_of(mpq: HubMPQ, row: str, name: str, seed: int, args: argparse.Namesp
 
 
 def run(row: str, name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One row: search, fine-tune from the float weights, measure."""
+    """Run one row: search, fine-tune from the float weights, measure."""
     task = TASKS["resnet20"]
     mpq = task.build()
     policy, seconds = policy_of(mpq, row, name, seed, args)
@@ -155,12 +155,12 @@ def key(row: str, level: str, seed: int, args: argparse.Namespace) -> str:
 
 
 def settings(args: argparse.Namespace) -> str:
-    """What rows must share to stand in one table."""
+    """Return the settings that the rows of one table share."""
     return f"{args.search_steps}|{args.tune_steps}|{args.batch}|{args.test}"
 
 
 def report(done: dict[str, dict[str, Any]], args: argparse.Namespace) -> str:
-    """The markdown tables of the rows with these settings."""
+    """Return the Markdown tables of the rows with these settings."""
     lines = [f"{args.search_steps} search steps and {args.tune_steps} fine-tuning steps of {args.batch} images"]
     for name in HERE:
         lines += ["", f"### {name}", "", "| strategy | top-1 | spread | seeds | M BitOps | bytes | search s |"]
@@ -179,22 +179,22 @@ def report(done: dict[str, dict[str, Any]], args: argparse.Namespace) -> str:
 
 
 def read(file: Path) -> dict[str, dict[str, Any]]:
-    """{key: row} of the rows that say where they ran."""
+    """Return {key: row} of the rows that record a device."""
     rows = [json.loads(line) for line in file.read_text().splitlines() if line] if file.exists() else []
     return {row["key"]: row for row in rows if "device" in row}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="rows whose name holds this")
-    parser.add_argument("--level", choices=HERE, help="one budget only")
+    parser.add_argument("--only", help="only rows whose name contains this")
+    parser.add_argument("--level", choices=HERE, help="only this budget")
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--policies", type=Path, help="file of other packages' policies, written where one is missing")
+    parser.add_argument("--policies", type=Path, help="file of policies of other packages; missing ones are added")
     parser.add_argument("--search-steps", type=int, default=100)
     parser.add_argument("--tune-steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--test", type=int, default=10000, help="test images")
-    parser.add_argument("--report", action="store_true", help="print the table of what is there, run nothing")
+    parser.add_argument("--test", type=int, default=10000, help="number of test images")
+    parser.add_argument("--report", action="store_true", help="print the tables of the finished rows and exit")
     args = parser.parse_args()
     file = images.cache_root() / "strategies.jsonl"
     rounds = [
@@ -209,8 +209,8 @@ def main() -> None:
             continue
         try:
             found = run(row, name, seed, args)
-        except ImportError as error:  # another package, and its policy is in no file
-            print(f"{name}, {row}, seed {seed}: left out, {error}", flush=True)
+        except ImportError as error:  # a package that is missing, without a stored policy
+            print(f"{name}, {row}, seed {seed}: skipped, {error}", flush=True)
             continue
         with file.open("a") as out:
             out.write(json.dumps(found) + "\n")

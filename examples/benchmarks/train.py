@@ -1,20 +1,20 @@
-"""What quantization costs while a network trains: time and memory over the float network, and a second process.
+"""Cost of quantization during training: time and memory over the float network, and scaling to two processes.
 
     python examples/benchmarks/train.py passes --model resnet18             # one pass, against other formulas
     python examples/benchmarks/train.py passes --model resnet18 --batch 4 --size 64 --rounds 30
     python examples/benchmarks/train.py passes --model bert --layers 2      # 2 of BERT-base's 12 equal layers
     python examples/benchmarks/train.py step --model resnet18               # a joint step over n + 1 float passes
     python examples/benchmarks/train.py memory --model resnet18             # peak memory of a step, fresh processes
-    python examples/benchmarks/train.py processes --batch 8                 # images/s of 2 processes over 1
+    python examples/benchmarks/train.py processes --batch 8                 # images/s of two processes over one
 
-Weights are random: only time and memory count. One thread a process. All contestants take turns in one run, in another
-order each round, and a ratio is taken within a round, so that load on the machine hits all sides; figures are medians
-and ranges of the rounds, in wall time and in the process's own CPU time, which other work on the machine disturbs less.
-"least": the least wall time of a contestant over the least of float.
-All layers that a search would touch are quantized at 4 bits, weights and inputs, one scale a tensor (`--per-channel`
-for hub_mpq's weights: what its default indicator trains); stem, head and embeddings are float, as in joint training.
-formula: the straight-through formula in plain torch operations, as LIMPQ's authors' code has it. torch: torch's own
-learnable fake-quantize operation. Both differ from hub_mpq in nothing but the quantizer.
+Weights are random: only time and memory are measured. One thread per process. All contestants take turns, in a new
+order each round, and ratios are taken within a round, so that load on the machine affects all sides. Figures are
+medians and ranges over rounds, of wall time and of the CPU time of the process, which other work on the machine
+disturbs less. "least": the least wall time of a contestant over the least of float. All layers that a search would
+quantize have 4-bit weights and inputs, one scale per tensor (`--per-channel` for hub_mpq's weights, as its default
+indicator trains them); stem, head and embeddings are float, as in joint training. formula: the straight-through formula
+in plain torch operations, as in the code of LIMPQ's authors. torch: torch's learnable fake-quantize operation. Both
+differ from hub_mpq only in the quantizer.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Formula(nn.Module):
 
 
 class TorchOp(Formula):
-    """Torch's own operation."""
+    """Torch's learnable fake-quantize operation."""
 
     def forward(self, x: Tensor) -> Tensor:
         quantize = torch._fake_quantize_learnable_per_tensor_affine
@@ -85,7 +85,7 @@ class TorchOp(Formula):
 
 
 def network(options: argparse.Namespace) -> tuple[HubMPQ, Any]:
-    """(model with its graph, one batch)."""
+    """Return (model with its graph, one batch)."""
     torch.manual_seed(0)
     if options.model == "bert":
         config = BertConfig(num_hidden_layers=options.layers, num_labels=2)
@@ -99,7 +99,7 @@ def network(options: argparse.Namespace) -> tuple[HubMPQ, Any]:
 
 
 def joint(mpq: HubMPQ, batch: Any, widths: Sequence[int], per_channel: bool) -> tuple[nn.Module, LIMPQ]:
-    """A model at the start of joint training, at width 4, and its strategy."""
+    """Return a model at the start of joint training, at 4 bits, and its strategy."""
     model = copy.deepcopy(mpq.float_model)
     loss = Finetune(task=Classification(), lr=1e-4, scale_lr=1e-2, weight_decay=0.0, smoothing=0.1)
     strategy = LIMPQ(indicator="divergence" if per_channel else "raw scale")
@@ -119,7 +119,7 @@ def cut(batch: Any, count: int) -> Any:
 
 
 def contestant(name: str, mpq: HubMPQ, batch: Any, options: argparse.Namespace) -> nn.Module | None:
-    """The network with the quantizers of one contestant; None where it can't run."""
+    """Return the network with the quantizers of one contestant; None where it cannot run."""
     if name == "float":
         return copy.deepcopy(mpq.float_model).train()
     per_channel = options.per_channel and name in ("hub_mpq", "compiled")
@@ -139,7 +139,7 @@ def one_pass(model: nn.Module, batch: Any) -> None:
 
 
 def rounds(runs: dict[str, Callable[[Any], None]], batch: Any, count: int) -> dict[str, list[tuple[float, float]]]:
-    """(wall seconds, CPU seconds) of every contestant in every round, after one run on two samples."""
+    """Return (wall, CPU) seconds of every contestant in every round, after one run on two samples."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for run in runs.values():
         run(cut(batch, 2))
@@ -158,7 +158,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def table(found: dict[str, list[tuple[float, float]]]) -> None:
-    """Ratios to float in the same round."""
+    """Print ratios to float in the same round."""
     print("| | s wall | over float, wall | over float, CPU | least |\n|---|---|---|---|---|")
     least = min(found["float"])[0]
     for name, seconds in found.items():
@@ -180,7 +180,7 @@ def passes(options: argparse.Namespace) -> None:
 
 
 def joint_step(model: nn.Module, strategy: LIMPQ, opt: torch.optim.Optimizer, batch: Any) -> None:
-    """What hub_mpq.train.fit does in a step."""
+    """Do one step as hub_mpq.train.fit does."""
     for loss, _ in strategy.losses(model, batch, random.Random(0)):
         loss.backward()
     torch.nn.utils.clip_grad_value_([p for p in model.parameters() if p.grad is not None], 1.0)
@@ -189,7 +189,7 @@ def joint_step(model: nn.Module, strategy: LIMPQ, opt: torch.optim.Optimizer, ba
 
 
 def step(options: argparse.Namespace) -> None:
-    """A whole joint step, its optimizer included, over as many float passes without one."""
+    """Compare a joint step, optimizer included, with as many float passes without an optimizer."""
     mpq, batch = network(options)
     plain = copy.deepcopy(mpq.float_model).train()
 
@@ -213,8 +213,8 @@ def resident(key: str) -> int:
 
 
 def peak(run: Callable[[], None]) -> int:
-    """KiB of resident memory that a run adds at its peak (Linux)."""
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before goes back first
+    """Return the KiB of resident memory that a run adds at its peak (Linux)."""
+    ctypes.CDLL(None).malloc_trim(0)  # return freed memory first
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
 
     before = resident("VmRSS")
@@ -223,12 +223,12 @@ def peak(run: Callable[[], None]) -> int:
 
 
 def memory(options: argparse.Namespace) -> None:
-    """Peak over what is there before the step: activations, gradients, temporaries. A fresh process each."""
+    """Measure the peak over the memory before the step: activations, gradients, temporaries. Fresh processes."""
     if options.child:
         mpq, batch = network(options)
         model = contestant(options.child, mpq, batch, options)
         if model is not None:
-            one_pass(model, cut(batch, 2))  # libraries are loaded and kernels made
+            one_pass(model, cut(batch, 2))  # load libraries and compile kernels
             model.zero_grad(set_to_none=True)
             print(peak(lambda: one_pass(model, batch)))
         return
@@ -244,7 +244,7 @@ def memory(options: argparse.Namespace) -> None:
 
 
 def launched(count: int, port: int) -> list[str]:
-    """What `count` processes that train together print."""
+    """Return the output of `count` processes that train together."""
     common = {**os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_PORT": str(port)}
     common |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} if count > 1 else {} for r in range(count)]
@@ -257,8 +257,10 @@ def launched(count: int, port: int) -> list[str]:
 
 
 def processes(options: argparse.Namespace) -> None:
-    """Images/s of joint training by `fit` over gloo: by the median step, and by the CPU seconds of all steps, which is
-    what as many free cores would give if nobody waited."""
+    """Measure images/s of joint training by `fit` over gloo, by the median step and by the CPU-seconds of all steps.
+
+    The latter is what as many free cores would give without waiting.
+    """
     if options.child:
         mpq, batch = network(options)
         model, strategy = joint(mpq, batch, options.widths, per_channel=True)
@@ -283,12 +285,12 @@ def main() -> None:
     parser.add_argument("part", choices=("passes", "step", "memory", "processes"))
     parser.add_argument("--model", default="resnet18", help="a timm name, or bert")
     parser.add_argument("--layers", type=int, default=12, help="layers of BERT")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=32, help="default: 32")
     parser.add_argument("--size", type=int, help="pixels (224), or tokens of BERT (128)")
-    parser.add_argument("--widths", type=int, nargs="+", default=[2, 4, 6], help="candidate widths of a joint step")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4, help="of `processes`")
-    parser.add_argument("--per-channel", action="store_true")
+    parser.add_argument("--widths", type=int, nargs="+", default=[2, 4, 6], help="candidate bit-widths of a joint step")
+    parser.add_argument("--rounds", type=int, default=3, help="default: 3")
+    parser.add_argument("--steps", type=int, default=4, help="steps of `processes`")
+    parser.add_argument("--per-channel", action="store_true", help="one weight scale per channel for hub_mpq")
     parser.add_argument("--contestants", nargs="+", default=CONTESTANTS, choices=CONTESTANTS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,14 +1,15 @@
-"""Which error should the scale of a weight be least in, where nothing is known of the layer's input?
+"""Compare rules for the scale of a weight where nothing is known about the input of the layer.
 
     python examples/benchmarks/weight_scales.py
 
 Top-1 of ResNet-20 (CIFAR-10, the first 3,000 test images) and MobileNetV1 (800 images of ImageNet), calibrated only:
-inputs on training batches, BatchNorm statistics anew for each rule. Rules: "fourth power", the package's; "squares",
-what it did until 2026-11-28.
+inputs on training batches, BatchNorm statistics re-estimated for each rule. Rules: "fourth power" of the error, the
+default; "squares", the default until 2026-11-28.
 """
 
 from __future__ import annotations
 
+import argparse
 from itertools import islice
 
 import tasks
@@ -20,6 +21,7 @@ from hub_mpq.train.norms import reestimate_batch_norm
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for name, batches in (("resnet20", 8), ("mobilenetv1", 16)):
         task = tasks.TASKS[name]
         mpq = task.build()

@@ -1,19 +1,19 @@
 """How much of each family of models is quantized, and whether it survives a round trip.
 
-    python examples/benchmarks/coverage.py timm
-    python examples/benchmarks/coverage.py transformers --round-trip
-    python examples/benchmarks/coverage.py transformers llava qwen2_audio --rows rows.jsonl
+    python examples/benchmarks/family_coverage.py timm
+    python examples/benchmarks/family_coverage.py transformers --round-trip
+    python examples/benchmarks/family_coverage.py transformers llava qwen2_audio --rows rows.jsonl
 
-One row a family: the smallest model of each of timm's files, types of transformers by their default config, or NAMES.
-Counted on meta tensors, without weights or network. "MACs": share of the multiply-accumulates with a weight that are in
-quantized layers. "weights": share of the elements of all Parameters, biases and norms among them. "ratio": all MACs
-counted, products of activations among them, over those of torch.utils.flop_counter (empty where it cannot run the
-model). "largest float": what stays float, by MACs, else by weights. With --round-trip a tiny model with random weights
-is quantized to a mix of W4A8 and W3A4, saved and loaded: "loaded" by HubMPQ.from_pretrained, "auto" by transformers,
-with equal outputs to the bit.
+One row per family: the smallest model of each of timm's files, types of transformers with their default config, or
+NAMES. Counted on meta tensors, without weights or network. "MACs": share of the multiply-accumulates with a weight that
+are in quantized layers. "weights": share of the elements of all Parameters, including biases and norms. "ratio": all
+counted MACs, including products of activations, over those of torch.utils.flop_counter (empty where it cannot run the
+model). "largest float": the largest part that stays float, by MACs, else by weights. With --round-trip a tiny model
+with random weights is quantized to a mix of W4A8 and W3A4, saved and loaded: "loaded" by HubMPQ.from_pretrained, "auto"
+by transformers, both with bit-identical outputs.
 
-Each model runs in a process of its own with a time limit, and its row is written to --rows at once: a second call goes
-on where the first stopped.
+Each model runs in a separate process with a time limit, and its row is written to --rows at once, so a second call
+continues where the first stopped.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from coverage_models import TYPES, all_types, class_of, config_of, cut, smallest
 
 Row = dict[str, Any]
 MEMORY = 12 * 2**30
-"""Bytes of address space that one model may take beyond those of the empty process."""
+"""Bytes of address space that one model may take beyond the empty process."""
 BUSY = 10
 LARGEST = 160_000_000
-"""Parameters of a model that the round trip builds with weights."""
+"""Most Parameters of a model that the round trip builds with weights."""
 
 
 def isolated(work: Callable[..., Row], *args: Any, limit: float) -> Row:
-    """What `work` returns in a process of its own; {"error": …} where it raises, dies or takes longer.
+    """Run `work` in a separate process; {"error": …} where it raises, dies or exceeds the limit.
 
     Args:
         work: Returns a row.
         *args: Its arguments.
-        limit: Seconds of CPU time; of wall time, on a busy machine, `BUSY` times as many.
+        limit: Seconds of CPU time. The limit on wall time is `BUSY` times as long, for a busy machine.
     """
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
@@ -84,7 +84,7 @@ def _answer(pipe: Any, work: Callable[..., Row], args: tuple[Any, ...], limit: f
 
 
 def failure(error: BaseException) -> Row:
-    """An error in one line, and the last places of it and of what caused it."""
+    """Describe an error in one line, with the last frames of it and of its cause."""
     places, cause = [], error
     while cause is not None and len(places) < 3:
         frames = traceback.extract_tb(cause.__traceback__)[-3:]
@@ -95,7 +95,7 @@ def failure(error: BaseException) -> Row:
 
 
 def counted(source: Any) -> Row:
-    """Shares of MACs and of Parameters in quantized layers, and what the rest is."""
+    """Return the shares of MACs and of Parameters in quantized layers, and what the rest is."""
     graph, model = source.graph, source.model
     products = ("attention", "matmul")
     floats = [op for op in graph.floats if op.kind not in products]
@@ -132,7 +132,7 @@ def _named(example: Any) -> dict[str, Any]:
 
 
 def reference(model: Any, example: Any) -> float:
-    """MACs of one forward by torch's own counter, attention as two products."""
+    """Return the MACs of one forward by torch's counter, with attention as two products."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -140,7 +140,7 @@ def reference(model: Any, example: Any) -> float:
     from hub_mpq.adapters.example_inputs import example_for
     from hub_mpq.adapters.forward import call, output_on_zeros
 
-    if hasattr(model, "main_input_name"):  # with values: a source on meta has none
+    if hasattr(model, "main_input_name"):  # with values, which meta tensors lack
         example = example_for(model)
     errors = []
     for run in (call, output_on_zeros):  # the second where the forward looks at values
@@ -155,7 +155,7 @@ def reference(model: Any, example: Any) -> float:
 
 
 def coverage(model_id: str) -> Row:
-    """The row of a timm name, or of a folder with a config."""
+    """Return the row of a timm name, or of a folder with a config."""
     from hub_mpq import HubMPQ, adapters
 
     began = time.process_time()
@@ -170,13 +170,13 @@ def coverage(model_id: str) -> Row:
 
 
 def of_module(module: str) -> Row:
-    """The row of the smallest model of one of timm's files."""
+    """Return the row of the smallest model of one of timm's files."""
     name = smallest(timm_modules()[module])
     return {"model": name, **coverage(name)}
 
 
 def of_type(model_type: str) -> Row:
-    """The row of a type of transformers."""
+    """Return the row of a type of transformers."""
     config = config_of(model_type)
     config.architectures = [class_of(model_type)]
     with tempfile.TemporaryDirectory() as folder:
@@ -185,7 +185,7 @@ def of_type(model_type: str) -> Row:
 
 
 def mixed(graph: Any) -> Any:
-    """Every other layer at W4A8, the rest at W3A4, as ties allow."""
+    """Return a policy with every other layer at W4A8 and the rest at W3A4, as far as ties allow."""
     from hub_mpq import Policy
     from hub_mpq.core import LayerBits
 
@@ -202,7 +202,7 @@ def mixed(graph: Any) -> Any:
 
 
 def outputs(model: Any, example: Any) -> list[Any]:
-    """All tensors of one forward with one seed."""
+    """Return all tensors of one forward with one seed."""
     import random
 
     import numpy as np
@@ -218,14 +218,14 @@ def outputs(model: Any, example: Any) -> list[Any]:
 
 
 def equal(one: list[Any], other: list[Any]) -> bool:
-    """Whether two lists of tensors hold the same values, NaN at the same places."""
+    """Tell whether two lists of tensors hold the same values, with NaN at the same places."""
     return len(one) == len(other) and all(
         x.shape == y.shape and bool(((x == y) | ((x != x) & (y != y))).all()) for x, y in zip(one, other, strict=True)
     )
 
 
 def round_trip(mpq: Any, folder: Path, auto_class: Any) -> Row:
-    """Quantize, save, load by hub_mpq and by transformers."""
+    """Quantize, save, and load by hub_mpq and by transformers."""
     from hub_mpq import HubMPQ
 
     example = mpq.source.example
@@ -240,7 +240,7 @@ def round_trip(mpq: Any, folder: Path, auto_class: Any) -> Row:
 
 
 def round_trip_of_type(model_type: str) -> Row:
-    """Of a tiny model of a type of transformers, or, where the small sizes do not fit each other, one of two layers."""
+    """Round trip of a tiny model of a type of transformers; where the small sizes do not fit, of one of two layers."""
     import torch
     import transformers
 
@@ -268,7 +268,7 @@ def round_trip_of_type(model_type: str) -> Row:
 
 
 def round_trip_of_name(name: str) -> Row:
-    """Of a timm model with random weights, at the smallest of a few input sizes that it takes."""
+    """Round trip of a timm model with random weights, at the smallest of a few input sizes that it takes."""
     import torch
     from transformers import AutoModelForImageClassification
 
@@ -290,7 +290,7 @@ def round_trip_of_name(name: str) -> Row:
 
 
 def table(rows: dict[str, Row], trips: dict[str, Row]) -> str:
-    """Markdown, the least covered first."""
+    """Return the Markdown table, least covered first."""
 
     def share(row: Row, key: str) -> str:
         return f"{row[key]:.1%}" if key in row else ""
@@ -311,11 +311,11 @@ def table(rows: dict[str, Row], trips: dict[str, Row]) -> str:
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     for key, what in (("mac_share", "MACs"), ("weight_share", "weights")):
         enough = sum(row.get(key, 0) >= 0.95 for row in rows.values())
-        lines.append(f"\n95 % of the {what} or more: {enough} of {len(rows)}.")
+        lines.append(f"\nAt least 95 % of the {what}: {enough} of {len(rows)}.")
     if trips:
         for key in ("loaded", "auto"):
             same = sum(trip.get(key) is True for trip in trips.values())
-            lines.append(f"\n{key}, equal to the bit: {same} of {len(trips)}.")
+            lines.append(f"\n{key}, bit-identical: {same} of {len(trips)}.")
     return "\n".join(lines)
 
 
@@ -323,10 +323,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", choices=["timm", "transformers"])
     parser.add_argument("names", nargs="*", help="timm names or types of transformers instead of the default list")
-    parser.add_argument("--all", action="store_true", help="every type of transformers that has a task")
-    parser.add_argument("--round-trip", action="store_true", help="quantize, save and load a tiny model too")
-    parser.add_argument("--limit", type=float, default=60, help="seconds of CPU time for each model")
-    parser.add_argument("--rows", type=Path, help="JSON lines; what is in the file is not run again")
+    parser.add_argument("--all", action="store_true", help="all types of transformers that have a task")
+    parser.add_argument("--round-trip", action="store_true", help="also quantize, save and load a tiny model")
+    parser.add_argument("--limit", type=float, default=60, help="seconds of CPU time per model")
+    parser.add_argument("--rows", type=Path, help="JSON lines file of finished rows, which are not run again")
     args = parser.parse_args()
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
     import timm  # noqa: F401
