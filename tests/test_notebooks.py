@@ -17,7 +17,7 @@ SMALL = {
 }
 SAYS = {
     "decoder": ["tokens: float", "packed/model.mpq.safetensors: ", "same text: True"],
-    "lora_on_a_packed_base": ["same logits: True", "can't be merged", "model.mpq.safetensors: "],
+    "lora_on_a_packed_base": ["same logits: True", "cannot be merged", "model.mpq.safetensors: "],
 }
 
 

@@ -1,4 +1,4 @@
-"""From a model id to a model with its LayerGraph. timm and transformers are imported when a model of theirs is."""
+"""From a model id to a model with its LayerGraph. timm and transformers are imported only when they are needed."""
 
 from __future__ import annotations
 
@@ -28,15 +28,24 @@ def load(
 
     Args:
         model_id: A timm name ("resnet18"), a Hub id ("timm/resnet18.a1_in1k", "hf-hub:user/name", "org/name"), a
-            folder with a config.json, or what another registered library knows.
+            folder with a config.json, or an id that another registered library recognizes.
         pretrained: Load the weights too.
-        library: Name of the library; found by the id, then by the config.json, when left out.
-        meta: Take neither weights nor memory, and no network for a timm name or a folder.
+        library: Name of the library; None to detect it from the id, then from the config.json.
+        meta: Build on the meta device: no weights and no memory, and no network for a timm name or a folder.
         **kwargs: Arguments of the library's `load`.
 
+    Returns:
+        The model with its layers and an example input.
+
     Raises:
-        InvalidArgument: The id names nothing, or there is no such library.
-        HubMPQError: Files cannot be had.
+        InvalidArgument: The id or the library is unknown.
+        HubMPQError: Files cannot be downloaded or read.
+
+    Example:
+        >>> from hub_mpq.adapters import load
+        >>> source = load("resnet18", meta=True)
+        >>> source.library, len(source.graph.layers)
+        ('timm', 21)
     """
     model_id = str(model_id)
     found = _find(model_id, kwargs.get("revision"), kwargs.get("token")) if library is None else libraries.get(library)
@@ -50,7 +59,7 @@ def _find(model_id: str, revision: str | None, token: str | bool | None) -> Libr
     folder = Path(model_id)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise InvalidArgument(f"{model_id!r} holds no config.json, so it is no model folder")
+            raise InvalidArgument(f"{model_id!r} is not a model folder: it contains no config.json")
         return _owner(model_id, folder / "config.json")
     path = model_id.removeprefix("local-dir:")
     if path.startswith((".", "/", "~", "\\")) or (path != model_id and not Path(path).is_dir()):
@@ -76,9 +85,9 @@ def _owner(model_id: str, file: Path) -> Library:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise HubMPQError(f"the config.json of {model_id!r} can't be read: {error}") from error
+        raise HubMPQError(f"cannot read the config.json of {model_id!r}: {error}") from error
     for library in libraries:
         if isinstance(config, dict) and library.owns(config):
             return library
-    known = " nor ".join(library.name for library in libraries if library.builds_from_folder)
-    raise InvalidArgument(f"the config.json of {model_id!r} is of no registered library: neither {known}")
+    known = " or ".join(library.name for library in libraries if library.builds_from_folder)
+    raise InvalidArgument(f"the config.json of {model_id!r} belongs to no registered library; expected {known}")

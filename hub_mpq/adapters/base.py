@@ -1,4 +1,4 @@
-"""What every adapter answers."""
+"""What every adapter returns, and helpers that they share."""
 
 from __future__ import annotations
 
@@ -22,17 +22,23 @@ from .restore_state import state_restored
 
 @dataclass
 class Source:
-    """A model, where it comes from, and what runs through it.
+    """A model with its origin, its layers and an example input.
 
-    Attributes:
+    Args:
         model: The float network, in evaluation mode.
-        model_id: The id it was asked for by.
-        revision: Commit of the Hub repository that its files were taken from, if any.
-        library: Name of its `hub_mpq.core.library.Library`.
-        example: One sample on the model's device: keyword arguments or a tuple of positional ones.
+        model_id: The id that was passed to `load`.
+        revision: Commit of the Hub repository that its files come from, if any.
+        library: Name of its `Library`.
+        example: One sample on the model's device: a dict of keyword arguments or a tuple of positional ones.
         graph: Its layers.
-        preprocess: timm's data config (input_size, mean, std, …), or the name of the tokenizer or processor.
-        config: The library's own config.json, as it is to be published; {} for a module.
+        preprocess: timm's data config (`input_size`, `mean`, `std`, …), or the name of the tokenizer or processor.
+        config: The library's own config.json to publish; {} for a module.
+
+    Example:
+        >>> from hub_mpq.adapters import load
+        >>> source = load("resnet18", meta=True)
+        >>> source.preprocess["input_size"]
+        (3, 224, 224)
     """
 
     model: nn.Module
@@ -46,23 +52,23 @@ class Source:
 
 
 def noise(*shape: int, like: nn.Module) -> Tensor:
-    """Standard normal values on the CPU, the same each time, in the dtype of the model's Parameters."""
+    """Standard normal values on the CPU with a fixed seed, in the dtype of the model's Parameters."""
     weight = next((p for p in like.parameters() if p.is_floating_point()), torch.empty(0))
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
 
 
 def likely_example(model: nn.Module, shape: tuple[int, ...]) -> Any:
-    """One sample for a network of which only the shape of its input is known; None where it takes something else.
+    """One sample for a network of which only the input shape is known; None if the network does not run on it.
 
     Args:
         model: The network.
-        shape: Of its input, without the batch axis.
+        shape: Shape of the input, without the batch axis.
     """
     example = placed((noise(1, *shape, like=model),), model)
     try:
         with state_restored(model):
             model(*example)
-    except Exception:  # a network may raise anything on what it does not expect
+    except Exception:  # a network may raise anything on an unexpected input
         return None
     return example
 
@@ -74,16 +80,16 @@ def placed(example: Example, model: nn.Module) -> Any:
 
 
 def commit_of(file: object) -> str | None:
-    """Commit of the Hub repository that a file of the Hub client's cache was taken from; None for any other file."""
+    """Commit of the Hub repository that a file in the Hub cache comes from; None for any other file."""
     found = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", str(file))
     return found and found[1]
 
 
 def no_connection(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> Exception | None:
-    """What the Hub's client raises where a repository's config is not in the cache and the Hub can't be reached.
+    """The connection error of the Hub client if a repository's config is not cached and the Hub cannot be reached.
 
-    The Hub is asked once: the client's own download tries for half a minute. Whatever else is wrong, None: the download
-    says so, or gets over it.
+    The Hub is asked once, because the client's own download retries for half a minute. Returns None for any other
+    problem, which the download itself reports or handles.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
@@ -100,17 +106,17 @@ def no_connection(repo_id: str, revision: str | None = None, token: str | bool |
 def find_config(
     repo_id: str, near: Callable[[], Sequence[str]], revision: str | None = None, token: str | bool | None = None
 ) -> Path:
-    """The config.json of a Hub repository.
+    """Download the config.json of a Hub repository.
 
     Args:
-        repo_id: As the Hub takes it.
-        near: Names that look like it, best first; asked for only where there is no such repository.
+        repo_id: Hub id.
+        near: Returns similar names, best first; called only if the repository is not found.
         revision: Branch, tag or commit.
         token: As for huggingface_hub.
 
     Raises:
-        InvalidArgument: The Hub has none, and there are near names, or none can have that name.
-        HubMPQError: There is none, or it can't be had.
+        InvalidArgument: The repository does not exist and there are similar names, or the name is not valid on the Hub.
+        HubMPQError: The file does not exist or cannot be downloaded.
     """
     from huggingface_hub import errors, hf_hub_download
 
@@ -119,7 +125,7 @@ def find_config(
             raise unreachable
         return Path(hf_hub_download(repo_id, "config.json", revision=revision, token=token))
     except errors.HFValidationError as error:
-        raise InvalidArgument(f"no such folder: {repo_id!r}, and no Hub repository can have that name") from error
+        raise InvalidArgument(f"no such folder: {repo_id!r}, and it is not a valid Hub id") from error
     except Exception as error:
         names = near()
         if names and isinstance(error, errors.RepositoryNotFoundError):
@@ -128,8 +134,7 @@ def find_config(
 
 
 def near_repositories(model_id: str, known: Iterable[str] = ()) -> list[str]:
-    """Up to three repositories that look like an id, with or without their owner: of the Hub client's cache, and
-    `known` ones."""
+    """Up to three repositories with names similar to an id, with or without owner, from the Hub cache and `known`."""
     from huggingface_hub import constants
 
     folders = Path(constants.HF_HUB_CACHE).glob("models--*")
@@ -139,20 +144,20 @@ def near_repositories(model_id: str, known: Iterable[str] = ()) -> list[str]:
 
 
 def cannot_build(model_id: str, error: Exception, *, pretrained: bool, near: Sequence[str] = ()) -> HubMPQError:
-    """One sentence on why a model could not be built, from whatever its library raised, with near names."""
+    """One sentence on why a model could not be built, from the error of its library, with similar names."""
     first = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
     said = f"[{type(error).__name__}: {shown(first, 160)}]"
     if not is_connection_error(error):
-        return HubMPQError(f"{model_id!r} can't be built {said}")
-    way = "pretrained=False builds it without weights, checkpoint_path= takes a file that is here"
+        return HubMPQError(f"cannot build {model_id!r} {said}")
+    way = "use pretrained=False to build it without weights, or checkpoint_path= to load a local file"
     if Path(model_id).is_dir():
-        return HubMPQError(f"the folder {model_id!r} can't be read; {way} {said}")
+        return HubMPQError(f"cannot read the folder {model_id!r}; {way} {said}")
     if pretrained:
         return HubMPQError(
-            f"the weights of {model_id!r} can't be fetched; check the name and the network ({way}) {said}"
+            f"cannot download the weights of {model_id!r}; check the name and the network ({way}) {said}"
         )
     meant = f" (did you mean {' or '.join(near)}?)" if near else ""
     return HubMPQError(
-        f"the configuration of {model_id!r} can't be fetched; check the name{meant} and the network, or give a folder "
+        f"cannot download the configuration of {model_id!r}; check the name{meant} and the network, or pass a folder "
         f"{said}"
     )

@@ -1,7 +1,7 @@
-"""Building a network that a stranger's config describes: it may take no more than a packed file accounts for.
+"""Build a network from an untrusted config with no more memory and time than its packed file accounts for.
 
-Our construction: the network is built on the meta device while operators and modules are counted, and the size of
-what an operator returns is known before it runs. So a config of any family is bounded, whatever its numbers are called.
+Our construction: the network is built on the meta device while operators and modules are counted, and the output size
+of an operator is known before it runs. This bounds configs of every model family, whatever their fields are called.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from .count import storage_key
 
 PARTS, PARTS_PER_TENSOR = 2000, 8
 OPERATORS, OPERATORS_PER_TENSOR = 20_000, 100
-"""So many, and so many more for each tensor of the file. The models of timm and transformers register 4 modules and run
-106 operators for each tensor of theirs at most; a file has at least as many tensors."""
+"""A fixed number, plus so many for each tensor of the file. The models of timm and transformers register at most 4
+modules and run at most 106 operators for each of their tensors; a file has at least as many tensors."""
 LINES, LINES_PER_BYTE = 3_000_000, 16
-"""Lines of Python: so many, and so many more for each byte of the file (a loop over a table of positions is one for
-each). TinyViT runs 27 million for its 21 million weights, all others a tenth of it or less."""
+"""Lines of Python: a fixed number, plus so many for each byte of the file (a loop over a position table takes one line
+per entry). TinyViT runs 27 million for its 21 million weights, all others a tenth of that or less."""
 NBYTES, NBYTES_PER_BYTE = 1 << 27, 64
-"""Bytes of the largest tensor: so many, and for each byte of the file eight 1-bit weights in float64."""
+"""Bytes of the largest tensor: a fixed number, plus eight 1-bit weights in float64 for each byte of the file."""
 BESIDE, BESIDE_PER_BYTE = 1 << 27, 256
-"""Bytes of all tensors that no state dict has (masks, tables of positions), which the real network takes too.
-BEiT-large at 1024 pixels has 83 for each byte of its 1-bit weights."""
+"""Bytes of all tensors outside the state dict (masks, position tables), which the real network takes too. BEiT-large
+at 1024 pixels has 83 for each byte of its 1-bit weights."""
 RESIDENT, RESIDENT_PER_BYTE, RESIDENT_PER_TENSOR = 150 << 20, 3, 1 << 14
-"""Bytes that the process may take meanwhile, the objects of Python included."""
+"""Bytes that the process may take during the build, including Python objects."""
 _EVERY = 256
-"""Lines of Python between two looks at the process's memory."""
+"""Lines of Python between two checks of the process's memory."""
 
 _current = threading.local()
 _hooked: list[Any] = []
 
 
 class Exceeded(Exception):
-    """A network takes more than it may."""
+    """A network takes more than its file accounts for."""
 
 
 class Build(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts while it is entered, and raises Exceeded when there is too much of something.
+    """Counts while it is entered, and raises Exceeded as soon as a limit is exceeded.
 
-    `parts`, `operators`, `lines`: how many modules may still be registered, operators and lines of Python run.
-    `memory`: bytes that may still be taken. `largest`: bytes of a tensor at most, on any device. `drawn`: the memory of
-    tensors that hold random values or what was made from them.
+    `parts`, `operators`, `lines`: remaining modules to register, operators and lines of Python to run. `memory`:
+    remaining bytes. `largest`: maximum bytes of one tensor, on any device. `drawn`: storages of tensors that hold
+    random values or values computed from them.
     """
 
     def __init__(self, tensors: int, nbytes: int) -> None:
@@ -73,13 +73,13 @@ class Build(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise Exceeded(what)
 
     def trace(self, frame: Any, event: str, arg: Any) -> Any:
-        """For sys.settrace: loops of Python are not seen otherwise. Modules that are imported don't count."""
+        """For sys.settrace, because Python loops cannot be seen otherwise. Imported modules do not count."""
         if event == "call":
             if frame.f_code.co_name == "_find_and_load":
                 self.importing += 1
                 return self._import
             return None if self.importing else self.trace
-        if event == "line" and not self.exceeded and frame.f_code.co_name != "__exit__":  # what is entered is left
+        if event == "line" and not self.exceeded and frame.f_code.co_name != "__exit__":  # context managers must exit
             self.lines -= 1
             self.check(self.lines, "more to compute")
             if self.lines % _EVERY == 0:
@@ -89,11 +89,11 @@ class Build(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _import(self, frame: Any, event: str, arg: Any) -> Any:
         self.importing -= event == "return"
         if not self.importing:
-            self.seen = _process()  # what an import takes is not the network's
+            self.seen = _process()  # the memory of an import does not belong to the network
         return self._import
 
     def _look(self) -> None:
-        """Count what the process has taken since the last look, unless other threads have worked: it may be theirs."""
+        """Count the memory taken since the last check, unless other threads have run, which may have taken it."""
         before, self.seen = self.seen, _process()
         grown, here, together = (now - then for now, then in zip(self.seen, before, strict=True))
         if together <= 1.25 * here:
@@ -125,17 +125,17 @@ class Build(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return x.layout == torch.strided and storage_key(x) in self.drawn
 
     def check_beside(self, model: nn.Module) -> None:
-        """Raise Exceeded for a network with more than it may have in tensors that no state dict has."""
+        """Raise Exceeded for a network whose tensors outside the state dict are too large."""
         beside = {storage_key(x): _nbytes(x) for _, x in _beside_state(model)}
         self.check(self.beside - sum(beside.values()), "larger tables")
 
     def drawn_outside_state(self, model: nn.Module) -> list[str]:
-        """Names of the tensors with random values that no state dict has, so that no file can hold them."""
+        """Names of tensors with random values outside the state dict, which no file can contain."""
         return [name for name, x in _beside_state(model) if self._is_drawn(x)]
 
 
 def _beside_state(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """(name, tensor) of what a model holds beside its state dict."""
+    """(name, tensor) of all tensors of a model outside its state dict."""
     stored = {storage_key(x) for x in model.state_dict(keep_vars=True).values() if isinstance(x, Tensor)}
     return [
         (f"{name}.{key}" if name else key, x)
@@ -146,7 +146,7 @@ def _beside_state(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _process() -> tuple[int, int, int]:
-    """(bytes that this process has, nanoseconds of this thread, of all threads); 0 where the system doesn't tell."""
+    """(bytes of this process, CPU nanoseconds of this thread, of all threads); zeros if the system does not report."""
     try:
         with open("/proc/self/statm", "rb") as file:
             pages = int(file.read().split()[1])
@@ -168,7 +168,7 @@ def _tensors(out: Any) -> list[Tensor]:
 
 
 def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
-    """What an operator returns, without memory; None where that depends on values, of which it then makes no more than
+    """What an operator returns, without memory; None if that depends on values, in which case it returns no more than
     it reads."""
 
     def moved(x: Any) -> Any:
@@ -193,18 +193,18 @@ def bounded(tensors: int, nbytes: int) -> Iterator[Build]:
     """Bound what is built in this thread.
 
     Args:
-        tensors: Of the packed file.
-        nbytes: Of the packed file.
+        tensors: Number of tensors in the packed file.
+        nbytes: Size of the packed file in bytes.
 
     Raises:
-        Exceeded: More was needed, whatever the code that builds made of it.
+        Exceeded: A limit was exceeded, even if the building code caught the error.
     """
-    if not _hooked:  # once and for good: other threads may be going through torch's hooks at any time
+    if not _hooked:  # registered once and never removed: other threads may iterate over torch's hooks at any time
         _hooked.append(register_module_module_registration_hook(_register))
     build, before = Build(tensors, nbytes), getattr(_current, "build", None)
     _current.build = build
     tracer, cause = sys.gettrace(), None
-    if tracer is None:  # else a debugger or a measurement of coverage needs it
+    if tracer is None:  # else a debugger or a coverage tool uses it
         sys.settrace(build.trace)
     try:
         with build:
@@ -216,5 +216,5 @@ def bounded(tensors: int, nbytes: int) -> Iterator[Build]:
     finally:
         sys.settrace(tracer)
         _current.build = before
-    if build.exceeded:  # also where the code that builds went on
-        raise Exceeded(f"describes a network with {build.exceeded} than a file of {nbytes} bytes holds") from cause
+    if build.exceeded:  # also if the building code continued
+        raise Exceeded(f"describes a network with {build.exceeded} than a file of {nbytes} bytes can hold") from cause

@@ -1,4 +1,4 @@
-"""Multiply-accumulates of torch operators, seen below autograd, credited to the module that runs them."""
+"""Count multiply-accumulates of torch operators below autograd, per module that runs them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 _GROUPED = ("_grouped_mm", "grouped_mm_fallback")
-"""torch's product with stacked matrices, and what transformers runs where torch has no kernel for it."""
+"""torch's product with stacked matrices, and the fallback of transformers where torch has no kernel for it."""
 _LARGE = 2**14
-"""Elements from which on floats are not computed on stand-ins."""
+"""Number of elements from which floats are not computed on stand-ins."""
 
 
 def operands_and_macs(name: str, args: tuple[Any, ...], out: Any) -> tuple[tuple[Tensor, ...], int]:
-    """The multiplied tensors and the MACs of one aten operator; ((), 0) for one that multiplies no matrices.
+    """The multiplied tensors and the MACs of one aten operator; ((), 0) if it multiplies no matrices.
 
-    A convolution counts its real output area (floored), kernel and input channels per group; a transposed one its
-    input area. Attention counts both products, masked or not, a bilinear layer its weights once for each row, a table
-    of distances a product of both sides. Additions and element-wise work count nothing.
+    A convolution counts its actual output area (floored) times kernel and input channels per group; a transposed one
+    uses the input area. Attention counts both products, masked or not; a bilinear layer counts its weights once per
+    row; a table of distances counts as a product of both sides. Additions and element-wise work count nothing.
     """
     if name in _GROUPED:  # each row meets one of the stacked matrices
         a, b = args[:2]
@@ -49,7 +49,7 @@ def operands_and_macs(name: str, args: tuple[Any, ...], out: Any) -> tuple[tuple
 
 
 def reads_values(func: Any, name: str) -> bool:
-    """Whether an aten operator uses the values of its tensors, not only their shape, dtype or memory."""
+    """Whether an aten operator uses the values of its tensors rather than only their shape, dtype or memory."""
     returns, changes = func._schema.returns, func._schema.is_mutable
     views = not changes and any(r.alias_info is not None for r in returns)
     return not (views or name.startswith("new_") or name.endswith("_like"))
@@ -61,7 +61,7 @@ def storage_key(tensor: Tensor) -> int:
 
 
 class PartsInMemory:
-    """Which Parameters and buffers a tensor shares memory with: several of them may be views of one buffer."""
+    """Which Parameters and buffers a tensor shares memory with; several of them may be views of one buffer."""
 
     def __init__(self, named: Mapping[str, Tensor]) -> None:
         self._held: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
@@ -71,7 +71,7 @@ class PartsInMemory:
             held.sort(key=lambda x: x[1] - x[0])
 
     def of(self, tensor: Tensor) -> tuple[str, ...]:
-        """Their names, of the smallest first."""
+        """Their names, the smallest first."""
         held = self._held.get(storage_key(tensor), ())
         if not held:
             return ()
@@ -91,10 +91,10 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 def _grouped_product(
     a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Zeros of the shape and dtype that `_grouped_mm` answers with.
+    """Zeros in the shape and dtype of the output of `_grouped_mm`.
 
-    An axis that only one operand has is the one that `offs` cuts into groups: rows of `a`, columns of `b`, or, where
-    both are matrices, the axis that is summed.
+    `offs` splits the axis that only one operand has into groups: rows of `a`, columns of `b` or, if both are matrices,
+    the summed axis.
     """
     groups = [] if a.ndim != b.ndim else [b.shape[0] if b.ndim == 3 else offs.shape[0]]  # type: ignore[union-attr]
     return a.new_zeros([*groups, a.shape[-2], b.shape[-1]], dtype=out_dtype)
@@ -107,8 +107,8 @@ def _is_stand_in(x: Tensor) -> bool:
 
 
 def _answer(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What an operator answers on stand-ins: zeros that take no memory where it would compute large floats from them,
-    whose values say nothing; its own answer for the rest, whole numbers and masks, which may decide what runs."""
+    """The output of an operator on stand-ins: zeros that take no memory instead of large floats, whose values are
+    meaningless; its real output for integers and masks, which may decide what runs."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     if any(x.is_meta for x in tensors) or not any(_is_stand_in(x) for x in tensors):
         return func(*args, **kwargs)
@@ -122,7 +122,7 @@ def _answer(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     on_meta = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
     try:
         shapes = func(*on_meta[0], **on_meta[1])
-    except (RuntimeError, NotImplementedError):  # its shape depends on values, or torch doesn't know it
+    except (RuntimeError, NotImplementedError):  # its shape depends on values, or has no meta kernel
         return func(*args, **kwargs)
     if any(not x.is_floating_point() for x in tree_leaves(shapes) if isinstance(x, Tensor)):
         return func(*args, **kwargs)
@@ -139,11 +139,11 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts products while it is entered.
 
     `where`: names of the running modules, the innermost last. `named`: Parameters and buffers by name.
-    `stand_ins`: the tensors have shapes but no values of their own (meta, or zeros that take no memory). Large floats
-    are not computed then, nor grouped products, whose kernels refuse such tensors for their dtype or their strides.
+    `stand_ins`: whether tensors have shapes but no values (meta, or zeros that take no memory). If so, large floats are
+    not computed, and neither are grouped products, whose kernels reject the dtype or strides of such tensors.
     `macs`: {(module name, name of the Parameter or buffer that takes part or "", fused attention): MACs}.
-    `uses`: (names of the Parameters or buffers that hold values which an operator reads from one tensor, names of the
-    modules that run then).
+    `uses`: (names of the Parameters or buffers whose values an operator reads from one tensor, names of the modules
+    running at that time).
     """
 
     def __init__(self, where: list[str], named: Mapping[str, Tensor], *, stand_ins: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""One sample for a transformers model, from its config and from what its forward takes: tokens, an image, sound."""
+"""Build one sample for a transformers model from its config and the signature of its forward: text, image, sound."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ Inputs = dict[str, Any]
 """Keyword arguments of a forward."""
 
 _TEXT_BESIDE = 128
-"""Tokens of text beside those that stand for an image or a sound, where these alone are as many as were asked for."""
+"""Tokens of text added if the placeholders of an image or a sound alone reach the requested length."""
 _SIDE = 224
-"""Height and width of an image, in pixels, where the config has none."""
+"""Height and width of an image in pixels, if the config has none."""
 _SAMPLES = 16000
 """Samples of a sound in a waveform: one second at 16 kHz."""
 _FRAMES = 1000
-"""Frames of a spectrogram where the config has no number."""
+"""Frames of a spectrogram, if the config has none."""
 
 
 def example_for(model: nn.Module, sequence_length: int = 128) -> Inputs:
-    """One sample of all that a transformers model takes.
+    """One sample with all inputs that a transformers model takes.
 
-    A model of text and images (or sound) gets an image too, and as many tokens that stand for it as it makes features.
-    Where a config leaves the form of an input open, the forms that are in use are tried on tensors without memory.
+    A model of text and images (or sound) gets an image too, with one placeholder token per feature. If a config leaves
+    the form of an input open, the common forms are tried on tensors without memory.
 
     Args:
         model: The model.
-        sequence_length: Tokens, at most what the model takes. Those that stand for an image or a sound are among them;
-            where they alone are as many, 128 of text come on top.
+        sequence_length: Number of tokens, limited to what the model takes. It includes the placeholders of an image or
+            a sound; if these alone reach it, 128 tokens of text are added.
 
     Raises:
-        InvalidArgument: The model takes an input that is not known.
+        InvalidArgument: The main input of the model is not supported.
         HubMPQError: The model runs on none of the forms.
     """
     takes = inspect.signature(model.forward).parameters
@@ -55,16 +55,16 @@ def example_for(model: nn.Module, sequence_length: int = 128) -> Inputs:
             example = _with_text(model, takes, form, sequence_length)
         except HubMPQError:
             raise
-        except Exception as raised:  # a model may raise anything on a form that is not its own
+        except Exception as raised:  # a model may raise anything on a form that it does not take
             error = raised
             continue
         if (len(forms) == 1 and not mixed) or (found := runs_on_zeros(model, example)) is None:
             return example
         error = found
-    if mixed and _main(model) == "input_ids":  # it runs on text; report() tells what did not run
+    if mixed and _main(model) == "input_ids":  # it runs on text alone; report() lists what did not run
         return _with_text(model, takes, {}, sequence_length)
     said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    raise HubMPQError(f"no form of {_main(model)!r} is known that {type(model).__name__} runs on [{said}]") from error
+    raise HubMPQError(f"{type(model).__name__} runs on no known form of {_main(model)!r} [{said}]") from error
 
 
 def _main(model: nn.Module) -> str:
@@ -73,7 +73,7 @@ def _main(model: nn.Module) -> str:
 
 
 def _with_text(model: nn.Module, takes: Mapping[str, Any], form: Inputs, length: int) -> Inputs:
-    """An image, a sound, both or nothing, with the tokens that belong to it."""
+    """An image, a sound, both or neither, with the matching tokens."""
     config: Any = model.config
     example: Inputs = {}
     if "qformer_input_ids" in takes:
@@ -85,7 +85,7 @@ def _with_text(model: nn.Module, takes: Mapping[str, Any], form: Inputs, length:
             if (token := _placeholder(config, kind)) is not None and any(kind in _KIND.get(k, "") for k in form)
         ]
         example["input_ids"] = _tokens(_words(config), length, places)
-        if any(count == 1 for _, count in places):  # the features are put in its place, and masked
+        if any(count == 1 for _, count in places):  # the features replace it, and are masked
             example["attention_mask"] = torch.ones_like(example["input_ids"])
         for name in takes:
             if name in _OF_TOKENS:
@@ -93,7 +93,7 @@ def _with_text(model: nn.Module, takes: Mapping[str, Any], form: Inputs, length:
     example |= form
     if not example:
         raise InvalidArgument(
-            f"no example input is known for {type(model).__name__}, whose main input is {_main(model)!r}"
+            f"cannot build an example input for {type(model).__name__}: unsupported main input {_main(model)!r}"
         )
     if _has_encoder(config) and "decoder_input_ids" in takes:
         ids = _tokens(config.get_text_config(decoder=True), length)
@@ -103,7 +103,7 @@ def _with_text(model: nn.Module, takes: Mapping[str, Any], form: Inputs, length:
 
 
 def _words(config: Any) -> Any:
-    """The config with the vocabulary of the inputs: the encoder's where it has one of its own (Dia)."""
+    """The config with the input vocabulary: the encoder's if it has its own (Dia)."""
     encoder = getattr(config, "encoder_config", None)
     if hasattr(encoder, "vocab_size"):
         return encoder
@@ -118,13 +118,13 @@ def _has_encoder(config: Any) -> bool:
 
 
 def _placeholder(config: Any, kind: str) -> int | None:
-    """The token that stands for a feature of an image or a sound."""
+    """The placeholder token for a feature of an image or a sound."""
     names = (f"{kind}_token_id", f"{kind}_token_index")
     return next((token for name in names if isinstance(token := getattr(config, name, None), int)), None)
 
 
 def _tokens(config: Any, length: int, places: list[tuple[int, int]] | None = None) -> Tensor:
-    """Token ids [1, length] that count up, with (token, how many) in a row behind the first, and the end at the end."""
+    """Increasing token ids [1, length], with (token, count) runs after the first one and the end token at the end."""
     places = places or []
     count = sum(n for _, n in places)
     if count + 2 > length:
@@ -136,7 +136,7 @@ def _tokens(config: Any, length: int, places: list[tuple[int, int]] | None = Non
     taken = [token for token, _ in places]
     end = getattr(config, "eos_token_id", None)
     if isinstance(end, int) and 0 <= end < words:
-        ids[ids == end] = (end + 1) % words  # some classifiers read the state of the one end token
+        ids[ids == end] = (end + 1) % words  # some classifiers read the state of the only end token
         ids[-1] = end
     while taken and torch.isin(ids, torch.tensor(taken)).any():
         ids[torch.isin(ids, torch.tensor(taken))] = int(ids.min())
@@ -148,13 +148,13 @@ def _tokens(config: Any, length: int, places: list[tuple[int, int]] | None = Non
 
 
 def _kinds_of_tokens(config: Any, ids: Tensor, places: list[tuple[int, int]]) -> Tensor:
-    """1 where a token stands for an image, 0 for text."""
+    """1 for placeholders of an image, 0 for text."""
     image = _placeholder(config, "image")
     return (ids == (-1 if image is None else image)).long()
 
 
 def _embeds_mask(config: Any, ids: Tensor, places: list[tuple[int, int]]) -> Tensor:
-    """1 for the tokens whose embeddings an image takes the place of."""
+    """1 for the tokens whose embeddings are replaced by an image."""
     mask = torch.zeros_like(ids)
     mask[:, 1 : 1 + config.latent_query_num] = 1
     return mask
@@ -170,7 +170,7 @@ _OF_TOKENS = {
     "mm_token_type_ids": _kinds_of_tokens,
     "image_embeds_position_mask": _embeds_mask,
 }
-"""{argument of a forward: what makes it of the config, the token ids and the tokens that stand for something}"""
+"""{argument of a forward: function that builds it from the config, the token ids and the placeholders}"""
 _KIND = {
     "pixel_values": "image",
     "flattened_patches": "image",
@@ -180,13 +180,13 @@ _KIND = {
 
 
 def _feature_count(model: nn.Module, kind: str, form: Inputs) -> int:
-    """How many features a model makes of an image or a sound; 1, one token for all, where it can't be asked."""
+    """Number of features of an image or a sound; 1 (one token for all) if the model has no method to compute them."""
     method = f"get_{kind}_features"
     owner = next((module for module in model.modules() if hasattr(module, method)), None)
     if owner is None:
         return 1
     asked = inspect.signature(getattr(owner, method)).parameters
-    open_ended = any(p.kind is p.VAR_POSITIONAL for p in asked.values())  # it hands on what it gets
+    open_ended = any(p.kind is p.VAR_POSITIONAL for p in asked.values())  # it passes on what it gets
     given = {k: v for k, v in form.items() if k in asked or open_ended}
     out = output_on_zeros(_Asked(owner, method), given)
     features = out.pooler_output if getattr(out, "pooler_output", None) is not None else out
@@ -194,7 +194,7 @@ def _feature_count(model: nn.Module, kind: str, form: Inputs) -> int:
 
 
 class _Asked(nn.Module):
-    """Another method of a module as its forward."""
+    """A module whose forward is another method of the wrapped module."""
 
     def __init__(self, module: nn.Module, method: str) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class _Asked(nn.Module):
 
 
 def _images(model: nn.Module, takes: Mapping[str, Any]) -> Iterator[Inputs]:
-    """The forms in which a model may take an image, the likeliest first."""
+    """Forms in which a model may take an image, the likeliest first."""
     if "pixel_values" not in takes and "pixel_values_videos" not in takes:
         return
     config: Any = model.config
@@ -267,7 +267,7 @@ def _image_shape(config: Any) -> tuple[int, int, int]:
 
 
 def _sounds(model: nn.Module, takes: Mapping[str, Any]) -> Iterator[Inputs]:
-    """The forms in which a model may take a sound, the likeliest first."""
+    """Forms in which a model may take a sound, the likeliest first."""
     name = next((n for n in ("input_features", "input_values") if n in takes), None)
     if name is None:
         return
@@ -287,7 +287,7 @@ def _sounds(model: nn.Module, takes: Mapping[str, Any]) -> Iterator[Inputs]:
 
     if bins is not None and name == "input_values":
         yield from forms(1, frames, bins, of_frames=frames)
-    if name == "input_values":  # a model of waves may have bins for what it answers with
+    if name == "input_values":  # a waveform model may have bins for its output
         channels = _first(audio, "audio_channels", "num_channels") or 1
         waves = [(1, _SAMPLES), (1, channels, _SAMPLES)]
         codec = not {"audio_codes", "n_quantizers", "num_quantizers"}.isdisjoint(takes)
@@ -295,7 +295,7 @@ def _sounds(model: nn.Module, takes: Mapping[str, Any]) -> Iterator[Inputs]:
             yield {name: noise(*shape, like=model)}
     elif bins is not None:
         square = _first(audio, "spec_size")
-        if square:  # a picture of the spectrogram
+        if square:  # an image of the spectrogram
             yield from forms(1, 1, square**2 // bins, bins, of_frames=square**2 // bins)
         yield from forms(1, bins, frames, of_frames=frames)
         yield from forms(1, frames, bins, of_frames=frames)
@@ -305,10 +305,10 @@ _MASKS = ("feature_attention_mask", "input_features_mask")
 
 
 def _part(config: Any, *names: str) -> Any:
-    """The config of a tower, or the whole one."""
+    """The config of a tower, or the whole config."""
     return next((part for name in names if hasattr(part := getattr(config, name, None), "to_dict")), config)
 
 
 def _first(config: Any, *names: str) -> Any:
-    """The first of the values that a config has."""
+    """The first of the named values that a config has."""
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)

@@ -1,4 +1,4 @@
-"""What stays float, by name and reason, with the multiply-accumulates it costs."""
+"""The operations that stay float, with their name, reason and multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Row = tuple[str, str, str]
 
 
 def weighty(module: nn.Module) -> bool:
-    """Whether a module is a layer that multiplies its input by, or looks it up in, a weight of its own."""
+    """Whether a module is a layer that multiplies its input by its own weight, or looks it up in it."""
     return isinstance(module, _WEIGHTY) or layer_kind(module) is not None
 
 
 def replaced_parameters(modules: Mapping[str, nn.Module], quantized: Collection[str]) -> set[int]:
-    """ids of the Parameters that only quantized layers hold as their weight: no float copy of them is kept."""
+    """ids of the Parameters that only quantized layers hold as their weight, so that no float copy is kept."""
     mine = {id(modules[name].weight) for name in quantized}
     others = {id(p) for name, m in modules.items() if name not in quantized for p in m._parameters.values()}
     return mine - others
@@ -44,12 +44,12 @@ def float_ops(
     excluded: Collection[str],
     outside: Collection[str],
 ) -> tuple[FloatOp, ...]:
-    """Every product outside the quantized layers, and every layer left float even if it multiplied nothing.
+    """Every product outside the quantized layers, and every layer that stays float even if it multiplied nothing.
 
-    A layer goes by its own name, and so does one whose weight is used without calling it; a product of two
-    activations by the name of the module in which it ran, kind "attention" or "matmul". Each Parameter of which a
-    float copy is kept counts in one row. `excluded`: layers that the user wants float; `outside`: such whose weight was
-    read while they did not run.
+    A layer is listed under its own name, even if its weight is used without calling it; a product of two activations is
+    listed under the module in which it ran, with kind "attention" or "matmul". Each Parameter of which a float copy is
+    kept counts in one row. `excluded`: layers excluded by the user; `outside`: layers whose weight was read while they
+    were not running.
     """
     parameters = {
         f"{name}.{key}" if name else key: value
@@ -88,7 +88,7 @@ def _product(
     fused: bool,
     excluded: Collection[str],
 ) -> tuple[Row, list[nn.Parameter]]:
-    """Which row a product belongs to, given the running module and the Parameter or buffer that took part."""
+    """The row of a product, from the running module and the Parameter or buffer that took part."""
     module, weight = modules[where], parameters.get(part)
     kind = type(module).__name__
     own = [p for p in module._parameters.values() if p is not None]
@@ -97,11 +97,11 @@ def _product(
         name = owner if key == "weight" else part
         return (name, type(modules[owner]).__name__, _reason(modules[owner], owner in excluded, ran=True)), [weight]
     if weight is not None or weighty(module) or (own and _matrices(module) and not list(module.children())):
-        # a weight of its own, as it is or standardised, normalised, masked before use
+        # its own weight, plain or standardised, normalised or masked before use
         if weight is None or weighty(module):
             return (where or part, kind, _reason(module, where in excluded, ran=True)), _matrices(module)
-        own_one = f"its own {weight.ndim}-D Parameter {part.rpartition('.')[2]}"
-        reason = f"{kind} multiplies {own_one}; no quantized form of it is known"
+        own_one = f"its {weight.ndim}-D Parameter {part.rpartition('.')[2]}"
+        reason = f"{kind} multiplies by {own_one} and has no quantized form"
         return (where or part, kind, why_not(module, reason)), [weight]
     attention = fused or any(word in f"{where} {kind}".lower() for word in ("attention", "attn"))
     reason = f"product with the buffer {part}" if part else "product of two activations"
@@ -109,7 +109,7 @@ def _product(
 
 
 def _matrices(module: nn.Module) -> list[nn.Parameter]:
-    """The weights of a layer: "weight", or what it has instead (a recurrent layer's, a parametrized layer's)."""
+    """The weights of a layer: `weight`, or the matrices it has instead (recurrent and parametrized layers)."""
     weight = module._parameters.get("weight")
     own = [p for p in module.parameters(recurse=False) if p.ndim >= 2] if weight is None else [weight]
     return own or [p for p in module.parameters() if p.ndim >= 2]

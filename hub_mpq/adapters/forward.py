@@ -1,4 +1,4 @@
-"""One watched forward: which layer ran when, on which tensor, and what was multiplied where."""
+"""Record one forward: which layer ran when, on which tensor, and what was multiplied where."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ Example = Mapping[str, Any] | Sequence[Any] | Tensor
 
 
 TensorKey = tuple[int, int, int]
-"""A tensor object, how often it was written to, its elements."""
+"""A tensor object, its number of in-place writes, its number of elements."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One run of a leaf module. `reads` is its first input, `source` the tensor that input is a view of (or itself),
-    `writes` likewise of its output; `count` the elements of its input."""
+    """One run of a leaf module. `reads` is its first input, `source` the base tensor of that input, `writes` the base
+    tensor of its output, `count` the number of elements of its input."""
 
     name: str
     reads: TensorKey | None
@@ -43,7 +43,7 @@ class Call:
 
 @dataclass
 class ForwardRecord:
-    """`calls` in order; `macs` and `uses` as in MacCounter; `batch`: samples the forward ran on."""
+    """`calls` in order; `macs` and `uses` as in MacCounter; `batch`: number of samples in the forward."""
 
     calls: list[Call] = field(default_factory=list)
     macs: Counter[tuple[str, str, bool]] = field(default_factory=Counter)
@@ -52,7 +52,7 @@ class ForwardRecord:
 
 
 def call(model: nn.Module, example: Example) -> Any:
-    """`model` on `example`."""
+    """Run `model` on `example`."""
     args, kwargs = _arguments(example)
     return model(*args, **kwargs)
 
@@ -64,7 +64,7 @@ def _arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def batch_size(example: Example) -> int:
-    """Samples in an example: the first axis of its first tensor."""
+    """Number of samples in an example: the first axis of its first tensor."""
     return next((t.shape[0] for t in tensors_of(example) if t.ndim), 1)
 
 
@@ -73,12 +73,11 @@ def tensors_of(example: Example) -> list[Tensor]:
 
 
 def watched_forward(model: nn.Module, example: Example) -> ForwardRecord:
-    """ForwardRecord the model once on one sample, on meta tensors where that works, and leave it as it was.
+    """Run the model once on one sample, on meta tensors where possible, record it, and leave the model unchanged.
 
-    A model whose forward looks at values runs on its own Parameters; one that is on meta itself runs on zeros that
-    take no memory, and then on as many samples as the example has, where one alone does not do.
-    Raises HubMPQError when no way of running it works, with the model's own message, InvalidArgument for an example
-    that lacks its batch axis.
+    A model whose forward reads values runs on its own Parameters, or on zeros that take no memory if it is on the meta
+    device. If one sample alone fails, the whole example is used. Raises HubMPQError with the model's own message if
+    nothing works, and InvalidArgument for an example without a batch axis.
     """
     warn_if_untested("torch")
     batch = batch_size(example)
@@ -118,7 +117,7 @@ def _beside(model: nn.Module) -> torch.device:
 
 
 def _zeros(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Zeros that take no memory for a Parameter; a buffer that has values keeps them: they may be sizes."""
+    """Zeros that take no memory for Parameters; buffers keep their values, which may be sizes."""
     device = _beside(model)
 
     def stand_in(t: Tensor) -> Tensor:
@@ -130,10 +129,9 @@ def _zeros(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def output_on_zeros(model: nn.Module, example: Example) -> Any:
-    """What a model answers when zeros that take no memory stand for its Parameters and large floats are not computed:
-    outputs of the right shapes, in little time.
+    """The output of a model whose Parameters are replaced by zeros that take no memory; large floats are not computed.
 
-    Raises whatever the model raises.
+    The output has the right shapes at little cost. Raises whatever the model raises.
     """
     stand_in = _zeros(model)
     swapped = {name: stand_in(t) for name, t in (*model.named_buffers(), *model.named_parameters())}
@@ -143,10 +141,10 @@ def output_on_zeros(model: nn.Module, example: Example) -> Any:
 
 
 def runs_on_zeros(model: nn.Module, example: Example) -> Exception | None:
-    """What a model raises on an example when zeros stand for its Parameters and buffers; None where it runs."""
+    """The error of a model on an example when zeros replace its Parameters and buffers; None if it runs."""
     try:
         _on_zeros(model, example)
-    except Exception as error:  # a model may raise anything on what it does not expect
+    except Exception as error:  # a model may raise anything on an unexpected input
         return error
     return None
 
@@ -154,7 +152,7 @@ def runs_on_zeros(model: nn.Module, example: Example) -> Exception | None:
 def _instead(
     model: nn.Module, example: Example, stand_in: Callable[[Tensor], Tensor], device: torch.device
 ) -> ForwardRecord:
-    """ForwardRecord with other tensors in the place of Parameters and buffers."""
+    """Record a forward with other tensors in place of Parameters and buffers."""
     named = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     swapped = {name: stand_in(tensor) for name, tensor in named.items()}
     example = tree_map(lambda x: _moved(x, device) if isinstance(x, Tensor) else x, example)
@@ -172,16 +170,16 @@ _NO_INPUT = (None, None, 0, None)
 
 
 class _NoBatch(Exception):
-    """A layer takes the example itself for one sample without a batch axis."""
+    """A layer reads the example itself as one sample without a batch axis."""
 
 
 def _check_batch_axis(module: nn.Module, x: Tensor, first: Tensor) -> None:
-    """Raise _NoBatch where it is certain: what a layer reads has the shape of the example's first tensor and as many
-    axes as one sample has. (A layer may well read samples one by one, but then they have an axis less.)"""
+    """Raise _NoBatch if the batch axis is certainly missing: the input of a layer has the shape of the example's first
+    tensor and as many axes as one sample. (A layer may read samples one by one, but then they have one axis less.)"""
     sample = len(module.kernel_size) + 1 if isinstance(module, _ConvNd) else 1 if isinstance(module, nn.Linear) else 0
     if x.ndim == sample and x.shape == first.shape:
         raise _NoBatch(
-            f"the example input must have a batch dimension in front: {type(module).__name__} reads it as one sample "
+            f"the example input must start with a batch dimension: {type(module).__name__} reads it as one sample "
             f"of {sample} dimension{'s' * (sample > 1)}"
         )
 
@@ -195,7 +193,7 @@ def _hooked(
     stand_ins: bool = False,
 ) -> ForwardRecord:
     run, where = ForwardRecord(), [""]
-    args, kwargs = _arguments(example)  # a list of tensors may well be samples, each without a batch axis
+    args, kwargs = _arguments(example)  # a list of tensors may hold samples without a batch axis
     first = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)][:1]
     names = {module: name for name, module in model.named_modules()}
     tokens: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -207,7 +205,7 @@ def _hooked(
     def key(t: Tensor) -> TensorKey:
         if t not in tokens:
             tokens[t] = next(fresh)
-        return tokens[t], t._version, t.numel()  # the version tells t from what an in-place operation makes of it
+        return tokens[t], t._version, t.numel()  # the version changes with each in-place operation on t
 
     def view_key(t: Tensor) -> TensorKey:
         return (*key(t if t._base is None else t._base)[:2], t.numel())

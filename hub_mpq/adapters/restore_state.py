@@ -1,4 +1,4 @@
-"""Running a model without leaving a trace on it, and copying it."""
+"""Run a model without changing its state, and copy it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def state_restored(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients; afterwards modes, buffers, caches, attributes and random state are as before.
+    """Evaluation mode without gradients; on exit, modes, buffers, caches, attributes and random state are restored.
 
     Some forwards write to their modules: caches keyed by device (LeViT), counters, rescaled rotary frequencies.
     """
@@ -36,14 +36,14 @@ def state_restored(model: nn.Module) -> Iterator[None]:
 
 
 def copied(model: nn.Module, shared: Iterable[nn.Parameter] = ()) -> nn.Module:
-    """A deep copy of a model, also of one that holds tensors with a gradient's history, which torch doesn't copy.
+    """A deep copy of a model, including tensors with a gradient history, which torch does not copy.
 
-    Weights that a hook computes anew before each forward (weight_norm, spectral_norm, prune) are such tensors, and so
-    is an output that a forward in training has stored.
+    Such tensors are weights that a hook recomputes before each forward (weight_norm, spectral_norm, prune), and outputs
+    that a forward in training has stored.
 
     Args:
         model: The model.
-        shared: Parameters of the model whose memory the copy's own share: their values must stay as they are.
+        shared: Parameters whose memory the copy shares; their values must not change.
     """
     memo = {id(value): value.detach().clone() for value in _tensors(model) if not value.is_leaf}
     memo |= {id(value): type(value)(value.data, value.requires_grad) for value in shared}
@@ -51,7 +51,7 @@ def copied(model: nn.Module, shared: Iterable[nn.Parameter] = ()) -> nn.Module:
 
 
 def copied_structure(model: nn.Module) -> nn.Module:
-    """A copy of a model's modules around the same Parameters and buffers: layers of the copy can be replaced.
+    """A copy of a model's modules around the same Parameters and buffers, whose layers can be replaced.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""timm models by name, Hub id or local folder."""
+"""timm models by name, Hub id or folder."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class TimmLibrary(Library):
     name = "timm"
 
     def knows(self, model_id: str) -> bool:
-        """Whether an id has timm's prefix or its registry has the name, with or without a pretrained tag."""
+        """Whether an id has a timm prefix or a name in timm's registry, with or without a pretrained tag."""
         return model_id.startswith(("timm/", "hf-hub:", "hf_hub:", "local-dir:")) or _is_timm_name(model_id)
 
     def owns(self, config: Mapping[str, Any]) -> bool:
         return "architecture" in config
 
     def near_names(self, model_id: str) -> list[str]:
-        """Up to three names of timm's registry; of an id with an owner, only where that is timm."""
+        """Up to three similar names in timm's registry; for an id with an owner, only if the owner is timm."""
         owner, _, name = model_id.rpartition("/")
         if owner.removeprefix("hf-hub:").removeprefix("hf_hub:") not in ("", "timm"):
             return []
@@ -61,29 +61,29 @@ class TimmLibrary(Library):
         Args:
             model_id: Name, Hub id or folder.
             pretrained: Load the weights too.
-            meta: No weights and no memory.
+            meta: Build on the meta device, without weights and memory.
             checkpoint_path: File with the weights.
             revision: Branch, tag or commit of a Hub id.
-            input_size: (channels, height, width) where the model's own is not wanted.
-            exclude: Patterns of layers to leave float.
-            graph: Its layers; None to find them, for which it runs once.
+            input_size: (channels, height, width); None for the model's own.
+            exclude: Glob patterns of layers to leave float.
+            graph: Its layers; None to find them by running the model once.
             **model_kwargs: Arguments of `timm.create_model`.
 
         Raises:
-            InvalidArgument: An unknown name (the error lists near ones), or arguments that the model does not take.
-            HubMPQError: Weights cannot be had.
+            InvalidArgument: The name is unknown (the error lists similar names), or an argument is not accepted.
+            HubMPQError: The weights cannot be downloaded or read.
         """
         import timm
         from timm.data.config import resolve_model_data_config
 
         warn_if_untested("timm")
         if checkpoint_path is not None and not Path(checkpoint_path).is_file():
-            raise InvalidArgument(f"checkpoint_path: no file {str(checkpoint_path)!r}")
+            raise InvalidArgument(f"checkpoint_path not found: {str(checkpoint_path)!r}")
         name = _timm_uri(model_id)
         if revision is not None:
             if not name.startswith(("hf-hub:", "hf_hub:")):
                 raise InvalidArgument(
-                    f"revision={revision!r} needs a Hub id such as hf-hub:user/name, not {model_id!r}"
+                    f"revision={revision!r} requires a Hub id such as hf-hub:user/name, got {model_id!r}"
                 )
             name = f"{name}@{revision}"
         if repo := _repo_of(name):
@@ -94,10 +94,10 @@ class TimmLibrary(Library):
             with torch.device("meta") if meta else contextlib.nullcontext():
                 model = timm.create_model(name, pretrained=pretrained, checkpoint_path=path, **model_kwargs)
         except (TypeError, ValueError, AssertionError) as error:
-            raise InvalidArgument(f"timm can't build {model_id!r}: {shown(error)}") from error
+            raise InvalidArgument(f"timm cannot build {model_id!r}: {shown(error)}") from error
         except Exception as error:
             raise cannot_build(model_id, error, pretrained=pretrained) from error
-        model.eval()  # as transformers returns its models
+        model.eval()  # as transformers does
         expose_layers(model)
         data: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
         if input_size is not None:
@@ -128,7 +128,7 @@ class TimmLibrary(Library):
         return {"input_size": input_shape} if len(input_shape) == 3 and min(input_shape) > 0 else {}
 
     def hub_id(self, model_id: str) -> str | None:
-        """From timm's registry of pretrained weights."""
+        """The Hub id in timm's registry of pretrained weights."""
         import timm
 
         known = timm.get_pretrained_cfg(model_id.removeprefix("timm/"))
@@ -144,7 +144,7 @@ class TimmLibrary(Library):
         return ("import timm", f'model = timm.create_model("hf-hub:{repo_id}", pretrained=True)')
 
     def plugin_code(self, repo_id: str, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """By transformers' TimmWrapper."""
+        """Code that loads the model through transformers' TimmWrapper."""
         load = f'transformers.AutoModelForImageClassification.from_pretrained("{repo_id}")'
         return ("import hub_mpq, transformers", f"model = {load}  # a TimmWrapper")
 
@@ -159,7 +159,7 @@ def _is_timm_name(name: str) -> bool:
 
 
 def _repo_of(name: str) -> tuple[str, str | None] | None:
-    """(repository, revision) of what timm takes for one on the Hub."""
+    """(repository, revision) of a name that timm looks up on the Hub; None for any other."""
     if not name.startswith(("hf-hub:", "hf_hub:")):
         return None
     repo, _, revision = name.partition(":")[2].partition("@")
@@ -167,7 +167,7 @@ def _repo_of(name: str) -> tuple[str, str | None] | None:
 
 
 def _timm_uri(model_id: str) -> str:
-    """The name as timm.create_model takes it; InvalidArgument for one that timm does not know."""
+    """The name for timm.create_model; raises InvalidArgument if timm does not know it."""
     if Path(model_id).is_dir():
         return f"local-dir:{model_id}"
     if model_id.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
@@ -182,7 +182,7 @@ def _timm_uri(model_id: str) -> str:
 
 
 def _head(model: nn.Module) -> tuple[str, ...]:
-    """Names of the classifier (two for distilled models); () for a model without one."""
+    """Names of the classifier's layers (two for distilled models); () for a model without a classifier."""
     try:
         found = model.get_classifier()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
@@ -192,7 +192,7 @@ def _head(model: nn.Module) -> tuple[str, ...]:
 
 
 def _revision(model: nn.Module) -> str | None:
-    """Commit of the Hub repository the model's files were taken from, when they lie in the local cache."""
+    """Commit of the Hub repository that the model's files come from, if they are in the local cache."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -200,7 +200,7 @@ def _revision(model: nn.Module) -> str | None:
     if not isinstance(repo, str) or not repo:
         return None
     repo, _, revision = repo.partition("@")
-    with contextlib.suppress(HFValidationError):  # a config.json may say anything
+    with contextlib.suppress(HFValidationError):  # a config.json may contain anything
         for file in ("model.safetensors", "config.json"):
             if found := commit_of(try_to_load_from_cache(repo, file, revision=revision or None)):
                 return found
@@ -208,7 +208,7 @@ def _revision(model: nn.Module) -> str | None:
 
 
 def _saved_arguments(model_id: str) -> dict[str, Any]:
-    """Arguments that a folder's config.json builds its model with; before 1.0.31 timm does not tell."""
+    """Model arguments in a folder's config.json, which timm does not expose before 1.0.31."""
     file = Path(model_id) / "config.json"
     found = json.loads(file.read_text(encoding="utf-8")).get("model_args") if file.is_file() else None
     return dict(found or {})
@@ -220,9 +220,9 @@ def _pair(size: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _config(model: nn.Module, model_kwargs: dict[str, Any], input_size: Sequence[int]) -> dict[str, Any]:
-    """config.json as timm writes it, with the input size that the model was given: timm's loaders, data config and
-    transformers' image processor read it there. num_classes stays out of model_args: transformers' TimmWrapper trips
-    over it."""
+    """config.json as timm writes it, with the model's actual input size, which timm's loaders and data config and
+    transformers' image processor read there. num_classes is not in model_args, because transformers' TimmWrapper fails
+    on it."""
     from timm.models import _hub
 
     with tempfile.TemporaryDirectory() as folder:
@@ -230,12 +230,12 @@ def _config(model: nn.Module, model_kwargs: dict[str, Any], input_size: Sequence
         try:
             _hub.save_config_for_hf(model, file, model_args=dict(model_kwargs))
         except (TypeError, ValueError, AttributeError) as error:
-            raise HubMPQError(f"timm writes no config.json for a model built like this: {error}") from error
+            raise HubMPQError(f"timm cannot write a config.json for this model: {error}") from error
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     own, arguments = config["pretrained_cfg"], config.get("model_args", {})
     built = model.pretrained_cfg["input_size"][1:]
     if own.get("fixed_input_size") and _pair(arguments.get("img_size", built)) != _pair(input_size[1:]):
-        # it takes other sizes than its own after all (dynamic_img_size, XCiT); what it was built for stays
+        # it takes other sizes than its default (dynamic_img_size, XCiT); img_size keeps the one it was built for
         config["model_args"] = arguments = {"img_size": list(built), **arguments}
         own["fixed_input_size"] = False
     other = _pair(own["input_size"][1:]) != _pair(input_size[1:])

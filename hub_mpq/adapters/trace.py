@@ -1,4 +1,4 @@
-"""From one watched forward to the LayerGraph, by exact layer type."""
+"""Build the LayerGraph of a model from one recorded forward, by exact layer type."""
 
 from __future__ import annotations
 
@@ -24,26 +24,44 @@ from .forward import Example, ForwardRecord, call, tensors_of, watched_forward
 from .restore_state import state_restored
 
 EDGE = LayerBits(8, 8)
-"""Stem and head keep 8 bits (LIMPQ §4.1)."""
+"""Stem and head keep 8 bits, as in LIMPQ (§4.1)."""
 EDGE_EMBEDDING = LayerBits(8, 32)
 
 
 def trace(
     model: nn.Module, example: Example, *, head: Sequence[str] | None = None, exclude: Iterable[str] = ()
 ) -> tuple[tuple[LayerSpec, ...], tuple[FloatOp, ...]]:
-    """Layers in the order they first run, and the work that stays float, from one forward on one sample.
+    """Find the layers of a model and the operations that stay float, from one forward on one sample.
 
-    `example` has a batch axis in front. `head`: names of the classifier's layers or of modules that hold them, ()
-    for none; by default the last quantizable layer that runs. `exclude`: glob patterns of layers to leave float.
-    The first layer with weights to run (the stem), every embedding, the head and what shares a weight with one of these
-    are fixed at 8 bits.
-    A layer that runs several times has its MACs and its input features added up.
-    Of experts that are layers of their own each gets an equal share of what their stack has, as expected over tokens.
-    Layers that share a Parameter get one `tie` and name its first user as `weight_owner`, those that never run
-    themselves come last. Linear layers of one
-    parent that read the same tensor (q, k, v; gate, up) get one `activation_tie`; any layers that do, one
-    `input_owner`.
-    The model is left as it was. Raises HubMPQError when the model does not run on the example.
+    The first layer with weights (the stem), all embeddings, the head, and layers that share a weight with one of these
+    are fixed at 8 bits. MACs and input features of a layer that runs several times are added up. Experts that are
+    separate layers get equal shares of the cost of their stack, as expected over tokens.
+
+    Layers that share a Parameter get the same `tie` and name its first user as `weight_owner`; layers that never run
+    themselves come last. Linear layers with the same parent that read the same tensor (q, k, v; gate, up) get the same
+    `activation_tie`; any layers that read the same tensor get the same `input_owner`. The model is not changed.
+
+    Args:
+        model: The float model.
+        example: One batch: a tensor, a tuple of arguments or a dict of keyword arguments; every tensor starts with a
+            batch axis.
+        head: Names of the classifier's layers, or of modules that contain them; () for none. None takes the last
+            quantizable layer that runs.
+        exclude: Glob patterns of layers to leave float.
+
+    Returns:
+        The layers in the order in which they first run, and the float operations.
+
+    Raises:
+        InvalidArgument: A pattern matches no layer, or the example has no batch axis.
+        HubMPQError: The model does not run on the example.
+
+    Example:
+        >>> from hub_mpq.adapters import load, trace
+        >>> source = load("test_resnet", meta=True)
+        >>> layers, floats = trace(source.model, source.example)
+        >>> layers[0].name, layers[0].weight_shape, layers[0].macs
+        ('conv1.0', (16, 3, 3, 3), 2764800)
     """
     run = watched_forward(model, example)
     _spread_over_experts(model, run)
@@ -56,7 +74,7 @@ def trace(
     weights = {id(modules[name].weight) for name in names}
     names += [
         name
-        for name, module in modules.items()  # T5's `shared` only lends its Parameter: replaced with the rest
+        for name, module in modules.items()  # T5's `shared` only holds the Parameter; it is replaced with the others
         if layer_kind(module) and name not in order and name not in left_out and id(module.weight) in weights
     ]
     macs: Counter[str] = Counter()
@@ -100,18 +118,39 @@ def build_graph(
     head: Sequence[str] | None = None,
     exclude: Iterable[str] = (),
 ) -> LayerGraph:
-    """The LayerGraph of a model; arguments as in `trace`.
+    """Build the LayerGraph of a model with `trace`.
+
+    Args:
+        model: The float model.
+        example: One batch, see `trace`.
+        model_id: Name or id of the model.
+        revision: Commit of its Hub repository, if any.
+        library: Name of its library.
+        head: Names of the classifier's layers, see `trace`.
+        exclude: Glob patterns of layers to leave float.
+
+    Returns:
+        The graph.
 
     Raises:
-        InvalidArgument: The model is quantized already, or one of its tensors has a name that packed files give to a
-            part of a layer.
+        InvalidArgument: The model is already quantized, one of its tensors has a name that packed files reserve, or
+            `trace` rejects the arguments.
+        HubMPQError: The model does not run on the example.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.adapters import build_graph
+        >>> with torch.random.fork_rng():
+        ...     net = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> graph = build_graph(net, torch.zeros(1, 8), model_id="mlp")
+        >>> [(layer.name, layer.macs) for layer in graph]
+        [('0', 32), ('2', 8)]
     """
     if found := [name for name, _ in (*quantized_layers(model), *packed_layers(model))]:
-        raise InvalidArgument(f"the model is quantized already (layer {found[0]!r}); quantize its float model anew")
+        raise InvalidArgument(f"the model is already quantized (layer {found[0]!r}); quantize its float model instead")
     if taken := [key for key in model.state_dict() if key.rpartition(".")[2] in (*WEIGHT_PARTS, *INPUT_PARTS)]:
         raise InvalidArgument(
-            f"the model can't have a tensor named {taken[0]!r}: packed files give that name to a part of a quantized "
-            "layer; rename it"
+            f"tensor name {taken[0]!r} is reserved for a part of a quantized layer in packed files; rename it"
         )
     layers, floats = trace(model, example, head=head, exclude=exclude)
     first = next(iter(tensors_of(example)), None)
@@ -130,10 +169,26 @@ def build_graph(
 
 
 def norm_of(model: nn.Module, example: Example) -> dict[str, str]:
-    """{BatchNorm: layer}: which BatchNorm reads nothing but the whole output of which quantizable layer.
+    """Find each BatchNorm that reads exactly the output of one quantizable layer.
 
-    Views count as the output itself, what an in-place operation has made of it does not. A BatchNorm after a sum,
-    a concatenation or an activation, or after different layers in one forward, is left out.
+    Views count as the output itself; results of in-place operations do not. A BatchNorm after a sum, a concatenation or
+    an activation, or after different layers in one forward, is omitted.
+
+    Args:
+        model: The float model.
+        example: One batch, see `trace`.
+
+    Returns:
+        `{name of the BatchNorm: name of the layer}`.
+
+    Raises:
+        HubMPQError: The model does not run on the example.
+
+    Example:
+        >>> from hub_mpq.adapters import load, norm_of
+        >>> source = load("test_resnet", meta=True)
+        >>> norm_of(source.model, source.example)["bn1"]
+        'conv1.6'
     """
     run = watched_forward(model, example)
     modules = dict(model.named_modules())
@@ -146,7 +201,24 @@ def norm_of(model: nn.Module, example: Example) -> dict[str, str]:
 
 
 def observe_signed(model: nn.Module, names: Iterable[str], batch: Example) -> dict[str, bool]:
-    """Whether the input of each named layer goes below zero on a batch; layers that do not run are left out."""
+    """Check whether the inputs of layers contain negative values on a batch.
+
+    Args:
+        model: The model; it is not changed.
+        names: Names of the layers.
+        batch: One batch, see `trace`.
+
+    Returns:
+        `{name: whether a value is below zero}`, without layers that do not run.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.adapters import observe_signed
+        >>> with torch.random.fork_rng():
+        ...     net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2))
+        >>> observe_signed(net, ["0", "2"], -torch.ones(1, 2))
+        {'0': True, '2': False}
+    """
     signed: dict[str, bool] = {}
 
     def watch(name: str) -> torch.utils.hooks.RemovableHandle:
@@ -168,9 +240,9 @@ def observe_signed(model: nn.Module, names: Iterable[str], batch: Example) -> di
 
 
 def _spread_over_experts(model: nn.Module, run: ForwardRecord) -> None:
-    """Give each expert that is a layer of its own, or that has layers of its own, the same share of the calls and
-    products of all: which one a token reaches is not known, and on meta tensors one stands for all. Experts that all
-    read as much stay as they are."""
+    """Give each expert that is a separate layer, or that has separate layers, an equal share of the calls and products
+    of all: which expert a token reaches is unknown, and on meta tensors one expert stands for all. Experts that all
+    read the same amount are not changed."""
     splits = [
         {i: f"{stack}.{i}" for i, _ in module.named_children()}
         for stack, module in model.named_modules()
@@ -201,7 +273,7 @@ def _spread_over_experts(model: nn.Module, run: ForwardRecord) -> None:
                     calls[0],
                     name=name,
                     count=share(features, i),
-                    reads=None if tensor is None else (tensor[0], -1 - i, tensor[2]),  # its own rows, those of no other
+                    reads=None if tensor is None else (tensor[0], -1 - i, tensor[2]),  # rows of its own
                 )
                 for name, i in names.items()
             ]
@@ -209,24 +281,25 @@ def _spread_over_experts(model: nn.Module, run: ForwardRecord) -> None:
 
 
 def _excluded(modules: dict[str, nn.Module], patterns: Iterable[str]) -> set[str]:
-    """Names of weighty modules that the patterns match, and of those that share a Parameter with them."""
+    """Names of the layers with weights that the patterns match, and of layers that share a Parameter with them."""
     layers = [name for name, module in modules.items() if weighty(module)]
     out: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = matching(layers, pattern)
         if not found:
-            raise InvalidArgument(f"exclude pattern {pattern!r} matches none of the {len(layers)} layers with weights")
+            raise InvalidArgument(f"exclude: pattern {pattern!r} matches none of the {len(layers)} layers with weights")
         out.update(found)
     weights = {id(modules[name]._parameters.get("weight")) for name in out} - {id(None)}
     return out | {name for name in layers if id(modules[name]._parameters.get("weight")) in weights}
 
 
 def _used_outside(modules: dict[str, nn.Module], run: ForwardRecord) -> set[str]:
-    """Layers whose weight an operator read while no quantizable layer that holds it ran: it would read the float one.
+    """Layers whose weight an operator reads while no quantizable layer with that weight runs, and thus would read the
+    float weight.
 
-    A tied head that is no layer (x @ embedding.weight.T), another weight that is made from it, a layer of another type
-    that shares it. So would a layer whose kind has its output channels along another axis (a transposed convolution
-    tied to an ordinary one): what is packed has the scales of one axis.
+    Examples are a tied head without a layer (x @ embedding.weight.T), another weight that is computed from it, and a
+    layer of another type that shares it. Layers that share a weight with output channels along another axis (a
+    transposed convolution tied to an ordinary one) count too, because packed weights have scales along one axis only.
     """
     holders: dict[int, set[str]] = defaultdict(set)
     axes: dict[int, set[object]] = defaultdict(set)
@@ -244,14 +317,14 @@ def _used_outside(modules: dict[str, nn.Module], run: ForwardRecord) -> set[str]
 
 
 def _owners(modules: dict[str, nn.Module], names: Iterable[str]) -> dict[str, str]:
-    """{layer: the first layer that runs with the same Parameter}, for all but that first one."""
+    """{layer: the first layer that runs with the same Parameter}, without that first one."""
     first: dict[int, str] = {}
     found = {name: first.setdefault(id(modules[name].weight), name) for name in names}
     return {name: owner for name, owner in found.items() if owner != name}
 
 
 def _reads(run: ForwardRecord, names: set[str]) -> dict[str, tuple[object, ...]]:
-    """{layer: the tensors it reads, call by call}, in the order they run."""
+    """{layer: the tensors it reads, call by call}, in the order of their runs."""
     reads: dict[str, list[object]] = defaultdict(list)
     for c in run.calls:
         if c.name in names:

@@ -1,4 +1,4 @@
-"""transformers models by Hub id or local folder."""
+"""transformers models by Hub id or folder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TASKS = {
     "LMHeadModel": "text-generation",
     "ForImageClassification": "image-classification",
 }
-"""{end of a class's name: pipeline tag of the Hub}"""
+"""{suffix of a class name: pipeline tag of the Hub}"""
 
 
 class TransformersLibrary(Library):
@@ -42,7 +42,7 @@ class TransformersLibrary(Library):
 
     name = "transformers"
     folder_defaults: ClassVar[Mapping[str, Any]] = {"trust_remote_code": False}
-    """Else an unknown model_type asks the user to run its code."""
+    """Without it, transformers asks whether to run the code of an unknown model_type."""
     preprocessing = (
         "tokenizer.json",
         "tokenizer_config.json",
@@ -60,7 +60,7 @@ class TransformersLibrary(Library):
         "chat_template.jinja",
         "generation_config.json",
     )
-    """All of them text or protocol buffers."""
+    """All of these are text or protocol buffers."""
     formats = ("compressed-tensors",)
     pretrained_models = True
 
@@ -68,7 +68,7 @@ class TransformersLibrary(Library):
         return "model_type" in config
 
     def near_names(self, model_id: str) -> list[str]:
-        """Up to three repositories: of the Hub client's cache, and those that transformers' own configs name."""
+        """Up to three similar repositories, from the Hub cache and from the configs of transformers."""
         return near_repositories(model_id, _checkpoints())
 
     def load(
@@ -85,29 +85,29 @@ class TransformersLibrary(Library):
         graph: LayerGraph | None = None,
         **kwargs: Any,
     ) -> Source:
-        """Build a transformers model, of the first class that its config's `architectures` name.
+        """Build a transformers model, by default of the first class in its config's `architectures`.
 
         Args:
             model_id: Hub id or folder.
             pretrained: Load the weights too.
-            meta: No weights and no memory.
+            meta: Build on the meta device, without weights and memory.
             checkpoint_path: Safetensors file with the state dict.
             auto_class: Another class of transformers, for example "AutoModelForSequenceClassification".
-            sequence_length: Tokens of the example, at most what the model takes.
-            exclude: Patterns of layers to leave float.
-            per_expert: Each expert of a stack is a layer of its own; of the stacks of these names, or of all.
-            graph: The model's layers; None to find them, for which it runs once.
+            sequence_length: Number of tokens in the example, limited to what the model takes.
+            exclude: Glob patterns of layers to leave float.
+            per_expert: Treat each expert of a stack as a separate layer: True for all stacks, or names of stacks.
+            graph: The model's layers; None to find them by running the model once.
             **kwargs: Values of the config (num_labels=3) and arguments of `from_pretrained` (revision, dtype).
 
         Raises:
-            InvalidArgument: There is no such class, the config does not know an argument, or there are no experts.
-            HubMPQError: Config or weights cannot be had.
+            InvalidArgument: The class or an argument is unknown, or `per_expert` is set for a model without experts.
+            HubMPQError: The config or the weights cannot be downloaded or read.
         """
         import transformers
 
         warn_if_untested("transformers")
         if checkpoint_path is not None and not Path(checkpoint_path).is_file():
-            raise InvalidArgument(f"checkpoint_path: no file {str(checkpoint_path)!r}")
+            raise InvalidArgument(f"checkpoint_path not found: {str(checkpoint_path)!r}")
         pretrained = pretrained and checkpoint_path is None and not meta
         try:
             config, unused = transformers.AutoConfig.from_pretrained(model_id, return_unused_kwargs=True, **kwargs)
@@ -118,8 +118,8 @@ class TransformersLibrary(Library):
         if pretrained and quantized is not None:
             method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
             raise HubMPQError(
-                f"{model_id!r} is quantized already ({getattr(method, 'value', method)}): transformers loads it; "
-                "to quantize anew take its float model"
+                f"{model_id!r} is already quantized ({getattr(method, 'value', method)}): load it with transformers, "
+                "or quantize its float model instead"
             )
         try:
             if pretrained:
@@ -134,7 +134,7 @@ class TransformersLibrary(Library):
             raise cannot_build(model_id, error, pretrained=pretrained) from error
         expose_layers(model)
         if per_expert is not False and not split_experts(model, None if per_expert is True else per_expert):
-            raise InvalidArgument(f"per_expert is for models with stacks of experts, and {model_id!r} has none")
+            raise InvalidArgument(f"per_expert requires a model with stacked experts, and {model_id!r} has none")
         example = example_for(model, sequence_length)
         on_device = placed(example, model)
         revision = _commit(model_id, kwargs.get("revision"))
@@ -158,7 +158,7 @@ class TransformersLibrary(Library):
         return {"sequence_length": input_shape[0]} if len(input_shape) == 1 and input_shape[0] > 0 else {}
 
     def image_preprocess(self, source: Source) -> Mapping[str, Any]:
-        """Mean, std and interpolation of the image processor; {} with a warning when there is none."""
+        """Mean, std and interpolation of the image processor; {} with a warning if it is not found."""
         if len(source.graph.input_shape) != 3:
             return source.preprocess
         import transformers
@@ -168,7 +168,7 @@ class TransformersLibrary(Library):
             processor: Any = transformers.AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
         except Exception as error:
             warnings.warn(
-                f"no image processor for {name!r} ({type(error).__name__}): mean 0.5 and std 0.5 are used",
+                f"image processor of {name!r} not found ({type(error).__name__}); using mean 0.5 and std 0.5",
                 stacklevel=2,
             )
             return {}
@@ -177,7 +177,7 @@ class TransformersLibrary(Library):
         return {"mean": processor.image_mean, "std": processor.image_std, "interpolation": resample}
 
     def resized(self, name: str, content: bytes, config: Mapping[str, Any], input_shape: tuple[int, ...]) -> bytes:
-        """Of an image processor: the sizes to scale and to crop to, where `image_size` was changed."""
+        """Adapt the resize and crop sizes of an image processor if `image_size` was changed."""
         before = config.get("image_size")
         if name != "preprocessor_config.json" or len(input_shape) != 3 or not before:
             return content
@@ -195,7 +195,7 @@ class TransformersLibrary(Library):
         return (json.dumps(processor, indent=2, sort_keys=True) + "\n").encode()
 
     def names_on_disk(self, model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Since transformers 5 they can differ from those of the modules (ViT, Mixtral)."""
+        """Names in checkpoints, which can differ from module names since transformers 5 (ViT, Mixtral)."""
         from transformers.core_model_loading import revert_weight_conversion
 
         warn_if_untested("transformers")
@@ -216,7 +216,7 @@ class TransformersLibrary(Library):
 
 
 def _checkpoints() -> list[str]:
-    """Hub ids that the source of transformers' configs names, one a type."""
+    """Hub ids in the source of transformers' configs, one per model type."""
     import transformers
 
     files = Path(transformers.__file__).parent.glob("models/*/configuration_*.py")
@@ -225,14 +225,14 @@ def _checkpoints() -> list[str]:
 
 
 def _architecture(config: Mapping[str, Any]) -> str | None:
-    """Name of the class that a config.json names first."""
+    """The first class name in a config.json."""
     names = config.get("architectures")
     first = names[0] if isinstance(names, list) and names else None
     return first if isinstance(first, str) and first.isidentifier() else None
 
 
 def _commit(model_id: str, revision: str | None) -> str | None:
-    """Commit of the Hub repository the config was taken from; newer versions of transformers keep it nowhere."""
+    """Commit of the Hub repository that the config comes from, which newer versions of transformers do not store."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(model_id).is_dir():
@@ -241,12 +241,12 @@ def _commit(model_id: str, revision: str | None) -> str | None:
 
 
 def model_class(config: Any, auto_class: str | None = None) -> Any:
-    """The class of transformers that is named, else the first that a config's `architectures` name."""
+    """The named class of transformers, else the first one in a config's `architectures`."""
     import transformers
 
     if auto_class is not None:
         if not hasattr(transformers, auto_class):
-            raise InvalidArgument(f"transformers has no class {auto_class!r}")
+            raise InvalidArgument(f"unknown transformers class {auto_class!r}")
         return getattr(transformers, auto_class)
     names = getattr(config, "architectures", None) or []
     known = (name for name in names if isinstance(name, str) and hasattr(transformers, name))
@@ -254,11 +254,11 @@ def model_class(config: Any, auto_class: str | None = None) -> Any:
 
 
 def _skeleton(cls: Any, config: Any, unused: dict[str, Any], *, meta: bool) -> nn.Module:
-    """The model without its weights: on meta, or initialised at random."""
+    """The model without its weights: on the meta device, or with random weights."""
     known = {key: unused.pop(key) for key in ("dtype", "torch_dtype", "attn_implementation") if key in unused}
     unused = {key: value for key, value in unused.items() if key not in ("revision", "token", "cache_dir")}
     if unused:
-        raise InvalidArgument(f"{type(config).__name__} knows no {', '.join(sorted(unused))}")
+        raise InvalidArgument(f"unknown argument of {type(config).__name__}: {', '.join(sorted(unused))}")
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the skeleton is the float model
     build = cls.from_config if hasattr(cls, "from_config") else cls._from_config
@@ -268,7 +268,7 @@ def _skeleton(cls: Any, config: Any, unused: dict[str, Any], *, meta: bool) -> n
         try:
             with torch.device("meta"), _LiteralsHaveValues():
                 model = build(config, **known)
-        except RuntimeError:  # it computes with a literal and a tensor of meta
+        except RuntimeError:  # it combines a literal with a meta tensor
             with torch.device("meta"):
                 model = build(config, **known)
     tie(model)
@@ -276,12 +276,14 @@ def _skeleton(cls: Any, config: Any, unused: dict[str, Any], *, meta: bool) -> n
 
 
 def tie(model: Any, *, only_meta: bool = False) -> None:
-    """Tie what transformers left untied: it switches `tie_weights` off for all classes while it builds a model, so that
-    models which several threads build at once, and later ones, have weights of their own or stay on meta in part.
+    """Tie weights that transformers left untied.
+
+    transformers disables `tie_weights` for all classes while it builds a model. Models that several threads build at
+    once, and later ones, then have untied weights or stay partly on the meta device.
 
     Args:
-        model: A model of transformers.
-        only_meta: Leave Parameters that are not on the meta device as they are.
+        model: A transformers model.
+        only_meta: Leave Parameters that are not on the meta device unchanged.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
@@ -292,8 +294,8 @@ def tie(model: Any, *, only_meta: bool = False) -> None:
 
 
 class _LiteralsHaveValues(TorchFunctionMode):
-    """Whole numbers that are made a tensor lie on the CPU whatever the default device is: the strides and paddings of a
-    codec's layers, which its forward reads."""
+    """Put integer tensors made from literals on the CPU whatever the default device is, such as the strides and
+    paddings of a codec's layers, which its forward reads."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -311,14 +313,14 @@ def _fill(model: nn.Module, file: Path) -> None:
     missing = [name for name in missing if name not in tied]
     if missing or unexpected:
         raise HubMPQError(
-            f"{file.name} is for another model: missing {missing[:3]} and {max(0, len(missing) - 3)} more, "
-            f"unknown {unexpected[:3]} and {max(0, len(unexpected) - 3)} more"
+            f"{file.name} does not match the model: missing {missing[:3]} and {max(0, len(missing) - 3)} more, "
+            f"unexpected {unexpected[:3]} and {max(0, len(unexpected) - 3)} more"
         )
 
 
 def head_of(model: nn.Module) -> tuple[str, ...]:
-    """The language model's head, else the layers outside the base model with as many outputs as the last of them
-    (a distilled model has two classifiers); () for a bare encoder."""
+    """The language model head, else the layers outside the base model with as many outputs as the last of them (a
+    distilled model has two classifiers); () for a bare encoder."""
     outside = [name for name, module in model.named_modules() if layer_kind(module)]
     with contextlib.suppress(AttributeError, NotImplementedError):
         output = model.get_output_embeddings()  # type: ignore[operator]
@@ -334,7 +336,7 @@ def head_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def preprocess_of(model_id: str, example: Mapping[str, Any]) -> dict[str, Any]:
-    """Where what makes a model's input is to be found: {"tokenizer" or "processor": its id or folder, …}."""
+    """Where to find the tokenizer or processor of a model: {"tokenizer" or "processor": its id or folder, …}."""
     found = {"processor": model_id} if example.keys() - {"input_ids", "decoder_input_ids"} else {}
     if "input_ids" not in example:
         return found

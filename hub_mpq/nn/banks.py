@@ -1,4 +1,4 @@
-"""One BatchNorm bank per width: parameters and statistics, while the module itself stays (LIMPQ §3.3)."""
+"""One BatchNorm bank of parameters and statistics per bit-width, in the same module, as in LIMPQ (§3.3)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _BANKED = ("weight", "bias", "running_mean", "running_var")
 
 
 class _Banked:
-    """Mixed into a norm's own class: its four tensors are rows of [widths, channels] banks."""
+    """Mixin for a norm's own class, whose four tensors become rows of [bit-widths, channels] banks."""
 
     bank: int
 
@@ -25,9 +25,9 @@ class _Banked:
 
 
 def add_banks(model: nn.Module, names: Iterable[str], count: int) -> None:
-    """Give each named BatchNorm `count` banks that start as copies of its tensors; in place.
+    """Give each named BatchNorm `count` banks, initialized with copies of its tensors, in place.
 
-    The class changes to a subclass of the module's own, so timm's BatchNormAct2d keeps its activation.
+    The class changes to a subclass of the module's own class, so timm's BatchNormAct2d keeps its activation.
     """
     for name in names:
         norm = model.get_submodule(name)
@@ -49,7 +49,7 @@ def add_banks(model: nn.Module, names: Iterable[str], count: int) -> None:
 
 
 def rebased(cls: type, forms: Mapping[type, type]) -> type | None:
-    """`forms[cls]`, which takes a norm's place, with banks when `cls` has them; None for any other class."""
+    """`forms[cls]`, which replaces a norm, with banks if `cls` has them; None for any other class."""
     if cls in forms:
         return forms[cls]
     if cls.__bases__[0] is _Banked and cls.__bases__[1] in forms:
@@ -58,5 +58,5 @@ def rebased(cls: type, forms: Mapping[type, type]) -> type | None:
 
 
 def select_bank(model: nn.Module, name: str, index: int) -> None:
-    """Make one bank of a norm the one in use."""
+    """Select the bank of a norm to use."""
     model.get_submodule(name).bank = index

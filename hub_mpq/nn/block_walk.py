@@ -15,7 +15,7 @@ _SAME = 1e-3
 
 
 class BlockWalk:
-    """A model block by block, on the hidden states of all batches."""
+    """Runs a model block by block on the hidden states of all batches."""
 
     def __init__(self, model: nn.Module, blocks: dict[str, nn.Module], batches: Sequence[Any], run: Any) -> None:
         self.model, self.blocks, self.batches, self.run = model, blocks, batches, run
@@ -29,7 +29,7 @@ class BlockWalk:
     def start(
         cls, model: nn.Module, blocks: dict[str, nn.Module], batches: Sequence[Any], run: Any
     ) -> BlockWalk | None:
-        """The hidden states before the first block; None for a model that can't be run block by block."""
+        """Compute the hidden states before the first block; None for a model that cannot run block by block."""
         walk = cls(model, blocks, batches, run)
         if not walk._look(batches[0]):
             return None
@@ -45,8 +45,8 @@ class BlockWalk:
         return walk
 
     def _look(self, batch: Any) -> bool:
-        """Run the model on a batch and see what its blocks return; False where a block runs twice, or returns more
-        than its hidden state."""
+        """Run the model on a batch and record what its blocks return; False if a block runs twice or returns more than
+        its hidden state."""
         fine = True
 
         def hook(name: str) -> Callable[..., None]:
@@ -72,7 +72,7 @@ class BlockWalk:
         return hidden if tail is None else (hidden, *tail)
 
     def _calls(self, batch: Any) -> dict[str, Call]:
-        """{block: its arguments}, from a forward in which each block returns what it was called on."""
+        """{block: its arguments}, from a forward in which each block returns its own input."""
         calls: dict[str, Call] = {}
 
         def forward(name: str) -> Callable[..., Any]:
@@ -92,11 +92,11 @@ class BlockWalk:
         """Run a block on all batches.
 
         Args:
-            name: The block; the next in `order`.
+            name: The block, the next in `order`.
             before: Called with each batch before the block runs on it.
 
         Returns:
-            False if the first batch's output is not what the model's own forward gave.
+            False if the output of the first batch differs from that of the model's own forward.
         """
         for i, batch in enumerate(self.batches):
             before(batch)
@@ -108,7 +108,7 @@ class BlockWalk:
         return True
 
     def run_around(self, i: int) -> None:
-        """What runs before and behind the blocks, on one batch."""
+        """Run everything before and after the blocks on one batch."""
 
         def forward(name: str) -> Callable[..., Any]:
             def skip(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The blocks of a deep model: modules of one type, one behind the other, that pass one hidden state on."""
+"""The blocks of a deep model: consecutive modules of one type that pass on a hidden state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Call(NamedTuple):
 
     @property
     def hidden(self) -> Tensor | None:
-        """The hidden state, the first argument; None if that is no tensor of floating-point numbers."""
+        """The hidden state, the first argument; None if that is not a floating-point tensor."""
         first = next(iter((*self.args, *self.kwargs.values())), None)
         return first if isinstance(first, Tensor) and first.is_floating_point() else None
 
@@ -33,7 +33,7 @@ class Call(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether all arguments are tensors and constants, nothing that a call changes, as a cache of keys."""
+        """Whether all arguments are tensors and constants rather than objects that a call changes, such as a cache."""
         return _plain((self.args, *self.kwargs.values()))
 
 
@@ -44,14 +44,14 @@ def _plain(x: Any) -> bool:
 
 
 def blocks_of(model: nn.Module, weights: Mapping[str, int]) -> dict[str, nn.Module]:
-    """{name: block} of a model in the order they stand; {} where it has none.
+    """{name: block} of a model in order; {} if it has none.
 
-    They are the modules of the outermost `nn.ModuleList` or `nn.Sequential` that are all of one type and hold at least
-    half of the weights.
+    The blocks are the children of the outermost `nn.ModuleList` or `nn.Sequential` whose children have the same type
+    and contain at least half of the weights.
 
     Args:
         model: The model.
-        weights: {layer: number of its weights} of the layers to be quantized.
+        weights: {layer: number of weights} of the layers to quantize.
     """
     whole = sum(weights.values())
     for prefix, module in model.named_modules():
@@ -67,13 +67,13 @@ def blocks_of(model: nn.Module, weights: Mapping[str, int]) -> dict[str, nn.Modu
 
 
 def block_with(blocks: Collection[str], layer: str) -> str | None:
-    """Name of the block that a layer is in; None when it is in none."""
+    """Name of the block that contains a layer; None if it is in none."""
     return next((name for name in blocks if layer.startswith(f"{name}.")), None)
 
 
 @contextmanager
 def replaced_forward(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Let modules run functions instead of their forward, meanwhile.
+    """Let modules run functions instead of their forward, within the context.
 
     Args:
         replaced: {module: function of the forward's arguments}.
@@ -92,7 +92,7 @@ def replaced_forward(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterat
 
 @contextmanager
 def cache_off(model: nn.Module) -> Iterator[None]:
-    """Let a model of transformers keep no keys and values of what it has read, meanwhile."""
+    """Switch off the key-value cache of a transformers model, within the context."""
     found = (getattr(module, "config", None) for module in model.modules())
     configs = {id(config): config for config in found if getattr(config, "use_cache", False) is True}
     try:
@@ -106,11 +106,11 @@ def cache_off(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Let blocks keep nothing for the way back, which runs each of them again on what it read; meanwhile.
+    """Checkpoint blocks: nothing is kept for the backward pass, which runs each block again; within the context.
 
-    Hidden states wait in temporary files, so that the memory of a backward pass is one block's, whatever the depth.
-    What a block reads gets a gradient even where nothing before it has one. A block that is called on more than tensors
-    and constants (`Call.plain`) runs as it is.
+    Hidden states are stored in temporary files, so that a backward pass takes the memory of one block at any depth. The
+    input of a block gets a gradient even if nothing before it has one. A block whose arguments are more than tensors
+    and constants (`Call.plain`) runs unchanged.
 
     Args:
         blocks: The blocks, in eval mode.
@@ -123,7 +123,7 @@ def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
                 return own(*args, **kwargs)
             hidden = call.hidden if call.hidden.requires_grad else call.hidden.detach().requires_grad_()
             leaves, form = tree_flatten(call.at(hidden))
-            # gradients go through positional arguments alone; nothing else may hold a tensor
+            # gradients only flow through positional arguments; nothing else may hold a tensor
             tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
             constants = [None if i in tensors else leaf for i, leaf in enumerate(leaves)]
             places: list[int] = list(tensors)
@@ -134,7 +134,7 @@ def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
                 for i, tensor in zip(places, given, strict=True):
                     filled[i] = tensor
                 inner: Call = tree_unflatten(filled, form)
-                inner = inner.at(given[0].clone())  # which the block may change in place
+                inner = inner.at(given[0].clone())  # the block may change it in place
                 found, made = tree_flatten(own(*inner.args, **inner.kwargs))
                 structure[:] = [made]
                 return tuple(found)
@@ -150,7 +150,7 @@ def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _on_disk(hidden: Tensor) -> AbstractContextManager[None]:
-    """Within it, what autograd keeps of a hidden state is a temporary file, which goes with the graph."""
+    """Store the hidden state that autograd saves in a temporary file, which is deleted with the graph."""
 
     place = hidden.data_ptr()
 
@@ -175,7 +175,7 @@ def _on_disk(hidden: Tensor) -> AbstractContextManager[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Let no parameter of a model have a gradient, meanwhile."""
+    """Disable the gradients of all parameters of a model, within the context."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in learning:

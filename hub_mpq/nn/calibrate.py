@@ -1,4 +1,4 @@
-"""Set the start of every quantizer of a model from its weights and from a few batches."""
+"""Initialize all quantizers of a model from its weights and from a few batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SAMPLE = 1 << 16  # values kept per layer and batch: enough for a scale, little
 
 
 def _thin(x: Tensor) -> Tensor:
-    """An evenly spaced sample of x's values. An odd stride does not lock onto the channels."""
+    """An evenly spaced sample of the values of x. The stride is odd so that it does not align with the channels."""
     flat = x.detach().flatten()
     step = max(flat.numel() // _SAMPLE, 1) | 1
     return flat[::step].float()
@@ -28,7 +28,7 @@ def _thin(x: Tensor) -> Tensor:
 
 @contextmanager
 def widths_off(model: nn.Module) -> Iterator[None]:
-    """Let all quantizers pass their input through, and give them their widths back afterwards."""
+    """Let all quantizers pass their input through, and restore their bit-widths on exit."""
     quantizers = [m for m in model.modules() if isinstance(m, LSQ)]
     kept = [q._index for q in quantizers]
     for q in quantizers:
@@ -47,17 +47,17 @@ def sample_inputs(
     run: Callable[[nn.Module, Any], Any],
     names: Iterable[str] | None = None,
 ) -> dict[str, Tensor]:
-    """Values that layers read, from float forwards in eval mode.
+    """Sample the inputs of layers in float forwards in eval mode.
 
     Args:
-        model: A float model, or one with LSQ quantizers, which are switched off meanwhile.
-        batches: What the model runs on.
-        run: `run(model, batch)` runs it.
-        names: The layers. None: all with an input quantizer.
+        model: A float model, or one with LSQ quantizers, which are switched off temporarily.
+        batches: The batches to run the model on.
+        run: `run(model, batch)` runs the model.
+        names: The layers; None for all with an input quantizer.
 
     Returns:
-        {layer name: evenly spaced sample of the values it read, float32, 1-D}, without layers that did not run; an
-        expert that no token reached has what the others read. Nothing runs where there is no layer to sample.
+        {layer name: evenly spaced sample of its inputs, float32, 1-D}, without layers that did not run; an expert that
+        no token reached gets the samples of the others. If there is no layer to sample, the model does not run.
     """
     if names is None:
         names = [name for name, module in quantized_layers(model) if module.input_quantizer is not None]
@@ -92,11 +92,11 @@ def sample_inputs(
 
 @torch.no_grad()
 def calibrate_weights(model: nn.Module, *, mse: bool) -> None:
-    """Scales of all weights, of themselves alone: those of `weight_grid`, or LIMPQ's initial value (per tensor).
+    """Set the scales of all weights from the weights alone, by `weight_grid` or LIMPQ's initial value (per tensor).
 
     Args:
         model: The model.
-        mse: Take the scales of `weight_grid`.
+        mse: Use `weight_grid`.
     """
     for _, module in quantized_layers(model):
         for bits in module.weight_quantizer.widths:
@@ -105,7 +105,7 @@ def calibrate_weights(model: nn.Module, *, mse: bool) -> None:
 
 @torch.no_grad()
 def calibrate_inputs(model: nn.Module, samples: dict[str, Tensor], *, mse: bool) -> None:
-    """Scales and zero points of all activations, every width, from samples of what the layers read."""
+    """Set the scales and zero points of all activations at every bit-width from samples of the layers' inputs."""
     for name, module in quantized_layers(model):
         if module.input_quantizer is not None and name in samples:
             for bits in module.input_quantizer.widths:
@@ -114,7 +114,7 @@ def calibrate_inputs(model: nn.Module, samples: dict[str, Tensor], *, mse: bool)
 
 @torch.no_grad()
 def calibrate_weight(module: Any, bits: int, *, mse: bool) -> None:
-    """The scales of one quantized layer's weight at one width, as `calibrate_weights` sets them."""
+    """Set the scales of one quantized layer's weight at one bit-width, as in `calibrate_weights`."""
     q = module.weight_quantizer
     if isinstance(q, GroupedLSQ):
         rows = (module.weight.mT if q.transposed else module.weight).reshape(q.rows, q.columns)
@@ -129,5 +129,5 @@ def calibrate_weight(module: Any, bits: int, *, mse: bool) -> None:
 
 @torch.no_grad()
 def calibrate_input(module: Any, sample: Tensor, bits: int, *, mse: bool) -> None:
-    """The scale and zero point of one quantized layer's input at one width, from a sample of what the layer reads."""
+    """Set the scale and zero point of one quantized layer's input at one bit-width from a sample of its inputs."""
     module.input_quantizer.init(bits, *activation_scale(sample, bits, mse=mse))

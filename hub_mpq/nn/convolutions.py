@@ -1,4 +1,4 @@
-"""Convolutions with quantizers, ordinary and transposed ones, over one to three axes."""
+"""Convolutions with quantizers, ordinary and transposed, over one to three axes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .layers import first_operand, fused_output, operands
 
 
 def convolution_of(layer: Any) -> Convolution | None:
-    """An ordinary convolution as one operation; None when its input is padded apart from it."""
+    """An ordinary convolution as one operation; None if its input is padded separately."""
     if layer.same_padding or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return None
     return Convolution(layer.stride, layer.padding, layer.dilation, layer.groups)
@@ -27,10 +27,13 @@ def transposed_convolution_of(layer: Any, x: Tensor, output_size: Sequence[int] 
 
 
 def same_pads(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> list[int]:
-    """What TensorFlow's SAME puts around an image, as torch.nn.functional.pad takes it.
+    """The padding of TensorFlow's SAME, in the order of torch.nn.functional.pad.
 
     Args:
-        size, kernel, stride, dilation: One for each axis, height before width.
+        size: Of the image, one value per axis, height before width.
+        kernel: One value per axis.
+        stride: One value per axis.
+        dilation: One value per axis.
     """
     pads: list[int] = []
     for axis in reversed(range(len(size))):  # pad wants the last axis first
@@ -41,7 +44,7 @@ def same_pads(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int],
 
 
 class SpatialLayer(nn.Module):
-    """What quantized and packed convolutions share."""
+    """Base of quantized and packed convolutions."""
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -50,23 +53,23 @@ class SpatialLayer(nn.Module):
     float_class: type[nn.Module]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """The float layer where one is constructed: PEFT makes an adapter's convolutions of the type that it adapts."""
+        """Return a float layer if called with arguments: PEFT builds an adapter's convolutions of the adapted type."""
         if not (args or kwargs):
             return object.__new__(cls)
         return next(base for base in cls.__mro__ if base.__module__ == nn.Conv2d.__module__)(*args, **kwargs)
 
     @property
     def same_padding(self) -> bool:
-        """Whether the input is padded to TensorFlow's SAME, as timm's Conv2dSame computes it."""
+        """Whether the input is padded as in TensorFlow's SAME, by timm's Conv2dSame."""
         return self.float_class.__name__ == "Conv2dSame"
 
     @property
     def batched_axes(self) -> int:
-        """Axes of an input with a batch axis; one sample without it goes the plain way."""
+        """Number of axes of an input with a batch axis; a single sample takes the plain path."""
         return len(self.kernel_size) + 2
 
     def convolve(self, x: Tensor) -> Tensor:
-        """An ordinary convolution, put together from its parts."""
+        """An ordinary convolution, composed of separate operations."""
         x, weight = operands(self, x)
         bias = self._parameters.get("bias")
         if not self.same_padding:

@@ -1,8 +1,8 @@
-"""Experts that transformers keeps stacked in one Parameter: each stack becomes a layer, called expert by expert.
+"""Experts that transformers stacks in one Parameter: each stack becomes a layer that is called expert by expert.
 
-transformers lets others register how experts are computed (`ALL_EXPERTS_FUNCTIONS`). The way registered here calls a
-stack as a module, on the tokens that reach an expert, so that stacks have hooks, quantizers and packed weights as other
-layers have. transformers' own ways index the Parameter, or hand all of it to one grouped product.
+transformers lets other packages register experts implementations (`ALL_EXPERTS_FUNCTIONS`). The one registered here
+calls a stack as a module on the tokens that reach an expert, so that stacks have hooks, quantizers and packed weights
+like other layers. transformers' own implementations index the Parameter or pass all of it to one grouped product.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from .packed import PackedLayer, packed_product
 from .types import type_name
 
 IMPLEMENTATION = "hub_mpq"
-"""The name of the way to compute experts, in transformers' registry."""
+"""Name of the experts implementation in transformers' registry."""
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")
 _LLAMA4 = "transformers.models.llama4.modeling_llama4.Llama4TextExperts"
-"""Experts with a forward of their own, which is replaced."""
+"""Experts with their own forward, which is replaced."""
 
 
 class Stack(nn.Module):
-    """What all forms of a stack share.
+    """Base of all forms of a stack.
 
-    `forward(x, expert, tokens, count)`: x [rows, in] are the inputs of one expert, tokens [rows] says which of `count`
-    tokens each row is; the output is [rows, out].
+    `forward(x, expert, tokens, count)`: x [rows, in] are the inputs of one expert, tokens [rows] the index of each row
+    among `count` tokens; the output is [rows, out].
     """
 
     weight: Tensor
@@ -39,25 +39,25 @@ class Stack(nn.Module):
     bias = None
 
     def conceal(self) -> nn.Parameter | None:
-        """The Parameter that it stands for; None where it is not float."""
+        """The Parameter that it replaces; None if it is not float."""
         return None
 
     def to_layers(self, state: dict[str, Tensor], name: str) -> None:
-        """Give the Parameter `name` of a state dict the name of a layer's weight, where this layer is float."""
+        """Rename the Parameter `name` in a state dict to a layer's weight, if this layer is float."""
 
     def to_parameter(self, state: dict[str, Tensor], name: str) -> None:
-        """Give the weight of the layer `name` in a state dict the name of the Parameter."""
+        """Rename the weight of the layer `name` in a state dict to the Parameter."""
         if f"{name}.weight" in state:
             state[name] = state.pop(f"{name}.weight")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        register()  # a model that was unpickled runs too
+        register()  # so that an unpickled model runs
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
 
 class ExpertStack(Stack):
-    """The matrices of all experts, weight [experts, out, in]. Its state dict has the name of the Parameter that it
-    stands for, so that of the model is the same as before."""
+    """The matrices of all experts, weight [experts, out, in]. Its state dict uses the name of the Parameter that it
+    replaces, so that the model's state dict does not change."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
@@ -79,18 +79,18 @@ class ExpertStack(Stack):
 
 
 class TransposedExpertStack(ExpertStack):
-    """The same with weight [experts, in, out]."""
+    """An ExpertStack with weight [experts, in, out]."""
 
     transposed = True
 
 
 def _as_float(layer: Any) -> bool:
-    """Whether the weight of a layer is [experts, in, out], as its float form says."""
+    """Whether the weight of a layer is [experts, in, out], as in its float form."""
     return bool(layer.float_class.transposed)
 
 
 class QuantExperts(Stack):
-    """A stack with a quantizer, which puts one expert at a time on its grid. Inputs stay float."""
+    """A stack with a quantizer, which quantizes one expert at a time. Inputs stay float."""
 
     weight_quantizer: Any
     input_quantizer: None
@@ -103,13 +103,13 @@ class QuantExperts(Stack):
             operand = q.operand(self.weight, expert)
             if operand is not None:
                 return quantized(product, x, self.weight[expert], None, None, operand)
-        # what trains widths in a search takes a weight as a whole
+        # quantizers that train bit-widths in a search take the whole weight
         weight = q.of_matrix(self.weight, expert) if isinstance(q, Quantizer) else q(self.weight)[expert]
         return product.run(x, weight.to(x.dtype), None)
 
 
 class PackedExperts(PackedLayer, Stack):  # type: ignore[override]
-    """A stack with packed weights, of which one expert at a time is unpacked."""
+    """A stack with packed weights that unpacks one expert at a time."""
 
     float_class: type[ExpertStack]
     transposed = property(_as_float)  # type: ignore[assignment]
@@ -118,27 +118,27 @@ class PackedExperts(PackedLayer, Stack):  # type: ignore[override]
         return packed_product(self, Product(self.transposed), x, partial(self.unpacked_expert, expert))
 
     def unpacked_expert(self, expert: int, dtype: torch.dtype) -> Tensor:
-        """The dequantized matrix of one expert, as `unpacked` has it."""
+        """The dequantized matrix of one expert, see `unpacked`."""
         kept = self.source.kept
         return (self.packed.matrix(expert, self.compute.dtype) if kept is None else kept[expert]).to(dtype)
 
 
 def _to_layers(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-    """Give the Parameters of stacks the names of layers while a state dict is loaded."""
+    """Rename the Parameters of stacks to layers while a state dict is loaded."""
     for name in _STACKS:
         if isinstance(stack := module._modules.get(name), Stack):
             stack.to_layers(state_dict, prefix + name)
 
 
 def _is_stack_parent(module: nn.Module) -> bool:
-    """Whether transformers computes a module by its registry of ways to compute experts, or it is Llama 4's."""
+    """Whether transformers runs a module through its registry of experts implementations, or it is Llama 4's."""
     if type_name(module) == _LLAMA4 or isinstance(vars(module).get("_concealed", (None,))[0], type):
         return True
     return hasattr(module, "_is_expert_parallel") and hasattr(module, "is_transposed") and hasattr(module, "config")
 
 
 def _way(module: Any) -> Any:
-    """How a module computes its experts: the name of a way that transformers knows, or a class with its own forward."""
+    """How a module computes its experts: an implementation in the registry, or a class with its own forward."""
     return module.config._experts_implementation if hasattr(module, "is_transposed") else type(module)
 
 
@@ -156,7 +156,7 @@ def _calling_llama4() -> type[nn.Module]:
 
 
 def has_stacked_experts(model: nn.Module) -> bool:
-    """Whether `expose_experts` would find stacks that are no layers yet.
+    """Whether `expose_experts` would find stacks that are not layers yet.
 
     Args:
         model: The model.
@@ -170,10 +170,10 @@ def has_stacked_experts(model: nn.Module) -> bool:
 
 
 def expose_experts(model: nn.Module) -> bool:
-    """Make each stacked Parameter of experts a layer under its own name, in place; `conceal_experts` undoes it.
+    """Turn each stacked Parameter of experts into a layer under its own name, in place; `conceal_experts` undoes it.
 
-    The Parameters stay the same objects, and the state dict has the same names. Does nothing to other modules, nor to
-    stacks that are layers already.
+    The Parameters stay the same objects, and the names in the state dict do not change. Other modules, and stacks that
+    are layers already, are not changed.
 
     Args:
         model: The model.
@@ -203,7 +203,7 @@ def expose_experts(model: nn.Module) -> bool:
 
 
 def stacks(model: nn.Module) -> list[tuple[str, str, Stack]]:
-    """(name of the module that computes experts, name in it, stack) of all stacks that are layers."""
+    """(name of the experts module, name of the stack in it, stack) of all stacks that are layers."""
     return [
         (parent, name, stack)
         for parent, module in model.named_modules()
@@ -214,7 +214,7 @@ def stacks(model: nn.Module) -> list[tuple[str, str, Stack]]:
 
 
 def conceal_experts(model: nn.Module) -> None:
-    """Make the stacks of experts that are float layers Parameters again, and let transformers compute them its way."""
+    """Turn stacks of experts that are float layers back into Parameters and restore transformers' implementation."""
     for module in [module for module in model.modules() if "_concealed" in vars(module)]:
         for name in _STACKS:
             stack = module._modules.get(name)
@@ -228,9 +228,9 @@ def conceal_experts(model: nn.Module) -> None:
 
 
 def _routed(chosen: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(expert, tokens that reach it, at which of their choices), of `chosen` [tokens, choices].
+    """(expert, tokens that reach it, index of the choice) for `chosen` [tokens, choices].
 
-    Nobody knows which ones on the meta device: there one expert stands for all.
+    On the meta device these are unknown, and one expert stands for all.
     """
     if chosen.is_meta:
         count, top = chosen.shape
@@ -238,29 +238,29 @@ def _routed(chosen: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]
         yield 0, token, token
         return
     for expert in chosen.unique().tolist():
-        if expert < experts:  # an index beyond is a place without a token (expert parallelism)
+        if expert < experts:  # an index beyond is an empty slot (expert parallelism)
             choice, token = torch.where((chosen == expert).t())
             yield expert, token, choice
 
 
 def stacked_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What transformers' own ways to compute experts compute, by calls of the stacks.
+    """Compute the same as transformers' own experts implementations, by calling the stacks.
 
     Args:
-        self: The module of the experts.
+        self: The experts module.
         hidden_states: [tokens, in].
         top_k_index: The experts of each token, [tokens, choices].
-        top_k_weights: What their outputs are multiplied with, [tokens, choices].
+        top_k_weights: The weights of their outputs, [tokens, choices].
 
     Returns:
         [tokens, out].
     """
-    # sums of experts are rounded once, as in transformers' grouped products
+    # sums over experts are rounded once, as in transformers' grouped products
     out = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
 
     def product(name: str, x: Tensor, expert: int, tokens: Tensor) -> Tensor:
         stack = getattr(self, name)
-        if isinstance(stack, Tensor):  # of a model that was built from this one's config
+        if isinstance(stack, Tensor):  # in a model that was built from this one's config
             x = Product(self.is_transposed).run(x, stack[expert], None)
         else:
             x = stack(x, expert, tokens, len(hidden_states))
@@ -277,7 +277,7 @@ def stacked_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tenso
 
 
 def register() -> None:
-    """Tell transformers of the way to compute experts."""
+    """Register the experts implementation with transformers."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, stacked_experts_forward)

@@ -1,9 +1,8 @@
-"""Weights that a model computes with in a way of its own become layers, which are quantized as all layers are.
+"""Turn weights that a model uses without calling a layer into layers, which can then be quantized like all others.
 
-What is exposed: experts that transformers keeps stacked in one Parameter, the projections of attention that reads their
-weights without calling them, timm's query, key and value layer whose weight is read with another bias, and the layers
-of state space mixers, which one kernel may read in training. Layers that compute their weight anew at each call are
-folded (`fold.py`).
+Exposed are experts that transformers stacks in one Parameter, attention projections whose weights are read without a
+call, timm's query-key-value layers whose weight is read with a separate bias, and the layers of state space mixers,
+which a fused kernel may read in training. Layers that recompute their weight at each call are folded (`fold.py`).
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ _WAVLM = "transformers.models.wavlm.modeling_wavlm.WavLMAttention"
 
 
 def _separate_biases(model: nn.Module) -> Iterator[Any]:
-    """Modules of timm that read the weight of their layer `qkv` with a bias made of Parameters of their own, unless
-    told to call the layer and to add the bias (BEiT, EVA, Swin v2)."""
+    """Modules of timm that read the weight of their layer `qkv` with a bias built from separate Parameters, unless
+    configured to call the layer and add the bias (BEiT, EVA, Swin v2)."""
     for module in model.modules():
         told = vars(module).get("qkv_bias_separate")
         if told is False and type(module).__module__.startswith("timm."):
@@ -55,12 +54,12 @@ def has_layers_to_expose(model: nn.Module) -> bool:
 
 
 def expose_layers(model: nn.Module) -> None:
-    """Make layers of the weights that a float model computes with in a way of its own, in place.
+    """Turn weights that a float model uses without calling a layer into layers, in place.
 
-    The float function stays the same up to the order of sums (at padded places nn.TransformerEncoder answers as in
-    training, where its nested way answers zeros), and so do the names of the state dict, but for layers that are
-    folded: these have a plain weight. Does nothing to what are layers already. `conceal_layers` undoes it where names
-    of Parameters have changed and all is float.
+    The float function stays the same up to the order of sums (at padded positions nn.TransformerEncoder returns the
+    values of training mode, where its nested path returns zeros). The names in the state dict stay the same too, except
+    for folded layers, which have a plain weight. Existing layers are not changed. `conceal_layers` undoes it where
+    names of Parameters have changed and all layers are float.
 
     Args:
         model: The model.
@@ -81,7 +80,7 @@ def expose_layers(model: nn.Module) -> None:
 
 
 def conceal_layers(model: nn.Module) -> None:
-    """Make Parameters again of the layers that are float, in place.
+    """Turn exposed layers that are float back into Parameters, in place.
 
     Args:
         model: The model.
@@ -91,14 +90,14 @@ def conceal_layers(model: nn.Module) -> None:
 
 
 def names_of_parameters(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of float weights in which what became layers has the names of the Parameters that it stands for.
+    """A state dict of float weights in which exposed layers have the names of their original Parameters.
 
     Args:
         model: The model, with quantized or packed layers.
         state: {name of a layer + ".weight", or any other name: tensor}.
 
     Raises:
-        HubMPQError: A folded weight has no such Parameters.
+        HubMPQError: A folded weight cannot be converted back.
     """
     out = unfolded_state(model, state)
     for name, module in model.named_modules(remove_duplicate=False):
@@ -110,12 +109,12 @@ def names_of_parameters(model: nn.Module, state: Mapping[str, Tensor]) -> dict[s
 
 
 def layers_in_state(model: nn.Module, state: Mapping[str, Tensor], layers: Collection[str]) -> dict[str, Tensor]:
-    """A state dict of a float model as it is once `layers` are quantized: where one of them is a part of a Parameter,
-    each part has an entry."""
+    """The state dict of a float model with the entries it has once `layers` are quantized: a Parameter that contains
+    one of them is split into its parts."""
     out = dict(state)
     first: dict[nn.Module, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        own = first.setdefault(module, name)  # of a module under two names only the first has entries
+        own = first.setdefault(module, name)  # only the first name of a module has entries
         if isinstance(module, SplitStack) and name in out:
             parts: dict[str, Any] = {f"{own}.{i}": layer.weight for i, layer in module.named_children()}
             if not parts.keys().isdisjoint(layers):

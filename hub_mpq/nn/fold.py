@@ -1,8 +1,8 @@
-"""Weights that a layer computes anew at each call, computed once: the layer becomes a plain one with that weight.
+"""Fold weights that a layer recomputes at each call: they are computed once, and the layer becomes a plain one.
 
-These are weight normalization and spectral normalization of torch, in both of their forms, and the convolutions of timm
-and transformers that standardise their weight. The float function stays the same up to rounding; what the weight was
-computed from is no part of the model any more.
+This covers torch's weight and spectral normalization, in both of their forms, and the convolutions of timm and
+transformers that standardise their weight. The float function stays the same up to rounding; the tensors that the
+weight was computed from are removed from the model.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _HOOK_MODULES = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm", "
 
 
 class Folded(NamedTuple):
-    """What a plain layer was made of.
+    """The original form of a folded layer.
 
     Attributes:
-        form: "weight_norm", "spectral_norm" or the name of a class of convolutions.
-        hook: Of a norm: whether it was a hook, torch's older form, and not a parametrization.
-        dim: Of weight normalization: the axis whose slices have a magnitude of their own.
+        form: "weight_norm", "spectral_norm" or the name of a convolution class.
+        hook: For norms: whether it was a hook, torch's older form, rather than a parametrization.
+        dim: For weight normalization: the axis whose slices have separate magnitudes.
     """
 
     form: str
@@ -54,7 +54,7 @@ class Folded(NamedTuple):
 
 
 def _hook_of(module: nn.Module) -> Any:
-    """The hook that computes the weight of a layer, and nothing else of it, before each call; None."""
+    """The hook that computes the weight of a layer, and nothing else, before each call; None if there is none."""
     hooks: list[Any] = [hook for hook in module._forward_pre_hooks.values() if _named(hook) in _HOOKS]
     return hooks[0] if [hook.name for hook in hooks] == ["weight"] else None
 
@@ -64,7 +64,7 @@ def _named(thing: Any) -> str:
 
 
 def _foldable(module: nn.Module) -> Folded | None:
-    """What would be folded into the weight of a module; None: it is no such layer, or not of a known kind."""
+    """What would be folded into the weight of a module; None if it is not such a layer or not of a known kind."""
     name = type_name(module)
     if name in _STANDARDIZED:
         return Folded(type(module).__name__)
@@ -97,10 +97,9 @@ def has_layers_to_fold(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def fold_layers(model: nn.Module) -> None:
-    """Compute the weights of layers once, in place, and make plain layers of them, which `folded_layers` finds.
+    """Compute the weights of layers once and turn them into plain layers, in place; `folded_layers` finds them.
 
-    Their Parameters are not written into, so that another model may hold them too. Of a model on the meta device the
-    shapes are folded.
+    Their Parameters are not written to, so another model may hold them too. On the meta device, only shapes are folded.
 
     Args:
         model: The model. It must not be such a layer itself.
@@ -113,7 +112,7 @@ def fold_layers(model: nn.Module) -> None:
 
 
 def _plain(cls: type[nn.Module], module: nn.Module, weight: Tensor, needs_grad: bool) -> Any:
-    """A layer of another class with the rest of a module; its weight comes first."""
+    """A layer of another class with all other attributes of a module; its weight comes first."""
     out = take_over(cls, module)
     out._parameters.pop("weight", None)
     vars(out).pop("weight", None)
@@ -123,7 +122,7 @@ def _plain(cls: type[nn.Module], module: nn.Module, weight: Tensor, needs_grad: 
 
 
 def _standardized(module: Any) -> nn.Module:
-    """A convolution with the weight that one of `_STANDARDIZED` computes, and its padding."""
+    """A convolution with the weight and the padding of one of `_STANDARDIZED`."""
     from timm.layers import Conv2dSame
 
     gain = module._parameters.get("gain")
@@ -140,7 +139,7 @@ def _standardized(module: Any) -> nn.Module:
 
 
 def _normalized(module: Any, what: Folded) -> nn.Module:
-    """A layer with the weight that a norm computes of its Parameters, as in evaluation."""
+    """A layer with the weight that a norm computes from its Parameters in evaluation mode."""
     if not what.hook:
         norms = module.parametrizations.weight
         training = norms.training
@@ -163,16 +162,16 @@ def _normalized(module: Any, what: Folded) -> nn.Module:
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:
-    """A module without the hooks that torch's norms put on it."""
+    """Remove the hooks of torch's norms from a module."""
     for hooks in (module._forward_pre_hooks, module._state_dict_hooks, module._load_state_dict_pre_hooks):
-        # torch wraps those of loading
+        # torch wraps the loading hooks
         for key in [k for k, h in hooks.items() if getattr(h, "hook", h).__module__ in _HOOK_MODULES]:
             del hooks[key]
     return module
 
 
 def folded_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Folded]]:
-    """(name, layer, what it was made of) of all layers that were folded, float, quantized or packed.
+    """(name, layer, its original form) of all folded layers, float, quantized or packed.
 
     Args:
         model: The model.
@@ -183,31 +182,31 @@ def folded_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Folded]]:
 
 
 def fold_notes(model: nn.Module) -> list[str]:
-    """What was folded, in sentences for a report.
+    """The notes of a report on what was folded.
 
     Args:
         model: The model.
     """
     counts = Counter(what.form for _, _, what in folded_layers(model))
-    return [f"folded: the weights of {n} layer{'s' * (n > 1)} are computed once ({form})" for form, n in counts.items()]
+    return [f"folded: weights of {n} layer{'s' * (n > 1)} computed once ({form})" for form, n in counts.items()]
 
 
 def check_folded(model: nn.Module, floats: Iterable[FloatOp]) -> str | None:
-    """Why a file that says what stayed float can't be read into a model; None where it can.
+    """Why a file with these float operations cannot be loaded into a model; None if it can.
 
-    Files of before 2026-11-28 hold standardised convolutions as they were, under the same name.
+    Files from before 2026-11-28 hold standardised convolutions unfolded, under the same name.
 
     Args:
         model: The model.
-        floats: What stayed float.
+        floats: The float operations listed in the file.
     """
     there = {name: what for name, _, what in folded_layers(model) if what.is_standardized}
     old = [op.name for op in floats if op.name in there and op.kind == there[op.name].form]
-    return f"layer {old[0]!r} is of before weights were folded; quantize the float model anew" if old else None
+    return f"layer {old[0]!r} was saved before weights were folded; quantize the float model again" if old else None
 
 
 def why_not_unfolded(model: nn.Module) -> str | None:
-    """Why no float weights make the model's own class compute what the model computes; None where some do.
+    """Why no float weights make the model's own class compute the same as the model; None if some do.
 
     Args:
         model: The model.
@@ -215,22 +214,22 @@ def why_not_unfolded(model: nn.Module) -> str | None:
     for name, _, what in folded_layers(model):
         if what.form != "weight_norm":
             return (
-                f"layer {name!r} computes its weight ({what.form}), so no float weights make a {type(model).__name__} "
-                "compute with the quantized ones; the packed file does"
+                f"layer {name!r} computes its weight ({what.form}), so the quantized weights cannot be written as "
+                f"float weights of {type(model).__name__}; use the packed file"
             )
     return None
 
 
 @torch.no_grad()
 def unfolded_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A float state dict as the model's own class reads it: weight normalization has its two tensors again.
+    """A float state dict for the model's own class, with the two tensors of weight normalization restored.
 
     Args:
-        model: The model, whatever form its layers have.
+        model: The model, with float, quantized or packed layers.
         state: {name: tensor}.
 
     Raises:
-        HubMPQError: A weight was computed in a way that can't be turned round.
+        HubMPQError: A weight was computed in a way that cannot be inverted.
     """
     if (why := why_not_unfolded(model)) is not None:
         raise HubMPQError(why)
@@ -249,22 +248,22 @@ def unfolded_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
 
 
 def _magnitude(weight: Tensor, dim: int | None) -> Tensor:
-    """The norm of each slice along an axis, as torch's weight normalization keeps it; -1: of all."""
+    """The norm of each slice along an axis, in the shape of torch's weight normalization; None for one norm of all."""
     return torch.norm_except_dim(weight, 2, -1 if dim is None else dim)
 
 
 def _direction(weight: Tensor, magnitude: Tensor) -> Tensor:
-    """The weight; ones where the magnitude is zero, for weight normalization divides by the norm of what is here."""
+    """The weight, with ones where the magnitude is zero, because weight normalization divides by the norm of this."""
     return torch.where(magnitude == 0, torch.ones_like(weight), weight)
 
 
 @torch.no_grad()
 def unfold_layers(model: nn.Module) -> None:
-    """Give weight normalization back to the layers that had it, in place, so that the state dict is that of the model's
-    own class; warns of layers where that can't be.
+    """Restore weight normalization in the layers that had it, in place, so that the state dict fits the model's own
+    class; warns about layers that cannot be restored.
 
     Args:
-        model: A model all of whose folded layers are float.
+        model: A model whose folded layers are all float.
     """
     kept = []
     for name, module, what in list(folded_layers(model)):
@@ -281,7 +280,7 @@ def unfold_layers(model: nn.Module) -> None:
         getattr(both, second).copy_(_direction(getattr(both, second), getattr(both, first)))
     if kept:
         warnings.warn(
-            f"{len(kept)} layers, {kept[0][0]!r} first, keep the weight that {kept[0][1]} computed: don't load this "
-            f"state dict into another {type(model).__name__}, which would compute with it once more",
+            f"{len(kept)} layers (first {kept[0][0]!r}) keep the weight computed by {kept[0][1]}; do not load this "
+            f"state dict into another {type(model).__name__}, which would apply {kept[0][1]} a second time",
             stacklevel=3,
         )

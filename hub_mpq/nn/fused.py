@@ -1,7 +1,7 @@
 """A layer and its two quantizers as one node of the autograd graph.
 
-Kept for the way back are the float input and weight, which the layers before and the optimizer hold anyway; the
-quantized ones are computed again. So a quantized step needs hardly more memory than a float one.
+For the backward pass, only the float input and weight are kept, which earlier layers and the optimizer hold anyway; the
+quantized ones are recomputed. A quantized step thus takes hardly more memory than a float one.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Operation(Protocol):
         """The layer's output."""
 
     def back(self, g: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> Gradients:
-        """Gradients of input, weight and bias from `g`, the output's; None where not wanted."""
+        """Gradients of input, weight and bias from the gradient `g` of the output; None where not wanted."""
 
 
 class Convolution(NamedTuple):
-    """Convolution over as many axes as `stride` has, zero padding; see torch.nn.functional.conv2d.
+    """Convolution with zero padding over as many axes as `stride` has; see torch.nn.functional.conv2d.
 
-    `output_padding`: of a transposed one, whose weight is [in, out/groups, …]; None for an ordinary one.
+    `output_padding`: for a transposed convolution, whose weight is [in, out/groups, …]; None for an ordinary one.
     """
 
     stride: tuple[int, ...]
@@ -68,7 +68,7 @@ class Convolution(NamedTuple):
 
 
 class Product(NamedTuple):
-    """x [..., in] to [..., out]; weight [out, in], or [in, out] when `transposed` (GPT-2)."""
+    """x [..., in] to [..., out]; weight [out, in], or [in, out] if `transposed` (GPT-2)."""
 
     transposed: bool = False
 
@@ -87,7 +87,7 @@ class Product(NamedTuple):
 
 
 def no_view(out: Tensor) -> Tensor:
-    """`out` as a Function must return it: autograd forbids to write into a view that one returns."""
+    """`out` as a Function must return it: autograd forbids writing into a view that a Function returns."""
     return out if out._base is None else torch.ops.aten._unsafe_view.default(out, out.shape)
 
 
@@ -148,7 +148,7 @@ _OFF: tuple[None, Grid] = (None, Grid(0, 0))
 def quantized(
     operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, of_x: Operand | None, of_w: Operand | None
 ) -> Tensor:
-    """`operation` on the input and weight put on their grids; differentiable once, in all five tensors."""
+    """`operation` on the quantized input and weight; differentiable once in all five tensors."""
     x_scale, x_grid = of_x or _OFF
     w_scale, w_grid = of_w or _OFF
     if not torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""Second moments of what layers read: what an error in a weight costs at the layer's output."""
+"""Second moments of layer inputs, which determine the output error that a weight error causes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .split_experts import stack_and_expert
 
 POSITIONS = 4096
 LIMIT = 1 << 30
-_COLUMNS = 256  # products are symmetric: of each strip of this many columns, only what is not above it is computed
+_COLUMNS = 256  # products are symmetric: they are computed in strips of this many columns, without the part above
 
 
 class LayerMoments(NamedTuple):
-    """Some layers of a model, and what they read: {layer: moments}, without those that no batch reached. Layers that
-    read one tensor have one tensor of moments, the same object. `unreached`: {layer of experts: how many of its
-    matrices no token reached}, where there are such; they have the moments of the whole stack."""
+    """Some layers of a model and {layer: moments of its input}, without layers that no batch reached. Layers that read
+    the same tensor share one tensor of moments. `unreached`: {layer of experts: number of its matrices that no token
+    reached}, without zeros; these get the moments of the whole stack."""
 
     layers: tuple[LayerSpec, ...]
     moments: dict[str, Tensor]
@@ -46,34 +46,34 @@ def input_moments(
     positions: int = POSITIONS,
     limit: int = LIMIT,
 ) -> Iterator[LayerMoments]:
-    """Second moments H = mean of x xᵀ of what layers read, a part of the layers at a time.
+    """Compute second moments H = mean of x xᵀ of the inputs of layers, some layers at a time.
 
     The blocks of a deep model (`blocks_of`) run one after the other on hidden states that are kept for all batches, so
-    that memory does not grow with depth [our construction]. What else a block is called with is taken from a forward
-    in which no block does anything. Where that is not what the model does (its output of the first batch, block by
-    block, is compared with a real forward's), and for layers in no block, the whole model runs.
+    that memory does not grow with depth (our construction). The other arguments of a block come from a forward in which
+    blocks return their input. If that does not reproduce the model (the outputs of each block on the first batch are
+    compared with those of a real forward), and for layers outside blocks, the whole model runs.
 
-    Do not change weights before all has been read.
+    Do not change weights until the iterator is exhausted.
 
     Args:
         model: A float model, or one whose quantizers are off.
-        layers: Those to look at, in order of depth. A convolution has no moments, and neither has a layer that reads
-            indices: those are left out.
-        batches: What the model runs on; all are read.
-        run: `run(model, batch)` runs it.
-        diagonal: Only the diagonals of H.
-        mask: `mask(batch)` says which positions count, [batch, tokens], or None for all. A layer that reads something
-            else than positions, also all in one axis, counts whole.
-        positions: Rows x of one input to take in all, evenly spaced over the batches.
-        limit: Bytes of moments to hold at a time, for layers in no block.
+        layers: The layers, in order of depth. Convolutions and layers that read indices have no moments and are
+            skipped.
+        batches: The batches to run the model on; all are used.
+        run: `run(model, batch)` runs the model.
+        diagonal: Compute only the diagonals of H.
+        mask: `mask(batch)` returns which positions count, [batch, tokens], or None for all. For a layer whose input is
+            not laid out in positions, also not flattened ones, everything counts.
+        positions: Total number of rows x to use per input, evenly spaced over the batches.
+        limit: Maximum bytes of moments to hold at a time, for layers outside blocks.
 
     Yields:
-        Layers and their moments, float32. Of linear layers: H, [in, in], or its diagonal, [in]. Of stacks of experts:
-        [experts, in, in] or [experts, in], each of the tokens that reach the expert. Blocks come first, in order of
+        Layers and their moments, float32: for linear layers H [in, in] or its diagonal [in], for stacks of experts
+        [experts, in, in] or [experts, in], each over the tokens that reach the expert. Blocks come first, in order of
         depth.
 
     Raises:
-        InvalidArgument: A layer reads NaN or infinite values.
+        InvalidArgument: The input of a layer contains NaN or infinite values.
     """
     called = [layer for layer in layers if not layer_kinds.get(layer.kind).reads_indices]
     blocks = blocks_of(model, {layer.name: layer.weight_count for layer in called})
@@ -113,7 +113,7 @@ def input_moments(
 
 @contextmanager
 def _calm(model: nn.Module) -> Iterator[None]:
-    """A model in eval mode, without gradients and caches; afterwards each module is in the mode it was in."""
+    """Put a model in eval mode without gradients and caches, then restore the mode of each module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -125,7 +125,7 @@ def _calm(model: nn.Module) -> Iterator[None]:
 
 
 def _parts(model: nn.Module, layers: Iterable[LayerSpec], diagonal: bool, limit: int) -> Iterator[list[LayerSpec]]:
-    """Layers in parts whose moments take at most `limit` bytes, one layer, or the experts of one stack, at least."""
+    """Split layers into parts whose moments take at most `limit` bytes, with at least one layer or one stack each."""
     part: list[LayerSpec] = []
     sizes: dict[str, int] = {}
     last = None
@@ -145,17 +145,17 @@ def _parts(model: nn.Module, layers: Iterable[LayerSpec], diagonal: bool, limit:
 
 
 def _long(shape: Sequence[int]) -> list[int]:
-    """A shape without its axes of one."""
+    """A shape without axes of one element."""
     return [size for size in shape if size > 1]
 
 
 def _experts(layer: LayerSpec) -> int:
-    """How many matrices a layer is a stack of; 1 for any other."""
+    """Number of matrices in a stack; 1 for any other layer."""
     return math.prod(layer.weight_shape[:-2]) if layer_kinds.get(layer.kind).channel_axis < 0 else 1
 
 
 class _Inputs:
-    """Hooks, while entered, that add up moments of what layers read, of each tensor once."""
+    """Hooks that, while entered, accumulate the moments of layer inputs, once per tensor."""
 
     def __init__(
         self,
@@ -193,7 +193,7 @@ class _Inputs:
         self.stack.close()
 
     def read(self, batch: Any) -> None:
-        """Say which batch runs next."""
+        """Set the batch that runs next."""
         self.kept = None if self.mask is None else self.mask(batch)
 
     def add(self, key: str, x: Tensor) -> None:
@@ -209,7 +209,7 @@ class _Inputs:
 
     def add_rows(self, key: str | tuple[str, int], x: Tensor) -> None:
         step = -(-len(x) // self.positions)
-        x = x[:: step if step < 2 else step | 1].float()  # an odd step does not lock onto positions
+        x = x[:: step if step < 2 else step | 1].float()  # an odd step does not align with positions
         count, columns = x.shape
         if key not in self.sums:
             self.sums[key] = x.new_zeros((columns,) if self.diagonal else (columns, columns))
@@ -223,7 +223,7 @@ class _Inputs:
         self.counts[key] = self.counts.get(key, 0) + count
 
     def found(self) -> LayerMoments:
-        """The means over positions."""
+        """Return the means over positions."""
         means: dict[str, Tensor] = {}
         parts = {x.name: self.parts(x) for x in self.layers if layer_kinds.get(x.kind).channel_axis < 0}
         missing = {name: [part for part in found if not self.counts.get(part)] for name, found in parts.items()}
@@ -247,7 +247,7 @@ class _Inputs:
         return [(layer.name, expert) for expert in range(_experts(layer))]
 
     def of_all_tokens(self, stack: str) -> Tensor | None:
-        """The moments of what the experts of a stack read together; None where no token reached one."""
+        """The moments over the inputs of all experts of a stack; None if no token reached any."""
         reached = [key for key in self.sums if isinstance(key, tuple) and key[0] == stack and self.counts.get(key)]
         if not reached:
             return None
@@ -261,11 +261,11 @@ class _Inputs:
                 strip = slice(i, i + _COLUMNS)
                 mean[:i, strip] = mean[strip, :i].t()
         if not bool(torch.isfinite(mean).all()):
-            raise InvalidArgument(f"layer {name!r} reads NaN or infinite values")
+            raise InvalidArgument(f"the input of layer {name!r} contains NaN or infinite values")
         return mean
 
     def stacked(self, layer: LayerSpec, parts: list[tuple[str, int]], every: Tensor | None) -> Tensor:
-        """The moments of a layer's experts; of those that no token reached the mean of all tokens."""
+        """The moments of a layer's experts; for those that no token reached, the mean over all tokens."""
         first = next(x for x in (*(self.sums.get(part) for part in parts), every) if x is not None)
         out = first.new_empty((len(parts), *first.shape))
         for i, part in enumerate(parts):

@@ -1,4 +1,4 @@
-"""Tensors that were cut from one, put together again."""
+"""Concatenate tensors that were split from one tensor, without a copy if possible."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Parts one behind the other along the first axis: of such that still lie so in memory a view, else a copy.
+    """Concatenate along the first axis: a view if the parts are still adjacent in memory, else a copy.
 
     Args:
-        parts: Tensors of the same sizes but the first.
+        parts: Tensors whose shapes differ only in the first axis.
     """
     first, offset = parts[0], parts[0].storage_offset()
     for part in parts:

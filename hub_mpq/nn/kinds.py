@@ -1,7 +1,7 @@
-"""The kinds of layers that hub_mpq quantizes. To add one: an entry here, a class in layers.py or convolutions.py,
+"""The kinds of layers that hub_mpq quantizes. To add one, add an entry here, a class in layers.py or convolutions.py,
 and one in packed.py or packed_convolutions.py.
 
-Types and classes are named, not imported: neither torch nor timm nor transformers is loaded to look a kind up.
+Types and classes are named instead of imported, so that looking up a kind loads neither torch, timm nor transformers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SCALED = {
     "vaultgemma": "VaultGemmaText",
     "xglm": "XGLM",
 }
-"""{model of transformers: start of the name of its embedding, whose rows are multiplied with `embed_scale`}."""
+"""{transformers model type: prefix of the class of its embedding, whose rows are multiplied by `embed_scale`}."""
 
 register_layer_kind(
     LayerKind(
@@ -45,7 +45,7 @@ register_layer_kind(
             "torch.nn.modules.conv.Conv2d",
             # pads its input to the "same" size, then convolves as nn.Conv2d does
             "timm.layers.conv2d_same.Conv2dSame",
-            # constructors of their own, nn.Conv2d's forward
+            # own constructors, nn.Conv2d's forward
             "transformers.models.efficientnet.modeling_efficientnet.EfficientNetDepthwiseConv2d",
             "transformers.models.align.modeling_align.AlignVisionDepthwiseConv2d",
         ),
@@ -68,7 +68,7 @@ for _axes in (1, 2, 3):
     register_layer_kind(
         LayerKind(
             name=f"conv_transpose{_axes}d",
-            # [in, out/groups, …]: output channels of the same place in their groups share a scale
+            # [in, out/groups, …]: output channels at the same position in their groups share a scale
             channel_axis=1,
             row_axes=None,
             types=(f"torch.nn.modules.conv.ConvTranspose{_axes}d",),
@@ -95,7 +95,7 @@ register_layer_kind(
 )
 register_layer_kind(
     LayerKind(
-        name="projection",  # a linear layer whose weight is read without a call, except by hub_mpq (see expose.py)
+        name="projection",  # a linear layer whose weight others read without calling it (see expose.py)
         channel_axis=0,
         row_axes=(0, 1),
         types=(

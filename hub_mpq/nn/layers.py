@@ -1,7 +1,7 @@
-"""Layers whose weight and input pass through a quantizer; attributes and state-dict keys stay the float form's.
+"""Layers whose weight and input pass through a quantizer; attributes and state-dict keys are those of the float form.
 
-Their constructors never run: `take_over` fills a layer from the float one. Then it gets `weight_quantizer`,
-`input_quantizer` (None for a float input) and `float_class`, the exact type whose place it takes.
+Their constructors never run: `take_over` fills a layer from the float one. It then gets `weight_quantizer`,
+`input_quantizer` (None for a float input) and `float_class`, the exact type that it replaces.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .fused import Operation, Product, quantized
 def take_over(cls: type[nn.Module], module: nn.Module) -> Any:
     """An instance of `cls` with the parameters (not copies), buffers, hooks and attributes of `module`.
 
-    `module` stays as it is; what is registered on one of the two later is not seen by the other.
+    `module` is not changed; what is registered later on one of them does not affect the other.
     """
     out = cls.__new__(cls)
     out.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()})
@@ -29,14 +29,14 @@ def take_over(cls: type[nn.Module], module: nn.Module) -> Any:
 
 
 def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Make a layer of a model into `new`. It stays the same object, so that all that refers to it has the new form:
-    every name that the model knows it by, and a list or a dict that its forward reads instead.
+    """Turn a layer of a model into `new`. It stays the same object, so that all references to it get the new form:
+    every name in the model, and lists or dicts that a forward reads instead.
 
     Raises:
         InvalidArgument: The model is that layer itself.
     """
     if not name:
-        raise InvalidArgument(f"a {type(model).__name__} alone can't be replaced in place; give nn.Sequential(net)")
+        raise InvalidArgument(f"a single {type(model).__name__} cannot be replaced in place; pass nn.Sequential(net)")
     old = model.get_submodule(name)
     old.__class__ = type(new)
     vars(old).clear()
@@ -44,9 +44,9 @@ def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def first_operand(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """What a layer was called on, by position or by keyword.
+    """The input of a layer, passed by position or by keyword.
 
-    The types of one kind name it differently (`input`, `x`, `hidden_states`), so any name will do.
+    Types of one kind name it differently (`input`, `x`, `hidden_states`), so any name is accepted.
     """
     operand: Tensor = (*args, *kwargs.values())[0]
     return operand
@@ -59,12 +59,12 @@ def _called(_module: nn.Module, _args: Any) -> None:
 def call_only(layer: nn.Module, on: bool = True) -> None:
     """Keep nn.TransformerEncoderLayer from reading the weight of a layer instead of calling it.
 
-    In eval mode without gradients it computes all of its layers from their weights in one operator. It does not where
-    one of them has a hook. The key is no number, so that no other hook, of an unpickled layer for example, replaces it.
+    In eval mode without gradients, it runs all of its layers as one operator on their weights unless one of them has a
+    hook. The key of the hook is not a number, so that no other hook, such as that of an unpickled layer, replaces it.
 
     Args:
         layer: A quantized or packed layer.
-        on: False ends it.
+        on: If False, undo it.
     """
     hooks: dict[Any, Any] = layer._forward_pre_hooks
     if on:
@@ -74,23 +74,24 @@ def call_only(layer: nn.Module, on: bool = True) -> None:
 
 
 def pad_only(model: nn.Module, layers: type | tuple[type, ...]) -> None:
-    """Keep each nn.TransformerEncoder that holds one of `layers` from handing them nested tensors."""
+    """Keep each nn.TransformerEncoder that contains one of `layers` from passing them nested tensors."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, layers) for m in module.modules()):
             module.use_nested_tensor = False
 
 
 def operands(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Input and weight of a quantized or packed layer on their grids, the weight in the input's dtype."""
+    """The quantized input and weight of a quantized or packed layer, the weight in the dtype of the input."""
     if layer.input_quantizer is not None:
         x = layer.input_quantizer(x)
     return x, layer.weight_quantizer(layer.weight).to(x.dtype)
 
 
 def fused_output(layer: Any, operation: Operation | None, x: Tensor) -> Tensor | None:
-    """A layer's output by `fused.quantized`; None where it must be put together from its parts.
+    """A layer's output from `fused.quantized`; None if it must be composed of separate operations.
 
-    Parts: other quantizers than LSQ; both of them off, so that a float layer has second derivatives; a trace.
+    That is the case for quantizers other than LSQ, if both are off (so that a float layer has second derivatives), and
+    when tracing.
     """
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
     if operation is None or type(weights) is not LSQ or not (inputs is None or type(inputs) is LSQ):
@@ -119,7 +120,7 @@ class QuantLinear(nn.Linear):
 
 
 class QuantConv1D(nn.Module):
-    """GPT-2's linear layer with its weight kept as [in, out]; x [..., in] to [..., out]."""
+    """GPT-2's linear layer with weight [in, out]; x [..., in] to [..., out]."""
 
     weight: Tensor
     bias: Tensor
@@ -136,7 +137,7 @@ class QuantConv1D(nn.Module):
 
 
 def scaled(layer: Any, rows: Tensor) -> Tensor:
-    """Rows of an embedding times the scale of its float form, a number or a buffer; an nn.Embedding has none."""
+    """Rows of an embedding, multiplied by the scale of its float form (a number or a buffer; none for nn.Embedding)."""
     if layer.float_class is nn.Embedding:
         return rows
     scale = layer.embed_scale
@@ -144,7 +145,7 @@ def scaled(layer: Any, rows: Tensor) -> Tensor:
 
 
 class QuantEmbedding(nn.Embedding):
-    """Rows of a quantized table: weight-only, indices have no width."""
+    """An embedding with a quantized table. It is weight-only: indices are not quantized."""
 
     weight_quantizer: Any
     input_quantizer: Any

@@ -1,6 +1,6 @@
-"""Llama 4's experts by calls of their stacks.
+"""Llama 4's experts as calls of their stacks.
 
-Apart from the others, for their float type is transformers', which is slow to import.
+In a separate module, because their float type is from transformers, which is slow to import.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 
 class CallingLlama4Experts(Llama4TextExperts):  # type: ignore[misc]
-    """The same function; transformers' own multiplies all tokens by its Parameters at once. Each expert computes on all
-    tokens here too, of which those that it is not meant for are zero."""
+    """Computes the same as transformers' class, which multiplies all tokens by its Parameters at once. Here too, each
+    expert runs on all tokens, where tokens of other experts are zero."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         rows = hidden_states.view(self.num_experts, -1, self.hidden_size)

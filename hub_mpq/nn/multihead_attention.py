@@ -1,7 +1,7 @@
-"""nn.MultiheadAttention whose projections are layers: its forward calls them, where torch's own reads their weights.
+"""nn.MultiheadAttention whose projections are layers that its forward calls, where torch's own reads their weights.
 
 torch keeps the projections of query, key and value in one Parameter, `in_proj_weight`. Here they are three linear
-layers around views of it (our construction): they may read three tensors, as in cross-attention.
+layers around views of it (our construction), so they can read different tensors, as in cross-attention.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 class Projection(nn.Linear):
-    """nn.Linear of attention whose float form reads the weight without calling it.
+    """An nn.Linear of attention whose weight the float form reads without calling it.
 
-    A kind of its own: only this package can compute with it once it is quantized.
+    It is a separate kind of layer because only this package can compute with its quantized form.
     """
 
 
@@ -51,24 +51,24 @@ def attend(
         query: [batch, length, features], or [length, features].
         key: [batch, source length, features], or [source length, features].
         value: As `key`.
-        heads: Into how many the features are split.
-        batch_first: False where the axes of lengths come before those of the batch.
-        mask: Added to the scores where it is float, out of sight where it is bool and True; [length, source length] or
+        heads: Number of heads that the features are split into.
+        batch_first: False if the length axis comes before the batch axis.
+        mask: Added to the scores if float, positions to ignore if bool; [length, source length] or
             [batch * heads, length, source length].
-        padding: The same for keys; [batch, source length], or [source length].
-        bias: One more key and value.
-        zero: One more key and value of zeros.
-        dropout: Probability that a weight is dropped.
-        need_weights: Return the weights too.
-        average: Their mean over the heads.
-        is_causal: `mask` is the causal one.
+        padding: The same for keys; [batch, source length] or [source length].
+        bias: An additional key and value.
+        zero: Append a key and value of zeros.
+        dropout: Dropout probability of the attention weights.
+        need_weights: Return the attention weights too.
+        average: Average the returned weights over heads.
+        is_causal: Whether `mask` is the causal mask.
 
     Returns:
-        The output before its projection, as `query` is, and the weights [batch, length, source length], with heads
-        behind the batch where these are not averaged; None where they are not needed.
+        The output before its projection, in the layout of `query`, and the weights [batch, length, source length], with
+        a heads axis after the batch if not averaged; None if not needed.
 
     Raises:
-        InvalidArgument: A mask has another shape, or neither bool nor float values.
+        InvalidArgument: A mask has the wrong shape or dtype.
     """
     batched = query.dim() == 3
     if not batched:
@@ -79,7 +79,7 @@ def attend(
     batch, length = query.shape[:2]
     source = key.shape[1]
     if is_causal and mask is None:
-        raise InvalidArgument("is_causal says that attn_mask is the causal mask: give that too")
+        raise InvalidArgument("is_causal=True requires attn_mask, the causal mask")
     if is_causal and padding is None and not need_weights:
         mask = None
     else:
@@ -87,12 +87,12 @@ def attend(
     if mask is not None:
         if tuple(mask.shape) not in ((length, source), (batch * heads, length, source)):
             shape = tuple(mask.shape)
-            raise InvalidArgument(f"attn_mask has shape {shape}, not {(length, source)} or one of these for each head")
+            raise InvalidArgument(f"attn_mask must have shape {(length, source)}, or one per head, got {shape}")
         mask = _added(mask, query.dtype).unflatten(0, (batch, heads) if mask.dim() == 3 else (1, length))
         mask = mask if mask.dim() == 4 else mask[None]
     if padding is not None:
         if tuple(padding.shape) != (batch, source):
-            raise InvalidArgument(f"key_padding_mask has shape {tuple(padding.shape)}, not {(batch, source)}")
+            raise InvalidArgument(f"key_padding_mask must have shape {(batch, source)}, got {tuple(padding.shape)}")
         padding = _added(padding, query.dtype)[:, None, None]
     if bias is not None:
         key, value = (torch.cat([x, more.expand(batch, 1, -1)], 1) for x, more in zip((key, value), bias, strict=True))
@@ -119,18 +119,18 @@ def attend(
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as what is added to the scores."""
+    """A mask in the form that is added to the scores."""
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
     if not mask.is_floating_point():
-        raise InvalidArgument(f"attention masks are bool or floating point, not {mask.dtype}")
+        raise InvalidArgument(f"attention masks must be bool or floating point, got {mask.dtype}")
     return mask
 
 
 class SplitMultiheadAttention(nn.MultiheadAttention):
     """nn.MultiheadAttention as calls of the layers q_proj, k_proj, v_proj and out_proj.
 
-    While these are float, its state dict is nn.MultiheadAttention's; that can be loaded at any time.
+    While these are float, its state dict is that of nn.MultiheadAttention, which can always be loaded.
     """
 
     q_proj: nn.Module
@@ -149,13 +149,13 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As nn.MultiheadAttention's.
+        """As in nn.MultiheadAttention.
 
         Raises:
             InvalidArgument: A mask does not fit, or a tensor is nested.
         """
-        if any(isinstance(x, Tensor) and x.is_nested for x in (query, key, value)):  # tracing, they are something else
-            raise InvalidArgument("quantized attention takes no nested tensors: pad them and give key_padding_mask")
+        if any(isinstance(x, Tensor) and x.is_nested for x in (query, key, value)):  # not tensors when tracing
+            raise InvalidArgument("quantized attention takes no nested tensors; pad them and pass key_padding_mask")
         out, weights = attend(
             self.q_proj(query),
             self.k_proj(key),
@@ -175,26 +175,26 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
 
     @property
     def layers(self) -> dict[str, Any]:
-        """The four layers, by their names."""
+        """The four layers by name."""
         return {name: getattr(self, name) for name in (*_PROJECTIONS, "out_proj")}
 
     @property
     def is_float(self) -> bool:
-        """Whether no layer is quantized or packed, nor has an adapter around it."""
+        """Whether no layer is quantized, packed or wrapped by an adapter."""
         return all(type(layer) in (Projection, NonDynamicallyQuantizableLinear) for layer in self.layers.values())
 
     @property
     def in_proj_weight(self) -> Tensor | None:  # type: ignore[override]
-        """The weights of the three projections, one behind the other, to read; None where inputs differ in size."""
+        """The concatenated weights of the three projections, read-only; None if the inputs differ in size."""
         return _read_only(self.parameters_of().get("in_proj_weight"))
 
     @property
     def in_proj_bias(self) -> Tensor | None:  # type: ignore[override]
-        """The same of their biases; None where there are none."""
+        """The concatenated biases of the three projections, read-only; None if there are none."""
         return _read_only(self.parameters_of().get("in_proj_bias"))
 
     def parameters_of(self) -> dict[str, nn.Parameter]:
-        """The Parameters of nn.MultiheadAttention that the projections stand for."""
+        """The Parameters of nn.MultiheadAttention that the projections replace."""
         if self.kdim == self.embed_dim == self.vdim:
             out = {"in_proj_weight": self._fused("weight")}
         else:
@@ -219,7 +219,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
         return destination
 
     def state_of_layers(self, prefix: str) -> dict[str, Tensor]:
-        """{key: Parameter} of the projections in a state dict that has them as layers."""
+        """{key: Parameter} of the projections in a state dict in which they are layers."""
         return {f"{prefix}{n}.{k}": p for n in _PROJECTIONS for k, p in getattr(self, n).named_parameters()}
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
@@ -233,8 +233,12 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def to_parameters(self, state: dict[str, Tensor], name: str) -> None:
-        """Give the float projections in a state dict, in which this module is called `name`, the names that
-        nn.MultiheadAttention has for them."""
+        """Rename the float projections in a state dict to the names of nn.MultiheadAttention.
+
+        Args:
+            state: The state dict, changed in place.
+            name: Name of this module in it.
+        """
         same = self.kdim == self.embed_dim == self.vdim
         for key in ("weight", "bias"):
             keys = [f"{name}.{projection}.{key}" for projection in _PROJECTIONS]
@@ -248,7 +252,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
 
 
 def _read_only(weight: nn.Parameter | None) -> Tensor | None:
-    """A weight that is made anew at each call; transformers must not draw random values into it."""
+    """A weight that is recomputed at each call; transformers must not draw random values into it."""
     if weight is None:
         return None
     out = weight.detach()
@@ -257,8 +261,7 @@ def _read_only(weight: nn.Parameter | None) -> Tensor | None:
 
 
 def _can_split(module: nn.Module, holders: dict[int, int]) -> bool:
-    """Whether a module is an nn.MultiheadAttention as torch made it: its Parameters are its own, and so is its way to
-    compute."""
+    """Whether a module is an unmodified nn.MultiheadAttention that shares its Parameters with no other module."""
     if type(module) is not nn.MultiheadAttention or "forward" in vars(module):
         return False
     names = ["in_proj_weight"] if module._qkv_same_embed_dim else [f"{name}_weight" for name in _PROJECTIONS]
@@ -286,9 +289,9 @@ def has_fused_attention(model: nn.Module) -> bool:
 
 
 def split_attention(model: nn.Module) -> None:
-    """Make layers of the projections of each nn.MultiheadAttention, in place; `join_attention` undoes it.
+    """Turn the projections of each nn.MultiheadAttention into layers, in place; `join_attention` undoes it.
 
-    Exact types only. One whose weight another module holds too, or a hook computes, stays as it is.
+    Only exact types are changed, and none whose weight is shared with another module or computed by a hook.
 
     Args:
         model: The model.
@@ -304,7 +307,7 @@ def split_attention(model: nn.Module) -> None:
         for name in ("in_proj_weight", "in_proj_bias", *(f"{name}_weight" for name in _PROJECTIONS)):
             del held[name]
         module.__class__ = SplitMultiheadAttention
-        module._qkv_same_embed_dim = False  # what reads the weights of several modules in one operator asks for it
+        module._qkv_same_embed_dim = False  # torch checks it before it reads weights in a fused operator
         for name, weight, of_bias in zip(_PROJECTIONS, weights, biases, strict=True):
             with torch.device("meta"):
                 layer = Projection(weight.shape[1], weight.shape[0], bias=bias is not None)
@@ -316,7 +319,7 @@ def split_attention(model: nn.Module) -> None:
 
 
 def join_attention(model: nn.Module) -> None:
-    """Make each attention whose layers are float an nn.MultiheadAttention again, in place.
+    """Turn each attention whose layers are float back into an nn.MultiheadAttention, in place.
 
     Args:
         model: The model.

@@ -1,9 +1,9 @@
 """Layers that keep their weight packed in memory and unpack it when they run. Their weight is never trained; gradients
-pass through them to adapters, and to the layers before.
+pass through them to adapters and to earlier layers.
 
-They compute what the layers of layers.py compute, bit for bit, and their state-dict keys are the names of the packed
-file (weight_packed, weight_scale, weight_shape, input_scale, …). A PackedLayer has the quantizers of the other form as
-functions, so that it can use the same forward.
+Their outputs are bit-identical to those of the layers in layers.py, and their state-dict keys are the names in the
+packed file (weight_packed, weight_scale, weight_shape, input_scale, …). A PackedLayer has the quantizers of the other
+form as functions, so that it can use the same forward.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _WRITES = re.compile(r"__set(item)?__|__i(add|sub|mul|truediv|floordiv|mod|pow|a
 
 
 _FIXED = (
-    "packed weights can't be changed, so an adapter can't be merged into them or start from a part of them "
-    "(PiSSA, OLoRA): keep it beside them, or call dequantize() on the model before the adapter is added"
+    "packed weights are read-only, so an adapter cannot be merged into them or initialized from them (PiSSA, OLoRA); "
+    "keep the adapter separate, or call dequantize() on the model before adding it"
 )
 
 
 class _ReadOnly(Tensor):
-    """A weight that is made anew at each call: what is written into it would be lost, as a merged adapter would.
+    """A weight that is recomputed at each call, so that writing into it, as merging an adapter does, would be lost.
 
-    So are its views. What is computed with it is a plain tensor.
+    The same holds for its views. Results of computations are plain tensors.
     """
 
     _is_hf_initialized = True  # transformers must not draw random weights into it
@@ -63,14 +63,14 @@ class _ReadOnly(Tensor):
 
 
 def _memory(x: Tensor) -> int:
-    """Where the elements of a tensor and of all its views are; 0 for none."""
+    """Address of the memory that a tensor shares with all its views; 0 for none."""
     return x.untyped_storage().data_ptr() if x.layout == torch.strided else 0
 
 
 class PackedLayer(nn.Module):
-    """What the packed forms share. `bits`: their widths; `owner`: (the layer whose weight this one reads,) or ().
+    """Base of the packed forms. `bits`: bit-widths; `owner`: (the layer whose weight this one reads,) or ().
 
-    `kept`: the dequantized weight while it is resident, see `set_resident`; None: it is made anew at each call.
+    `kept`: the dequantized weight while it is resident, see `set_resident`; None if it is unpacked at each call.
     """
 
     bits: LayerBits
@@ -88,7 +88,7 @@ class PackedLayer(nn.Module):
 
     @property
     def packed(self) -> PackedTensor:
-        """The packed weight; InvalidArgument when the buffers do not fit together."""
+        """The packed weight; raises InvalidArgument if the buffers do not fit together."""
         source = self.source
         zero = source._buffers.get("weight_zero_point")
         return PackedTensor(
@@ -103,33 +103,33 @@ class PackedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight in the dtype that the model computes in; HubMPQError for who writes into it."""
+        """The dequantized weight in the dtype that the model computes in; writing into it raises HubMPQError."""
         weight = self.unpacked(self.compute.dtype)
         return weight if _traced() else weight.as_subclass(_ReadOnly)
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        if not torch.equal(value, self.weight):  # PEFT gives a layer its own weight back
+        if not torch.equal(value, self.weight):  # PEFT assigns a layer its own weight
             self.weight.copy_(value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Raises HubMPQError for a weight."""
+        """Register a parameter; raises HubMPQError for a weight."""
         if name == "weight":
             raise HubMPQError(_FIXED)
         super().register_parameter(name, param)
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
-        """The dequantized weight as a plain tensor, in the precision that the model computes in and as `dtype`."""
+        """The dequantized weight as a plain tensor, computed in the dtype of the model and cast to `dtype`."""
         kept = self.source.kept
         return (self.packed.dequantize(self.compute.dtype) if kept is None else kept).to(dtype)
 
     def weight_quantizer(self, weight: Tensor) -> Tensor:
-        """The weight is on its grid already."""
+        """Return the weight unchanged; it is already on its grid."""
         return weight.as_subclass(Tensor)
 
     @property
     def input_quantizer(self) -> Callable[[Tensor], Tensor] | None:
-        """The function that puts an input on its grid; None when inputs stay float."""
+        """The function that quantizes an input; None if inputs stay float."""
         return None if self.bits.activation == FLOAT_BITS else self._on_grid
 
     def _on_grid(self, x: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class PackedLayer(nn.Module):
         return fake_quantize(x, self._buffers["input_scale"].reshape(1), low, low + top)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
-        """Casts to another float type (`.to(torch.bfloat16)`) leave the scales as they are, or the grid would move."""
+        """Keep the scales in casts to another float type (`.to(torch.bfloat16)`), which would move the grid."""
         scales = (self._buffers.get(name) for name in ("weight_scale", "input_scale"))
         resident, self.kept = self.kept is not None, None
         super()._apply(keep_dtype(fn, scales), recurse)
@@ -157,8 +157,8 @@ def _traced() -> bool:
 
 
 class _Product(torch.autograd.Function):
-    """A product with a packed weight that is unpacked again on the way back: to keep it would take the memory of a
-    float model."""
+    """A product with a packed weight that is unpacked again in the backward pass; storing it would take the memory of
+    the float model."""
 
     @staticmethod
     def forward(
@@ -172,7 +172,7 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         of_x, of_bias = ctx.needs_input_grad[:2]
-        x = grads[0].new_zeros(()).expand(ctx.shape)  # only its shape counts
+        x = grads[0].new_zeros(()).expand(ctx.shape)  # only its shape matters
         dx, _, db = ctx.operation.back(grads[0], x, ctx.unpacked(ctx.dtype), (of_x, False, of_bias))
         return dx, db, None, None
 
@@ -184,9 +184,9 @@ def packed_product(
 
     Args:
         layer: The layer.
-        operation: What it does with its input and its weight.
-        x: The input. What biases and other layers compute in may be another dtype than the weight's.
-        unpacked: What makes the weight in a dtype; None: all of the layer's.
+        operation: The product of input and weight.
+        x: The input. Its dtype and the bias's may differ from the weight's.
+        unpacked: Function that returns the weight in a given dtype; None for the layer's whole weight.
     """
     unpacked = unpacked or layer.unpacked
     if layer.input_quantizer is not None:
@@ -206,7 +206,7 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override]
 
 
 class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override]
-    """Unpacks only the rows it is asked for."""
+    """An embedding that unpacks only the requested rows."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         ids = first_operand(args, kwargs)
@@ -225,11 +225,11 @@ def packed_layer(
     dtype: torch.dtype,
     owner: PackedLayer | None = None,
 ) -> PackedLayer:
-    """The packed form of `module`: everything of it but its weight, and `parts` as buffers.
+    """The packed form of `module`: everything but its weight, with `parts` as buffers.
 
-    parts: what a packed file holds of the layer, by the last part of the names, as a state dict has it. dtype: what
-    the model computes in; `.to(…)` changes it. owner: the layer whose weight this one reads. Raises UnsupportedLayer
-    unless the module's exact type has a packed form.
+    parts: the layer's tensors in a packed file, by the last part of their names, as in a state dict. dtype: the dtype
+    to compute in; `.to(…)` changes it. owner: the layer whose weight this one reads. Raises UnsupportedLayer unless the
+    module's exact type has a packed form.
     """
     warn_if_untested("torch")
     kind = layer_kind(module)
@@ -238,7 +238,9 @@ def packed_layer(
     out = take_over(kind.packed_class, module)
     device = out._parameters.pop("weight").device
     out.kind, out.shape, out.bits, out.float_class = kind.name, layer.weight_shape, bits, type(module)
-    out.owner = () if owner is None else (owner,)  # in a tuple: no submodule, its buffers belong to the owner
+    out.owner = (
+        () if owner is None else (owner,)
+    )  # a tuple, so that the owner is not a submodule: its buffers are its own
     for name in _PARTS:
         if name in parts:
             out.register_buffer(name, parts[name].to(device))
@@ -249,7 +251,13 @@ def packed_layer(
 
 
 def float_layer(module: PackedLayer, dtype: torch.dtype, weight: nn.Parameter | None = None) -> nn.Module:
-    """The float form of a packed layer, of its first type; `weight`: a Parameter to share, else the dequantized one."""
+    """The float form of a packed layer in its original type.
+
+    Args:
+        module: The layer.
+        dtype: Dtype of the dequantized weight.
+        weight: A Parameter to use instead of the dequantized weight.
+    """
     out = take_over(module.float_class, module)
     call_only(out, False)
     for name in (*_PARTS, "compute"):
@@ -269,29 +277,41 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
 
 
 RESIDENT = ("packed", "float")
-"""In which form packed layers may keep their weights in memory."""
+"""Forms in which packed layers can keep their weights in memory."""
 
 
 @torch.no_grad()
 def set_resident(model: nn.Module, resident: str) -> None:
-    """Choose how the packed layers of a model keep their weights in memory. What they compute is the same to the bit.
+    """Choose how the packed layers of a model keep their weights in memory; outputs are bit-identical either way.
 
     Args:
-        model: A model with packed layers: what `AutoModel*.from_pretrained` makes of a packed folder, or `HubMPQ` with
-            `resident=`.
-        resident: "packed": every call unpacks the weight of its layer, so that the model takes little more memory than
-            its packed bytes, and is slow where few tokens share a call, as in generation. "float": weights are unpacked
-            once and kept beside their packed form, for the speed and the memory of the float model.
+        model: A model with packed layers, from `AutoModel*.from_pretrained` of a packed folder or from
+            `HubMPQ.from_pretrained` with `resident=`.
+        resident: `"packed"` unpacks the weight of a layer at each call: the model takes little more memory than its
+            packed bytes, but is slow if few tokens share a call, as in generation. `"float"` unpacks all weights once
+            and keeps them in addition to the packed ones, for the speed and memory of the float model.
 
     Raises:
-        InvalidArgument: Another word, or the model has no packed layers.
+        InvalidArgument: `resident` is neither of these, or the model has no packed layers.
+
+    Example:
+        >>> import torch
+        >>> from transformers import AutoModel, ViTConfig, ViTModel
+        >>> from hub_mpq import HubMPQ, set_resident
+        >>> config = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+        >>> with torch.random.fork_rng():
+        ...     ViTModel(config).save_pretrained("float")
+        >>> mpq = HubMPQ.from_pretrained("float", weight_only=True).apply_policy("W4A32")
+        >>> nbytes = mpq.save_pretrained("packed")
+        >>> model = AutoModel.from_pretrained("packed")
+        >>> set_resident(model, "float")
     """
     if resident not in RESIDENT:
-        raise InvalidArgument(f"resident is 'packed' or 'float', not {resident!r}")
+        raise InvalidArgument(f"resident must be 'packed' or 'float', got {resident!r}")
     layers = [layer for _, layer in packed_layers(model) if not layer.owner]
     if not layers:
         raise InvalidArgument(
-            f"{type(model).__name__} has no packed layers; load a packed folder by AutoModel, or by "
+            f"{type(model).__name__} has no packed layers; load a packed folder with AutoModel or with "
             "HubMPQ.from_pretrained(folder, resident=…)"
         )
     for layer in layers:

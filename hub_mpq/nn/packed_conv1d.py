@@ -1,5 +1,5 @@
-"""GPT-2's linear layer in its packed form, apart from the others: its float type is transformers', which is slow to
-import."""
+"""GPT-2's linear layer in its packed form, in a separate module because its float type is from transformers, which is
+slow to import."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .packed import PackedLayer, packed_product
 
 
 class PackedConv1D(PackedLayer, Conv1D):  # type: ignore[misc]
-    """x [..., in] to [..., out]. A Conv1D for who looks for one, as PEFT does."""
+    """x [..., in] to [..., out]. A subclass of Conv1D, because PEFT looks for one."""
 
     __repr__ = nn.Module.__repr__
 

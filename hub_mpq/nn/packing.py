@@ -1,4 +1,4 @@
-"""What a packed file holds of a quantized model, and back into one."""
+"""Convert a quantized model to the tensors of a packed file, and back."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from .quantize import check_finite, quantized_layers
 
 
 def layer_names(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
-    """{name: the layer's first name} for each name that the model knows one of the layers by."""
+    """{name: the layer's first name} for every name of the layers in the model."""
     first = {model.get_submodule(name): name for name in layers}
     return {name: first[m] for name, m in model.named_modules(remove_duplicate=False) if m in first}
 
 
 def float_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without what its quantizers hold: a file has that in its own words."""
+    """The state dict without the quantizers' tensors, which a file stores in its own form."""
     names = layer_names(model, [name for name, _ in quantized_layers(model)])
     mine = tuple(part_key(name, part) for name in names for part in ("weight_quantizer.", "input_quantizer."))
     return {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(mine)}
 
 
 def _stored_state(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
-    """`float_state` with one name for each of the layers, and for each Parameter."""
+    """`float_state` with one name for each layer and each Parameter."""
     others = tuple(part_key(name, "") for name, first in layer_names(model, layers).items() if name != first)
     again = _second_names(model)
     return {k: tensor for k, tensor in float_state(model).items() if not k.startswith(others) and k not in again}
 
 
 def _second_names(model: nn.Module) -> set[str]:
-    """The names of Parameters that the model knows by another name before (a head tied to the embedding)."""
+    """Names of Parameters that already have an earlier name in the model (a head tied to the embedding)."""
     first: dict[int, str] = {}
     named = model.named_parameters(remove_duplicate=False)
     return {name for name, parameter in named if first.setdefault(id(parameter), name) != name}
@@ -51,18 +51,18 @@ def _second_names(model: nn.Module) -> set[str]:
 
 @torch.no_grad()
 def packed_tensors(model: nn.Module, manifest: Manifest) -> dict[str, PackedTensor | Tensor]:
-    """What a packed file holds: integers of the quantized weights, scales, and every other tensor as it is.
+    """The contents of a packed file: integers of the quantized weights, scales, and every other tensor unchanged.
 
-    Raises HubMPQError for a model whose layers are not where the manifest has them, InvalidArgument for a quantized
-    weight or its bias that is not finite.
+    Raises HubMPQError if the model's layers are not those of the manifest, and InvalidArgument if a quantized weight or
+    its bias is not finite.
     """
     check_finite(model, [name for name, _ in quantized_layers(model)])
     graph = manifest.graph
     for name, _ in (*quantized_layers(model), *packed_layers(model)):
         if name not in graph.names:
             raise HubMPQError(
-                f"layer {name!r} is not one of the policy's; if an adapter was put around it, save the adapter by its "
-                "own save_pretrained, and unload it before the model is saved"
+                f"layer {name!r} is not in the policy; if an adapter wraps it, save the adapter with its own "
+                "save_pretrained and unload it before saving the model"
             )
     out: dict[str, PackedTensor | Tensor] = {}
     skip: set[str] = set()
@@ -89,7 +89,7 @@ def packed_tensors(model: nn.Module, manifest: Manifest) -> dict[str, PackedTens
 
 @torch.no_grad()
 def packed_weight(module: Any, kind: str) -> PackedTensor:
-    """The weight of a quantized layer, on the CPU, as its quantizer rounds it."""
+    """The weight of a quantized layer as rounded by its quantizer, on the CPU."""
     q, weight = module.weight_quantizer, module.weight
     if not isinstance(q, GroupedLSQ):
         return pack_weight(q.to_int(weight).cpu(), q.scale.detach().cpu(), kind, q.spec.num_bits)
@@ -101,13 +101,13 @@ def packed_weight(module: Any, kind: str) -> PackedTensor:
 
 @torch.no_grad()
 def take_weight(model: nn.Module, module: Any, packed: PackedTensor, *, values: bool = True) -> None:
-    """Give a quantized layer a packed weight: its values, scales and zero points.
+    """Load a packed weight into a quantized layer: its values, scales and zero points.
 
     Args:
-        model: The model that the layer is of: layers that share the weight's quantizer follow.
-        module: The layer, with a quantizer of the packed weight's width, groups and zero points.
+        model: The model of the layer; layers that share the weight's quantizer are updated too.
+        module: The layer, whose quantizer has the packed weight's bit-width, groups and zero points.
         packed: The weight.
-        values: False: the layer keeps its float weight.
+        values: Load the values too; if False, the layer keeps its float weight.
     """
     if values:
         module.weight.copy_(packed.dequantize())
@@ -117,7 +117,7 @@ def take_weight(model: nn.Module, module: Any, packed: PackedTensor, *, values: 
         return
     if packed.weight_scale.numel() != q.base.shape[1]:  # saved with one scale per tensor
         fresh = LSQ(q.widths, signed=True, channels=packed.weight_scale.numel(), axis=q.axis)
-        for _, other in quantized_layers(model):  # a tied head reads by its owner's quantizer
+        for _, other in quantized_layers(model):  # a tied head uses its owner's quantizer
             if other.weight_quantizer is q:
                 other.weight_quantizer = fresh
         q = fresh
@@ -125,8 +125,8 @@ def take_weight(model: nn.Module, module: Any, packed: PackedTensor, *, values: 
 
 
 def _guard(manifest: Manifest, device: str) -> dict[str, PackedTensor | Tensor]:
-    """A float weight without elements beside the first packed one of a hub's model: who loads the packed file as if it
-    were float weights (renamed, say) meets a wrong shape; plain transformers would draw new weights."""
+    """An empty float weight next to the first packed one of a library's model: loading the packed file as float weights
+    (after renaming it, say) then fails with a wrong shape, instead of transformers drawing random weights silently."""
     if not libraries.get(manifest.library).builds_from_folder:
         return {}
     names = list(layout.packed_layers(manifest))[:1]
@@ -134,14 +134,14 @@ def _guard(manifest: Manifest, device: str) -> dict[str, PackedTensor | Tensor]:
 
 
 def predicted_nbytes(model: nn.Module, manifest: Manifest) -> int:
-    """Bytes of the packed file of a model at the manifest's policy, to the byte, before anything is packed."""
+    """Exact size in bytes of a model's packed file at the manifest's policy, before anything is packed."""
     graph, bits = manifest.graph, manifest.policy.bits
     out: dict[str, PackedTensor | Tensor] = {}
     skip = set()
     for layer in graph:
         level = bits[layer.name]
         if level.weight != FLOAT_BITS:
-            skip |= {f"{layer.name}.weight", layer.name}  # a stack of experts has the name of its Parameter
+            skip |= {f"{layer.name}.weight", layer.name}  # a stack of experts is named like its Parameter
             if layer.weight_owner is None:
                 out[layer.name] = empty_packed(layer.kind, layer.weight_shape, level)
         if level.activation != FLOAT_BITS:
@@ -157,13 +157,13 @@ def predicted_nbytes(model: nn.Module, manifest: Manifest) -> int:
 
 
 def base_nbytes(model: nn.Module, manifest: Manifest) -> int:
-    """Bytes of the packed file of a float `model` beside its searched layers, the same at every policy."""
+    """Bytes of a float model's packed file without its searched layers, the same for every policy."""
     bits = manifest.policy.bits
     return predicted_nbytes(model, manifest) - sum(layer_nbytes(x, bits[x.name]) for x in manifest.graph.searched)
 
 
 def config_of(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config`, naming the dtype that the model's quantized layers compute in, where it names one."""
+    """`config` with its dtype, if it has one, set to the dtype that the model's quantized layers compute in."""
     found = [module.weight.dtype for _, module in quantized_layers(model)]
     found += [module.compute.dtype for _, module in packed_layers(model)]
     told = {"dtype": str(found[0]).removeprefix("torch.")} if found and config.get("dtype") else {}
@@ -171,8 +171,8 @@ def config_of(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _take_dtypes(model: nn.Module, tensors: Mapping[str, PackedTensor | Tensor]) -> None:
-    """Cast a model's tensors to what the file says, and its quantized weights, of which no dtype is stored, to that of
-    their bias, else to the commonest of the file."""
+    """Cast a model's tensors to the dtypes of the file. Quantized weights have no stored dtype and get that of their
+    bias, else the most common dtype of the file."""
     dtypes = {
         key: tensor.dtype
         for key, tensor in tensors.items()
@@ -189,13 +189,13 @@ def _take_dtypes(model: nn.Module, tensors: Mapping[str, PackedTensor | Tensor])
 def check_tensors(
     path: object, model: nn.Module, tensors: Mapping[str, PackedTensor | Tensor], *, cast: bool = False
 ) -> None:
-    """Refuse tensors that do not determine every Parameter and buffer of a quantized model's state.
+    """Check that tensors determine every Parameter and buffer of a quantized model.
 
     Args:
-        path: The packed file, for errors.
-        model: The model.
-        tensors: What the file holds; tensors on the meta device will do, and so will a model.
-        cast: The model's tensors keep their dtypes; else they take those of the file.
+        path: The packed file, for error messages.
+        model: The model; it may be on the meta device.
+        tensors: The contents of the file; they may be on the meta device.
+        cast: Whether the model's tensors keep their dtypes instead of taking those of the file.
 
     Raises:
         PackedFormat: A tensor is missing, unknown, or of another shape or dtype.
@@ -209,14 +209,14 @@ def check_tensors(
             for part in INPUT_PARTS:
                 shapes.pop(part_key(name, part), None)
     own = _stored_state(model, [name for name, _ in quantized_layers(model)])
-    for name in _second_names(model) - set(own):  # files of before 2026-11-28 have them
+    for name in _second_names(model) - set(own):  # files from before 2026-11-28 have them
         shapes.pop(name, None)
     missing, extra = set(own) - set(shapes), (set(shapes) | packed) - set(own)
     if missing or extra:
-        raise PackedFormat(path, f"tensors missing {sorted(missing)[:4]}, unknown {sorted(extra)[:4]}")
+        raise PackedFormat(path, f"missing tensors {sorted(missing)[:4]}, unknown tensors {sorted(extra)[:4]}")
     for key, tensor in own.items():
         if tuple(tensor.shape) != shapes[key]:
-            raise PackedFormat(path, f"tensor {key!r}: shape {shapes[key]}, expected {tuple(tensor.shape)}")
+            raise PackedFormat(path, f"tensor {key!r}: expected shape {tuple(tensor.shape)}, got {shapes[key]}")
     if not cast:
         _check_dtypes(path, model, own, tensors)
 
@@ -227,8 +227,8 @@ _COMPUTES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def _check_dtypes(
     path: object, model: nn.Module, own: Mapping[str, Tensor], tensors: Mapping[str, PackedTensor | Tensor]
 ) -> None:
-    """PackedFormat for dtypes that the model can't compute in: whole numbers where it has none, quantized layers of
-    several dtypes where it has one, other tensors of a third dtype."""
+    """Raise PackedFormat for dtypes that the model cannot compute in: integers where it has floats, quantized layers
+    of several dtypes where it has one, other tensors of a third dtype."""
     found = {key: t.dtype for key in own if isinstance(t := tensors.get(key), Tensor)}
     biases = [key for name, _ in quantized_layers(model) if (key := part_key(name, "bias")) in found]
     of_layers: dict[torch.dtype, torch.dtype] = {}
@@ -243,11 +243,11 @@ def _check_dtypes(
         elif here in _COMPUTES:
             allowed |= {torch.float32, common, *of_layers.values()} & set(_COMPUTES)
         if dtype not in allowed:
-            raise PackedFormat(path, f"tensor {key!r}: {dtype}, where the network has {here}")
+            raise PackedFormat(path, f"tensor {key!r}: {dtype} does not fit the network's {here}")
 
 
 def _common_dtype(tensors: Mapping[str, PackedTensor | Tensor]) -> torch.dtype | None:
-    """The dtype of most floating tensors."""
+    """The most common dtype of the floating-point tensors."""
     dtypes = (
         t.dtype
         for key, t in tensors.items()
@@ -260,16 +260,16 @@ def _common_dtype(tensors: Mapping[str, PackedTensor | Tensor]) -> torch.dtype |
 def load_quantized(
     path: object, model: nn.Module, tensors: Mapping[str, PackedTensor | Tensor], *, cast: bool = False
 ) -> None:
-    """Fill a quantized model with packed tensors: weights on their grids, scales, everything else.
+    """Load packed tensors into a quantized model: weights on their grids, scales, everything else.
 
     Args:
-        path: The packed file, for errors.
+        path: The packed file, for error messages.
         model: The model.
-        tensors: What the file holds.
-        cast: The model's tensors keep their dtypes; else they take those of the file.
+        tensors: The contents of the file.
+        cast: Whether the model's tensors keep their dtypes instead of taking those of the file.
 
     Raises:
-        PackedFormat: The tensors are not those of the model, or a weight is not finite.
+        PackedFormat: The tensors do not match the model, or a weight is not finite.
     """
     check_tensors(path, model, tensors, cast=cast)
     if not cast:

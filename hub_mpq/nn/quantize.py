@@ -1,4 +1,4 @@
-"""Put quantizers into a model: every named layer becomes its quantized form, in place."""
+"""Put quantizers into a model: every named layer is replaced by its quantized form, in place."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Quantizers = tuple[nn.Module, nn.Module | None]
 
 @torch.no_grad()
 def check_finite(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse layers whose parameters have no place on a grid.
+    """Check that the parameters of layers are finite.
 
     Args:
         model: The model.
-        names: Its layers to look at.
+        names: The layers to check.
 
     Raises:
         InvalidArgument: A weight or bias holds NaN or an infinite value.
@@ -35,7 +35,7 @@ def check_finite(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         for part, parameter in model.get_submodule(name).named_parameters(recurse=False):
             if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
-                raise InvalidArgument(f"layer {name!r} can't be quantized: its {part} holds NaN or infinite values")
+                raise InvalidArgument(f"cannot quantize layer {name!r}: its {part} contains NaN or infinite values")
 
 
 def quantize_layer(module: nn.Module, name: str, weight: nn.Module, activation: nn.Module | None) -> nn.Module:
@@ -43,12 +43,12 @@ def quantize_layer(module: nn.Module, name: str, weight: nn.Module, activation: 
 
     Args:
         module: The float layer.
-        name: Its name, for errors.
+        name: Its name, for error messages.
         weight: Quantizer of the weight.
         activation: Quantizer of the input; None leaves the input float.
 
     Returns:
-        A layer with the same parameters (not copies) and hooks, and the two quantizers.
+        A layer with the same parameters (not copies) and hooks, plus the two quantizers.
 
     Raises:
         UnsupportedLayer: The exact type of the module has no quantized form.
@@ -70,8 +70,8 @@ def quantize_layers(
 ) -> dict[str, nn.Module]:
     """Replace layers of a model by their quantized forms, in place.
 
-    Layers that share a Parameter share the weight quantizer of the first of them. Layers that read indices keep their
-    input as it is.
+    Layers that share a Parameter share the weight quantizer of the first of them. Layers that read indices get no input
+    quantizer.
 
     Args:
         model: The float model.
@@ -83,7 +83,7 @@ def quantize_layers(
         {name: quantized layer} in the order of the graph.
 
     Raises:
-        PolicyMismatch: The graph has no layer of one of the names.
+        PolicyMismatch: A name is not in the graph.
         UnsupportedLayer: A layer has no quantized form.
     """
     warn_if_untested("torch")
@@ -110,22 +110,22 @@ def quantize_with_lsq(
     log: bool = True,
     groups: Mapping[str, LayerBits] | None = None,
 ) -> dict[str, nn.Module]:
-    """Replace layers of a model by layers with LSQ quantizers, in place. Scales still have to be calibrated.
+    """Replace layers of a model by layers with LSQ quantizers, in place. The scales still have to be calibrated.
 
     Args:
         model: The float model.
         graph: Its layers.
-        widths: {layer name: (weight widths, input widths)}; without weight widths a layer stays float, without input
-            widths its input does.
-        per_channel: One weight scale per output channel instead of one per tensor.
+        widths: {layer name: (weight bit-widths, input bit-widths)}; without weight bit-widths a layer stays float,
+            without input bit-widths its input does.
+        per_channel: Use one weight scale per output channel instead of one per tensor.
         log: Learn the logarithm of the scales, see `LSQ`.
-        groups: {layer name: what its weight's groups and zero points are}; its widths do not count.
+        groups: {layer name: groups and zero points of its weight}; the bit-widths in it are ignored.
 
     Returns:
         {name: quantized layer} in the order of the graph.
 
     Raises:
-        PolicyMismatch: The graph has no layer of one of the names.
+        PolicyMismatch: A name is not in the graph.
         UnsupportedLayer: A layer has no quantized form.
     """
 
@@ -144,9 +144,9 @@ def weight_quantizer(
 
     Args:
         layer: The layer.
-        widths: Its widths.
-        bits: Its groups and zero points; None: none.
-        per_channel: Of weights without either: one scale per output channel, else one in all.
+        widths: Its bit-widths.
+        bits: Its groups and zero points; None for neither.
+        per_channel: For weights with neither: one scale per output channel instead of one per tensor.
         log: See `LSQ`.
     """
     kind = layer_kinds.get(layer.kind)
@@ -164,13 +164,13 @@ def weight_quantizer(
 
 
 def quantize_to_policy(model: nn.Module, graph: LayerGraph, policy: Policy, *, per_channel: bool = True) -> None:
-    """Put the quantizers of a policy into a model, one width each, in place. Scales still have to be calibrated.
+    """Put the quantizers of a policy into a model, in place. The scales still have to be calibrated.
 
     Args:
         model: The float model.
         graph: Its layers.
-        policy: Their widths.
-        per_channel: One weight scale per output channel instead of one per tensor.
+        policy: Their bit-widths.
+        per_channel: Use one weight scale per output channel instead of one per tensor.
 
     Raises:
         PolicyMismatch: The policy is for other layers than the graph's.
@@ -186,7 +186,7 @@ def quantize_to_policy(model: nn.Module, graph: LayerGraph, policy: Policy, *, p
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name, layer) of every layer that carries quantizers, in module order."""
+    """(name, layer) of every layer with quantizers, in module order."""
     classes = _classes()
     for name, module in model.named_modules():
         if isinstance(module, classes):

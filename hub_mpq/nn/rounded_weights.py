@@ -1,4 +1,4 @@
-"""Weights of layers, rounded for everything that a search may choose, on disk: so that each of them is rounded once."""
+"""Weights of layers rounded for all choices of a search and stored on disk, so that each is rounded only once."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
 
 
 class RoundedWeights:
-    """Packed weights in a folder, one file a layer, read one at a time.
+    """Packed weights in a folder, one file per layer, read one at a time.
 
     Args:
-        folder: Where they lie, and stay; None: in a temporary folder that goes with the object.
-        settings: What they were made with and of: files with other settings are not read.
-        nearest: Whether they are the nearest points of their grids to the float weights.
+        folder: Folder in which they are kept; None for a temporary folder that is deleted with the object.
+        settings: Identifies the data and settings that they were made with; files with other settings are ignored.
+        nearest: Whether they are the nearest grid points to the float weights.
 
     Attributes:
-        unreached: {layer of experts: how many of its matrices no token reached}, where there are such.
+        unreached: {layer of experts: number of its matrices that no token reached}, without zeros.
     """
 
     def __init__(self, folder: Path | None = None, settings: str = "", *, nearest: bool = False) -> None:
@@ -55,11 +55,11 @@ class RoundedWeights:
 
         Args:
             layer: The layer.
-            choices: {what its weight may become: the weight}.
-            unreached: Of experts: how many of its matrices no token reached.
+            choices: {bits that its weight may take: the packed weight}.
+            unreached: For experts, the number of its matrices that no token reached.
 
         Raises:
-            HubMPQError: The disk refuses.
+            HubMPQError: The file cannot be written.
         """
         tensors = {
             f"{bits}/{part}": tensor.detach().cpu().contiguous()
@@ -70,7 +70,7 @@ class RoundedWeights:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise HubMPQError(f"{self.folder} cannot be written: {error}") from error
+            raise HubMPQError(f"cannot write to {self.folder}: {error}") from error
         metadata = {"settings": self.settings, "unreached": str(unreached)}
         write_atomic(self._file(layer), [save(tensors, metadata=metadata)])
         self._know(layer, unreached)
@@ -82,7 +82,7 @@ class RoundedWeights:
             self.unreached[layer.name] = unreached
 
     def has(self, layer: LayerSpec, choices: Sequence[LayerBits]) -> bool:
-        """Whether a layer's weights are there, as an interrupted run of the same settings left them."""
+        """Whether a layer's weights exist from an interrupted run with the same settings."""
         with suppress(OSError, SafetensorError):
             with safe_open(self._file(layer), "pt") as file:
                 there = {key.partition("/")[0] for key in file.keys()}  # noqa: SIM118
@@ -93,7 +93,7 @@ class RoundedWeights:
         return False
 
     def packed(self, name: str, bits: LayerBits) -> PackedTensor:
-        """A layer's weight at some bits; HubMPQError where it was not rounded for these."""
+        """A layer's weight at the given bits; raises HubMPQError if it was not rounded for them."""
         layer, key = self.layers[name], str(bits.of_weight)
         try:
             with safe_open(self._file(layer), "pt") as file:
@@ -102,15 +102,15 @@ class RoundedWeights:
                     for part in _PARTS
                 }
         except (OSError, SafetensorError) as error:
-            raise HubMPQError(f"the rounded weight of layer {name!r} cannot be read: {error}") from error
+            raise HubMPQError(f"cannot read the rounded weight of layer {name!r}: {error}") from error
         words, scale, zero = (parts[part] for part in _PARTS)
         if words is None or scale is None:
             raise HubMPQError(f"layer {name!r} was not rounded for {bits.of_weight}")
         return PackedTensor(words, scale, layer.weight_shape, bits.weight, layer.kind, zero, bits.group_size)
 
     def held(self, name: str, bits: LayerBits) -> PackedTensor:
-        """As `packed`, for a stack, which is asked for once for each expert that runs: what was read of the last two
-        layers is kept in memory."""
+        """As `packed`, for stacks, which are read once per running expert: those of the last two layers are kept in
+        memory."""
         if name not in self._held:
             for oldest in list(self._held)[:-1]:
                 del self._held[oldest]
@@ -122,12 +122,12 @@ class RoundedWeights:
 
 
 class StoredWeight(Quantizer):
-    """Stands for a quantizer where the quantized weights are known: whatever it is given, it returns them.
+    """A quantizer that ignores its input and returns a weight that was quantized before.
 
     Args:
         rounded: The weights.
-        name: The layer's.
-        widths: What its weight may become.
+        name: Name of the layer.
+        widths: The bits that its weight may take.
     """
 
     def __init__(self, rounded: RoundedWeights, name: str, widths: Sequence[LayerBits]) -> None:
@@ -136,7 +136,7 @@ class StoredWeight(Quantizer):
         self.bits: LayerBits | None = None
 
     def set_width(self, bits: LayerBits | None) -> None:
-        """Select one; None passes the weight through."""
+        """Select the bits; None passes the weight through."""
         self.bits = bits
 
     @property
@@ -164,18 +164,18 @@ class StoredWeight(Quantizer):
         return self.rounded.held(self.name, self.bits).matrix(index).to(stack)
 
     def to_int(self, x: Tensor) -> Tensor:
-        """The integers that are stored, zero points not taken off."""
+        """The stored integers, without subtracting zero points."""
         if self.bits is None:
-            raise HubMPQError(f"layer {self.name!r} is at no width")
+            raise HubMPQError(f"no bit-width is selected for layer {self.name!r}")
         return self.rounded.packed(self.name, self.bits).unpack().to(torch.int16)
 
 
 def quantize_with_stored(
     model: nn.Module, graph: LayerGraph, rounded: RoundedWeights, candidates: Mapping[str, Candidates]
 ) -> dict[str, Any]:
-    """Replace layers of a model by layers whose weights are read from `rounded`, in place; all of them off.
+    """Replace layers of a model by layers whose weights are read from `rounded`, in place, all of them off.
 
-    Inputs get LSQ quantizers where their widths are to be chosen. Arguments and result as for `quantize_with_lsq`.
+    Inputs get LSQ quantizers if their bit-widths are to be chosen. For arguments and result see `quantize_with_lsq`.
     """
 
     def make(layer: LayerSpec, module: nn.Module) -> tuple[nn.Module, nn.Module | None]:

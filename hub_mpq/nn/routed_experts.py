@@ -1,4 +1,4 @@
-"""Experts that are modules of their own in a list, of which a router picks a few for each token (NLLB-MoE, Switch)."""
+"""Experts that are separate modules in a list, of which a router selects a few per token (NLLB-MoE, Switch)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def routed_experts(model: nn.Module) -> list[dict[str, str]]:
-    """Lists of experts by name. Which expert a token reaches depends on the data, so that in one forward, or in a few
-    batches, some may not run.
+    """Find lists of experts. Which experts run depends on the data, so some may not run in a few batches.
 
-    A list counts as one of experts if its members (but those without weights, such as a dropout) are alike, of one type
-    with weights of the same names and shapes, and either it or the module that holds it says how many experts there are
-    (num_experts, num_local_experts, n_routed_experts): our construction.
+    A list counts as experts if its members (except those without weights, such as a dropout) have one type and weights
+    of the same names and shapes, and if it or its parent has the number of experts as an attribute (num_experts,
+    num_local_experts, n_routed_experts). This is our construction.
 
     Args:
         model: The model.
@@ -38,6 +37,6 @@ def routed_experts(model: nn.Module) -> list[dict[str, str]]:
 
 
 def _weights(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """{layer: shape of its weight}"""
+    """{layer: shape of its weight}."""
     layers = ((name, getattr(layer, "weight", None)) for name, layer in module.named_modules())
     return {name: tuple(weight.shape) for name, weight in layers if isinstance(weight, Tensor)}

@@ -1,4 +1,4 @@
-"""Experts of which each is a decision of its own: the matrices of a stack as layers, each a stack of one."""
+"""Experts with separate bit-widths: the matrices of a stack as layers, each a stack of one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .joined import joined
 
 
 class SplitStack(Stack):
-    """A stack whose matrices are layers, named by their numbers, with weights [1, out, in] that are views of the
-    stack's. While all of them are float, its state dict is the stack's."""
+    """A stack whose matrices are layers named by index, with weights [1, out, in] that are views of the stack's weight.
+    While all of them are float, its state dict is that of the stack."""
 
     def __init__(self, stack: ExpertStack) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class SplitStack(Stack):
         return not self._parameters and all(isinstance(layer, ExpertStack) for layer in self.children())
 
     def whole(self) -> Tensor:
-        """The stack: of matrices that still lie one behind the other a view, else a copy."""
+        """The whole stack: a view if the matrices are still adjacent in memory, else a copy."""
         parts: list[Tensor] = [layer.weight for layer in self.children()]  # type: ignore[misc]
         return joined(parts)
 
@@ -72,11 +72,11 @@ class SplitStack(Stack):
 
 
 def split_experts(model: nn.Module, names: Collection[str] | None = None) -> bool:
-    """Make the matrices of stacks, which `expose_experts` has made layers, layers of their own, in place.
+    """Split stacks that `expose_experts` has turned into layers into one layer per matrix, in place.
 
     Args:
         model: The model.
-        names: Of the stacks; None: all.
+        names: Names of the stacks; None for all.
 
     Returns:
         Whether it has such layers now.
@@ -90,11 +90,11 @@ def split_experts(model: nn.Module, names: Collection[str] | None = None) -> boo
 
 
 def stack_and_expert(model: nn.Module, layer: str) -> tuple[str, int] | None:
-    """(name of the stack, number) of a layer that is one expert's matrix; None for any other."""
+    """(name of the stack, index) of a layer that is one expert's matrix; None for any other layer."""
     stack, _, expert = layer.rpartition(".")
     return (stack, int(expert)) if isinstance(model.get_submodule(stack), SplitStack) else None
 
 
 def split_stacks(layers: Iterable[str]) -> set[str]:
-    """What the stacks are called that must have been split for layers of these names, if they are stacks."""
+    """Names of the stacks that must be split to have layers of these names, if they are stacks."""
     return {stack for stack, _, expert in (name.rpartition(".") for name in layers) if expert.isdecimal()}

@@ -1,6 +1,6 @@
 """Which modules have a quantized form: those whose exact type a LayerKind names.
 
-Dispatch is never by isinstance: timm's StdConv2d is an nn.Conv2d with a forward of its own and would silently
+Modules are never matched with isinstance: timm's StdConv2d is an nn.Conv2d with its own forward, which would silently
 change.
 """
 
@@ -12,14 +12,14 @@ from torch import nn
 from ..core.layer_kind import LayerKind, layer_kinds
 
 _REASONS: dict[str, str] = {
-    "torch.nn.modules.activation.MultiheadAttention": "its query, key and value weights are another module's too, or "
-    "computed anew at each call",
+    "torch.nn.modules.activation.MultiheadAttention": "its query, key and value weights are shared with another module "
+    "or recomputed at each call",
 }
 
 _FAMILIES: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.RNNBase, "recurrent layers have no quantized form: one operator reads all of their weights"),
     (nn.RNNCellBase, "recurrent cells have no quantized form: one operator reads both of their weights"),
-    (nn.EmbeddingBag, "bags of embeddings have no quantized form"),
+    (nn.EmbeddingBag, "EmbeddingBag layers have no quantized form"),
     (nn.Bilinear, "bilinear layers have no quantized form"),
 )
 
@@ -27,7 +27,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's Parameters are, or its buffers when it has none; the CPU for a model of neither."""
+    """Device of a model's Parameters, or of its buffers if it has none; the CPU for a model with neither."""
     return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
@@ -37,7 +37,7 @@ def type_name(module: nn.Module) -> str:
 
 
 def layer_kind(module: nn.Module) -> LayerKind | None:
-    """The kind of a layer that can be quantized; None for every other module (see `why_not`)."""
+    """The kind of a quantizable layer; None for every other module (see `why_not`)."""
     kind = _kind_of_type(type_name(module))
     return None if kind is None or _odd(module) else kind
 
@@ -47,23 +47,23 @@ def _kind_of_type(name: str) -> LayerKind | None:
 
 
 def _odd(module: nn.Module) -> str:
-    """Why this one module of a known type can't be quantized, or ""."""
+    """Why this particular module of a known type cannot be quantized, or ""."""
     weight = module._parameters.get("weight")
     if weight is None:
-        return "its weight is computed by a hook (weight_norm, spectral_norm), not a Parameter"
+        return "its weight is not a Parameter but computed by a hook (weight_norm, spectral_norm)"
     if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}, not floating point"
+        return f"its weight has dtype {weight.dtype}, which is not floating point"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "it renormalises its weight while it runs (max_norm)"
     return ""
 
 
 def why_not(module: nn.Module, default: str = "") -> str:
-    """Why a module with weights of its own has no quantized form, in a few words; "" when it has one.
+    """Why a module with its own weights has no quantized form, in a few words; "" if it has one.
 
     Args:
         module: The module.
-        default: What to say of a type that nothing is known of.
+        default: The answer for an unknown type.
     """
     name = type_name(module)
     if _kind_of_type(name) is not None:
@@ -75,6 +75,7 @@ def why_not(module: nn.Module, default: str = "") -> str:
             return reason
     for plain in (*_CONVOLUTIONS, nn.Linear, nn.Embedding):
         if isinstance(module, plain):
-            own = "a forward of its own" if type(module).forward is not plain.forward else "a type of its own"
-            return f"{type(module).__name__} is nn.{plain.__name__} with {own}"
+            if type(module).forward is plain.forward:
+                return f"{type(module).__name__} is an unknown subclass of nn.{plain.__name__}"
+            return f"{type(module).__name__} is a subclass of nn.{plain.__name__} with its own forward"
     return default or f"no quantized form of {type(module).__name__} is known"

@@ -1,5 +1,5 @@
-"""State space mixers of transformers that, in training, hand the weights of their layers to one kernel where it is
-installed: they are kept to calling their layers, as they do in evaluation."""
+"""State space mixers of transformers pass the weights of their layers to a fused kernel in training, if installed. This
+module makes them call their layers instead, as in evaluation."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _KERNELS = ("mamba_inner_fn", "mamba2_split_conv1d_scan_combined", "mamba_split_
 
 
 def _as_evaluated(module: Any, args: Any) -> None:
-    """A forward pre-hook: only the mixer itself, none of its layers, computes as in evaluation."""
+    """A forward pre-hook that puts the mixer itself, but none of its layers, in evaluation mode."""
     module.training = False
 
 
 def _as_before(module: Any, args: Any, output: Any) -> None:
-    """A forward hook."""
+    """A forward hook that restores the mode of the mixer."""
     module.training = module.out_proj.training
 
 
 def fused_mixers(model: nn.Module) -> Iterator[nn.Module]:
-    """The mixers that could still do so.
+    """The mixers that may still use the fused kernel.
 
     Args:
         model: The model.

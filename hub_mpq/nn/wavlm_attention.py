@@ -1,5 +1,5 @@
-"""WavLM's attention by calls of its layers, apart from the others: its float type is transformers', which is slow to
-import."""
+"""WavLM's attention as calls of its layers, in a separate module because its float type is from transformers, which is
+slow to import."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .multihead_attention import attend
 
 
 class CallingWavLMAttention(WavLMAttention):  # type: ignore[misc]
-    """The same function; transformers' own hands the weights of its four layers to one function of torch."""
+    """Computes the same as transformers' class, which passes the weights of its four layers to one torch function."""
 
     def torch_multi_head_self_attention(
         self, hidden_states: Tensor, attention_mask: Tensor | None, gated_position_bias: Tensor

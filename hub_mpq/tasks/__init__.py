@@ -1,4 +1,4 @@
-"""Tasks: what a batch, a label, a loss, an output and a metric are."""
+"""Tasks: how batches are read, and which loss, comparison of outputs and metrics apply."""
 
 from .batch import Pair, to_device
 from .classification import Classification

@@ -1,4 +1,4 @@
-"""How a batch is handed to a network: which parts are inputs, and which are labels."""
+"""How a batch is passed to a network: which parts are inputs, and which are labels."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import InvalidArgument
 
-FORMS = "give inputs alone, (inputs, labels), or a dict; several inputs as ((first, second), labels)"
+FORMS = "pass inputs alone, (inputs, labels) or a dict; several inputs as ((first, second), labels)"
 PLAIN_LABELS = ("target", "targets", "y")
-"""Where networks of no library are often given their labels, beside a task's own keys."""
+"""Common keys of labels for networks from outside the libraries, in addition to the task's own keys."""
 
 
 class Parts(NamedTuple):
-    """Positional and keyword arguments of a forward, and labels (None: the batch has none)."""
+    """Positional and keyword arguments of a forward, and labels (None if the batch has none)."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -29,7 +29,19 @@ class Parts(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two batches of one step: one to train on, and one held out."""
+    """Two batches for one training step: one to train on, and one held out.
+
+    Args:
+        train: The batch that trains the model.
+        held: The held-out batch.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.tasks import Pair
+        >>> step = Pair(train=torch.zeros(8, 3), held=torch.zeros(4, 3))
+        >>> step.held.shape
+        torch.Size([4, 3])
+    """
 
     train: Any
     held: Any
@@ -40,14 +52,14 @@ class Signature:
     """What a network's forward takes.
 
     Attributes:
-        model: Name of the network's class, for errors.
-        positional: How many inputs a batch without names has.
-        required: How many of them the forward insists on.
-        most: How many positional arguments it takes at most.
-        names: Its keyword arguments.
-        open: Whether it takes any other keyword too.
-        pretrained: Whether it is a model of transformers.
-        mapping: Whether its one input is a dict.
+        model: Name of the network's class, for error messages.
+        positional: Number of inputs in a batch without names.
+        required: Number of inputs that the forward requires.
+        most: Maximum number of positional arguments.
+        names: Names of its keyword arguments.
+        open: Whether it accepts any other keyword too.
+        pretrained: Whether it is a transformers model.
+        mapping: Whether its only input is a dict.
     """
 
     model: str = "the model"
@@ -61,11 +73,11 @@ class Signature:
 
     @classmethod
     def of(cls, model: nn.Module, example: Any = None) -> Signature:
-        """The signature of a network.
+        """Read the signature of a network.
 
         Args:
             model: The network.
-            example: One input as it takes it, if there is one: a tensor, a tuple of arguments or a dict.
+            example: One example input, if available: a tensor, a tuple of arguments or a dict.
         """
         model = inner(model)
         found = tuple(arguments_of(model).values())
@@ -75,7 +87,7 @@ class Signature:
         pretrained = hasattr(model, "config") and hasattr(model, "base_model_prefix")
         more = not found or any(p.kind is p.VAR_KEYWORD for p in found)
         if pretrained and not type(model).__name__.endswith("EncoderDecoderModel"):
-            more = False  # it ignores what it does not know, unless it hands it to its two halves
+            more = False  # it ignores unknown keywords, except an encoder-decoder that passes them on to its halves
         alone = several and len(example) == 1 and isinstance(example[0], Mapping)
         return cls(
             model=type(model).__name__,
@@ -89,15 +101,15 @@ class Signature:
         )
 
     def split(self, batch: Any, label_keys: Sequence[str]) -> Parts:
-        """Inputs and labels of a batch.
+        """Split a batch into inputs and labels.
 
         Args:
-            batch: A tensor or array (inputs alone), a tuple (inputs, labels) or a dict of keyword arguments with
+            batch: A tensor or array (inputs alone), a tuple (inputs, labels), or a dict of keyword arguments with
                 labels under one of `label_keys`.
-            label_keys: Keys of labels.
+            label_keys: Keys under which a dict holds labels.
 
         Raises:
-            InvalidArgument: The batch has a part that is neither an input nor labels.
+            InvalidArgument: A part of the batch is neither an input nor labels.
         """
         if isinstance(batch, Pair):
             batch = batch.train
@@ -106,21 +118,21 @@ class Signature:
         if not isinstance(batch, (tuple, list)):
             return Parts(*self._inputs(batch, label_keys), None)
         if not batch:
-            raise InvalidArgument(f"a batch is empty; {FORMS}")
+            raise InvalidArgument(f"the batch is empty; {FORMS}")
         nested = isinstance(batch[0], (tuple, list, Mapping))
         if not nested and self.positional > 1:
             if len(batch) == self.positional + 1:
                 return Parts(*self._inputs(batch[:-1], label_keys), labels_from(batch[-1]))
             if len(batch) == self.positional and self.required < len(batch) == 2:
                 raise InvalidArgument(
-                    "a batch of two tensors may be two inputs, or an input and its labels; "
-                    "write ((first, second),) or ((first, second), labels)"
+                    "a batch of two tensors is ambiguous: it may be two inputs, or an input and its labels; "
+                    "pass ((first, second),) or ((first, second), labels)"
                 )
             if len(batch) == self.positional:
                 return Parts(*self._inputs(batch, label_keys), None)
         if len(batch) > 2:
             count = "1 input" if self.positional == 1 else f"{self.positional} inputs"
-            raise InvalidArgument(f"a batch has {len(batch)} parts, and {self.model} takes {count}; {FORMS}")
+            raise InvalidArgument(f"the batch has {len(batch)} parts, but {self.model} takes {count}; {FORMS}")
         labels = labels_from(batch[1]) if len(batch) == 2 else None
         return Parts(*self._inputs(batch[0], label_keys), labels)
 
@@ -130,14 +142,14 @@ class Signature:
         if isinstance(part, Mapping):
             found = self._of_mapping(part, label_keys)
             if found.labels is not None:
-                raise InvalidArgument("labels stand both in the dict of inputs and beside it")
+                raise InvalidArgument("got labels twice, inside the dict of inputs and next to it; pass them once")
             return found.args, found.kwargs
         if isinstance(part, (tuple, list)) and (len(part) <= self.most or self.positional > 1):
             if not self.required <= len(part) <= self.most:
-                raise InvalidArgument(f"a batch has {len(part)} inputs, and {self.model} takes {self.positional}")
+                raise InvalidArgument(f"the batch has {len(part)} inputs, but {self.model} takes {self.positional}")
             return tuple(as_tensors(x) for x in part), {}
         if not tree_leaves_of(part, (Tensor, np.ndarray)):
-            raise InvalidArgument(f"a batch of type {type(part).__name__} holds no tensor; {FORMS}")
+            raise InvalidArgument(f"a batch of type {type(part).__name__} contains no tensor; {FORMS}")
         return (as_tensors(part),), {}
 
     def _of_mapping(self, batch: Mapping[str, Any], label_keys: Sequence[str]) -> Parts:
@@ -154,8 +166,8 @@ class Signature:
         if unknown:
             takes = ", ".join(n for n in self.names if n not in keys)
             raise InvalidArgument(
-                f"the batch has {', '.join(map(repr, unknown))}, which {self.model} does not take (it takes {takes}) "
-                f"and which is no label here ({', '.join(keys)}); leave it out, or name your labels by label_keys="
+                f"unexpected {', '.join(map(repr, unknown))} in the batch: {self.model} takes {takes}, and labels are "
+                f"looked up under {', '.join(keys)}; remove it, or name the keys of your labels with label_keys="
             )
         if not labels:
             return Parts((), inputs, None)
@@ -163,7 +175,7 @@ class Signature:
 
 
 def arguments_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """{name: argument} of the forward inside all wrappers; {} where it has no signature, as TorchScript's."""
+    """{name: argument} of the forward inside all wrappers; {} if it has no signature, as in TorchScript."""
     try:
         return inspect.signature(inner(model).forward).parameters
     except ValueError:
@@ -172,7 +184,7 @@ def arguments_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """A model in evaluation mode, without gradients; afterwards each of its modules is in the mode it was in."""
+    """Put a model in evaluation mode without gradients, then restore the mode of each of its modules."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -190,8 +202,8 @@ def inner(model: nn.Module) -> Any:
 
 
 def tree_leaves_of(tree: Any, kinds: type | tuple[type, ...]) -> list[Any]:
-    """Leaves of a nested batch that are of some types."""
-    if isinstance(tree, Mapping):  # transformers' BatchEncoding is no dict
+    """Leaves of a nested batch that have one of the given types."""
+    if isinstance(tree, Mapping):  # transformers' BatchEncoding is not a dict
         return [leaf for value in tree.values() for leaf in tree_leaves_of(value, kinds)]
     if isinstance(tree, (tuple, list)):
         return [leaf for value in tree for leaf in tree_leaves_of(value, kinds)]
@@ -199,7 +211,7 @@ def tree_leaves_of(tree: Any, kinds: type | tuple[type, ...]) -> list[Any]:
 
 
 def as_tensors(tree: Any) -> Any:
-    """A nested batch with NumPy's arrays of numbers as tensors; the rest as it is."""
+    """A nested batch with numeric NumPy arrays converted to tensors; everything else is unchanged."""
     if isinstance(tree, np.ndarray) and tree.dtype.kind in "biuf":
         return torch.as_tensor(tree)
     if isinstance(tree, Mapping):
@@ -212,10 +224,10 @@ def as_tensors(tree: Any) -> Any:
 
 
 def labels_from(value: Any) -> Any:
-    """Labels as tensors: arrays and lists of numbers are converted; of tuples, lists and dicts, each part.
+    """Convert labels to tensors: arrays and lists of numbers, also inside tuples, lists and dicts.
 
     Raises:
-        InvalidArgument: Labels that are not numbers.
+        InvalidArgument: The labels are not numbers.
     """
     if isinstance(value, Tensor):
         return value.long() if value.dtype in (torch.uint16, torch.uint32, torch.uint64) else value
@@ -224,18 +236,18 @@ def labels_from(value: Any) -> Any:
     if isinstance(value, np.ndarray) or np.isscalar(value):
         array = np.asarray(value)
         if array.dtype.kind not in "biuf":
-            raise InvalidArgument(f"labels are numbers, not {str(value)[:40]!r}")
+            raise InvalidArgument(f"labels must be numbers, got {str(value)[:40]!r}")
         return torch.as_tensor(array.astype(np.int64) if array.dtype.kind == "u" else array)
     if isinstance(value, Mapping):
         return {k: labels_from(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
         numbers = _numbers(value)
         return [labels_from(v) for v in value] if numbers is None else numbers
-    raise InvalidArgument(f"labels are tensors, arrays or lists of numbers, not {type(value).__name__}")
+    raise InvalidArgument(f"labels must be tensors, arrays or lists of numbers, got {type(value).__name__}")
 
 
 def _numbers(value: Sequence[Any]) -> Tensor | None:
-    """A list of numbers, or of lists of them of one length, as a tensor; None for anything else."""
+    """A list of numbers, or of equally long lists of numbers, as a tensor; None for anything else."""
     leaves = tree_leaves(list(value))
     scalars = (bool, int, float, np.integer, np.floating, np.bool_)
     if leaves and all(isinstance(x, Tensor) and not x.dim() for x in value):
@@ -249,7 +261,21 @@ def _numbers(value: Sequence[Any]) -> Tensor | None:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch with all its tensors and arrays on a device."""
+    """Move all tensors and arrays of a batch to a device.
+
+    Args:
+        batch: Tensors and arrays, nested in tuples, lists and dicts. Arrays become tensors; everything else is kept.
+        device: Where to put them.
+
+    Returns:
+        The batch with the same nesting; mappings become plain dicts.
+
+    Example:
+        >>> import numpy as np, torch
+        >>> from hub_mpq.tasks import to_device
+        >>> to_device({"x": np.zeros(2), "id": "a"}, torch.device("cpu"))
+        {'x': tensor([0., 0.], dtype=torch.float64), 'id': 'a'}
+    """
     if isinstance(batch, (Tensor, np.ndarray)):
         found = as_tensors(batch)
         return found.to(device) if isinstance(found, Tensor) else found
@@ -263,7 +289,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def size_of(batch: Any) -> int:
-    """Samples in a batch, the first axis of its first tensor; of a pair, in both."""
+    """Number of samples in a batch: the first axis of its first tensor. For a pair, in both batches together."""
     if isinstance(batch, Pair):
         return size_of(batch.train) + size_of(batch.held)
     first = next((x for x in tree_leaves_of(batch, (Tensor, np.ndarray)) if x.ndim), None)

@@ -1,4 +1,4 @@
-"""One class a sample: images, sequences, sounds."""
+"""One class per sample: images, sequences, sounds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,24 @@ from .task import Sums, total
 
 
 class Classification(Classes):
-    """Labels: class numbers [batch] or [batch, 1], or probabilities [batch, classes] as mixup makes them."""
+    """One class per sample, of images, sequences or sounds.
+
+    Labels are class indices `[batch]` or `[batch, 1]`, or probabilities `[batch, classes]` as mixup produces. Metrics
+    are top-1 and top-5 accuracy in percent, and the loss.
+
+    Args:
+        ignore_index: Label that is excluded from losses, metrics and counts; None for none.
+        label_keys: Keys of labels in a dict; None for `labels` and `label`.
+        output: Which part of the network's output the labels are for, a key or a position; see `Task`.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.tasks import Classification
+        >>> task = Classification()
+        >>> logits, labels = torch.eye(5)[:2], torch.tensor([0, 1])
+        >>> task.figures(task.metrics(logits, labels, samples=2))["top1"]
+        100.0
+    """
 
     name = "classification"
     smoothing = 0.1
@@ -39,7 +56,7 @@ class Classification(Classes):
         return values, torch.ones_like(values, dtype=torch.bool)
 
     def metrics(self, output: Any, labels: Any, samples: float) -> Sums:
-        """Top-1 and top-5 in percent, and the loss; of probabilities, the likeliest class is the right one."""
+        """Top-1 and top-5 in percent, and the loss. With soft labels, the likeliest class counts as correct."""
         logits = self.logits(output).float()
         values, _ = self.item_loss(output, labels)
         classes = labels.float().argmax(-1) if self._soft(labels, logits) else self.aligned(labels, logits)
@@ -54,14 +71,14 @@ class Classification(Classes):
 
     @staticmethod
     def _soft(labels: Any, logits: Tensor) -> bool:
-        """Whether labels are probabilities of all classes. Raises InvalidArgument for rows that do not sum to one."""
+        """Whether labels are probabilities of all classes. Raises InvalidArgument if a row does not sum to one."""
         if not isinstance(labels, Tensor) or labels.shape != logits.shape or logits.shape[-1] < 2:
             return False
         rows = labels.double().sum(-1)
         if bool((labels < 0).any()) or bool(((rows - 1).abs() > 1e-2).any()):
             raise InvalidArgument(
-                "labels of shape [batch, classes] are probabilities in classification and each row sums to one; "
-                "several labels a sample are task='multi-label'"
+                "labels of shape [batch, classes] must be probabilities whose rows sum to one in task "
+                "'classification'; for several labels per sample use task='multi-label'"
             )
         return True
 

@@ -1,4 +1,4 @@
-"""A task from a user's own functions."""
+"""A task built from user-supplied functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .task import Sums, Task
 
 
 class Custom(Task):
-    """See `Task.custom`."""
+    """The task that `Task.custom` returns."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Custom(Task):
         self._loss, self._targets, self._metrics = loss, targets, metrics
 
     def labels(self, batch: Any) -> Any:
-        """None for a task that is only distilled."""
+        """None for a task without a loss and metrics, which can only be distilled."""
         found = super().labels(batch)
         return None if self._loss is None and self._metrics is None else found
 
@@ -41,7 +41,7 @@ class Custom(Task):
             return super().item_loss(output, labels, smoothing)
         values = self._loss(output, labels)
         if not isinstance(values, Tensor) or values.dim() > 1:
-            raise InvalidArgument("the loss of a custom task gives a scalar tensor, or one value per sample")
+            raise InvalidArgument("the loss of a custom task must return a scalar tensor or one value per sample")
         values = values.reshape(-1)
         return values, torch.ones_like(values, dtype=torch.bool)
 
@@ -54,6 +54,6 @@ class Custom(Task):
             try:
                 amount, count = float(pair[0]), samples if pair[1] is None else float(pair[1])
             except (TypeError, ValueError, RuntimeError) as error:
-                raise InvalidArgument(f"metric {name!r} is a number, or (sum, count), not {value!r:.60}") from error
+                raise InvalidArgument(f"metric {name!r} must be a number or (sum, count), got {value!r:.60}") from error
             sums[name] = (amount * (samples if pair[1] is None else 1), count)
         return sums

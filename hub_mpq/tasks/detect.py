@@ -1,4 +1,4 @@
-"""Which task a model has: by its class, else by what its labels and its output look like, where that is certain."""
+"""Find the task of a model: from its class, else from its labels and output where these leave no doubt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .own import own_labels
 from .task import Task
 
 TaskLike = Task | str | None
-"""A task, its name, or None: found out."""
+"""A task, its name, or None to detect it."""
 
 _BY_CLASS = (
     (("XLNetForQuestionAnswering", "XLMForQuestionAnswering", "FlaubertForQuestionAnswering"), "own"),
@@ -34,26 +34,38 @@ _BY_CLASS = (
     (("ForObjectDetection",), "detection"),
     (("ForDepthEstimation",), "regression"),
 )
-"""(ends of a class's name in transformers, task)."""
+"""(suffixes of class names in transformers, task)."""
 
 
 def task_of(task: TaskLike, model: nn.Module, batch: Any = None, example: Any = None) -> Task:
-    """The task to use, bound to a model.
+    """Choose the task of a model and bind it to the model.
 
     Args:
-        task: What the user said: a task or its name; None to find out.
+        task: A task or its name; None to detect it.
         model: The network, not wrapped.
-        batch: A batch that will be used, with its labels if it has any; None for what the model alone tells.
-        example: One input as the network takes it, where there is one.
+        batch: A batch that will be used, with its labels if it has any; None to decide from the model alone.
+        example: One example input of the network, if available.
+
+    Returns:
+        The task, bound to the model.
 
     Raises:
-        InvalidArgument: An unknown name, or labels that fit several tasks or none; the error names the choices.
+        InvalidArgument: The name is unknown, or the labels fit several tasks or none; the error lists the choices.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.tasks import task_of
+        >>> net = torch.nn.Flatten()
+        >>> task_of(None, net, (torch.zeros(2, 5), torch.tensor([0, 4]))).name
+        'classification'
+        >>> task_of("regression", net).name
+        'regression'
     """
     if isinstance(task, str):
         task = tasks.get(task)
     if task is not None:
         if not isinstance(task, Task):
-            raise InvalidArgument(f"task is a name or an object of hub_mpq.Task, not {type(task).__name__}")
+            raise InvalidArgument(f"task must be a name or an instance of hub_mpq.Task, got {type(task).__name__}")
         return task.bind(model, example)
     name = _by_class(inner(model))
     plain = tasks.get(name or "embedding").bind(model, example)
@@ -72,8 +84,8 @@ def task_of(task: TaskLike, model: nn.Module, batch: Any = None, example: Any = 
     labels = any_labels.labels(batch)
     if labels is not None and _headless(inner(model)):
         raise InvalidArgument(
-            f"{type(inner(model)).__name__} has no head, so its output is features and not what labels are for; load "
-            "it with a head, leave the labels out, or name a task by task="
+            f"{type(inner(model)).__name__} has no head, so its output is features that labels cannot be compared "
+            "with; load it with a head, remove the labels, or choose a task with task="
         )
     numbers = isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()
     if labels is None or (name and numbers):
@@ -87,14 +99,14 @@ def task_of(task: TaskLike, model: nn.Module, batch: Any = None, example: Any = 
 
 
 def _by_class(model: nn.Module) -> str | None:
-    """Name of the task of a model of transformers; None for other networks and for those without a head."""
+    """Name of the task of a transformers model; None for other networks and for models without a head."""
     config = getattr(model, "config", None)
     names = [cls.__name__ for cls in type(model).__mro__]
     if config is None or "PreTrainedModel" not in names:
         return None
     takes = arguments_of(model)
     if not type(model).forward.__module__.startswith("transformers.") or "_loss_function" in vars(model):
-        return "own" if own_labels(model) else None  # somebody's own forward or loss, whatever the class is called
+        return "own" if own_labels(model) else None  # a custom forward or loss, whatever the name of the class
     found = next((task for ends, task in _BY_CLASS if any(n.endswith(ends) for n in names)), None)
     if found == "classes":
         kind = getattr(config, "problem_type", None)
@@ -122,7 +134,7 @@ def _headless(model: Any) -> bool:
 
 
 def _check_mask(task: Task, batch: Any) -> None:
-    """Raise InvalidArgument where labels of a plain tuple look like an attention mask."""
+    """Raise InvalidArgument if the labels of a plain tuple look like an attention mask."""
     if isinstance(batch, Mapping) or "attention_mask" not in task.signature.names:
         return
     args, kwargs, labels = task.parts(batch)
@@ -130,21 +142,21 @@ def _check_mask(task: Task, batch: Any) -> None:
         return
     if getattr(args[0], "shape", None) == labels.shape and bool(((labels == 0) | (labels == 1)).all()):
         raise InvalidArgument(
-            "the second part of a batch may be labels or an attention mask; "
-            "give a dict, {'input_ids': …, 'attention_mask': …, 'labels': …}"
+            "the second part of the batch may be labels or an attention mask; "
+            "pass a dict {'input_ids': …, 'attention_mask': …, 'labels': …}"
         )
 
 
 def by_labels(output: Any, labels: Any, inputs: Tensor | None = None) -> Task:
-    """The task that labels and an output of a network fit, where only one does.
+    """The only task that fits the labels and the output of a network.
 
     Args:
         output: What the network returned.
-        labels: Labels as tensors, nested as the outputs or one for all.
-        inputs: The first input, to know labels that repeat it (causal language models).
+        labels: Labels as tensors, nested like the outputs or a single tensor.
+        inputs: The first input, to recognize labels that repeat it (causal language models).
 
     Raises:
-        InvalidArgument: Several tasks fit, or none; the error names the choices.
+        InvalidArgument: Several tasks fit, or none; the error lists the choices.
     """
     found = tensors_in(output)
     if not isinstance(labels, Tensor):
@@ -153,7 +165,7 @@ def by_labels(output: Any, labels: Any, inputs: Tensor | None = None) -> Task:
             raise _no_task(labels, found)
         if set(wanted) != set(found):
             raise InvalidArgument(
-                f"labels {', '.join(wanted)} do not match the outputs {', '.join(found)}; give Task.custom(loss=…)"
+                f"labels {', '.join(wanted)} do not match the outputs {', '.join(found)}; use Task.custom(loss=…)"
             )
         return Heads({key: by_labels(found[key], wanted[key], inputs) for key in found})
     head = found.get("logits")
@@ -161,29 +173,29 @@ def by_labels(output: Any, labels: Any, inputs: Tensor | None = None) -> Task:
         head = next(iter(found.values()))
     if head is None:
         raise InvalidArgument(
-            f"the output holds {', '.join(found) or 'no tensor'}, and there is one tensor of labels: give a task that "
-            "says which it is for, as in hub_mpq.tasks.Classification(output=…), or Task.custom(loss=…)"
+            f"the output contains {', '.join(found) or 'no tensor'}, but there is one tensor of labels; choose the "
+            "output with a task such as hub_mpq.tasks.Classification(output=…), or use Task.custom(loss=…)"
         )
     choices = fitting(head, labels, inputs)
     if len(choices) != 1:
         raise _unsure(head, labels, choices)
     if choices[0] != "regression" and _probabilities(head, sums_to_one=choices[0] != "multi-label"):
         raise InvalidArgument(
-            f"the output looks like probabilities, and {choices[0]} takes logits: leave the last sigmoid or softmax "
-            "out of the network, name a task by task=, or give Task.custom(loss=…)"
+            f"the output looks like probabilities, but task {choices[0]!r} expects logits; remove the final sigmoid "
+            "or softmax from the network, choose a task with task=, or use Task.custom(loss=…)"
         )
     return tasks.get(choices[0])  # type: ignore[no-any-return]
 
 
 def _probabilities(y: Tensor, *, sums_to_one: bool) -> bool:
-    """Whether all values lie between 0 and 1, and if so asked those of one sample's (or pixel's) classes sum to one."""
+    """Whether all values lie between 0 and 1 and, with `sums_to_one`, those of each sample or pixel sum to one."""
     if not y.numel() or not bool(((y >= 0) & (y <= 1)).all()):
         return False
     return not sums_to_one or any(bool(((y.float().sum(d) - 1).abs() < 1e-3).all()) for d in {1, y.dim() - 1})
 
 
 def fitting(y: Tensor, labels: Tensor, inputs: Tensor | None = None) -> list[str]:
-    """Names of the tasks that labels may mean for an output; of one alone it is certain."""
+    """Names of the tasks that fit the labels and the output; a single name is certain."""
     same = squeezed(y.shape) == squeezed(labels.shape) and y.shape[:1] == labels.shape[:1]
     if not same:
         if labels.is_floating_point() or y.dim() < 2:
@@ -205,7 +217,7 @@ def fitting(y: Tensor, labels: Tensor, inputs: Tensor | None = None) -> list[str
 
 
 def _numbered(y: Tensor, labels: Tensor, inputs: Tensor | None) -> list[str]:
-    """As `fitting`, for class numbers."""
+    """As `fitting`, for class indices."""
     if y.dim() == 2:
         alone = labels.dim() == 1 or (labels.dim() == 2 and labels.shape[1] == 1)
         return ["classification"] if alone and labels.shape[0] == y.shape[0] and y.shape[1] > 1 else []
@@ -225,15 +237,15 @@ def _unsure(y: Tensor, labels: Tensor, choices: list[str]) -> InvalidArgument:
     said = f"labels of shape {tuple(labels.shape)} ({str(labels.dtype).removeprefix('torch.')})"
     if choices:
         names = " or ".join(f"task={name!r}" for name in choices)
-        return InvalidArgument(f"{said} may mean several tasks for an output of shape {tuple(y.shape)}: give {names}")
+        return InvalidArgument(f"{said} fit several tasks for an output of shape {tuple(y.shape)}; pass {names}")
     return InvalidArgument(
-        f"{said} do not fit an output of shape {tuple(y.shape)} in any task that is certain; give task= one of "
-        f"{', '.join(tasks.names())}, or Task.custom(loss=…)"
+        f"no task can be detected for {said} and an output of shape {tuple(y.shape)}; choose task= from "
+        f"{', '.join(tasks.names())}, or use Task.custom(loss=…)"
     )
 
 
 def _no_task(labels: Any, found: Mapping[str, Tensor]) -> InvalidArgument:
     return InvalidArgument(
-        f"labels of type {type(labels).__name__} have no known meaning for an output of {', '.join(found)}; "
-        "give Task.custom(loss=…)"
+        f"no task is known for labels of type {type(labels).__name__} and the outputs {', '.join(found)}; "
+        "use Task.custom(loss=…)"
     )

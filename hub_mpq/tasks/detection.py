@@ -1,4 +1,4 @@
-"""Objects in images: their classes and boxes."""
+"""Object detection: classes and boxes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,22 @@ from .task import T
 
 
 class Detection(Own):
-    """The model's own loss; all outputs are targets.
+    """Object detection with the model's own loss; all outputs are compared with the float model's.
 
-    Labels are a list of {class_labels, boxes}, one a sample, with boxes as (centre x, centre y, width, height) in parts
-    of the image, as transformers' detectors take them.
+    Labels are a list of dicts `{"class_labels": …, "boxes": …}`, one per sample, with boxes as (center x, center y,
+    width, height) in fractions of the image size, as transformers' detectors expect.
 
-    With `pip install "hub-mpq[detection]"` (torchmetrics, pycocotools) the mean average precision is measured too.
+    With `pip install "hub-mpq[detection]"` (torchmetrics, pycocotools), the mean average precision is measured too.
+
+    Args:
+        ignore_index: Unused; the model's loss decides.
+        label_keys: Keys of labels in a dict; None for the label arguments of the model's forward.
+        output: Unused; the loss reads the whole output.
+
+    Example:
+        >>> from hub_mpq.tasks import Detection
+        >>> Detection().name
+        'detection'
     """
 
     name = "detection"
@@ -30,12 +40,16 @@ class Detection(Own):
         return out
 
     def whole(self) -> Any:
-        """Mean average precision (COCO's, and at an overlap of one half), in percent; None without torchmetrics."""
+        """Mean average precision as `map` (COCO) and `map_50` (IoU 0.5), in percent.
+
+        Returns:
+            An object with `update` and `compute`; None if torchmetrics or pycocotools is not installed.
+        """
         try:
             from torchmetrics.detection import MeanAveragePrecision
 
             return _Precision(MeanAveragePrecision(box_format="cxcywh"), self.classes)
-        except ImportError:  # it asks for pycocotools itself
+        except ImportError:  # torchmetrics raises this too if pycocotools is missing
             return None
 
 
@@ -49,7 +63,7 @@ class _Precision:
         self.measure.update([self._boxes(*pair) for pair in zip(output.logits, output.pred_boxes, strict=True)], wanted)
 
     def _boxes(self, logits: Tensor, boxes: Tensor) -> dict[str, Tensor]:
-        # one logit more than classes is "no object", of a softmax; else each class has a probability of its own
+        # with one logit more than classes, a softmax includes "no object"; else each class has its own sigmoid
         alone = self.classes is not None and logits.shape[-1] == self.classes
         p = logits.float().sigmoid() if alone else logits.float().softmax(-1)[..., :-1]
         scores, labels = p.max(-1)

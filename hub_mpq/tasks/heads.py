@@ -1,4 +1,4 @@
-"""Several outputs with labels of their own, each of a task."""
+"""Several outputs with their own labels, each with its own task."""
 
 from __future__ import annotations
 
@@ -15,10 +15,23 @@ from .task import Sums, Task
 
 
 class Heads(Task):
-    """The sum of one task's loss per output. Labels are nested as the outputs are, in tuples or dicts.
+    """Several outputs, each with its own task; the loss is the sum of theirs.
+
+    Labels are nested like the outputs, in tuples or dicts. Metrics are reported as `<output>/<metric>`.
 
     Args:
-        heads: {path of the output, as in `tensors_in`: its task}.
+        heads: `{output: task}`, where nested outputs are named by keys and positions joined with dots: `"0"`,
+            `"boxes.logits"`.
+        **options: Options of `Task`.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.tasks import Classification, Heads, Regression
+        >>> task = Heads({"0": Classification(), "1": Regression()})
+        >>> output = torch.zeros(2, 4), torch.zeros(2, 1)
+        >>> labels = torch.tensor([0, 3]), torch.ones(2)
+        >>> task.loss(output, labels)
+        tensor(2.3863)
     """
 
     name = "heads"
@@ -32,13 +45,13 @@ class Heads(Task):
         for key in self.heads:
             if key not in found or (labels is not None and key not in wanted):
                 raise InvalidArgument(
-                    f"no {'output' if key not in found else 'label'} is called {key!r}; there are "
+                    f"unknown {'output' if key not in found else 'label'} {key!r}; choose from "
                     f"{', '.join(found if key not in found else wanted)}"
                 )
         return [(key, task, found[key], wanted.get(key)) for key, task in self.heads.items()]
 
     def item_loss(self, output: Any, labels: Any, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        """One value per sample: the sum of its losses at all outputs."""
+        """One value per sample: the sum of its losses over all outputs."""
         rows, masks = [], []
         for _, task, head, wanted in self._each(output, labels):
             values, mask = task.item_loss(head, wanted, smoothing)
@@ -47,12 +60,12 @@ class Heads(Task):
         return torch.stack(rows).sum(0), torch.stack(masks).any(0)
 
     def loss(self, output: Any, labels: Any, smoothing: float = 0.0) -> Tensor:
-        """The sum of the outputs' own means."""
+        """The sum of the mean losses of all outputs."""
         each = [task.loss(head, wanted, smoothing) for _, task, head, wanted in self._each(output, labels)]
         return torch.stack(each).sum()
 
     def divergence(self, output: Any, reference: Any, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """One value per sample: the mean of its outputs' distances."""
+        """One value per sample: the mean over its outputs."""
         rows = []
         for (_, task, head, _), (_, _, wanted, _) in zip(self._each(output), self._each(reference), strict=True):
             values, kept = task.divergence(head, wanted, mask)
@@ -65,7 +78,7 @@ class Heads(Task):
         return None if any(labels is None for labels in drawn.values()) else drawn
 
     def probe(self, output: Any, generator: torch.Generator, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """One value per sample, from those of its outputs' items."""
+        """One value per sample, from the items of all its outputs."""
         rows = []
         for _, task, head, _ in self._each(output):
             values, kept = task.probe(head, generator, mask)
@@ -75,7 +88,7 @@ class Heads(Task):
         return values, torch.ones_like(values, dtype=torch.bool)
 
     def metrics(self, output: Any, labels: Any, samples: float) -> Sums:
-        """Each output's metrics under its path."""
+        """The metrics of each output as `<output>/<metric>`."""
         sums: Sums = {}
         for key, task, head, wanted in self._each(output, labels):
             sums |= {f"{key}/{name}": pair for name, pair in task.metrics(head, wanted, samples).items()}
@@ -90,13 +103,13 @@ class Heads(Task):
 
 
 def per_sample(values: Tensor, mask: Tensor) -> Tensor:
-    """The mean of each sample's items that count, [batch]; 0 where none does."""
+    """The mean over each sample's items that count, [batch]; 0 if none does."""
     kept = torch.where(mask, values, torch.zeros_like(values)).reshape(len(values), -1).sum(1)
     return kept / mask.reshape(len(mask), -1).sum(1).clamp_min(1)
 
 
 def leaves(labels: Any, prefix: str = "") -> dict[str, Any]:
-    """{path: labels} of nested labels, with paths as `tensors_in` gives them."""
+    """{path: labels} of nested labels, with the paths of `tensors_in`."""
     if isinstance(labels, Mapping):
         parts: Any = labels.items()
     elif isinstance(labels, (tuple, list)):

@@ -1,4 +1,4 @@
-"""Any number of labels a sample, each of them yes or no."""
+"""Any number of yes-or-no labels per sample."""
 
 from __future__ import annotations
 
@@ -16,18 +16,43 @@ from .task import Sums, Task, total
 
 
 class MultiLabel(Task):
-    """Binary cross-entropy of every label. Labels have the shape of the logits (an axis of one class may be missing):
-    0, 1 or a probability between; `ignore_index` marks labels that are unknown."""
+    """Any number of yes-or-no labels per sample, each with a binary cross-entropy.
+
+    Labels have the shape of the logits (an axis of one class may be missing) and are 0, 1 or a probability. Metrics are
+    accuracy and F1 in percent, and the loss.
+
+    Args:
+        ignore_index: Marks unknown labels, which are excluded from losses, metrics and counts; None for none.
+        label_keys: Keys of labels in a dict; None for `labels` and `label`.
+        output: Which part of the network's output the labels are for, a key or a position; see `Task`.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.tasks import MultiLabel
+        >>> MultiLabel().loss(torch.zeros(2, 3), torch.ones(2, 3))
+        tensor(0.6931)
+    """
 
     name = "multi-label"
 
     def placed(self, labels: Any, logits: Tensor) -> Tensor:
-        """Labels in the shape of the logits. Raises InvalidArgument when they do not fit or are no yes or no."""
+        """Labels in the shape of the logits.
+
+        Args:
+            labels: As `labels` returned them.
+            logits: `[batch, labels]` or any other shape.
+
+        Returns:
+            The labels, float32, in the shape of `logits`.
+
+        Raises:
+            InvalidArgument: The labels do not fit the logits, or lie outside 0 to 1.
+        """
         labels = reshaped(labels, logits, self.name).float()
         known = labels[labels != self.ignore_index]
         if known.numel() and not 0 <= float(known.min()) <= float(known.max()) <= 1:
             raise InvalidArgument(
-                f"labels of task 'multi-label' are 0 or 1 (or {self.ignore_index}, unknown), and here one is "
+                f"labels of task 'multi-label' must be 0 or 1 (or {self.ignore_index} if unknown), got "
                 f"{float(known.max()) if float(known.max()) > 1 else float(known.min()):g}"
             )
         return labels
@@ -44,7 +69,7 @@ class MultiLabel(Task):
         return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none"), counted
 
     def divergence(self, output: Any, reference: Any, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """KL divergence of every label's two outcomes."""
+        """KL divergence between the two outcomes of every label."""
         s, t = self.head(output).float(), self.head(reference).detach().float()
         p = t.sigmoid()
         values = p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - p) * (F.logsigmoid(-t) - F.logsigmoid(-s))
@@ -79,10 +104,10 @@ class MultiLabel(Task):
 
 
 def reshaped(labels: Any, output: Tensor, task: str) -> Tensor:
-    """Labels in the shape of an output: an axis of one element may be missing or too many, and nothing else.
+    """Labels in the shape of an output, where only axes of one element may be missing or extra.
 
     Raises:
-        InvalidArgument: Other shapes, which would be broadcast to something else.
+        InvalidArgument: The shapes differ otherwise and would broadcast silently.
     """
     if isinstance(labels, Tensor):
         if labels.shape == output.shape:

@@ -1,4 +1,4 @@
-"""Tensors of what a network returns, by name, and how far two of them are apart."""
+"""The tensors in a network's output, by name, and the distance between two of them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ INNER = frozenset(
         *("mems", "router_logits", "image_hidden_states"),
     )
 )
-"""Fields of an output of transformers that are no result: losses, inner states, caches."""
+"""Fields of a transformers output that are not results: losses, inner states, caches."""
 
 
 def tensors_in(output: Any, prefix: str = "") -> dict[str, Tensor]:
-    """All floating-point tensors of an output, of any nesting.
+    """All floating-point tensors of an output, nested in any way.
 
     Args:
-        output: A tensor, a tuple, list, dict or dataclass of outputs, or an output of transformers.
-        prefix: Put in front of the names.
+        output: A tensor, a tuple, list, dict or dataclass of outputs, or a transformers output.
+        prefix: Prefix of the paths.
 
     Returns:
-        {path: tensor}: keys of dicts and positions in tuples, joined by dots; "output" for a bare tensor.
+        {path: tensor}, with keys of dicts and positions in tuples joined by dots; "output" for a bare tensor.
     """
     if isinstance(output, Tensor):
         return {prefix or "output": output} if output.is_floating_point() else {}
@@ -48,11 +48,11 @@ def tensors_in(output: Any, prefix: str = "") -> dict[str, Tensor]:
 
 
 def power(reference: Tensor, counted: Tensor | None = None) -> Tensor:
-    """What squared errors of a target are scaled by: its variance, or its mean square where it is constant.
+    """The unit for squared errors of a target: its variance, or its mean square if it is constant.
 
     Args:
         reference: The float model's tensor.
-        counted: Mask over its leading axes; None counts all of it.
+        counted: Mask over its leading axes; None counts everything.
     """
     x = reference.float() if counted is None else reference[counted].float()
     if not x.numel():
@@ -63,7 +63,7 @@ def power(reference: Tensor, counted: Tensor | None = None) -> Tensor:
 
 
 def leading(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """A mask where it lies over the leading axes of a tensor that has more; else None."""
+    """The mask, if it covers the leading axes of a tensor that has more axes; else None."""
     if mask is None or x.dim() <= mask.dim() or x.shape[: mask.dim()] != mask.shape:
         return None
     return mask.bool()
@@ -74,7 +74,7 @@ def squared_error(x: Tensor, reference: Tensor, mask: Tensor | None = None) -> T
 
     Args:
         x, reference: [batch, …].
-        mask: Which of the leading places count, for example [batch, tokens]; None counts all.
+        mask: Which positions along the leading axes count, for example [batch, tokens]; None counts all.
 
     Returns:
         [batch].
@@ -93,10 +93,10 @@ def squared_error(x: Tensor, reference: Tensor, mask: Tensor | None = None) -> T
 
 
 def mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the items that count; 0 when none does."""
+    """Mean over the items that count; 0 if none does."""
     return torch.where(mask, values, torch.zeros_like(values)).sum() / mask.sum().clamp_min(1)
 
 
 def squeezed(shape: torch.Size) -> list[int]:
-    """The axes of one sample, without those of one element."""
+    """The shape of one sample without axes of one element."""
     return [n for n in shape[1:] if n != 1]

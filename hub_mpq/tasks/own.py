@@ -1,4 +1,4 @@
-"""The loss that a model of transformers computes itself: contrastive models, and whatever has no task of its own."""
+"""The loss that a transformers model computes itself: contrastive models, and all others without a dedicated task."""
 
 from __future__ import annotations
 
@@ -15,9 +15,20 @@ from .task import Sums, T, Task
 
 
 class Own(Task):
-    """The model's own loss, whatever its labels are called; all outputs are targets.
+    """The loss that a transformers model computes itself, whatever its labels are called.
 
-    One number a batch: a mean over samples, as far as anybody knows.
+    The loss is one number per batch and is treated as a mean over samples. All outputs are compared with the float
+    model's.
+
+    Args:
+        ignore_index: Unused; the model's loss decides.
+        label_keys: Keys of labels in a dict; None for the label arguments of the model's forward.
+        output: Unused; the loss reads the whole output.
+
+    Example:
+        >>> from hub_mpq.tasks import Own
+        >>> Own(label_keys="frame_labels").label_keys
+        ('frame_labels',)
     """
 
     name = "own"
@@ -29,7 +40,14 @@ class Own(Task):
         return out
 
     def labels(self, batch: Any) -> Any:
-        """{key: labels} as the forward takes them."""
+        """Labels as keyword arguments of the forward.
+
+        Args:
+            batch: One batch.
+
+        Returns:
+            `{key: labels}`; None if the batch has none.
+        """
         found = self.parts(batch).labels
         if found is None or (isinstance(found, dict) and set(found) <= set(self.label_keys)):
             return found
@@ -46,9 +64,9 @@ class Own(Task):
     def item_loss(self, output: Any, labels: Any, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if not isinstance(loss, Tensor):
-            names = f"its {', '.join(self.label_keys)}" if self.label_keys else "labels, which it does not take"
+            names = f"its {', '.join(self.label_keys)}" if self.label_keys else "labels, which it does not accept"
             raise InvalidArgument(
-                f"{self.signature.model} computes no loss from {names}; name the task by task=, or give "
+                f"{self.signature.model} computes no loss from {names}; choose a task with task=, or use "
                 "Task.custom(loss=…)"
             )
         return loss.reshape(-1), torch.ones_like(loss.reshape(-1), dtype=torch.bool)
@@ -58,9 +76,19 @@ class Own(Task):
 
 
 class Contrastive(Own):
-    """Two towers whose pairs belong together (CLIP, SigLIP): the loss is over the pairs of one batch, without labels.
+    """Contrastive models with two towers (CLIP, SigLIP), with the model's own loss over the pairs of a batch.
 
-    Its value depends on the batch size.
+    There are no labels. The loss depends on the batch size.
+
+    Args:
+        ignore_index: Unused; there are no labels.
+        label_keys: Unused; the batch is passed with `return_loss=True`.
+        output: Unused; the embeddings and similarities of both towers are compared with the float model's.
+
+    Example:
+        >>> from hub_mpq.tasks import Contrastive
+        >>> Contrastive().label_keys
+        ('return_loss',)
     """
 
     name = "contrastive"
@@ -70,14 +98,21 @@ class Contrastive(Own):
         return {"return_loss": True}
 
     def targets(self, output: Any) -> dict[str, Tensor]:
-        """Both towers' embeddings, and how alike the pairs are."""
+        """The embeddings of both towers and the similarities of the pairs.
+
+        Args:
+            output: What the network returned.
+
+        Returns:
+            `{name: tensor}`; all tensors of the output if it has neither.
+        """
         found = dict(super().targets(output))
         ends = ("_embeds", "_per_image", "_per_audio")
         return {k: v for k, v in found.items() if k.endswith(ends) and "." not in k} or found
 
 
 def own_labels(model: nn.Module) -> tuple[str, ...]:
-    """Arguments of a forward that are labels by the customs of transformers."""
+    """Arguments of a forward that are labels by the naming of transformers."""
     return tuple(n for n in arguments_of(model) if "label" in n or n in ("start_positions", "end_positions"))
 
 

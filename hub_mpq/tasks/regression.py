@@ -1,4 +1,4 @@
-"""Numbers: one or several a sample, or a map of them."""
+"""Regression: one or several numbers per sample, or a map of them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,20 @@ from .task import Sums, Task, total
 
 
 class Regression(Task):
-    """Squared error. Labels have the shape of the output: numbers [batch], [batch, values], or maps [batch, …].
+    """Regression of one or several numbers per sample, or of a map, with the squared error.
 
-    NaN marks places that are unknown, and so does `ignore_index` where one is given.
+    Labels have the shape of the output: numbers `[batch]` or `[batch, values]`, or maps `[batch, …]`. NaN marks unknown
+    values. Metrics are the mean squared and mean absolute error, R² and Pearson's correlation over all values together.
+
+    Args:
+        ignore_index: Marks unknown values in addition to NaN; None for none.
+        **options: Further options of `Task`: `label_keys` and `output`.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.tasks import Regression
+        >>> Regression().loss(torch.zeros(4, 1), torch.tensor([2.0, 2.0, 2.0, float("nan")]))
+        tensor(4.)
     """
 
     name = "regression"
@@ -26,7 +37,14 @@ class Regression(Task):
         super().__init__(ignore_index=ignore_index, **options)
 
     def head(self, output: Any) -> Tensor:
-        """The model's numbers; of a depth estimator of transformers its depth."""
+        """The tensor of predictions; for a depth estimator of transformers, its depth.
+
+        Args:
+            output: What the network returned.
+
+        Returns:
+            The predictions, `[batch, …]`.
+        """
         depth = getattr(output, "predicted_depth", None)
         return depth if isinstance(depth, Tensor) and self.output is None else super().head(output)
 
@@ -45,7 +63,7 @@ class Regression(Task):
         return (y - torch.where(counted, wanted, torch.zeros_like(wanted))).square(), counted
 
     def metrics(self, output: Any, labels: Any, samples: float) -> Sums:
-        """Mean squared and absolute error, R² and Pearson's correlation, over all values together."""
+        """Sums for the mean squared and absolute error, R² and Pearson's correlation over all values together."""
         y = self.head(output).double()
         wanted = reshaped(labels, y, self.name).double()
         counted = self._known(wanted)

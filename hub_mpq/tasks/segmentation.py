@@ -1,4 +1,4 @@
-"""A class for every pixel."""
+"""Semantic segmentation: a class for every pixel."""
 
 from __future__ import annotations
 
@@ -15,9 +15,25 @@ from .task import Sums, T
 
 
 class Segmentation(Classes):
-    """Logits [batch, classes, height, width], labels [batch, height, width] (an axis of one channel may stand between).
+    """Semantic segmentation: a class for every pixel.
 
-    Logits of another size are resized to the labels', bilinearly, as transformers does.
+    Logits are `[batch, classes, height, width]`, labels `[batch, height, width]` or `[batch, 1, height, width]`. Logits
+    of another size are resized to the labels' bilinearly, as in transformers. Metrics are mean IoU and accuracy in
+    percent, and the loss.
+
+    Args:
+        ignore_index: Label that is excluded from losses, metrics and counts; None for none. At the default, a
+            transformers model's `semantic_loss_ignore_index` takes precedence.
+        label_keys: Keys of labels in a dict; None for `labels` and `label`.
+        output: Which part of the network's output the labels are for, a key or a position; see `Task`.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.tasks import Segmentation
+        >>> task = Segmentation()
+        >>> logits = torch.stack([torch.ones(1, 4, 4), torch.zeros(1, 4, 4)], 1)
+        >>> task.figures(task.metrics(logits, torch.zeros(1, 4, 4, dtype=torch.long), samples=1))["mean_iou"]
+        100.0
     """
 
     name = "segmentation"
@@ -48,7 +64,7 @@ class Segmentation(Classes):
         return super().aligned(labels, logits)
 
     def metrics(self, output: Any, labels: Any, samples: float) -> Sums:
-        """Accuracy of the pixels and the mean over classes of intersection over union, in percent, and the loss."""
+        """Pixel accuracy and, per class, intersection over union, in percent, and the loss."""
         logits = self.fitted(output, labels)
         wanted = self.aligned(labels, logits)
         counted = wanted != self.ignore_index

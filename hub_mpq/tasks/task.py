@@ -1,4 +1,4 @@
-"""What a task is: how batches are read, and what losses, distances and metrics are made of."""
+"""The base class of tasks: how batches are read, and how losses, distances and metrics are computed."""
 
 from __future__ import annotations
 
@@ -18,30 +18,43 @@ from .outputs import leading, mean, power, squared_error, tensors_in
 T = TypeVar("T", bound="Task")
 _SETTINGS = ("ignore_index", "output", "label_keys")
 Sums = dict[str, tuple[float, float]]
-"""{metric: (sum, count)}: they add up over batches of any size and over processes."""
+"""{metric: (sum, count)}, which add up over batches of any size and over processes."""
 
 
 class Task:
-    """What a model is for: its batches, its labels, its loss, what is compared of its outputs, and its metrics.
+    """What a model is used for: how its batches are read, its loss, its metrics, and which outputs are compared.
 
-    A task of your own overrides `item_loss`, and `metrics` where the loss alone says too little. `register_task` makes
-    an object known by its name; `Task.custom` makes one from functions.
+    To write your own task, subclass it and override `item_loss`, and `metrics` if the loss is not enough.
+    `register_task` makes an instance available by name; `Task.custom` builds one from functions.
 
-    Items are what losses and metrics are means over: samples, tokens, pixels or labels. Every method that gives one
-    value per item gives [batch, …] and a mask of the same shape, of those that count.
+    Losses and metrics are means over items: samples, tokens, pixels or labels. Methods that return one value per item
+    return a tensor `[batch, …]` and a mask of the same shape that marks the items that count.
 
     Args:
-        ignore_index: Label that is left out of losses, metrics and counts; None for none.
+        ignore_index: Label that is excluded from losses, metrics and counts; None for none.
         label_keys: Keys of labels in a dict; None for the task's own.
-        output: Which part of the network's output the labels are for, a key or a position; None where there is
-            only one, or where the model of transformers says so.
+        output: Which part of the network's output the labels are for, a key or a position; None if there is only
+            one, or if a transformers model returns `logits`.
 
     Attributes:
-        name: Name of the task, as `task=` and `--task`.
+        name: Name of the task for `task=` and `--task`.
         label_keys: Keys of labels in a dict.
-        smoothing: Label smoothing of a training that names none.
-        positional: Whether the items are positions of a sequence or a map.
+        smoothing: Default label smoothing of training.
+        positional: Whether items are positions of a sequence or a map.
         signature: What the forward of the network takes; set by `bind`.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq import Task
+        >>> class Huber(Task):
+        ...     name = "huber"
+        ...
+        ...     def item_loss(self, output, labels, smoothing=0.0):
+        ...         y = self.head(output).squeeze(-1)
+        ...         values = torch.nn.functional.huber_loss(y, labels, reduction="none")
+        ...         return values, torch.ones_like(values, dtype=torch.bool)
+        >>> Huber().loss(torch.zeros(2, 1), torch.ones(2))
+        tensor(0.5000)
     """
 
     name: str = ""
@@ -71,32 +84,48 @@ class Task:
         label_keys: Sequence[str] | None = None,
         name: str = "custom",
     ) -> Task:
-        """A task from functions.
+        """Build a task from functions.
 
         Args:
-            loss: loss(output, labels), a scalar or one value per sample; None for a task that is only distilled.
-            targets: targets(output), {name: tensor} to compare with the float model; None for all tensors.
-            metrics: metrics(output, labels), {metric: mean over the batch, or (sum, count)}; None for the loss alone.
-            label_keys: Keys of labels in a dict.
-            name: What `evaluate` calls it.
+            loss: `loss(output, labels)` returns a scalar or one value per sample; None for a task that is only
+                distilled.
+            targets: `targets(output)` returns `{name: tensor}` to compare with the float model; None for all tensors.
+            metrics: `metrics(output, labels)` returns `{metric: value}`, each value the mean over the batch or
+                `(sum, count)`; None for the loss alone.
+            label_keys: Keys of labels in a dict; None for `labels` and `label`.
+            name: Name of the task in the results of `evaluate`.
+
+        Returns:
+            The task.
 
         Example:
-            >>> Task.custom(lambda output, labels: (output - labels).abs().mean())
+            >>> import torch
+            >>> from hub_mpq import Task
+            >>> task = Task.custom(lambda output, labels: (output - labels).abs().mean())
+            >>> task.loss(torch.zeros(3), torch.ones(3))
+            tensor(1.)
         """
         from .custom import Custom
 
         return Custom(loss, targets=targets, metrics=metrics, label_keys=label_keys, name=name)
 
     def settings(self) -> dict[str, Any]:
-        """What `restored` makes the task of, as JSON values."""
+        """Name and options of the task as JSON values, from which it is restored.
+
+        Returns:
+            `{"name": …, "ignore_index": …, "output": …, "label_keys": …}`.
+        """
         return {"name": self.name, **{key: getattr(self, key) for key in _SETTINGS}}
 
     def bind(self: T, model: nn.Module, example: Any = None) -> T:
-        """This task for one network, whose forward says what is an input.
+        """Bind a copy of this task to a network, whose forward determines what is an input.
 
         Args:
             model: The network.
-            example: One input as it takes it, where there is one.
+            example: One example input, if available: a tensor, a tuple of arguments or a dict.
+
+        Returns:
+            The bound task.
         """
         out = copy.copy(self)
         out.signature = Signature.of(model, example)
@@ -105,110 +134,201 @@ class Task:
     # the batch
 
     def parts(self, batch: Any) -> Parts:
-        """Arguments and labels of a batch, the labels on the device of the first input.
+        """Split a batch into arguments and labels; the labels go to the device of the first input.
+
+        Args:
+            batch: Inputs alone, `(inputs, labels)`, or a dict of keyword arguments with labels.
+
+        Returns:
+            Positional arguments, keyword arguments and labels (None if there are none).
 
         Raises:
-            InvalidArgument: A part of the batch has no place.
+            InvalidArgument: A part of the batch is neither an input nor labels.
         """
         found = self.signature.split(batch, self.label_keys)
         first = next(iter(tree_leaves_of((found.args, found.kwargs), Tensor)), None)
         return found if first is None else found._replace(labels=to_device(found.labels, first.device))
 
     def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments of the forward."""
+        """Positional and keyword arguments for the forward.
+
+        Args:
+            batch: One batch.
+
+        Returns:
+            `(args, kwargs)`.
+        """
         found = self.parts(batch)
         return found.args, found.kwargs
 
     def labels(self, batch: Any) -> Any:
-        """Labels of a batch, of any nesting; None when it has none."""
+        """Labels of a batch.
+
+        Args:
+            batch: One batch.
+
+        Returns:
+            Tensors, possibly nested; None if the batch has no labels.
+        """
         return self.parts(batch).labels
 
     def arguments(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """As `inputs`, with what the forward needs of the labels to compute a loss of its own."""
+        """As `inputs`, plus the labels that the forward needs to compute its own loss.
+
+        Args:
+            batch: One batch.
+
+        Returns:
+            `(args, kwargs)`.
+        """
         return self.inputs(batch)
 
     def forward(self, model: nn.Module, batch: Any, *, labelled: bool = False) -> Any:
-        """The network's own output on a batch.
+        """Run the network on a batch.
 
         Args:
             model: The network, wrapped or not.
             batch: One batch.
-            labelled: Pass labels on where the task's loss is the network's own.
+            labelled: Pass the labels too, if the network computes the task's loss itself.
+
+        Returns:
+            The network's output, unchanged.
 
         Raises:
-            InvalidArgument: The network cannot be called like this.
+            InvalidArgument: The network cannot be called on this batch.
         """
         args, kwargs = self.arguments(batch) if labelled else self.inputs(batch)
         try:
             return model(*args, **kwargs)
         except (TypeError, ValueError) as error:
-            raise InvalidArgument(f"{self.signature.model} can't be called on this batch: {error}") from error
+            raise InvalidArgument(f"{self.signature.model} cannot be called on this batch: {error}") from error
 
     def mask(self, batch: Any) -> Tensor | None:
-        """Which tokens of a batch are no padding, [batch, tokens]; None when it does not say."""
+        """Which tokens of a batch are not padding, from its `attention_mask`.
+
+        Args:
+            batch: One batch.
+
+        Returns:
+            `[batch, tokens]`, bool; None if the batch has no such mask.
+        """
         found = self.inputs(batch)[1].get("attention_mask")
         return found.bool() if isinstance(found, Tensor) and found.dim() == 2 else None
 
     def samples(self, batch: Any) -> float:
-        """Samples of a batch: the first axis of its first input."""
+        """Number of samples in a batch: the first axis of its first input.
+
+        Args:
+            batch: One batch.
+
+        Returns:
+            The number, as a float.
+        """
         return float(size_of(self.inputs(batch)))
 
     def items(self, batch: Any) -> float:
-        """Items that the loss of a batch is a mean over."""
+        """Number of items that the loss of a batch is a mean over.
+
+        Args:
+            batch: One batch.
+
+        Returns:
+            The number, as a float.
+        """
         return self.samples(batch)
 
     # the output
 
     def head(self, output: Any) -> Tensor:
-        """The tensor that labels are for.
+        """The tensor that the labels are for.
+
+        Args:
+            output: What the network returned.
+
+        Returns:
+            The part that `output=` of the task names, else `logits`, else the only tensor.
 
         Raises:
-            InvalidArgument: The output holds several, or none.
+            InvalidArgument: The output contains several tensors, or none, and none is chosen.
         """
         found = tensors_in(output)
         if self.output is not None:
             if str(self.output) not in found:
-                raise InvalidArgument(f"the output has no {self.output!r}; it has {', '.join(found) or 'no tensor'}")
+                raise InvalidArgument(f"unknown output {self.output!r}; choose from {', '.join(found) or 'no tensor'}")
             return found[str(self.output)]
         if "logits" in found:
             return found["logits"]
         if len(found) != 1:
             raise InvalidArgument(
-                f"the output holds {', '.join(found) or 'no tensor'}: say which the labels are for, as in "
-                f"{type(self).__name__}(output=…), or give Task.custom(loss=…)"
+                f"the output contains {', '.join(found) or 'no tensor'}; choose the one that the labels are for with "
+                f"{type(self).__name__}(output=…), or use Task.custom(loss=…)"
             )
         return next(iter(found.values()))
 
     def targets(self, output: Any) -> Mapping[str, Tensor]:
-        """{name: tensor} of everything that distillation, sensitivity and fidelity compare; all count alike.
+        """The tensors that distillation, scores and fidelity compare, all with the same weight.
+
+        Args:
+            output: What the network returned.
+
+        Returns:
+            `{name: tensor}`; without hidden states if the output has logits.
 
         Raises:
-            InvalidArgument: The output holds no tensor.
+            InvalidArgument: The output contains no tensor.
         """
         found = tensors_in(output)
         if not found:
-            raise InvalidArgument(f"an output of type {type(output).__name__} holds no tensor to compare")
-        if any("logits" in name for name in found):  # what a head has read is no result
+            raise InvalidArgument(f"an output of type {type(output).__name__} contains no tensor to compare")
+        if any("logits" in name for name in found):  # the input of a head is not a result
             return {name: x for name, x in found.items() if not name.endswith("hidden_state")}
         return found
 
     def pairs(self, output: Any, reference: Any) -> dict[str, tuple[Tensor, Tensor]]:
-        """{name: (target, the reference's)}. Raises InvalidArgument for outputs of different forms."""
+        """Targets of two outputs, side by side.
+
+        Args:
+            output: What the network returned.
+            reference: What the float network returned.
+
+        Returns:
+            `{name: (target of the output, target of the reference)}`.
+
+        Raises:
+            InvalidArgument: The two outputs have different targets.
+        """
         found, wanted = self.targets(output), self.targets(reference)
         if set(found) != set(wanted):
             raise InvalidArgument(
-                f"the network returns {', '.join(found)} where the float model returns {', '.join(wanted)}: an output "
-                "that differs in training and evaluation can't be compared; give Task.custom(targets=…)"
+                f"the network returns {', '.join(found)} but the float model returns {', '.join(wanted)}; if the "
+                "output differs between training and evaluation, use Task.custom(targets=…)"
             )
         return {name: (found[name], y) for name, y in wanted.items()}
 
     def beside(self, output: Any) -> dict[str, Tensor]:
-        """Targets that the labels are not for."""
+        """The targets that the labels are not for.
+
+        Args:
+            output: What the network returned.
+
+        Returns:
+            `{name: tensor}`.
+        """
         head = self.head(output)
         return {name: x for name, x in self.targets(output).items() if x is not head}
 
     def with_others(self, values: Tensor, output: Any, reference: Any, mask: Tensor | None) -> Tensor:
-        """Distances of the head's items, averaged with those of their sample's other outputs."""
+        """Average the distances of the head's items with those of the other outputs of the same sample.
+
+        Args:
+            values: Distances of the head's items, `[batch, …]`.
+            output: What the network returned.
+            reference: What the float network returned.
+            mask: Tokens that are not padding, `[batch, tokens]`; None if all count.
+
+        Returns:
+            The averages, in the shape of `values`.
+        """
         others = self.beside(reference)
         if not others:
             return values
@@ -217,80 +337,132 @@ class Task:
         return (values + rows.view(-1, *[1] * (values.dim() - 1))) / (1 + len(others))
 
     def item_loss(self, output: Any, labels: Any, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        """(loss of every item, mask of those that count).
+        """The loss of every item.
 
         Args:
             output: What the network returned.
-            labels: As `labels` gave them.
-            smoothing: Label smoothing, for classes.
+            labels: As `labels` returned them.
+            smoothing: Label smoothing, for tasks with classes.
+
+        Returns:
+            `(losses, mask)`, both `[batch, …]`; the mask marks the items that count.
 
         Raises:
-            InvalidArgument: Labels that do not fit the output.
+            InvalidArgument: The labels do not fit the output.
         """
-        raise InvalidArgument(f"task {self.name!r} has no loss; leave the labels out, or give another task")
+        raise InvalidArgument(f"task {self.name!r} has no loss; remove the labels, or choose another task")
 
     def divergence(self, output: Any, reference: Any, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(distance of every item from the float model's output, mask of those that count).
+        """The distance of every item from the float model's output.
 
-        Here: the squared error of each target in units of its variance, the mean over all targets, one value per
-        sample. Tasks with classes: the KL divergence of each item.
+        By default, the squared error of each target in units of its variance, averaged over all targets, one value per
+        sample. For tasks with classes, the KL divergence of each item.
 
         Args:
-            output, reference: What the quantized and the float network returned; the reference gets no gradient.
-            mask: Tokens that are no padding, as `mask` gave it.
+            output: What the quantized network returned.
+            reference: What the float network returned; it gets no gradient.
+            mask: Tokens that are not padding, as `mask` returned it.
+
+        Returns:
+            `(distances, mask)`, both `[batch, …]`; the mask marks the items that count.
         """
         rows = [squared_error(x, y, mask) for x, y in self.pairs(output, reference).values()]
-        if len({row.shape for row in rows}) > 1:  # outputs that are no rows of samples
+        if len({row.shape for row in rows}) > 1:  # outputs that are not rows of samples
             rows = [row.mean()[None] for row in rows]
         values = torch.stack(rows).mean(0)
         return values, torch.ones_like(values, dtype=torch.bool)
 
     def sample(self, output: Any, generator: torch.Generator) -> Any:
-        """Labels drawn from the model's own distribution; None for a task without one.
+        """Draw labels from the model's own distribution.
 
         Args:
             output: What the network returned.
             generator: A generator on the CPU.
+
+        Returns:
+            Labels as `item_loss` takes them; None for a task whose outputs are not distributions.
         """
         return None
 
     # what is built from these
 
     def loss(self, output: Any, labels: Any, smoothing: float = 0.0) -> Tensor:
-        """The loss of a batch: the mean over the items that count."""
+        """The loss of a batch: the mean over the items that count.
+
+        Args:
+            output: What the network returned.
+            labels: As `labels` returned them.
+            smoothing: Label smoothing, for tasks with classes.
+
+        Returns:
+            A scalar.
+        """
         return mean(*self.item_loss(output, labels, smoothing))
 
     def run(self, model: nn.Module, batch: Any, smoothing: float = 0.0) -> tuple[Tensor, Any]:
-        """(loss, output) on a batch. Raises InvalidArgument when it has no labels, or ones that do not fit."""
+        """Run the network on a batch and compute the loss.
+
+        Args:
+            model: The network, wrapped or not.
+            batch: One batch with labels.
+            smoothing: Label smoothing, for tasks with classes.
+
+        Returns:
+            `(loss, output)`.
+
+        Raises:
+            InvalidArgument: The batch has no labels, or they do not fit the output.
+        """
         labels = self.labels(batch)
         if labels is None:
-            raise InvalidArgument("the batches have no labels; give (inputs, labels), a dict with 'labels', or distill")
+            raise InvalidArgument("the batch has no labels; pass (inputs, labels), a dict with 'labels', or distill=1")
         output = self.forward(model, batch, labelled=True)
         return self.loss(output, labels, smoothing), output
 
     def distillation(self, output: Any, reference: Any, batch: Any) -> Tensor:
-        """How far an output is from the float model's: the mean divergence of the items that count."""
+        """The distillation loss: the mean divergence of the items that count.
+
+        Args:
+            output: What the quantized network returned.
+            reference: What the float network returned.
+            batch: The batch, for its mask.
+
+        Returns:
+            A scalar.
+        """
         return mean(*self.divergence(output, reference, self.mask(batch)))
 
     def unit(self, output: Any) -> str:
-        """What `divergence` is counted in: "kl", nats of a distribution that labels can be drawn from, or
-        "target_error", squared error in units of the targets' variance."""
+        """The unit of `divergence`.
+
+        Args:
+            output: What the network returned.
+
+        Returns:
+            `"kl"`, nats of a distribution that labels can be drawn from, or `"target_error"`, squared error in units of
+            the targets' variance.
+        """
         return "target_error" if self.sample(output, torch.Generator()) is None else "kl"
 
     def probe(self, output: Any, generator: torch.Generator, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(a random value of every item, mask of those that count): the square of its derivative along a small change
-        of the output is on average the item's divergence, and values of two items are uncorrelated.
+        """Random values whose squared derivatives estimate the divergence of every item.
 
-        With a distribution it is −log p/√2 of labels drawn from it (the Fisher information, whose half is the second
-        order of the KL divergence); without, and for other outputs, Σ n·y over a target with standard normal n, in
-        units of its deviation [our construction].
+        On average, the square of a value's derivative along a small change of the output is the item's divergence.
+        Values of different items are uncorrelated.
+
+        For a distribution, the value is −log p/√2 of labels drawn from it (half the Fisher information is the second
+        order of the KL divergence). For all other outputs it is Σ n·y over a target with standard normal n, in units of
+        the target's standard deviation. This estimator is our construction.
 
         Args:
             output: What the network returned, with its gradient.
             generator: A generator on the CPU.
-            mask: Tokens that are no padding, as `mask` gave it.
+            mask: Tokens that are not padding, as `mask` returned it.
+
+        Returns:
+            `(values, mask)`, both `[batch, …]`; the mask marks the items that count.
         """
-        free = copy.copy(self)  # a class that labels leave out is drawn as any other
+        free = copy.copy(self)  # a class that is ignored in labels is drawn like any other
         free.ignore_index = -100
         drawn = free.sample(output, generator)
         if drawn is None:
@@ -308,7 +480,7 @@ class Task:
 
     @staticmethod
     def _projected(targets: Mapping[str, Tensor], generator: torch.Generator, mask: Tensor | None) -> Tensor:
-        """One value per sample whose squared derivative is on average the mean of the targets' `squared_error`."""
+        """One value per sample whose squared derivative equals the mean of the targets' `squared_error` on average."""
         rows = []
         for y in targets.values():
             counted = leading(mask, y)
@@ -323,30 +495,46 @@ class Task:
             inner = scaled.flatten(counted.dim()).sum(-1) / math.sqrt(math.prod(y.shape[counted.dim() :]))
             kept = counted.flatten(1).sum(1).clamp_min(1)
             rows.append((inner * counted).flatten(1).sum(1) / kept.sqrt())
-        if len({len(row) for row in rows}) > 1:  # outputs that are no rows of samples
+        if len({len(row) for row in rows}) > 1:  # outputs that are not rows of samples
             rows = [row.sum()[None] / math.sqrt(len(row)) for row in rows]
         return torch.stack(rows).sum(0) / math.sqrt(len(rows))
 
     # figures
 
     def metrics(self, output: Any, labels: Any, samples: float) -> Sums:
-        """{metric: (sum, count)} of a batch.
+        """The metrics of a batch as sums.
 
         Args:
             output: What the network returned.
-            labels: As `labels` gave them.
-            samples: How many samples the batch has, for means that are over samples.
+            labels: As `labels` returned them.
+            samples: Number of samples in the batch, for means over samples.
+
+        Returns:
+            `{metric: (sum, count)}`, to be added up over batches and passed to `figures`.
         """
         values, mask = self.item_loss(output, labels)
         return {"loss": (total(torch.where(mask, values, torch.zeros_like(values))), float(mask.sum()))}
 
     def whole(self) -> Any:
-        """A new object for metrics that no sums make: `update(output, labels)` for every batch, then `compute()` gives
-        {metric: value} of all processes' batches. None where there are none."""
+        """Metrics that cannot be computed from sums, such as mean average precision.
+
+        Returns:
+            A new object with `update(output, labels)`, called on every batch, and `compute()`, which returns
+            `{metric: value}` over the batches of all processes; None if the task has no such metrics.
+        """
         return None
 
     def fidelity(self, output: Any, reference: Any, mask: Tensor | None = None) -> Sums:
-        """{metric: (sum, count)} of how close a batch's output is to the float model's."""
+        """How close the output of a batch is to the float model's, as sums.
+
+        Args:
+            output: What the quantized network returned.
+            reference: What the float network returned.
+            mask: Tokens that are not padding, as `mask` returned it.
+
+        Returns:
+            `{metric: (sum, count)}`, to be added up over batches and passed to `figures`.
+        """
         sums: Sums = {}
         for name, (x, y) in self.pairs(output, reference).items():
             x, y = x.float(), y.float()
@@ -356,7 +544,14 @@ class Task:
         return sums
 
     def figures(self, sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-        """Metrics of a whole data set from what all its batches added up to."""
+        """The metrics of a data set from the sums over its batches.
+
+        Args:
+            sums: `{metric: (sum, count)}`, added up over all batches.
+
+        Returns:
+            `{metric: value}`.
+        """
         found = {name: value / count for name, (value, count) in sums.items() if count}
         noise = [found.pop(name) for name in list(found) if name.startswith("noise/")]
         if noise:
@@ -365,7 +560,7 @@ class Task:
 
 
 def restored(settings: Any) -> Task | None:
-    """The task of `Task.settings`; None where its name is not registered, as that of `Task.custom`, or it is none."""
+    """The task that `Task.settings` describes; None if its name is not registered (as for `Task.custom`) or invalid."""
     name = settings.get("name") if isinstance(settings, Mapping) else None
     if not isinstance(name, str) or name not in tasks:
         return None

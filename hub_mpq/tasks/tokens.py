@@ -1,4 +1,4 @@
-"""Classes of tokens: token classification, masked and causal language models, sequence to sequence."""
+"""A class for every token: token classification, masked and causal language models, sequence to sequence."""
 
 from __future__ import annotations
 
@@ -14,20 +14,53 @@ from .classes import Classes
 
 
 class TokenClassification(Classes):
-    """A class for every token: logits [batch, tokens, classes], labels [batch, tokens]."""
+    """A class for every token, such as named entities.
+
+    Logits are `[batch, tokens, classes]`, labels `[batch, tokens]`. Metrics are accuracy in percent and the loss.
+
+    Args:
+        ignore_index: Label that is excluded from losses, metrics and counts; None for none.
+        label_keys: Keys of labels in a dict; None for `labels` and `label`.
+        output: Which part of the network's output the labels are for, a key or a position; see `Task`.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.tasks import TokenClassification
+        >>> logits, labels = torch.zeros(1, 3, 2), torch.tensor([[0, 1, -100]])
+        >>> values, mask = TokenClassification().item_loss(logits, labels)
+        >>> mask
+        tensor([[ True,  True, False]])
+    """
 
     name = "token-classification"
     positional = True
 
 
 class MaskedLM(Classes):
-    """The words at masked places: labels [batch, tokens] with `ignore_index` everywhere else."""
+    """Masked language models: the tokens at masked positions.
+
+    Logits are `[batch, tokens, vocabulary]`, labels `[batch, tokens]` with `ignore_index` at all positions that are not
+    masked. Metrics are perplexity, accuracy in percent, and the loss.
+
+    Args:
+        ignore_index: Label that is excluded from losses, metrics and counts; None for none.
+        label_keys: Keys of labels in a dict; None for `labels` and `label`.
+        output: Which part of the network's output the labels are for, a key or a position; see `Task`.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.tasks import MaskedLM
+        >>> task = MaskedLM()
+        >>> logits, labels = torch.zeros(1, 3, 10), torch.tensor([[-100, 7, -100]])
+        >>> round(task.figures(task.metrics(logits, labels, samples=1))["perplexity"], 3)
+        10.0
+    """
 
     name = "masked-lm"
     positional = True
 
     def figures(self, sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-        """With the perplexity, from the mean over all tokens of the data."""
+        """As `Task.figures`, plus the perplexity, from the mean loss over all tokens of the data."""
         found = super().figures(sums)
         if "loss" in found:
             found["perplexity"] = math.exp(min(found["loss"], 700.0))
@@ -35,7 +68,23 @@ class MaskedLM(Classes):
 
 
 class CausalLM(MaskedLM):
-    """The next word at every place: labels [batch, tokens] are the tokens themselves, the shift happens here."""
+    """Causal language models: the next token at every position.
+
+    Labels `[batch, tokens]` are the input tokens themselves; they are shifted here. Logits and metrics are those of
+    `MaskedLM`.
+
+    Args:
+        ignore_index: Label that is excluded from losses, metrics and counts; None for none.
+        label_keys: Keys of labels in a dict; None for `labels` and `label`.
+        output: Which part of the network's output the labels are for, a key or a position; see `Task`.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.tasks import CausalLM
+        >>> ids = torch.tensor([[3, 1, 2]])
+        >>> CausalLM().aligned(ids, torch.zeros(1, 3, 10))
+        tensor([[   1,    2, -100]])
+    """
 
     name = "causal-lm"
 
@@ -56,7 +105,22 @@ class CausalLM(MaskedLM):
 
 
 class Seq2SeqLM(MaskedLM):
-    """The target sequence, word by word, for encoder-decoders. The model makes the decoder's input of the labels."""
+    """Encoder-decoders: the tokens of the target sequence.
+
+    Labels are `[batch, target tokens]`, from which the model builds the decoder's input. Logits and metrics are those
+    of `MaskedLM`.
+
+    Args:
+        ignore_index: Label that is excluded from losses, metrics and counts; None for none.
+        label_keys: Keys of labels in a dict; None for `labels` and `label`.
+        output: Which part of the network's output the labels are for, a key or a position; see `Task`.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.tasks import Seq2SeqLM
+        >>> Seq2SeqLM().loss(torch.zeros(1, 2, 10), torch.tensor([[4, -100]]))
+        tensor(2.3026)
+    """
 
     name = "seq2seq-lm"
 
@@ -67,7 +131,14 @@ class Seq2SeqLM(MaskedLM):
         return args, kwargs
 
     def mask(self, batch: Any) -> Tensor | None:
-        """Places of the decoder that count: by its own mask, else by the labels."""
+        """Positions of the decoder that count: from its own mask, else from the labels.
+
+        Args:
+            batch: One batch.
+
+        Returns:
+            `[batch, target tokens]`; None if the batch has neither.
+        """
         _, kwargs, labels = self.parts(batch)
         found = kwargs.get("decoder_attention_mask")
         if isinstance(found, Tensor):
@@ -76,7 +147,7 @@ class Seq2SeqLM(MaskedLM):
 
 
 def most_tokens(model: nn.Module) -> int | None:
-    """Tokens that a model of transformers takes at once; None where its config names no end."""
+    """Maximum number of tokens that a transformers model takes at once; None if its config sets no limit."""
     config: Any = getattr(model, "config", None)
     if config is None:
         return None

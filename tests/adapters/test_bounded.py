@@ -29,7 +29,7 @@ class Deep(nn.Module):
 def test_modules_without_parameters_are_counted():
     with bounded(tensors=4, nbytes=1000):
         Deep(500)
-    with pytest.raises(Exceeded, match="more modules than a file of 1000 bytes holds"), bounded(4, 1000):
+    with pytest.raises(Exceeded, match="more modules than a file of 1000 bytes can hold"), bounded(4, 1000):
         Deep(10_000)
     Deep(10_000)  # afterwards nothing is bounded
 

@@ -290,7 +290,7 @@ def test_a_model_that_is_given_text_alone_warns():
 def test_an_input_that_is_not_known_is_one_sentence():
     model = T.PatchTSTModel(T.PatchTSTConfig(num_hidden_layers=1, d_model=16, ffn_dim=16, num_attention_heads=2))
     with pytest.raises(
-        InvalidArgument, match="no example input is known for PatchTSTModel, whose main input is 'past_v"
+        InvalidArgument, match="cannot build an example input for PatchTSTModel: unsupported main input 'past_v"
     ):
         example_for(model)
 
@@ -325,13 +325,13 @@ def no_network(monkeypatch, tmp_path):
     ],
 )
 def test_a_mistyped_name_is_told_at_once(no_network, name, near):
-    with pytest.raises(HubMPQError, match=rf"can't be fetched; check the name .did you mean {near}.* and the network"):
+    with pytest.raises(HubMPQError, match=rf"cannot download .*; check the name .did you mean {near}.* and the net"):
         HubMPQ.from_pretrained(name)
 
 
 @pytest.mark.parametrize("name", ["nobody/has-this-at-all", "hf-hub:nobody/has-this-at-all"])
 def test_a_name_like_no_other_is_told_at_once(no_network, name):
-    with pytest.raises(HubMPQError, match="can't be fetched; check the name and the network"):
+    with pytest.raises(HubMPQError, match=r"cannot download .*; check the name and the network"):
         HubMPQ.from_pretrained(name)
 
 

@@ -235,7 +235,7 @@ class Reads(nn.Module):
         ("read", "fc", "its weight is used outside its own forward"),
         ("called too", "fc", "its weight is used outside its own forward"),
         ("changed", "fc", "its weight is used outside its own forward"),
-        ("a Parameter", "matrix", "Reads multiplies its own 2-D Parameter matrix; no quantized form of it is known"),
+        ("a Parameter", "matrix", "Reads multiplies by its 2-D Parameter matrix and has no quantized form"),
     ],
 )
 def test_what_is_read_in_another_way_stays_float_and_says_so(how, name, reason):

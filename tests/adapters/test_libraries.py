@@ -99,7 +99,7 @@ def test_a_folder_is_known_by_its_config(toy, tmp_path):
     (tmp_path / CONFIG).write_text('{"toy": true}')
     assert load(str(tmp_path), meta=True).library == "toy"
     (tmp_path / CONFIG).write_text('{"toy": false}')
-    with pytest.raises(InvalidArgument, match="no registered library: neither timm nor transformers nor toy"):
+    with pytest.raises(InvalidArgument, match="no registered library; expected timm or transformers or toy"):
         load(str(tmp_path), meta=True)
 
 
@@ -148,7 +148,7 @@ def test_a_folder_of_a_library_that_nobody_registered_is_refused(saved, name, mo
 def test_names_of_libraries(toy):
     with pytest.raises(InvalidArgument, match="unknown library 'jax'; choose from timm, transformers, module, toy"):
         load("resnet18", library="jax")
-    with pytest.raises(InvalidArgument, match="give the network itself"):
+    with pytest.raises(InvalidArgument, match="pass the network itself"):
         load("resnet18", library="module")
     register_library(Toy())  # the class of the same name: a cell of a notebook that runs again
     with pytest.raises(InvalidArgument, match="is already registered"):

@@ -288,7 +288,7 @@ def test_distances_and_bilinear_layers_count(length):
     ],
 )
 def test_an_example_without_a_batch_axis_is_refused(net, shape):
-    with pytest.raises(InvalidArgument, match="the example input must have a batch dimension in front"):
+    with pytest.raises(InvalidArgument, match="the example input must start with a batch dimension"):
         trace(net, torch.randn(shape))
     assert trace(net, torch.randn(2, *shape)) == trace(net, torch.randn(1, *shape))
 
@@ -430,7 +430,7 @@ def test_names_that_packed_files_use_are_refused_at_once(part, where):
     net = nn.Sequential(nn.Linear(4, 4), nn.Sequential())
     net[1].inner = nn.Linear(4, 4)
     net.get_submodule(where).register_buffer(part, torch.ones(3))
-    with pytest.raises(InvalidArgument, match=f"named '{f'{where}.' if where else ''}{part}'.*rename it"):
+    with pytest.raises(InvalidArgument, match=f"name '{f'{where}.' if where else ''}{part}' is reserved .*rename it"):
         build_graph(net, torch.zeros(1, 4), model_id="m")
 
 

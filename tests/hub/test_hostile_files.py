@@ -128,7 +128,7 @@ def test_dtypes_that_a_network_cant_compute_in_are_refused(change, loads, tmp_pa
     if loads:
         HubMPQ.from_pretrained(tmp_path, module=Mixed())
     else:
-        with pytest.raises(PackedFormat, match="where the network has"):
+        with pytest.raises(PackedFormat, match="does not fit the network's"):
             HubMPQ.from_pretrained(tmp_path, module=Mixed())
 
 

@@ -78,7 +78,7 @@ def test_anybody_loads_it_without_this_package(hub, environment, tmp_path, float
     assert "must have one bit-width. Here all do." in card.text
     assert "from hub_mpq" not in card.text
     assert "dequantize=True" in card.text, "transformers 5.23 reads all widths as one with it"
-    with pytest.raises(HubMPQError, match="quantized already"):
+    with pytest.raises(HubMPQError, match="already quantized"):
         HubMPQ.from_pretrained(NAME)
     manifest, size = remote_manifest(NAME)
     assert (manifest.policy, size) == (mpq.policy, len(there[FLOAT_COPY]))

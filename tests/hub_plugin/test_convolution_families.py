@@ -149,7 +149,7 @@ def test_dequantize_gives_a_model_of_the_same_function(family, tmp_path):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         model.dequantize()
-    told = [str(w.message) for w in told if "don't load this state dict" in str(w.message)]
+    told = [str(w.message) for w in told if "do not load this state dict" in str(w.message)]
     assert len(told) == (family.kind == "bit")
     if family.kind == "bit":
         return
@@ -220,7 +220,7 @@ def test_timms_standardised_convolutions(name, tmp_path):
         assert torch.equal(HubMPQ.from_pretrained(tmp_path).model(x), wanted)
         wrapped = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
         assert torch.equal(wrapped(x).logits, wanted)
-    with pytest.raises(HubMPQError, match="so no float weights make"):
+    with pytest.raises(HubMPQError, match="so the quantized weights cannot be written as float weights"):
         float_copy_state(mpq.model, libraries.get("timm"))
 
 

@@ -227,9 +227,9 @@ def test_experts_that_no_token_reaches_have_what_the_others_have(tmp_path, caplo
 
 
 def test_it_is_for_models_with_experts(tmp_path):
-    with pytest.raises(InvalidArgument, match="per_expert is for models with stacks of experts"):
+    with pytest.raises(InvalidArgument, match="per_expert requires a model with stacked experts"):
         loaded(tmp_path, "gemma3", per_expert=True)
-    with pytest.raises(InvalidArgument, match="per_expert is for networks with stacks of experts"):
+    with pytest.raises(InvalidArgument, match="per_expert requires a network with stacked experts"):
         HubMPQ.from_module(torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.zeros(1, 2), per_expert=True)
 
 

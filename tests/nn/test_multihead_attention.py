@@ -102,8 +102,8 @@ def test_gradients_and_dropout_are_torchs():
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"attn_mask": torch.zeros(3, 4)}, "attn_mask has shape"),
-        ({"key_padding_mask": torch.zeros(2, 3)}, "key_padding_mask has shape"),
+        ({"attn_mask": torch.zeros(3, 4)}, "attn_mask must have shape"),
+        ({"key_padding_mask": torch.zeros(2, 3)}, "key_padding_mask must have shape"),
         ({"attn_mask": torch.zeros(4, 4, dtype=torch.long)}, "bool or floating point"),
         ({"is_causal": True}, "is_causal"),
     ],

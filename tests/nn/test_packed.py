@@ -118,9 +118,9 @@ def test_what_is_written_into_a_weight_is_refused_rather_than_lost():
         lambda: torch.add(zeros[0], 1, out=packed.weight[0]),
         lambda: setattr(packed, "weight", nn.Parameter(zeros)),
     ):
-        with pytest.raises(HubMPQError, match="can't be changed"):
+        with pytest.raises(HubMPQError, match="are read-only"):
             write()
-    with pytest.raises(HubMPQError, match="can't be changed"):
+    with pytest.raises(HubMPQError, match="are read-only"):
         packed.weight.data += 1
     packed.weight = packed.weight
     packed.weight.requires_grad = False
@@ -160,7 +160,7 @@ def test_a_resident_weight_changes_no_output(name, level):
     assert packed.kept is None
     set_resident(packed, "float")
     assert torch.equal(packed.weight, weight)
-    with pytest.raises(HubMPQError, match="can't be changed"):
+    with pytest.raises(HubMPQError, match="are read-only"):
         packed.weight.zero_()
     assert packed.state_dict().keys() == state.keys()
     assert all(torch.equal(tensor, state[key]) for key, tensor in packed.state_dict().items())

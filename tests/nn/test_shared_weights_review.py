@@ -116,7 +116,7 @@ def test_attention_that_shares_its_weight_says_why_it_stays_float():
     net.b.in_proj_weight = net.a.in_proj_weight
     graph = HubMPQ.from_module(net, torch.randn(3, 5, 6)).graph
     (reason,) = {op.reason for op in graph.floats if op.name in ("a", "b") and op.weight_count}
-    assert reason == "its query, key and value weights are another module's too, or computed anew at each call"
+    assert reason == "its query, key and value weights are shared with another module or recomputed at each call"
 
 
 class TiedHead(nn.Module):

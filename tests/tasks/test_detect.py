@@ -66,14 +66,14 @@ def test_labels_that_mean_one_task(output, labels, name):
         (draw(8, 5).softmax(1), whole(5, 8), "looks like probabilities"),
         (draw(8, 5).sigmoid(), torch.tensor([[0.0, 1, 1, 0, 0]] * 8), "looks like probabilities"),
         (draw(8, 5, 6, 7).softmax(1), whole(5, 8, 6, 7), "looks like probabilities"),
-        (draw(8, 5), draw(8), "do not fit"),
-        (draw(8, 5), whole(5, 8, 2), "do not fit"),
-        (draw(8, 5, 6, 7), whole(5, 8, 3, 3), "do not fit"),
-        (draw(8, 5), whole(5, 7), "do not fit"),
-        ((draw(8, 5), draw(8, 9)), whole(5, 8), "holds 0, 1"),
+        (draw(8, 5), draw(8), "no task can be detected for labels of shape"),
+        (draw(8, 5), whole(5, 8, 2), "no task can be detected for labels of shape"),
+        (draw(8, 5, 6, 7), whole(5, 8, 3, 3), "no task can be detected for labels of shape"),
+        (draw(8, 5), whole(5, 7), "no task can be detected for labels of shape"),
+        ((draw(8, 5), draw(8, 9)), whole(5, 8), "contains 0, 1"),
         (draw(8, 5), {"id": torch.arange(8)}, "labels id do not match the outputs output"),
         ((draw(8, 5), draw(8, 2)), [whole(5, 8)], "labels 0 do not match the outputs 0, 1"),
-        (draw(8, 5), object(), "no known meaning"),
+        (draw(8, 5), object(), "no task is known for labels of type object"),
     ],
 )
 def test_labels_that_may_mean_several_tasks_or_none(output, labels, said):
@@ -104,7 +104,7 @@ def test_a_name_or_an_object_is_taken_as_it_is_and_a_wrong_one_refused():
     assert task_of(mine, net).name == "mine"
     with pytest.raises(InvalidArgument, match=r"unknown task 'regresion'; choose from .*regression"):
         task_of("regresion", net)
-    with pytest.raises(InvalidArgument, match="not type"):
+    with pytest.raises(InvalidArgument, match="got type"):
         task_of(Classification, net)
     with pytest.raises(InvalidArgument, match="unknown task"):
         HubMPQ.from_module(net, torch.zeros(1, 3), task="regresion")

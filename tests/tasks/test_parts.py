@@ -101,19 +101,19 @@ def test_parts_of_a_batch(net, example, batch, args, kwargs, labels):
 @pytest.mark.parametrize(
     ("net", "example", "batch", "said"),
     [
-        (One(), X, (X, Y, ["a", "b"]), "a batch has 3 parts, and One takes 1 input"),
-        (One(), X, (X, Y, Y), "a batch has 3 parts"),
-        (Two(), (X, Z), (X, Z, Y, Y), "a batch has 4 parts, and Two takes 2 inputs"),
-        (Two(), (X, Z), ((X, Z, Z), Y), "3 inputs, and Two takes 2"),
+        (One(), X, (X, Y, ["a", "b"]), "the batch has 3 parts, but One takes 1 input"),
+        (One(), X, (X, Y, Y), "the batch has 3 parts"),
+        (Two(), (X, Z), (X, Z, Y, Y), "the batch has 4 parts, but Two takes 2 inputs"),
+        (Two(), (X, Z), ((X, Z, Z), Y), "3 inputs, but Two takes 2"),
         (Optional(), (X, Z), (X, Z), "two inputs, or an input and its labels"),
-        (One(), X, (X, ["cat", "dog"]), "labels are numbers, not 'cat'"),
-        (One(), X, (X, object()), "labels are tensors, arrays or lists of numbers, not object"),
-        (One(), X, {"x": X, "labels": Y, "idx": Y}, "'idx', which One does not take"),
-        (One(), X, {"image": X}, "'image', which One does not take"),
-        (One(), X, ({"x": X, "labels": Y}, Y), "both in the dict of inputs and beside it"),
+        (One(), X, (X, ["cat", "dog"]), "labels must be numbers, got 'cat'"),
+        (One(), X, (X, object()), "labels must be tensors, arrays or lists of numbers, got object"),
+        (One(), X, {"x": X, "labels": Y, "idx": Y}, "unexpected 'idx' in the batch: One takes"),
+        (One(), X, {"image": X}, "unexpected 'image' in the batch: One takes"),
+        (One(), X, ({"x": X, "labels": Y}, Y), "got labels twice, inside the dict of inputs and next to it"),
         (One(), X, (), "empty"),
-        (One(), X, "text", "a batch of type str holds no tensor"),
-        (One(), X, object(), "a batch of type object holds no tensor"),
+        (One(), X, "text", "a batch of type str contains no tensor"),
+        (One(), X, object(), "a batch of type object contains no tensor"),
     ],
 )
 def test_a_part_without_a_place_is_refused(net, example, batch, said):
@@ -130,7 +130,7 @@ def test_labels_under_keys_of_ones_own():
 
 def test_a_call_that_the_network_does_not_take_is_one_sentence():
     task = Embedding().bind(nn.Sequential(nn.Linear(3, 2)), X)
-    with pytest.raises(InvalidArgument, match="Sequential can't be called on this batch"):
+    with pytest.raises(InvalidArgument, match="Sequential cannot be called on this batch"):
         task.forward(nn.Sequential(nn.Linear(3, 2)), ((X, {"id": Y}), Y))
 
 

@@ -245,7 +245,7 @@ def test_a_mask_is_not_trained_as_labels():
 
 def test_a_column_that_the_model_does_not_take_is_named(models):
     batch = {**TEXT, "labels": torch.zeros(4, dtype=torch.long), "idx": torch.arange(4)}
-    with pytest.raises(InvalidArgument, match=r"'idx', which BertForSequenceClassification does not take"):
+    with pytest.raises(InvalidArgument, match=r"unexpected 'idx' in the batch: BertForSequenceClassification takes"):
         task_of(None, models["classification"], batch)
     named = task_of(Classification(label_keys=["idx"]), models["classification"])
     assert torch.equal(named.labels({**TEXT, "idx": torch.arange(4)}), torch.arange(4))
@@ -350,7 +350,7 @@ def test_a_network_of_no_library_may_compute_its_loss():
         torch.testing.assert_close(task.run(net, batch)[0], net(x, y)["loss"])
     with pytest.raises(InvalidArgument, match="Plain computes no loss from its labels"):
         task_of(None, Plain(list), (x, y)).run(Plain(list), (x, y))
-    with pytest.raises(InvalidArgument, match="labels, which it does not take"):
+    with pytest.raises(InvalidArgument, match="labels, which it does not accept"):
         HubMPQ.from_module(torch.nn.Sequential(torch.nn.Linear(3, 4)), x[:1], task="own").evaluate([(x, y)])
 
 
@@ -408,7 +408,7 @@ def test_smoothing_is_for_classification_unless_it_is_asked_for(models):
 
 def test_sequences_without_their_second_half_are_refused_in_words(models):
     """An encoder-decoder without labels needs the decoder's input."""
-    with pytest.raises(InvalidArgument, match="can't be called on this batch"):
+    with pytest.raises(InvalidArgument, match="cannot be called on this batch"):
         HubMPQ.from_module(models["seq2seq-lm"], {**TEXT, "decoder_input_ids": IDS}).apply_policy("W8A8", [TEXT])
 
 

@@ -159,9 +159,9 @@ def test_labels_that_do_not_fit_are_refused(net):
     x = torch.zeros(2, 1, 8, 8)
     with pytest.raises(InvalidArgument, match="no labels"):
         Classification().run(net, x)
-    with pytest.raises(InvalidArgument, match="label 9 is outside"):
+    with pytest.raises(InvalidArgument, match="label 9 is out of range"):
         Classification().run(net, (x, torch.tensor([0, 9])))
-    with pytest.raises(InvalidArgument, match="outside"):
+    with pytest.raises(InvalidArgument, match="out of range"):
         evaluate(net, [(x, torch.tensor([0, 9]))])
     with pytest.raises(InvalidArgument, match="no labels"):
         evaluate(net, [x])
