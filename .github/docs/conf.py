@@ -20,6 +20,7 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True
 
 
 def once(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool:
