@@ -1,4 +1,4 @@
-"""The costs of a policy: one `Limit` per quantity. Exact arithmetic on `LayerSpec`s, without torch."""
+"""The costs of a policy: one `Limit` per quantity. Exact arithmetic on `LayerSpec` objects, without torch."""
 
 from ..core import register_limit
 from .activations import ActivationMemory, ActivationPeak, activation_memory, activation_nbytes, activation_peak

@@ -14,7 +14,7 @@ SMALL = 1e-8
 class BitPlanes(nn.Module):
     """w = step · round(Σ_i (p_i − n_i)·2^i) with p and n in [0, 2] and plane 0 the least significant, as in the paper.
 
-    `planes`: [2, n, *weight shape], p first. `step` = scale/(2^n − 1) is stored, so that dropping a plane leaves all
+    `planes`: [2, n, weight shape …], p first. `step` = scale/(2^n − 1) is stored, so that dropping a plane leaves all
     values bit-identical. One plane above the initial n is kept for carries: n planes of [0, 2] reach 2·(2^n − 1).
     `low`, `high`: planes low … high−1 are active; the others are zero, and the grid is step·2^low. Dropped planes are
     kept in place, so that shapes, and with them checkpoints, stay the same (our construction). A weight of zeros has

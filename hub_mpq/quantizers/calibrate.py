@@ -22,7 +22,9 @@ def _unit(top: Tensor) -> Tensor:
 
 @torch.no_grad()
 def weight_scale_sigma(weight: Tensor, bits: int) -> Tensor:
-    """Compute LIMPQ's initial weight scale, max(|μ−3σ|, |μ+3σ|) / 2^(b−1), for the whole tensor.
+    """Compute LIMPQ's initial weight scale for the whole tensor.
+
+    It is `max(|μ−3σ|, |μ+3σ|) / 2^(b−1)`, from the mean μ and the standard deviation σ of the weights.
 
     Args:
         weight: The weight, of any shape.
@@ -118,7 +120,7 @@ def activation_scale(sample: Tensor, bits: int, *, mse: bool) -> tuple[Tensor, i
         sample: Values of the activation, of any shape; values that are not finite are ignored.
         bits: The bit-width b.
         mse: True to choose scale and zero point with the least squared error; False for LIMPQ's initial scale
-            2·mean|x|/sqrt(Qp), with the zero point of least squared error at that scale.
+            `2·mean|x|/sqrt(Qp)`, with the zero point of least squared error at that scale.
 
     Returns:
         (scale, shape `[1]`; zero point). The zero point is 0 if the sample has no negative values; else the codes

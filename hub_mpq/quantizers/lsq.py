@@ -42,7 +42,7 @@ class LSQ(Quantizer):
     `[len(widths), channels]` and stay float32 when the model is cast.
 
     A weight, or a channel of one, that is all zero has no initial scale. Its base is 2^−100, and its scale follows the
-    current weight as 1.1·max|w|/qmax, so that training can leave zero in steps of any size; the factor 1.1 keeps the
+    current weight as `1.1·max|w|/qmax`, so that training can leave zero in steps of any size; the factor 1.1 keeps the
     largest element inside the range, where it has a gradient (our construction).
 
     Args:
