@@ -208,7 +208,9 @@ class IndicatorOptions(_Length):
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("strategy") == name}
         for f in fields(self):
             if f.metadata.get("strategy") not in (None, name) and getattr(self, f.name) != f.default:
-                raise InvalidArgument(f"strategy {name!r} has no option {f.name!r}; {f.metadata['strategy']!r} has it")
+                raise InvalidArgument(
+                    f"{f.name} is an option of strategy {f.metadata['strategy']!r} only, got strategy {name!r}"
+                )
         return own
 
 

@@ -65,7 +65,7 @@ class Runtime(ABC):
         if self.extra:
             try:
                 import_module(self.package)
-            except Exception as error:  # what an installed package cannot load is an OSError, or of its own kind
+            except Exception as error:  # a package that fails to load raises an OSError or an error of its own type
                 return f"it requires `pip install 'hub-mpq[{self.extra}]'` ({error})"
         return None
 

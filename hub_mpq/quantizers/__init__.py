@@ -1,4 +1,4 @@
-"""Quantizers, one parametrization a file. The same code serves search, fine-tuning and packing."""
+"""Quantizers, one parametrization per file, shared by search, fine-tuning and packing."""
 
 from .base import Quantizer
 from .calibrate import activation_scale, weight_range, weight_scale_mse, weight_scale_sigma

@@ -1,4 +1,4 @@
-"""What every quantizer is."""
+"""The interface of a quantizer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ T = TypeVar("T")
 
 
 class LastRead(Generic[T]):
-    """What `read` says of a tensor, remembered off the CPU: reading waits for a GPU, and would at every step.
+    """The result of `read` for a tensor, cached off the CPU, where every read would wait for the device.
 
-    It is read again once the tensor is another one (`load_state_dict(assign=True)`, `functional_call`) or was written
-    to. Copies remember nothing.
+    It is read again if the tensor was replaced (`load_state_dict(assign=True)`, `functional_call`) or written to.
+    Copies start with an empty cache.
     """
 
     def __init__(self, read: Callable[[Tensor], T]) -> None:
@@ -26,7 +26,7 @@ class LastRead(Generic[T]):
         self.last: tuple[Tensor, int, T] | None = None
 
     def __call__(self, tensor: Tensor) -> T:
-        if tensor.is_cpu or tensor.is_inference():  # made in inference_mode it has no version
+        if tensor.is_cpu or tensor.is_inference():  # inference tensors have no version
             return self.read(tensor)
         if self.last is None or self.last[0] is not tensor or self.last[1] != tensor._version:
             self.last = (tensor, tensor._version, self.read(tensor))
@@ -37,7 +37,7 @@ class LastRead(Generic[T]):
 
 
 def keep_dtype(fn: Callable[[Tensor], Tensor], tensors: Iterable[Tensor | None]) -> Callable[[Tensor], Tensor]:
-    """`fn`, as `Module._apply` gets it, that moves these tensors to another device but casts none of them."""
+    """The argument `fn` of `Module._apply`, changed to move these tensors between devices without casting them."""
     kept = {id(tensor) for tensor in tensors}
 
     def apply(tensor: Tensor) -> Tensor:
@@ -52,8 +52,8 @@ def channel_rows(weight: Tensor, axis: int) -> Tensor:
 
     Args:
         weight: Any shape.
-        axis: What a channel is an index of. A negative one counts from the end, and all axes before the last two count
-            channels too: of a stack of matrices.
+        axis: The channel axis. If it is negative, it counts from the end, and all axes before the last two count as
+            channels too (for a stack of matrices).
     """
     front = max(weight.dim() - 2, 0) if axis < 0 else 0
     moved = weight.movedim(axis, front)
@@ -62,32 +62,62 @@ def channel_rows(weight: Tensor, axis: int) -> Tensor:
 
 
 class Quantizer(nn.Module, ABC):
-    """Maps a float tensor to the nearest points of an integer grid: x ≈ scale · (q − zero_point)."""
+    """Base class of quantizers, which round a tensor to an integer grid: x ≈ scale · (q − zero_point).
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.quantizers import LSQ, Quantizer
+        >>> quantizer = LSQ([4], signed=True)
+        >>> isinstance(quantizer, Quantizer), quantizer(torch.tensor([0.4, 1.6, 99.0])).tolist()
+        (True, [0.0, 2.0, 7.0])
+    """
 
     @property
     @abstractmethod
     def spec(self) -> QuantSpec | None:
-        """The grid in force; None when the quantizer passes its input through."""
+        """The current grid; None if the input passes through unchanged."""
 
     @property
     @abstractmethod
     def scale(self) -> Tensor:
-        """Step size(s) in force, float32, above zero."""
+        """The current step size(s), float32, positive."""
 
     @property
     @abstractmethod
     def zero_point(self) -> int:
-        """The integer that stands for 0."""
+        """The integer that represents 0."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """`x` on the grid, same shape and dtype."""
+        """Round a tensor to the grid.
+
+        Args:
+            x: The tensor, of any shape.
+
+        Returns:
+            The rounded tensor, with the shape and dtype of `x`.
+        """
 
     def of_matrix(self, stack: Tensor, index: int) -> Tensor:
-        """`stack[index]` on the grid that `forward` puts all of a stack of matrices on."""
+        """Round one matrix of a stack to the grid that `forward` uses for the whole stack.
+
+        Args:
+            stack: The matrices, `[N, rows, columns]`.
+            index: Index of the matrix.
+
+        Returns:
+            The rounded `stack[index]`, `[rows, columns]`.
+        """
         out: Tensor = self(stack)[index]
         return out
 
     @abstractmethod
     def to_int(self, x: Tensor) -> Tensor:
-        """Integers q − zero_point, of x's shape, as int8 or int16: exactly what forward multiplies by the scale."""
+        """Compute the integers that `forward` multiplies by the scale.
+
+        Args:
+            x: The tensor.
+
+        Returns:
+            q − zero_point with the shape of `x`, int8 or int16.
+        """

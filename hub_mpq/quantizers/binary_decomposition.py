@@ -1,8 +1,8 @@
 """EBS's binary decomposition: a product of b-bit operands as products of {0, 1} planes, in plain torch.
 
-W·X = Σ_m Σ_k 2^(m+k) · popcount(W_m AND X_k), an exact identity (Li et al., 2020). It is the definition that fast
-engines are tested against: nothing here is quick. Integers are those of `to_int`: q − zero_point, so operands may be
-signed or have a zero point; what shifts them to planes ≥ 0 comes back as row and column sums [ours].
+W·X = Σ_m Σ_k 2^(m+k) · popcount(W_m AND X_k), an exact identity (Li et al., 2020). This is the slow reference that fast
+engines are tested against. Integers are those of `to_int`, q − zero_point, so operands may be signed or have a zero
+point; the shift that makes their planes non-negative is compensated with row and column sums (our construction).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ..errors import InvalidArgument
 
 @dataclass(frozen=True)
 class Codes:
-    """How integers map to codes 0 … 2^bits − 1: integer = factor·code + low.
+    """The mapping of integers to codes 0 … 2^bits − 1: integer = factor·code + low.
 
-    low: the least integer of the grid, qmin − zero_point. factor: 2 for a signed 1-bit tensor {−1, +1}, else 1.
+    `low`: the smallest integer of the grid, qmin − zero_point. `factor`: 2 for a signed 1-bit tensor {−1, +1}, else 1.
     """
 
     bits: int
@@ -37,14 +37,14 @@ class Codes:
         return cls(1, -1, 2) if bits == 1 else cls(bits, -(2 ** (bits - 1)))
 
     def encode(self, integers: Tensor) -> Tensor:
-        """Codes, int64, of integers of any dtype; InvalidArgument for one that the grid lacks, or for a fraction."""
+        """Codes, int64, of integers of any dtype; InvalidArgument for values that are fractional or not on the grid."""
         whole = integers.long()
         if bool((whole != integers).any()):
-            raise InvalidArgument("codes are made from whole numbers; a value has a fraction or is not finite")
+            raise InvalidArgument("codes must be made from integers; a value is fractional or not finite")
         shifted = whole - self.low
         code = torch.div(shifted, self.factor, rounding_mode="floor")
         if bool((code * self.factor != shifted).any()) or bool(((code < 0) | (code >= 2**self.bits)).any()):
-            raise InvalidArgument(f"an integer lies outside the {self.bits}-bit grid that starts at {self.low}")
+            raise InvalidArgument(f"an integer is outside the {self.bits}-bit grid that starts at {self.low}")
         return code
 
 
@@ -59,7 +59,7 @@ def binary_product(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def code_product(weight: Tensor, x: Tensor, weight_bits: int, x_bits: int) -> Tensor:
-    """Product of codes ≥ 0 by ONE binary product of the stacked planes: weight [O, K], x [N, K] → [N, O], int64."""
+    """Product of codes ≥ 0 as one binary product of the stacked planes: weight [O, K], x [N, K] → [N, O], int64."""
     rows = planes(weight, weight_bits).flatten(0, 1)
     columns = planes(x, x_bits).flatten(0, 1)
     counts = binary_product(rows, columns).view(weight_bits, len(weight), x_bits, len(x))
@@ -68,7 +68,7 @@ def code_product(weight: Tensor, x: Tensor, weight_bits: int, x_bits: int) -> Te
 
 
 def binary_linear(x: Tensor, weight: Tensor, x_codes: Codes, weight_codes: Codes) -> Tensor:
-    """Integers x [..., K] times integers weight [O, K] → int64 [..., O], exactly x @ weight.T."""
+    """Product of integers x [..., K] and weight [O, K] → int64 [..., O], exactly x @ weight.T."""
     flat, (a, b) = x.reshape(-1, x.shape[-1]), (x_codes, weight_codes)
     u, v = a.encode(flat), b.encode(weight)
     out = a.factor * b.factor * code_product(v, u, b.bits, a.bits)
@@ -87,16 +87,16 @@ def binary_conv2d(
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """Integers x [N, C, H, W], weight [O, C/groups, kh, kw] → int64 [N, O, H', W'], exactly their convolution.
+    """Convolution of integers x [N, C, H, W] and weight [O, C/groups, kh, kw] → int64 [N, O, H', W'], exact.
 
-    Padding adds the integer 0, which the grid of x must then have. `padding`: pixels on each side.
-    Raises InvalidArgument for other shapes (a single image needs its axis N) and for padding in words.
+    Padding adds the integer 0, which the grid of x must then contain. `padding`: pixels on each side. Raises
+    InvalidArgument for other shapes (a single image needs its axis N) and for padding given as a string.
     """
     shaped = groups > 0 and x.dim() == weight.dim() == 4
     if not shaped or x.shape[1] != groups * weight.shape[1] or len(weight) % groups:
         raise InvalidArgument(
-            f"a convolution of {groups} groups takes x [N, C, H, W] and weight [O, C/groups, kh, kw], "
-            f"not {list(x.shape)} and {list(weight.shape)}"
+            f"a convolution with {groups} groups expects x [N, C, H, W] and weight [O, C/groups, kh, kw], "
+            f"got {list(x.shape)} and {list(weight.shape)}"
         )
     strides, dilations = _pair("stride", stride), _pair("dilation", dilation)
     kernel, (ph, pw) = weight.shape[2:], _pair("padding", padding)
@@ -118,5 +118,5 @@ def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     if isinstance(value, int):
         return value, value
     if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(isinstance(v, int) for v in value):
-        raise InvalidArgument(f"{name} is one or two whole numbers of pixels, not {value!r}")
+        raise InvalidArgument(f"{name} must be one or two integers, got {value!r}")
     return value[0], value[1]

@@ -1,4 +1,4 @@
-"""BSQ: the bits of a weight as parameters of their own (Yang et al., ICLR 2021)."""
+"""BSQ: the bits of a weight as trainable parameters (Yang et al., ICLR 2021)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ SMALL = 1e-8
 
 
 class BitPlanes(nn.Module):
-    """w = step · round(Σ_i (p_i − n_i)·2^i), p and n in [0, 2]; i counts from the least plane [sure].
+    """w = step · round(Σ_i (p_i − n_i)·2^i) with p and n in [0, 2] and plane 0 the least significant, as in the paper.
 
-    `planes`: [2, n, *weight shape], p first; plane 0 is the least. `step` = scale/(2^n − 1) is what is stored, so that
-    dropping a plane changes no value, not even its last bit. One plane above the n that start is kept for carries:
-    n planes of [0, 2] reach 2·(2^n − 1). `low`, `high`: planes low … high−1 are alive; those below are zero and
-    the grid is step·2^low; those above are zero. Dropped planes keep their place, so that shapes, and with them
-    checkpoints, stay [ours]. A weight of zeros has the range that `weight_range` says.
+    `planes`: [2, n, weight shape …], p first. `step` = scale/(2^n − 1) is stored, so that dropping a plane leaves all
+    values bit-identical. One plane above the initial n is kept for carries: n planes of [0, 2] reach 2·(2^n − 1).
+    `low`, `high`: planes low … high−1 are active; the others are zero, and the grid is step·2^low. Dropped planes are
+    kept in place, so that shapes, and with them checkpoints, stay the same (our construction). A weight of zeros has
+    the range given by `weight_range`.
     """
 
     low: Tensor
@@ -35,16 +35,16 @@ class BitPlanes(nn.Module):
 
     @property
     def span(self) -> tuple[int, int]:
-        """(low, high) as numbers."""
+        """(low, high) as Python integers."""
         return int(self.low), int(self.high)
 
     @property
     def bits(self) -> int:
-        """Alive planes and the sign; 1 when every plane is gone (a layer of zeros)."""
+        """The number of active planes plus one for the sign; 1 if there are none (a layer of zeros)."""
         return self.span[1] - self.span[0] + 1
 
     def _factors(self) -> Tensor:
-        """2^i of the planes, zero for dropped ones, shaped to multiply `planes[0]`."""
+        """2^i per plane, zero for dropped ones, shaped to broadcast against `planes[0]`."""
         index = torch.arange(self.planes.shape[1], device=self.planes.device)
         alive = (index >= self.low) & (index < self.high)
         return (torch.exp2(index.float()) * alive).view(-1, *[1] * (self.planes.dim() - 2))
@@ -54,32 +54,32 @@ class BitPlanes(nn.Module):
         return ((self.planes[0] - self.planes[1]) * self._factors()).sum(0)
 
     def codes(self) -> Tensor:
-        """Integers on the grid step·2^low, as floats, straight-through gradient; within the planes there are."""
+        """Integers on the grid step·2^low, as floats with a straight-through gradient, in the range of the planes."""
         grid = torch.exp2(self.low.float())
         value = self.values()
         most = (2 ** self.planes.shape[1] - 1) >> int(self.low)
         return straight(value / grid, (value / grid).round().clamp(-most, most))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight that the planes hold; the layer's own `weight` only gives the dtype."""
+        """The weight that the planes represent; the argument only determines the dtype."""
         return (self.codes() * (self.step * torch.exp2(self.low.float()))).to(weight.dtype)
 
     def norms(self) -> Tensor:
-        """sqrt(‖[p_i; n_i]‖² + 1e-8) of every plane, [n + 1], dropped ones zero (the group lasso's terms)."""
+        """sqrt(‖[p_i; n_i]‖² + 1e-8) per plane, [n + 1], zero for dropped ones: the terms of the group lasso."""
         index = torch.arange(self.planes.shape[1], device=self.planes.device)
         alive = (index >= self.low) & (index < self.high)
         return (self.planes.square().flatten(2).sum((0, 2)) + SMALL).sqrt() * alive
 
     @torch.no_grad()
     def clip(self) -> None:
-        """Keep p and n in [0, 2]."""
+        """Clamp p and n to [0, 2]."""
         self.planes.clamp_(0, 2)
 
     @torch.no_grad()
     def requantize(self) -> bool:
-        """Planes become exact zeros and ones of the same integers; then empty planes at both ends are dropped.
+        """Replace the planes with the exact bits of the same integers, then drop empty planes at both ends.
 
-        The function stays the same to the last bit. True when a plane was dropped or a carry opened one.
+        The weight stays bit-identical. Returns True if a plane was dropped, or added by a carry.
         """
         before = self.span
         integers = self.codes().detach().round() * 2 ** before[0]
@@ -96,7 +96,7 @@ class BitPlanes(nn.Module):
 
     @torch.no_grad()
     def _write(self, integers: Tensor) -> None:
-        """Exact bit planes of integers."""
+        """Set the planes to the exact bits of integers."""
         size = integers.abs().long()
         for i in range(self.planes.shape[1]):
             bit = ((size >> i) & 1).to(self.planes)

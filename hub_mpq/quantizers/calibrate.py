@@ -1,4 +1,4 @@
-"""Where scales start: the LIMPQ authors' formulas, and the scale of least squared error."""
+"""Initial scales: the formulas of the LIMPQ authors, and the scale of least squared error."""
 
 from __future__ import annotations
 
@@ -16,15 +16,31 @@ _RATIOS = torch.linspace(0.2, 1.1, 46)
 
 
 def _unit(top: Tensor) -> Tensor:
-    """The power of two below `top`. Divided by it, which rounds nothing, squares of tiny values are not lost."""
+    """The power of two below `top`; dividing by it is exact, and keeps squares of tiny values from underflowing."""
     return torch.ldexp(torch.ones_like(top), torch.frexp(top).exponent - 1)
 
 
 @torch.no_grad()
 def weight_scale_sigma(weight: Tensor, bits: int) -> Tensor:
-    """max(|μ−3σ|, |μ+3σ|) / 2^(b−1) of the whole tensor, shape [1] (LIMPQ's initial value).
+    """Compute LIMPQ's initial weight scale for the whole tensor.
 
-    NO_START for a weight of zeros.
+    It is `max(|μ−3σ|, |μ+3σ|) / 2^(b−1)`, from the mean μ and the standard deviation σ of the weights.
+
+    Args:
+        weight: The weight, of any shape.
+        bits: The bit-width b.
+
+    Returns:
+        The scale, shape `[1]`; 2^−100 for a weight of zeros, which `LSQ` treats as not initialized.
+
+    References:
+        LIMPQ (Tang et al., ECCV 2022).
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.quantizers import weight_scale_sigma
+        >>> weight_scale_sigma(torch.tensor([[-1.0, 1.0]]), 3)
+        tensor([0.7500])
     """
     w = weight.detach().float()
     unit = _unit(w.abs().max())
@@ -35,10 +51,22 @@ def weight_scale_sigma(weight: Tensor, bits: int) -> Tensor:
 
 @torch.no_grad()
 def weight_scale_mse(weight: Tensor, bits: int, *, axis: int | None = 0) -> Tensor:
-    """Scale of least squared error per channel of `axis` (see `channel_rows`), shape [channels]; axis None: per tensor,
-    [1].
+    """Compute the weight scales of least squared error.
 
-    NO_START where all weights are zero.
+    Args:
+        weight: The weight, of any shape.
+        bits: The bit-width.
+        axis: The channel axis; a negative one counts from the end, and all axes before the last two then count as
+            channels too (for a stack of matrices). None for one scale per tensor.
+
+    Returns:
+        The scales, `[channels]`, or `[1]` per tensor; 2^−100 for zero weights, which `LSQ` treats as not initialized.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.quantizers import weight_scale_mse
+        >>> weight_scale_mse(torch.tensor([[-1.0, 1.0], [-0.5, 0.5]]), 1)
+        tensor([1.0000, 0.5000])
     """
     rows = weight.detach().float()
     rows = rows.reshape(1, -1) if axis is None else channel_rows(rows, axis)
@@ -61,20 +89,51 @@ def weight_scale_mse(weight: Tensor, bits: int, *, axis: int | None = 0) -> Tens
 
 @torch.no_grad()
 def weight_range(weight: Tensor) -> Tensor:
-    """The largest magnitude, float32 []; of a weight of zeros 1/sqrt(fan-in), the range of a layer that is initialised
-    anew, so that a quantizer whose range does not follow the weight can leave zero [our construction]."""
+    """Compute the largest magnitude of a weight.
+
+    For a weight of zeros it is 1/sqrt(fan-in), the range of a newly initialised layer, so that a quantizer whose range
+    does not follow the weight can leave zero (our construction).
+
+    Args:
+        weight: The weight, `[output channels, ...]`.
+
+    Returns:
+        The range, a float32 scalar tensor.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.quantizers import weight_range
+        >>> weight_range(torch.tensor([[-1.5, 1.0]])), weight_range(torch.zeros(3, 4))
+        (tensor(1.5000), tensor(0.5000))
+    """
     top = weight.detach().float().abs().max()
     return torch.where(top > 0, top, (weight.numel() / len(weight)) ** -0.5)
 
 
 @torch.no_grad()
 def activation_scale(sample: Tensor, bits: int, *, mse: bool) -> tuple[Tensor, int]:
-    """(scale [1], zero point) of an activation from a sample of its values, any shape.
+    """Compute the initial scale and zero point of an activation from a sample of its values.
 
-    mse False: LIMPQ's start 2·mean|x|/sqrt(Qp), the zero point of least squared error at that scale.
-    mse True: scale and zero point of least squared error together.
-    A sample without negative values has zero point 0; else the codes 0 … 2^b−1 are shifted by it. One of zeros alone
-    (behind a layer that starts at zero) tells neither size nor sign: a range of 1 around zero [our construction].
+    A sample of zeros (after a layer that is initialised to zero) gives a range of 1 around zero (our construction).
+
+    Args:
+        sample: Values of the activation, of any shape; values that are not finite are ignored.
+        bits: The bit-width b.
+        mse: True to choose scale and zero point with the least squared error; False for LIMPQ's initial scale
+            `2·mean|x|/sqrt(Qp)`, with the zero point of least squared error at that scale.
+
+    Returns:
+        (scale, shape `[1]`; zero point). The zero point is 0 if the sample has no negative values; else the codes
+        0 … 2^b−1 are shifted by it.
+
+    References:
+        LIMPQ (Tang et al., ECCV 2022).
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.quantizers import activation_scale
+        >>> activation_scale(torch.tensor([0.0, 5.0, 10.0, 15.0]), 4, mse=True)
+        (tensor([1.]), 0)
     """
     x = sample.detach().float().flatten()
     x = x[torch.isfinite(x)]

@@ -1,4 +1,4 @@
-"""DQ: the step and the dynamic range are learned, the width follows from them (Uhlich et al., ICLR 2020)."""
+"""DQ: learned step and dynamic range, which determine the bit-width (Uhlich et al., ICLR 2020)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .fake_quantize import straight
 PARAMETRIZATIONS = ("step-range", "bits-step", "bits-range")
 GRIDS = ("uniform", "power-of-two")
 _SLACK = 1e-4  # a range of exactly 2^b − 1 steps must not round up to b + 1 bits
-OCTAVES = 63  # of qmax over qmin: all of a signed width of 7 bits; codes further down are zero beside the others
+OCTAVES = 63  # of qmax over qmin: all of a signed bit-width of 7; smaller codes are negligible beside the others
 
 
 class _Uniform(torch.autograd.Function):
-    """sign(x)·{ d·floor(|x|/d + ½) if |x| ≤ qmax; qmax otherwise }; unsigned: 0 below 0 [sure].
+    """sign(x)·{ d·floor(|x|/d + ½) if |x| ≤ qmax; qmax otherwise }; unsigned: 0 below 0. As in the paper.
 
-    Inside ∂d = (Q − x)/d and ∂qmax = 0; outside ∂d = 0 and ∂qmax = sign(x): never both on one element.
+    Inside the range ∂d = (Q − x)/d and ∂qmax = 0; outside ∂d = 0 and ∂qmax = sign(x). No element has both.
     """
 
     @staticmethod
@@ -43,8 +43,10 @@ class _Uniform(torch.autograd.Function):
 
 
 class _PowerOfTwo(torch.autograd.Function):
-    """sign(x)·{ qmin if |x| ≤ qmin; 2^round(log2|x|) between; qmax above }, 0 at 0 [sure]; ∂qmin, ∂qmax = sign(x)
-    on their own elements, ∂x = 1 between. Unsigned: 0 below 0 [ours]."""
+    """sign(x)·{ qmin if |x| ≤ qmin; 2^round(log2|x|) between; qmax above }, 0 at 0, as in the paper.
+
+    ∂qmin and ∂qmax are sign(x) on their own elements, and ∂x = 1 between. Unsigned: 0 below 0 (our construction).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, least: Tensor, top: Tensor, signed: bool) -> Tensor:
@@ -65,10 +67,11 @@ class _PowerOfTwo(torch.autograd.Function):
 
 
 def span(bits: Tensor | float, signed: bool, grid: str) -> Any:
-    """qmax over the step (uniform) or over qmin (power-of-two) at a width, which may be real.
+    """qmax over the step (uniform) or over qmin (power-of-two) at a bit-width, which may be real.
 
-    An unsigned power-of-two grid spends one of its 2^b codes on zero, which the uniform grid has among its steps; a
-    signed one has no zero. Its octaves end at OCTAVES: 2^254 (8 bits, unsigned) is no float32 [ours].
+    An unsigned power-of-two grid uses one of its 2^b codes for zero, which the uniform grid has among its steps; a
+    signed one has no zero. Its octaves are limited to OCTAVES, since 2^254 (8 bits, unsigned) exceeds float32 (our
+    construction).
     """
     codes = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
     if grid == "uniform":
@@ -78,7 +81,7 @@ def span(bits: Tensor | float, signed: bool, grid: str) -> Any:
 
 
 def real_width(low: Tensor, top: Tensor, signed: bool, grid: str) -> Tensor:
-    """Width in bits, before it is rounded up, from the step (or qmin) and qmax."""
+    """The bit-width before it is rounded up, from the step (or qmin) and qmax."""
     if grid == "uniform":
         return torch.log2(top / low + 1) + signed
     octaves = (torch.log2(top) - torch.log2(low)).clamp_min(0.0)  # the ratio's gradient, qmax/qmin², may overflow
@@ -86,11 +89,11 @@ def real_width(low: Tensor, top: Tensor, signed: bool, grid: str) -> Tensor:
 
 
 class DQ(nn.Module):
-    """A per-tensor quantizer with two learned numbers: of step d (or qmin), range qmax and width b.
+    """A per-tensor quantizer that learns two of step d (or qmin), range qmax and bit-width b.
 
-    parametrization: "step-range" (d, qmax), the paper's choice; "bits-step" (b, d) and "bits-range" (b, qmax), which
-    the paper finds to train worse [sure]. power_of_two_step: d is rounded to a power of two.
-    bounds: least and greatest width, which `project` keeps [ours].
+    `parametrization`: "step-range" (d, qmax), the paper's choice; "bits-step" (b, d) and "bits-range" (b, qmax), which
+    train worse according to the paper. `power_of_two_step`: round d to a power of two. `bounds`: minimum and maximum
+    bit-width, enforced by `project` (our construction).
     """
 
     step: Tensor
@@ -108,10 +111,12 @@ class DQ(nn.Module):
     ) -> None:
         super().__init__()
         if parametrization not in PARAMETRIZATIONS:
-            raise InvalidArgument(f"parametrization is one of {', '.join(PARAMETRIZATIONS)}, not {parametrization!r}")
+            raise InvalidArgument(
+                f"unknown parametrization {parametrization!r}; choose from {', '.join(PARAMETRIZATIONS)}"
+            )
         if grid not in GRIDS:
-            raise InvalidArgument(f"grid is one of {', '.join(GRIDS)}, not {grid!r}")
-        # one sign bit and no code but the sign's is no uniform grid: the least signed width is 2
+            raise InvalidArgument(f"unknown grid {grid!r}; choose from {', '.join(GRIDS)}")
+        # a sign bit alone is not a uniform grid: the minimum signed bit-width is 2
         self.signed, self.bounds = signed, (max(bounds[0], 1 + signed), max(bounds[1], 1 + signed))
         self.parametrization, self.grid, self.power_of_two_step = parametrization, grid, power_of_two_step
         self.least = 2.0**-100  # of a parameter; OCTAVES below any range
@@ -120,7 +125,7 @@ class DQ(nn.Module):
 
     @torch.no_grad()
     def init(self, bits: int, top: Tensor | float) -> None:
-        """Start at a width with the range `top` (above zero)."""
+        """Initialize to a bit-width and the range `top` (positive)."""
         values = {
             "bits": float(bits),
             "range": float(top),
@@ -130,7 +135,7 @@ class DQ(nn.Module):
             getattr(self, name).fill_(max(values[name], self.least))
 
     def _operands(self) -> tuple[Tensor, Tensor]:
-        """(step or qmin, qmax) in force, differentiable in the two parameters."""
+        """The current (step or qmin, qmax), differentiable in the two parameters."""
         if self.parametrization == "step-range":
             low, top = self.step, self.range
         else:
@@ -143,16 +148,16 @@ class DQ(nn.Module):
         return (straight(low, _nearest_power(low)) if self.power_of_two_step else low), top
 
     def real_width(self) -> Tensor:
-        """The width before rounding, differentiable."""
+        """The bit-width before rounding, differentiable."""
         if self.parametrization != "step-range":
             return self.bits
         low, top = self._operands()
         return real_width(low, top, self.signed, self.grid)
 
     def width(self) -> Tensor:
-        """The width in bits: b = ceil(log2(qmax/d + 1) + 1), unsigned without the + 1; straight-through gradient.
+        """The bit-width b = ceil(log2(qmax/d + 1) + 1), unsigned without the + 1, with a straight-through gradient.
 
-        Power-of-two: ceil(log2(K + 1) + 1), unsigned ceil(log2(K + 2)), with K = log2(qmax/qmin).
+        On the power-of-two grid: ceil(log2(K + 1) + 1), unsigned ceil(log2(K + 2)), with K = log2(qmax/qmin).
         """
         real = self.real_width()
         whole = real.round() if self.parametrization != "step-range" else (real - _SLACK).ceil()
@@ -166,9 +171,9 @@ class DQ(nn.Module):
 
     @torch.no_grad()
     def clip_gradients(self) -> None:
-        """Gradients of d and qmax into [−d, d]: with SGD no step changes d by more than a small part of it [sure].
+        """Clip the gradients of d and qmax to [−d, d], as in the paper: an SGD step then changes d only slightly.
 
-        On the power-of-two grid qmin is far below qmax, so each is clipped by its own size [ours].
+        On the power-of-two grid, where qmin is far below qmax, each is clipped by its own size (our construction).
         """
         low, top = self._operands()
         for name in ("step", "range"):
@@ -179,7 +184,7 @@ class DQ(nn.Module):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Back into the bounds, with qmax at least d."""
+        """Project the parameters back into the bounds, with qmax at least d."""
         least, most = (float(span(b, self.signed, self.grid)) for b in self.bounds)
         if "bits" in self._parameters:
             self.bits.clamp_(*self.bounds)

@@ -1,7 +1,7 @@
-"""The two passes over memory of a quantizer: onto the grid, and the gradient back.
+"""The forward and backward pass of a quantizer.
 
-On a CPU they run piece by piece, each piece small enough to stay in the core's own cache through all operations, so
-that main memory is read and written once. Neither keeps anything: the way back starts from x and the scale again.
+On a CPU they run in pieces small enough to stay in the core's own cache through all operations, so that main memory is
+read and written once. Neither stores intermediate results: the backward pass starts from x and the scale again.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from . import compiled
 
-_PIECE = 1 << 16  # elements a thread: the four float32 buffers of one piece fit a cache of 1 MiB
-_PIECE_DEVICE = 1 << 24  # off the CPU a piece only bounds the scratch memory
+_PIECE = 1 << 16  # elements per thread: the four float32 buffers of a piece fit a cache of 1 MiB
+_PIECE_DEVICE = 1 << 24  # off the CPU, pieces only bound the scratch memory
 
 # (g, v, low, high) → g where low < v < high, else 0, in one pass
 _masked = torch.ops.aten.hardtanh_backward.default
@@ -23,10 +23,10 @@ _masked_out = torch.ops.aten.hardtanh_backward.grad_input
 
 
 class Grid(NamedTuple):
-    """A range of integers: `low` and `high` are qmin − z and qmax − z, so that 0 is always one of them.
+    """A range of integers that contains 0: `low` is qmin − z and `high` is qmax − z.
 
-    `binary`: {−1, +1}, no zero. `factor`: what the gradient of the scale is multiplied with (LSQ's g).
-    `compiled`: run large tensors through the compiled passes.
+    `binary`: {−1, +1}, without 0. `factor`: factor of the scale's gradient (LSQ's g). `compiled`: use the compiled
+    passes for large tensors.
     """
 
     low: int
@@ -37,19 +37,36 @@ class Grid(NamedTuple):
 
 
 def wide(x: Tensor) -> Tensor:
-    """`x` in the dtype that quantizers compute in: float32; float64 stays."""
+    """`x` in the dtype that quantizers compute in: float32, or float64 if it has that already."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def to_int(x: Tensor, scale: Tensor, low: int | Tensor, high: int | Tensor, *, binary: bool = False) -> Tensor:
-    """Integers of `x` on the grid `scale`, as a float tensor of x's shape; see Grid. `scale` broadcasts against `x`."""
+    """Compute the integers of a tensor on a grid, clamp(round(x / scale), low, high).
+
+    Args:
+        x: The tensor, of any shape.
+        scale: The step size(s), positive; broadcasts against `x`.
+        low: The smallest integer, qmin − zero point.
+        high: The largest integer, qmax − zero point.
+        binary: Return the signs −1 and +1 instead (+1 for 0).
+
+    Returns:
+        The integers, as a float tensor with the shape of `x`.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.quantizers import to_int
+        >>> to_int(torch.tensor([-9.0, 0.3, 1.6]), torch.tensor(0.5), -8, 7)
+        tensor([-8.,  1.,  3.])
+    """
     if binary:
         return torch.where(x < 0, -1.0, 1.0).to(x.dtype)
     return torch.div(x, scale).round_().clamp_(low, high)
 
 
 def on_grid(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """The nearest points of the grid, of x's shape and dtype; without a gradient (`fake_quantize` has one)."""
+    """The nearest grid points, with x's shape and dtype, without a gradient (`fake_quantize` has one)."""
     if (form := _form(x, scale)) is None:
         q = to_int(wide(x), scale, grid.low, grid.high, binary=grid.binary).mul_(scale)
         return q if q.dtype == x.dtype else q.to(x.dtype)
@@ -69,7 +86,7 @@ def on_grid(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
 def pull_back(
     g: Tensor, x: Tensor, scale: Tensor, grid: Grid, *, of_x: bool, of_scale: bool, spare: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(gradient of x, gradient of the scale) from `g`, the gradient of `on_grid(x, scale, grid)`; None where not asked.
+    """(gradient of x, gradient of the scale) from `g`, the gradient of `on_grid`; None for those not requested.
 
     LSQ (Esser et al., 2020, eqs. 1–5): with v = x/s and m = 1 strictly inside the range, dx = g·m and
     ds = factor · Σ g·(round(v) − m·v), inside and outside in one expression. `spare`: g may be overwritten.
@@ -92,7 +109,7 @@ def pull_back(
 def _back_whole(
     g: Tensor, x: Tensor, scale: Tensor, grid: Grid, of_x: bool, of_scale: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`pull_back` in as few calls as it takes: after a large layer each is cold and costs ten times its usual time."""
+    """`pull_back` in as few calls as possible: after a large layer each call is cold and takes ten times as long."""
     g, v = wide(g), torch.div(wide(x), scale)
     dx = ds = None
     if of_x:
@@ -106,7 +123,7 @@ def _back_whole(
 
 
 def _back(g: Tensor, x: Tensor, s: Tensor, grid: Grid, dx: Tensor | None, of_scale: bool) -> Tensor:
-    """Fills `dx` and returns the gradient of `s` before the factor, all in pieces of cached memory."""
+    """Fill `dx` and return the gradient of `s` without its factor, in pieces that fit the cache."""
     sums: list[Tensor] = []
     plain = x.dtype in (torch.float32, torch.float64)
     v = w = r = x[:0]
@@ -136,7 +153,7 @@ def _back(g: Tensor, x: Tensor, s: Tensor, grid: Grid, dx: Tensor | None, of_sca
         return s.new_zeros(s.shape)
     if s.dim() == 2 and len(s) > 1:
         return torch.cat(sums)
-    # partial sums meet in double precision: hundreds of them cancel
+    # partial sums are added in double precision, since hundreds of them cancel
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0, dtype=torch.float64)
 
 
@@ -145,9 +162,9 @@ def _by_compiler(x: Tensor, grid: Grid) -> bool:
 
 
 def _form(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[int, ...]] | None:
-    """(x dense in memory, scale, size, stride): x seen as [all], or as [rows, columns] with a scale a row or a column.
+    """(x dense in memory, scale, size, stride): x as [all], or as [rows, columns] with one scale per row or column.
 
-    None: no such view, or nothing to gain from one (one piece; a compiler is tracing).
+    None if there is no such view, or no gain from one (a single piece, or a compiler is tracing).
     """
     n, count = scale.numel(), x.numel()
     if count <= _PIECE or torch.compiler.is_compiling():
@@ -169,7 +186,7 @@ def _form(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...], tu
 
 
 def _same_strides(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape lie alike in memory; the stride of an axis of length 1 says nothing."""
+    """Whether two tensors of equal shape have the same memory layout; strides of axes of length 1 are ignored."""
     return a.stride() == b.stride() or all(
         p == q or size == 1 for p, q, size in zip(a.stride(), b.stride(), a.shape, strict=True)
     )

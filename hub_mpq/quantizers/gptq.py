@@ -1,4 +1,4 @@
-"""GPTQ: each column of a weight is rounded such that the columns after it make up for its error."""
+"""GPTQ: the columns of a weight are rounded one by one, and later columns compensate for the errors of earlier ones."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from ..errors import InvalidArgument
 from .weight_grid import WeightGrid, codes
 
 DAMPING = 0.01
-"""Of the mean of H's diagonal, added to the diagonal."""
-_BLOCK = 64  # columns that are rounded before the columns after them are brought up to date
-_ROWS = 4096  # rows of all grids together that are worked on at once: the errors of a block stay in the core's cache
+"""Fraction of the mean of H's diagonal that is added to the diagonal."""
+_BLOCK = 64  # columns that are rounded before the following ones are updated
+_ROWS = 4096  # rows of all grids together that are processed at once: the errors of a block stay in the core's cache
 
 
 class Factor:
-    """The factor of a layer's second moments by which weights are rounded for any number of grids.
+    """The Cholesky factor of a layer's second moments, which rounds weights for any number of grids.
 
-    With errors e = w − q of one row the layer's mean squared output error is e H eᵀ = |e L|², H = L Lᵀ with a lower
-    triangular L. Column j of e L holds e_j and the errors of the columns after it, so that rounding from the last
+    With errors e = w − q of one row, the layer's mean squared output error is e H eᵀ = |e L|², where H = L Lᵀ with a
+    lower triangular L. Column j of e L depends on e_j and the errors of the columns after it, so rounding from the last
     column to the first, each to the point nearest to w_j + Σ_{i>j} e_i L_ij / L_jj, is GPTQ (Frantar et al., ICLR 2023)
-    without an inverse. The order is of falling H_jj (the columns that matter most are rounded first, while all the
-    others can still make up for them), and grids are of the columns where they lie, so that no order has to be stored.
+    without an inverse. Columns are taken in order of decreasing H_jj (the most important columns are rounded first,
+    while all others can still compensate for them); grids refer to the original order, so no order has to be stored.
 
-    Columns make up for an error only as far as their range goes. A row that ends with a larger error than its nearest
-    points have, damping included, takes those instead [our construction]. A column that was never seen (H_jj = 0) is
-    tied to no other: it is rounded to the nearest point.
+    Columns can compensate for an error only within their range. A row that ends with a larger error than that of its
+    nearest points, including damping, takes these instead (our construction). A column that was never seen (H_jj = 0)
+    does not depend on others and is rounded to the nearest point.
 
     Args:
-        moments: H, the mean of x xᵀ over inputs x, [columns, columns], any unit. It is not changed.
-        damping: Added to the diagonal, relative to its mean. More where H has no factor.
+        moments: H, the mean of x xᵀ over inputs x, [columns, columns], in any unit. It is not modified.
+        damping: Added to the diagonal, relative to its mean; increased until H can be factored.
 
     Raises:
-        InvalidArgument: H is not square, or holds NaN or infinite values.
+        InvalidArgument: H is not square, or contains NaN or infinite values.
     """
 
     def __init__(self, moments: Tensor, damping: float = DAMPING) -> None:
         if moments.dim() != 2 or moments.shape[0] != moments.shape[1]:
-            raise InvalidArgument(f"second moments are [columns, columns], not {list(moments.shape)}")
+            raise InvalidArgument(f"second moments must be [columns, columns], got {list(moments.shape)}")
         diagonal = moments.diagonal().float()
         mean = float(diagonal.mean()) if len(diagonal) else 1.0
         if not (mean >= 0 and bool(torch.isfinite(moments).all())):
-            raise InvalidArgument("the second moments of a layer's input hold NaN or infinite values")
+            raise InvalidArgument("the second moments of a layer's input contain NaN or infinite values")
         self.order = torch.argsort(diagonal, stable=True)  # the last is rounded first
         size = mean or 1.0
         while True:
@@ -52,14 +52,14 @@ class Factor:
                 break
             damping *= 10
         self.damping = damping
-        """What was added in the end."""
+        """The damping that was finally used."""
         self.pivots = lower.diagonal().square()
         # L_ij / L_jj, without the ones of the diagonal
         self.ratios = lower.div_(lower.diagonal().clone()).tril_(-1)
 
     @torch.no_grad()
     def round(self, weight: Tensor, grids: Sequence[WeightGrid]) -> list[Tensor]:
-        """Integers of a weight on several grids.
+        """Round a weight to several grids.
 
         Args:
             weight: [rows, columns], any float dtype.
@@ -81,7 +81,7 @@ class Factor:
         return out
 
     def _round(self, weight: Tensor, grids: Sequence[WeightGrid]) -> list[Tensor]:
-        """As `round`, in one go. All is held as [columns, rows of all grids], so that a column is contiguous."""
+        """`round` for a block of rows, stored as [columns, rows of all grids] so that a column is contiguous."""
         rows, columns = weight.shape
         order, device = self.order, weight.device
         w = weight.float().t()[order].repeat(1, len(grids))
@@ -119,13 +119,13 @@ class Factor:
 
 
 def _cholesky(moments: Tensor, order: Tensor, damping: float, size: float) -> Tensor | None:
-    """Lower factor, float32, of the moments in this order with `damping` on the diagonal; None where there is none.
+    """Lower Cholesky factor, float32, of the reordered moments with `damping` on the diagonal; None if there is none.
 
-    Moments have no negative eigenvalue, so that no pivot is below the damping: where one is, in float32, it was lost to
-    rounding, and float64 is next.
+    Moments have no negative eigenvalues, so no pivot is smaller than the damping. If one is in float32, it was lost to
+    rounding, and float64 is tried.
     """
     for dtype in (torch.float32, torch.float64):
-        # of size 1: no unit of the input takes it out of float32's range
+        # scaled to size 1, so that float32 holds it for any unit of the input
         h = moments[order][:, order].to(dtype).div_(size)
         h.diagonal().add_(damping / size)
         lower, failed = torch.linalg.cholesky_ex(h)

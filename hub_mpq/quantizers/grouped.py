@@ -1,4 +1,4 @@
-"""LSQ with a scale for every group of weights of a row, and zero points."""
+"""LSQ with one scale per group of weights in a row, and zero points."""
 
 from __future__ import annotations
 
@@ -14,36 +14,45 @@ from .fake_quantize_kernels import to_int, wide
 from .lsq import LSQ
 
 MARGIN = 16.0
-"""Training may change a scale by this factor before float16 gets too narrow for it."""
+"""Factor by which training may change a scale before it leaves float16's range."""
 
 
 def group_dtype(scale: Tensor) -> torch.dtype:
-    """What the scales of groups are stored in: float16 where all are in its normal range, else bfloat16."""
+    """The dtype in which group scales are stored: float16 if all are in its normal range, else bfloat16."""
     info = torch.finfo(torch.float16)
     least, most = (float(x) for x in torch.aminmax(scale.float()))
     return torch.float16 if least >= info.tiny and most <= info.max else torch.bfloat16
 
 
 def spread(values: Tensor, group_size: int | None, columns: int) -> Tensor:
-    """[rows, groups] to [rows, columns]: the value of each weight's group."""
+    """Expand [rows, groups] to [rows, columns]: the value of each weight's group."""
     if group_size is None:
         return values.expand(-1, columns) if values.dim() == 2 else values[:, None].expand(-1, columns)
     return values.repeat_interleave(group_size, 1)[:, :columns]
 
 
 class GroupedLSQ(LSQ):
-    """Learned step sizes of groups of weights, with fixed zero points [our construction].
+    """Learned step sizes for groups of weights, with fixed zero points. Our construction.
 
-    Scales of groups are rounded to the 16 bits that they are stored in before a weight is rounded with them, so that a
-    packed weight is the quantized one to the bit; the gradient passes through.
+    Group scales are rounded to their 16-bit storage type before they are used, so that packed and quantized weights are
+    bit-identical; the gradient passes through.
 
     Args:
-        widths: As in `LSQ`.
-        shape: (rows, columns) of the weight; a row is what one output channel reads. Of a stack of matrices all rows.
-        group_size: Weights of a row that share a scale; None: one scale per row.
-        symmetric: False: a zero point beside each scale.
-        transposed: The weight is [columns, rows], or a stack of such matrices.
-        log: As in `LSQ`.
+        widths: Candidate bit-widths, ascending.
+        shape: (rows, columns) of the weight, where a row holds the weights of one output channel; for a stack of
+            matrices, the rows of all of them.
+        group_size: Number of weights in a row that share a scale; None for one scale per row.
+        symmetric: False for a zero point beside each scale.
+        transposed: Whether the weight is [columns, rows], or a stack of such matrices.
+        log: Parametrization of the scale, see `LSQ`.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.quantizers import GroupedLSQ
+        >>> quantizer = GroupedLSQ([4], (1, 4), group_size=2, symmetric=True)
+        >>> quantizer.init(4, torch.tensor([[1.0, 0.5]]))
+        >>> quantizer.to_int(torch.tensor([[1.2, 2.0, 1.2, 2.0]]))
+        tensor([[1, 2, 2, 4]], dtype=torch.int16)
     """
 
     def __init__(
@@ -67,12 +76,13 @@ class GroupedLSQ(LSQ):
 
     @torch.no_grad()
     def init(self, bits: int, scale: Tensor, zero_point: Tensor | int | None = None) -> None:
-        """Set the start of one width.
+        """Initialize the scales and zero points of one bit-width.
 
         Args:
-            bits: The width.
-            scale: [rows, groups] or [rows], above zero. In float16 or bfloat16 that dtype is kept, else one is chosen.
-            zero_point: Integers of the same shape; None or 0: none.
+            bits: The bit-width, one of `widths`.
+            scale: Positive scales, `[rows, groups]` or `[rows]`. A dtype of float16 or bfloat16 is kept as the storage
+                type; otherwise one is chosen.
+            zero_point: Integers of the same shape; None or 0 for none.
         """
         row = self.widths.index(bits)
         if self.group_size is not None:
@@ -84,17 +94,25 @@ class GroupedLSQ(LSQ):
 
     @property
     def zero_point(self) -> int:
-        """0: the zero points of groups are in `zero_points`."""
+        """Always 0; the zero points of groups are returned by `group_zero_points`."""
         return 0
 
     def group_zero_points(self) -> Tensor | None:
-        """Zero points in force, int32 [rows, groups], or None."""
+        """Return the current zero points.
+
+        Returns:
+            int32 `[rows, groups]`; None if there are none.
+        """
         if self.spec is None or self.spec.symmetric:
             return None
         return self.zero_points[self._index or 0].view(self.rows, self.groups)
 
     def group_scale(self) -> Tensor:
-        """Scales in force, [rows, groups], in the dtype that they are stored in."""
+        """Return the current scales.
+
+        Returns:
+            `[rows, groups]` in the dtype in which they are stored.
+        """
         return self.scale.detach().view(self.rows, self.groups).to(self.scale_dtype)
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -102,11 +120,11 @@ class GroupedLSQ(LSQ):
         return (x.transpose(-2, -1) if self.transposed else x).reshape(-1, self.columns)
 
     def _like(self, x: Tensor, rows: Tensor) -> Tensor:
-        """The inverse of `_rows`, in the shape of `x`; contiguous, as a packed weight is when it is unpacked."""
+        """The inverse of `_rows`, with the shape of `x`; contiguous, like an unpacked weight."""
         return rows.reshape(x.mT.shape).mT.contiguous() if self.transposed else rows.reshape(x.shape)
 
     def _grid_of(self, part: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor, bool, float]:
-        """(scale, lowest and highest integer, each for every weight of some rows, 1 bit or not, LSQ's factor)."""
+        """(scale, lowest and highest integer, each per weight of the rows; whether it is 1 bit; LSQ's factor)."""
         spec = full = self._specs[self._index or 0]
         scale = self.scale.view(self.rows, self.groups)[part]
         zero = self.zero_points[self._index or 0].view(self.rows, self.groups)[part]
@@ -127,7 +145,7 @@ class GroupedLSQ(LSQ):
         return self._quantized(stack[index], slice(index * each, (index + 1) * each))
 
     def _quantized(self, x: Tensor, part: slice) -> Tensor:
-        """`x`, which is these rows, on the grid."""
+        """`x`, the given rows, rounded to the grid."""
         if self._index is None:
             return x
         scale, low, high, binary, factor = self._grid_of(part)
@@ -135,13 +153,27 @@ class GroupedLSQ(LSQ):
 
     @torch.no_grad()
     def to_int(self, x: Tensor) -> Tensor:
-        """Integers less their zero points, int16 of x's shape."""
+        """Compute the integers minus their zero points.
+
+        Args:
+            x: The weight.
+
+        Returns:
+            int16 with the shape of `x`.
+        """
         scale, low, high, binary, _ = self._grid_of()
         return self._like(x, to_int(wide(self._rows(x)), scale, low, high, binary=binary).to(torch.int16))
 
     @torch.no_grad()
     def stored(self, x: Tensor) -> Tensor:
-        """The integers that are stored, int16 of x's shape: `to_int` with the zero points added again."""
+        """Compute the integers as they are stored: `to_int` plus the zero points.
+
+        Args:
+            x: The weight.
+
+        Returns:
+            int16 with the shape of `x`.
+        """
         zero = self.group_zero_points()
         if zero is None:
             return self.to_int(x)
@@ -149,4 +181,9 @@ class GroupedLSQ(LSQ):
         return self.to_int(x) + self._like(x, shift)
 
     def extra_repr(self) -> str:
+        """Describe the quantizer for `repr`.
+
+        Returns:
+            The description.
+        """
         return f"widths={self.widths}, group_size={self.group_size}, symmetric={self.symmetric}"

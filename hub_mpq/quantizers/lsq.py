@@ -1,4 +1,4 @@
-"""LSQ: the scale is learned. One scale per candidate width, in one vector (LIMPQ §3.2)."""
+"""LSQ: a learned scale, one per candidate bit-width in one vector, as in the paper (LIMPQ, §3.2)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .fake_quantize import quantize, quantize_traced, straight
 from .fake_quantize_kernels import Grid, to_int, wide
 
 NO_START = 2.0**-100
-"""The start of the scale of weights that are all zero: see LSQ."""
+"""Initial scale of weights that are all zero, see `LSQ`."""
 HEADROOM = 1.1
 FLOOR = 2.0**-20
 
@@ -28,32 +28,47 @@ def _numbers(tensor: Tensor) -> list[int]:
 
 
 def _without_start(base: Tensor) -> list[Tensor] | None:
-    """The channels of every width that have no start; None when all have one."""
-    if float(base.min()) > NO_START:  # one look, at every step
+    """The channels without an initial scale, per bit-width; None if all have one."""
+    if float(base.min()) > NO_START:  # a single read at every step
         return None
     found = base == NO_START
     return [row.nonzero().view(-1) for row in found] if bool(found.any()) else None
 
 
 class LSQ(Quantizer):
-    """Learned step size quantization (Esser et al., ICLR 2020) at any of several widths.
+    """Learned step size quantization at any of several bit-widths.
 
-    widths: the candidate widths, ascending; `set_width` selects one, None lets the input through.
-    signed: weights: symmetric codes −2^(b−1) … 2^(b−1)−1 (1 bit: {−1, +1}). Unsigned: activations, codes
-        0 … 2^b−1 with an integer zero point: 0 behind a ReLU, else chosen from data and then kept.
-    channels, axis: one scale per index of `axis` (weights), of a negative one as `channel_rows` counts them (stacks of
-        matrices); channels = 1 is per tensor.
-    log: scale = base · exp(shift), the learned `shift` starting at zero [our construction: scale-free, so that one
-        learning rate fits every layer]; False: base + shift, the paper's own parameter.
+    The buffer `base` holds the initial scales, and the parameter `shift` the learned change. Both have the shape
+    `[len(widths), channels]` and stay float32 when the model is cast.
 
-    compiled: large tensors go through the compiled passes; `compile_quantizers` sets it.
+    A weight, or a channel of one, that is all zero has no initial scale. Its base is 2^−100, and its scale follows the
+    current weight as `1.1·max|w|/qmax`, so that training can leave zero in steps of any size; the factor 1.1 keeps the
+    largest element inside the range, where it has a gradient (our construction).
 
-    `base` is the start (a buffer), `shift` how far training went from it. Shapes [len(widths), channels], both float32
-    whatever the model is cast to.
+    Args:
+        widths: Candidate bit-widths, ascending; `set_width` selects one.
+        signed: True for weights: symmetric codes −2^(b−1) … 2^(b−1)−1, or {−1, +1} at 1 bit. False for activations:
+            codes 0 … 2^b−1 with a fixed integer zero point, which is 0 after a ReLU and else chosen from data.
+        channels: Number of scales per bit-width; 1 for one per tensor.
+        axis: The channel axis of a weight. A negative one counts from the end, and all axes before the last two then
+            count as channels too (for a stack of matrices).
+        log: True for scale = base · exp(shift) (our construction; scale-free, so that one learning rate fits all
+            layers), False for base + shift, as in the paper.
 
-    A weight (or a channel of one) that is all zero tells no start. Its base is NO_START, and its scale follows what
-    the weight becomes: 1.1·max|w|/qmax of the weight at hand, so that training can leave zero by steps of any size;
-    the tenth keeps the largest element inside the range, where it has a gradient [our construction].
+    Attributes:
+        compiled: Whether large tensors use the compiled passes, see `compile_quantizers`.
+
+    References:
+        LSQ (Esser et al., ICLR 2020). One scale per bit-width: LIMPQ (Tang et al., ECCV 2022), §3.2.
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.quantizers import LSQ
+        >>> quantizer = LSQ([2, 4], signed=True)
+        >>> quantizer.init(2, torch.tensor([0.5]))
+        >>> quantizer.set_width(2)
+        >>> quantizer(torch.tensor([-3.0, 0.1, 0.4]))
+        tensor([-1.0000,  0.0000,  0.5000], grad_fn=...)
     """
 
     base: Tensor
@@ -74,17 +89,35 @@ class LSQ(Quantizer):
         self._narrow: int | None = None
 
     def set_width(self, bits: int | None) -> None:
-        """Select a width; None passes the input through. Raises InvalidArgument for a width it does not have."""
+        """Select a bit-width.
+
+        Args:
+            bits: One of `widths`; None passes the input through unchanged.
+
+        Raises:
+            InvalidArgument: The quantizer does not have this bit-width.
+        """
         if bits is not None and bits not in self.widths:
-            raise InvalidArgument(f"{bits} bits is none of this quantizer's widths {self.widths}")
+            raise InvalidArgument(f"this quantizer does not have {bits} bits; choose from {self.widths}")
         self._index = None if bits is None else self.widths.index(bits)
 
     def narrow(self, bits: int | None) -> None:
-        """For now use `bits` (2 or more) instead of the selected width, over the same range; None ends that."""
+        """Temporarily use fewer bits over the range of the selected bit-width.
+
+        Args:
+            bits: The bit-width, 2 or more; None returns to the selected one.
+        """
         self._narrow = bits
 
     def nearest(self, bits: int) -> int:
-        """The candidate width nearest to `bits`, the wider one of two equally near."""
+        """Return the closest candidate bit-width.
+
+        Args:
+            bits: A bit-width.
+
+        Returns:
+            One of `widths`, the wider of two equally close ones.
+        """
         return min(self.widths, key=lambda b: (abs(b - bits), -b))
 
     @property
@@ -93,14 +126,14 @@ class LSQ(Quantizer):
 
     @property
     def scales(self) -> Tensor:
-        """All scales, [len(widths), channels]."""
+        """All scales, `[len(widths), channels]`."""
         return self._scales(slice(None))
 
     def _scales(self, rows: int | slice) -> Tensor:
         return self._scale_of(self.base[rows], self.shift[rows])
 
     def _scale_of(self, base: Tensor, shift: Tensor) -> Tensor:
-        # the floor only guards linear steps past zero; nothing is capped from above
+        # the floor only guards against linear steps past zero; there is no upper bound
         return base * shift.exp() if self.log else torch.maximum(base + shift, base * FLOOR)
 
     @property
@@ -113,30 +146,39 @@ class LSQ(Quantizer):
 
     @torch.no_grad()
     def init(self, bits: int, scale: Tensor, zero_point: int = 0) -> None:
-        """Set the start of one width; `scale` [channels] or [1], above zero."""
+        """Initialize the scale and zero point of one bit-width.
+
+        Args:
+            bits: The bit-width, one of `widths`.
+            scale: Positive scales, `[channels]` or `[1]`.
+            zero_point: The zero point, for activations.
+        """
         row = self.widths.index(bits)
         self.base[row] = scale.to(self.base).clamp_min(torch.finfo(torch.float32).tiny)
         self.shift[row] = 0
         self.zero_points[row] = zero_point
 
     def operand(self, x: Tensor, matrix: int | None = None) -> tuple[Tensor, Grid] | None:
-        """(scale shaped to broadcast against `x`, the grid in force); None when `x` passes through.
+        """Return the current scale and grid for a tensor.
 
         Args:
             x: The tensor.
-            matrix: Of a stack of matrices: the one that is asked about, so that the scale is that of `x[matrix]`.
+            matrix: Index of one matrix if `x` is a stack of matrices; the scale is then that of `x[matrix]`.
+
+        Returns:
+            (scale shaped to broadcast against `x`, grid); None if the input passes through unchanged.
         """
         return None if self._index is None else self._grid(x, matrix)
 
     @torch.no_grad()
     def _follow(self, weight: Tensor, channels: Tensor) -> None:
-        """Set the scales in force of the channels without a start."""
+        """Set the current scales of channels without an initial scale."""
         rows = channel_rows(weight, self.axis)[channels] if self.base.shape[1] > 1 else weight.reshape(1, -1)
         row = self._index or 0
         self.shift[row, channels] = self._shift_to(rows, self.base[row, channels])
 
     def _shift_to(self, rows: Tensor, base: Tensor) -> Tensor:
-        """What `shift` is where the scale follows the weight; `rows`: [channels of `base`, values]."""
+        """The `shift` of a scale that follows the weight; `rows`: [channels of `base`, values]."""
         top = wide(rows).abs().amax(1)
         qmax = self._specs[self._index or 0].qmax
         scale = torch.where(top > 0, top.to(base) * (HEADROOM / max(qmax, 1)), base)
@@ -167,12 +209,12 @@ class LSQ(Quantizer):
         return scale.view([size if d == axis or d < front else 1 for d, size in enumerate(x.shape)])
 
     def _served(self, x: Tensor, scale: Tensor) -> int:
-        """How many elements one scale serves: per sample for an activation, so that the gradient does not depend on how
-        a batch is spread over processes."""
+        """The number of elements per scale; for activations that of one sample, so that the gradient does not depend on
+        how a batch is distributed over processes."""
         return max(x.numel() // scale.numel() if self.signed else math.prod(x.shape[1:]), 1)
 
     def _traced(self, x: Tensor) -> Tensor:
-        """`forward` for a compiler, which can look at neither the zero points nor which channels have a start."""
+        """`forward` for compilers, which cannot read the zero points or which channels have an initial scale."""
         row = self._index or 0
         full = spec = self._specs[row]
         base, shift = self.base[row], self.shift[row]
@@ -205,18 +247,33 @@ class LSQ(Quantizer):
         return to_int(wide(x), scale, grid.low, grid.high, binary=grid.binary).to(torch.int16)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LSQ:
-        """Casts to another float type (`.to(torch.bfloat16)`) leave the scales float32, or the grid would move."""
+        """Keep the scales float32 in casts such as `.to(torch.bfloat16)`, which would otherwise change the grid."""
         super()._apply(keep_dtype(fn, (self.base, self.shift, self.shift.grad)), recurse)
         return self
 
     def extra_repr(self) -> str:
+        """Describe the quantizer for `repr`.
+
+        Returns:
+            The description.
+        """
         return f"widths={self.widths}, signed={self.signed}, channels={self.base.shape[1]}"
 
 
 def compile_quantizers(model: nn.Module) -> bool:
-    """Send the large tensors of a model's LSQ quantizers through torch.compile, for this process.
+    """Use torch.compile for the large tensors of a model's LSQ quantizers, in this process.
 
-    False, and nothing is changed, where kernels can't be built (a CPU without a C++ compiler).
+    Args:
+        model: The model.
+
+    Returns:
+        True on success; False, with the model unchanged, if kernels cannot be built (on a CPU without a C++ compiler).
+
+    Example:
+        >>> import torch
+        >>> from hub_mpq.quantizers import compile_quantizers
+        >>> compile_quantizers(torch.nn.ReLU())  # it has no quantizers
+        True
     """
     quantizers = [m for m in model.modules() if isinstance(m, LSQ)]
     if not all(compiler_works(kind) for kind in {q.base.device.type for q in quantizers}):

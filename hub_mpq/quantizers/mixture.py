@@ -1,4 +1,4 @@
-"""EBS: one tensor at all widths at once, mixed by learned strengths (Li et al., 2020)."""
+"""EBS: a tensor at all bit-widths at once, mixed with learned weights (Li et al., 2020)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .lsq import LSQ
 
 
 class Mixture(nn.Module):
-    """Σ_i softmax(r)_i · Q_{b_i}(x) [sure]; the quantizers are LSQ's, one learned scale a width [ours].
+    """Σ_i softmax(r)_i · Q_{b_i}(x), as in the paper, with LSQ quantizers (our construction).
 
-    r = strengths + prices, shapes [len(widths)], both starting at zero: every width alike. Two parameters, so that what
-    the task wants and what the budget pushes can be told apart afterwards; under SGD they move as one [ours].
-    `noise`, `temperature`: of the Gumbel softmax; None: the deterministic form.
+    r = strengths + prices, both [len(widths)] and initialised to zero, which weights all bit-widths equally. Two
+    parameters separate the effects of the task and of the budget; under SGD they move as one (our construction).
+    `noise` and `temperature` are those of the Gumbel softmax; without noise it is the deterministic form.
     """
 
     def __init__(self, widths: Sequence[int], *, signed: bool) -> None:
@@ -31,12 +31,12 @@ class Mixture(nn.Module):
         return self.lsq.widths
 
     def draw(self, generator: torch.Generator) -> None:
-        """New Gumbel noise, from a generator on the CPU."""
+        """Draw new Gumbel noise from a generator on the CPU."""
         uniform = torch.rand(len(self.widths), generator=generator).clamp_(1e-9, 1 - 1e-7)
         self.noise = (-(-uniform.log()).log()).to(self.strengths)
 
     def weights(self) -> Tensor:
-        """Weights of the widths in the forward pass, [len(widths)], summing to 1."""
+        """The weights of the bit-widths in the forward pass, [len(widths)], with a sum of 1."""
         if self.noise is None:
             return self.probabilities()
         return torch.softmax((self.strengths + self.prices + self.noise) / self.temperature, 0)

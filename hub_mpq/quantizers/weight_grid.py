@@ -1,4 +1,4 @@
-"""Grids of weights: a scale, and where wanted a zero point, for each output channel or each group of weights."""
+"""Grids of weights: a scale, and optionally a zero point, per output channel or group of weights."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from ..errors import InvalidArgument
 from .lsq import NO_START
 
 CLIP_RATIOS = tuple(1 - 0.04 * i for i in range(18))
-"""How much of a range is kept, tried in this order [our construction]."""
-_PIECE = 1 << 18  # elements worked on at once: a few buffers of this size are all the memory a search takes
+"""Fractions of a range to keep, tried in this order. Our construction."""
+_PIECE = 1 << 18  # elements processed at once: a search needs only a few buffers of this size
 
 
 class WeightGrid(NamedTuple):
-    """The grid of a 2-D weight [rows, columns]: weight ≈ (v − zero point)·scale, v from −2^(b−1) to 2^(b−1)−1; at
-    1 bit v is −1 or +1.
+    """The grid of a 2-D weight [rows, columns]: weight ≈ (v − zero point)·scale.
+
+    v is from −2^(b−1) to 2^(b−1)−1; at 1 bit it is −1 or +1.
 
     Args:
-        bits: 1 to 8.
-        scale: [rows, G], G = 1 without groups.
-        zero_point: Integers [rows, G] from −2^(b−1) to 2^(b−1)−1; None is 0 everywhere.
-        group_size: Consecutive columns that share a scale; the last group may be smaller. None: all columns.
+        bits: Bit-width, 1 to 8.
+        scale: [rows, G], with G = 1 without groups.
+        zero_point: Integers [rows, G] from −2^(b−1) to 2^(b−1)−1; None for 0 everywhere.
+        group_size: Consecutive columns that share a scale; the last group may be smaller. None for all columns.
     """
 
     bits: int
@@ -46,17 +47,17 @@ class WeightGrid(NamedTuple):
 
     @torch.no_grad()
     def nearest(self, weight: Tensor) -> Tensor:
-        """The nearest integers v of a weight [rows, columns], int8."""
+        """The nearest integers v of a weight [rows, columns], as int8."""
         step, offset = (self.of_columns(x, weight.shape[1]) for x in self.steps())
         return self.signed(codes(weight.float(), step, offset).clamp_(max=2**self.bits - 1))
 
     def signed(self, code: Tensor) -> Tensor:
-        """Integers v, int8, of codes 0 to 2^b−1 in float."""
+        """The integers v, int8, of float codes 0 to 2^b−1."""
         return (code * 2 - 1 if self.bits == 1 else code - 2 ** (self.bits - 1)).to(torch.int8)
 
     @torch.no_grad()
     def dequantize(self, values: Tensor) -> Tensor:
-        """The weight, float32, of integers v [rows, columns]."""
+        """The float32 weight of integers v [rows, columns]."""
         scale = self.of_columns(self.scale.float(), values.shape[1])
         if self.zero_point is None:
             return values.float() * scale
@@ -64,8 +65,8 @@ class WeightGrid(NamedTuple):
 
 
 def codes(w: Tensor, step: Tensor, offset: Tensor) -> Tensor:
-    """Codes of the points nearest to w, from 0 up; the offset is added after rounding, or ties would be others than
-    those of a quantizer."""
+    """Codes, from 0, of the points nearest to w; the offset is added after rounding, so that ties are those of a
+    quantizer."""
     whole = offset.floor()
     return torch.div(w, step).add_(offset - whole).round_().add_(whole).clamp_(min=0)
 
@@ -79,33 +80,32 @@ def weight_grid(
     symmetric: bool = True,
     importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points of a weight.
+    """Compute the scales and zero points of a weight.
 
-    Of the scales that keep a part of each range (`CLIP_RATIOS`) the one of least Σ_j h_j (w_j − q_j)² is taken: with
-    h_j the mean square of the input that meets column j, that is the layer's output error but for correlations between
-    inputs. Without h it is the one of least Σ_j (w_j − q_j)⁴ [our construction]: squares would clip the few large
-    weights that matter most, in decoders above all. At 1 bit the scale is the mean of |w|, weighted by h.
+    Among the scales that keep a fraction of each range (`CLIP_RATIOS`), the one with the least Σ_j h_j (w_j − q_j)² is
+    chosen; with h_j the mean square of the input of column j, that is the layer's output error up to correlations
+    between inputs. Without h, it is the one with the least Σ_j (w_j − q_j)⁴ (our construction): squares would clip the
+    few large weights that matter most, especially in decoders. At 1 bit the scale is the mean of |w|, weighted by h.
 
     Args:
         weight: [rows, columns]; rows are output channels.
-        bits: 1 to 8.
-        group_size: Consecutive columns that share a scale; the last group may be smaller. None: all columns.
-        symmetric: False for a zero point beside each scale, so that the codes span min(w, 0) to max(w, 0). A 1-bit
-            weight has none.
-        importance: h, [columns], or [n, columns] for n equal parts of the rows (the experts of a stack). Any unit.
+        bits: Bit-width, 1 to 8.
+        group_size: Consecutive columns that share a scale; the last group may be smaller. None for all columns.
+        symmetric: False for a zero point beside each scale, so that the codes span min(w, 0) to max(w, 0); ignored for
+            1-bit weights.
+        importance: h, [columns], or [n, columns] for n equal parts of the rows (the experts of a stack), in any unit.
 
     Returns:
-        (scale, zero point). Scales [rows, G], above zero: float32 without groups; with groups float16, or bfloat16
-        where a scale is outside float16's normal range. Zero points are int32 [rows, G] from −2^(b−1) to 2^(b−1)−1, or
-        None. Where all weights of a group are zero the scale is the least that can be stored, `NO_START` without
-        groups.
+        (scale, zero point). Scales are positive, [rows, G]: float32 without groups; with groups float16, or bfloat16 if
+        a scale is outside float16's normal range. Zero points are int32 [rows, G] from −2^(b−1) to 2^(b−1)−1, or None.
+        If all weights of a group are zero, the scale is the smallest that can be stored (`NO_START` without groups).
 
     Raises:
-        InvalidArgument: The weight is not 2-D, or the importance has another number of columns or parts.
+        InvalidArgument: The weight is not 2-D, or `importance` has the wrong number of columns or parts.
     """
     check_width(bits)
     if weight.dim() != 2:
-        raise InvalidArgument(f"a weight grid is for a weight [rows, columns], not of shape {tuple(weight.shape)}")
+        raise InvalidArgument(f"weight must be [rows, columns], got shape {tuple(weight.shape)}")
     rows, columns = weight.shape
     size = min(group_size or columns, columns)
     groups = -(-columns // size)
@@ -135,7 +135,7 @@ def weight_grid(
 
 
 def _importance(importance: Tensor | None, weight: Tensor) -> Tensor:
-    """h as float32 [parts, columns], the greatest 1."""
+    """h as float32 [parts, columns], scaled to a maximum of 1."""
     rows, columns = weight.shape
     if importance is None:
         return torch.ones(1, columns, device=weight.device)
@@ -143,16 +143,16 @@ def _importance(importance: Tensor | None, weight: Tensor) -> Tensor:
     h = h[None] if h.dim() == 1 else h
     if h.dim() != 2 or h.shape[1] != columns or rows % max(len(h), 1):
         raise InvalidArgument(
-            f"importance is [{columns}], or [parts, {columns}] for equal parts of {rows} rows, "
-            f"not {list(importance.shape)}"
+            f"importance must be [{columns}], or [parts, {columns}] for equal parts of {rows} rows, "
+            f"got {list(importance.shape)}"
         )
     return h / h.max().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _search(w: Tensor, h: Tensor, bits: int, asymmetric: bool, power: int) -> tuple[Tensor, Tensor]:
-    """(scale, zero point as a code), [rows, groups, 1], of w [rows, groups, size]; scale 0 where all of w is zero."""
+    """(scale, zero point as a code), [rows, groups, 1], of w [rows, groups, size]; scale 0 if all of w is zero."""
     largest = w.abs().amax(2, keepdim=True)
-    # a power of two, which rounds nothing: squares of tiny values are not lost
+    # dividing by a power of two is exact, and keeps squares of tiny values from underflowing
     unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
     w = w / unit
     zero = torch.full_like(largest, 2.0 ** (bits - 1))
@@ -184,7 +184,7 @@ def _search(w: Tensor, h: Tensor, bits: int, asymmetric: bool, power: int) -> tu
 
 
 def _stored(scale: Tensor, grouped: bool) -> Tensor:
-    """Scales as they are stored; 0 becomes the least that stands for it."""
+    """Scales in their storage type; 0 becomes the smallest positive value that represents it."""
     if not grouped:
         return torch.where(scale > 0, scale.clamp_min(torch.finfo(torch.float32).tiny), NO_START)
     half = torch.finfo(torch.float16)

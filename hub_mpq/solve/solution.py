@@ -16,7 +16,7 @@ class Solution:
             reached).
         objective: Sum of the chosen scores, in the sense of the table.
         bound: Bound on the objective of any policy.
-        gap: Relative distance, |objective − bound| / max(|objective|, |bound|).
+        gap: Relative distance, `|objective − bound| / max(|objective|, |bound|)`.
         seconds: Wall time of the whole call.
         choices: {layer: choice}.
         usage: {limit: amount used}; an int if all costs are.

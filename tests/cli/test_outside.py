@@ -191,7 +191,7 @@ def test_a_task_is_known_by_its_name(outside, run, tmp_path):
     ):
         refused = run(*arguments, "--data", tmp_path, "--task", "rank")
         assert refused.exit_code == 2
-        assert "unknown task 'rank'; known:" in refused.stderr
+        assert "unknown task 'rank'; choose from" in refused.stderr
         assert "ranks" in refused.stderr
 
 

@@ -81,10 +81,10 @@ def test_integers_outside_the_grid_are_refused():
 
 @pytest.mark.parametrize("value", [1.7, float("nan"), float("inf")])
 def test_what_is_no_integer_is_refused(value):
-    with pytest.raises(InvalidArgument, match="whole numbers"):
+    with pytest.raises(InvalidArgument, match="must be made from integers"):
         Codes(4).encode(torch.tensor([1.0, value]))
     x, w = torch.full((1, 1, 3, 3), value), torch.ones(1, 1, 3, 3)
-    with pytest.raises(InvalidArgument, match="whole numbers"):
+    with pytest.raises(InvalidArgument, match="must be made from integers"):
         binary_conv2d(x, w, Codes(4), Codes.signed(4))
     assert Codes(4).encode(torch.tensor([1.0, 15.0])).tolist() == [1, 15]
 
@@ -92,12 +92,12 @@ def test_what_is_no_integer_is_refused(value):
 @pytest.mark.parametrize(
     ("x", "weight", "options", "match"),
     [
-        ((1, 1, 4, 4), (1, 1, 3, 3), {"padding": "same"}, "padding is one or two whole numbers of pixels, not 'same'"),
-        ((1, 1, 4, 4), (1, 1, 3, 3), {"stride": (1, 2, 3)}, "stride is one or two whole numbers"),
-        ((1, 4, 4), (1, 1, 3, 3), {}, r"x \[N, C, H, W\].*not \[1, 4, 4\]"),
+        ((1, 1, 4, 4), (1, 1, 3, 3), {"padding": "same"}, "padding must be one or two integers, got 'same'"),
+        ((1, 1, 4, 4), (1, 1, 3, 3), {"stride": (1, 2, 3)}, "stride must be one or two integers"),
+        ((1, 4, 4), (1, 1, 3, 3), {}, r"x \[N, C, H, W\].*got \[1, 4, 4\]"),
         ((1, 4, 4, 4), (2, 4, 3), {}, r"weight \[O, C/groups, kh, kw\].*\[2, 4, 3\]"),
         ((1, 4, 4, 4), (2, 3, 3, 3), {}, r"weight \[O, C/groups, kh, kw\]"),
-        ((1, 4, 4, 4), (2, 4, 3, 3), {"groups": 0}, "a convolution of 0 groups"),
+        ((1, 4, 4, 4), (2, 4, 3, 3), {"groups": 0}, "a convolution with 0 groups"),
         ((1, 4, 4, 4), (3, 2, 3, 3), {"groups": 2}, r"weight \[O, C/groups, kh, kw\]"),
     ],
 )

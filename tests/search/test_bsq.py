@@ -223,15 +223,15 @@ def test_planes_are_clipped_every_step_and_requantized_every_so_many(net):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"planes": 2.5}, "planes .* from 1 to 7, not 2.5"),
-        ({"planes": "7"}, "planes .* not '7'"),
+        ({"planes": 2.5}, "planes .* from 1 to 7, got 2.5"),
+        ({"planes": "7"}, "planes .* got '7'"),
         ({"every": "x"}, "every must be an integer of at least 1, got 'x'"),
-        ({"every": 0}, "every .* not 0"),
+        ({"every": 0}, "every .* got 0"),
         ({"activation_bits": "a"}, "activation_bits must be an integer from 1 to 8, got 'a'"),
-        ({"activation_bits": True}, "activation_bits .* not True"),
-        ({"activation_bits": 40}, "activation_bits .* not 40"),
+        ({"activation_bits": True}, "activation_bits .* got True"),
+        ({"activation_bits": 40}, "activation_bits .* got 40"),
         ({"strength": "high"}, "strength must be a finite number of at least 0, got 'high'"),
-        ({"plane_lr": -1.0}, "plane_lr .* not -1"),
+        ({"plane_lr": -1.0}, "plane_lr .* got -1"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options, match):

@@ -121,11 +121,11 @@ def test_every_step_ends_within_the_candidates(net):
     ("options", "match"),
     [
         ({"start": "abc"}, "start must be an integer from 1 to 8, got 'abc'"),
-        ({"start": 0}, "start .* not 0"),
-        ({"start": 20}, "start .* not 20"),
+        ({"start": 0}, "start .* got 0"),
+        ({"start": 20}, "start .* got 20"),
         ({"strength": "high"}, "strength must be a finite number of at least 0, got 'high'"),
-        ({"strength": -1.0}, "strength .* not -1"),
-        ({"strength": float("nan")}, "strength .* not nan"),
+        ({"strength": -1.0}, "strength .* got -1"),
+        ({"strength": float("nan")}, "strength .* got nan"),
         ({"power_of_two_step": "yes"}, "power_of_two_step must be a bool, got 'yes'"),
     ],
 )

@@ -203,7 +203,7 @@ def test_levels_in_words():
         ({"rounding": "awq", "train": BATCHES}, "'gptq' or 'nearest'"),
         ({"group_size": 7, "train": BATCHES}, "a group size must be"),
         ({"group_size": "128", "train": BATCHES}, "a group size must be"),
-        ({"group_size": 128.0, "train": BATCHES}, "not 128.0"),
+        ({"group_size": 128.0, "train": BATCHES}, "got 128.0"),
         ({"rounding": "gptq", "per_channel": False, "train": BATCHES}, "one scale per output channel"),
         ({"group_size": [None, 16], "strategy": "limpq", "train": BATCHES}, "cannot choose among the group sizes"),
         ({"group_size": [None, 16], "epochs": 1, "train": BATCHES}, "cannot choose among the group sizes"),
