@@ -221,5 +221,7 @@ def limpq_scores(
 def _pick(table: Mapping[str, Mapping[int, float]], name: str, widths: tuple[int, ...], what: str) -> dict[int, float]:
     row = table.get(name, {})
     if missing := [b for b in widths if b not in row]:
-        raise InvalidArgument(f"layer {name!r} has no {what} indicator for {missing} bits; train it with candidates")
+        raise InvalidArgument(
+            f"layer {name!r} has no {what} indicator for {missing} bits; train indicators with these candidates"
+        )
     return {b: row[b] for b in available({b: row[b] for b in widths})}

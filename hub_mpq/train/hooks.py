@@ -24,16 +24,13 @@ class Hooks:
 
     Example:
         >>> import torch
-        >>> from torch import nn
         >>> from hub_mpq.train import Hooks, fit
         >>> class Square(Hooks):
         ...     def parameter_groups(self, model):
         ...         return [{"name": "weights", "params": list(model.parameters()), "lr": 0.1}]
         ...     def losses(self, model, batch, rng):
         ...         yield model(batch).square().mean(), None
-        >>> model = torch.nn.utils.skip_init(nn.Linear, 2, 1)
-        >>> _ = [nn.init.ones_(p) for p in model.parameters()]
-        >>> fit(model, Square(), [torch.ones(4, 2)], steps=3).steps
+        >>> fit(torch.nn.Linear(2, 1), Square(), [torch.ones(4, 2)], steps=3).steps
         3
     """
 

@@ -49,7 +49,7 @@ def test_widths_over_a_byte_constraint_come_with_a_warning(net, train):
         mpq.train_scores(train, strategy="dq", strategy_options={"weight_bytes": 1}, steps=1)
     assert len([w for w in caught if "soft constraint" in str(w.message)]) == 1
     options = {"activation_bytes": 1, "activation": "sum"}
-    with pytest.warns(UserWarning, match="activation_bytes=1, which"):
+    with pytest.warns(UserWarning, match="exceed the soft constraint activation_bytes=1;"):
         mpq.train_scores(train, strategy="dq", strategy_options=options, steps=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -165,7 +165,7 @@ def test_scores_of_widths_serve_one_group_size_and_cannot_tell_two():
     two = resolve_candidates(mpq.graph, Candidates((2, 3), (32,)), [16, 32])
     with pytest.raises(InvalidArgument, match="cannot choose among the group sizes"):
         score_table(scores, mpq.graph, two)
-    with pytest.raises(InvalidArgument, match="several group sizes"):
+    with pytest.raises(InvalidArgument, match="several candidate group sizes"):
         mpq.train_scores(BATCHES, strategy="gradient", candidates=Candidates((2, 3), (32,), (16, 32)))
 
 
