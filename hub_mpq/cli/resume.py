@@ -97,7 +97,7 @@ class Run:
             try:
                 before = json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
-                raise HubMPQError(f"{self.folder / SETTINGS} cannot be read: {error}") from error
+                raise HubMPQError(f"cannot read {self.folder / SETTINGS}: {error}") from error
             changed = sorted(k for k in {*before, *self.settings} if before.get(k) != self.settings.get(k))
             if changed:
                 raise InvalidArgument(
