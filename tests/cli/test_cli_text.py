@@ -86,7 +86,7 @@ def test_mistakes_with_text(run, model, text, folder, tmp_path):
     out = ["--output", tmp_path / "out"]
     both = ["quantize", model, "--size", "W4", "--text", text, "--data", text, *out]
     refused(run(*both), "--data and --text")
-    refused(run("quantize", *MODEL, "--size", "W4", "--text", text, *out), "test_resnet reads no text")
+    refused(run("quantize", *MODEL, "--size", "W4", "--text", text, *out), "test_resnet does not read text")
     refused(run("evaluate", *MODEL, "--data", folder, "--context", "64"), "--context and --stride")
     refused(run("evaluate", model, "--data", text, "--context", "128"), "2 to 64 tokens")
     refused(run("evaluate", model, "--data", tmp_path / "none.txt"), "none.txt cannot be read as text")

@@ -89,4 +89,4 @@ def test_a_mistake_ends_both_with_its_own_code(folder, quantized):
 def test_only_commands_that_train_are_launched(folder):
     refused = launch(folder, "inspect", *MODEL)
     assert refused.returncode == 2
-    assert "launch runs indicators, quantize, finetune, evaluate" in refused.stderr
+    assert "expected a command to launch (indicators, quantize, finetune, evaluate)" in refused.stderr
