@@ -57,7 +57,7 @@ def _check_states(states: Path, resume: bool) -> None:
     check_output_folder(states)
     if states.is_dir() and not (states / SETTINGS).is_file():
         raise InvalidArgument(
-            f"{states} was not written by hub-mpq, and the run needs this folder for its checkpoints; move it away"
+            f"{states} is not a checkpoint folder of hub-mpq, but the run writes its checkpoints there; move it away"
         )
     if states.is_dir() and not resume:
         raise InvalidArgument(f"{states} holds an interrupted run; pass --resume to resume it, or remove the folder")

@@ -41,8 +41,8 @@ def test_limits_without_end(run, tmp_path, limit):
         (["--model-arg", "exclude=x"], "'exclude' is not an argument of the model"),
         (["--model-arg", "input_size=3"], "'input_size' is not an argument of the model"),
         (["--model-arg", "meta=true"], "'meta' is not an argument of the model"),
-        (["--library", ""], "library is empty"),
-        (["--target", " "], "target is empty"),
+        (["--library", ""], "library must not be empty"),
+        (["--target", " "], "target must not be empty"),
     ],
 )
 def test_options_that_mean_nothing(run, more, words):
