@@ -128,4 +128,6 @@ class Run:
             remove_folder(self.folder)
         if isinstance(error, KeyboardInterrupt):
             said = str(error) or "stopped"
-            raise KeyboardInterrupt(f"{said}; run the same command with --resume to resume" if kept else said) from None
+            raise KeyboardInterrupt(
+                f"{said}; run the same command with --resume to continue" if kept else said
+            ) from None
