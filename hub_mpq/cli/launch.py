@@ -36,7 +36,7 @@ def launch(
     gpus = 0 if cpu else torch.cuda.device_count()
     if gpus and processes > gpus:
         raise InvalidArgument(
-            f"--processes {processes} exceeds the {gpus} GPUs of this machine; pass --cpu to run on CPUs"
+            f"--processes {processes} requires as many GPUs, but this machine has {gpus}; pass --cpu to run on CPUs"
         )
     if not gpus:
         os.environ["ACCELERATE_USE_CPU"] = "true"

@@ -407,9 +407,9 @@ def read_json(path: Path) -> Any:
         text = typer.get_text_stream("stdin").read() if str(path) == "-" else path.read_text(encoding="utf-8")
         return json.loads(text, object_pairs_hook=_once)
     except RecursionError:
-        raise HubMPQError(f"{path} cannot be read as JSON: it is nested too deeply") from None
+        raise HubMPQError(f"cannot read {path} as JSON: it is nested too deeply") from None
     except (OSError, ValueError) as error:
-        raise HubMPQError(f"{path} cannot be read as JSON: {error}") from error
+        raise HubMPQError(f"cannot read {path} as JSON: {error}") from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def _check_states(states: Path, resume: bool) -> None:
     check_output_folder(states)
     if states.is_dir() and not (states / SETTINGS).is_file():
         raise InvalidArgument(
-            f"{states} was not written by hub-mpq, and the run needs this folder for its checkpoints; move it away"
+            f"{states} is not a checkpoint folder of hub-mpq, but the run writes its checkpoints there; move it away"
         )
     if states.is_dir() and not resume:
         raise InvalidArgument(f"{states} holds an interrupted run; pass --resume to resume it, or remove the folder")
@@ -97,7 +97,7 @@ class Run:
             try:
                 before = json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
-                raise HubMPQError(f"{self.folder / SETTINGS} cannot be read: {error}") from error
+                raise HubMPQError(f"cannot read {self.folder / SETTINGS}: {error}") from error
             changed = sorted(k for k in {*before, *self.settings} if before.get(k) != self.settings.get(k))
             if changed:
                 raise InvalidArgument(
@@ -128,4 +128,6 @@ class Run:
             remove_folder(self.folder)
         if isinstance(error, KeyboardInterrupt):
             said = str(error) or "stopped"
-            raise KeyboardInterrupt(f"{said}; run the same command with --resume to resume" if kept else said) from None
+            raise KeyboardInterrupt(
+                f"{said}; run the same command with --resume to continue" if kept else said
+            ) from None

@@ -179,7 +179,7 @@ def _front_matter(repo_id: str, manifest: Manifest, facts: CardFacts) -> ModelCa
 
 
 def _figures(manifest: Manifest, facts: CardFacts) -> str:
-    """One row per measured model; BitOps are computed, bytes too except for the packed file, which are counted."""
+    """One row per measured model; BitOps and bytes are computed, bytes of the packed file counted."""
     metrics: Mapping[str, Mapping[str, Any]] = manifest.provenance.get("metrics", {})
     keys = [k for k in dict.fromkeys(k for row in metrics.values() for k in row) if k not in NO_MEASURE]
     rows = []

@@ -194,7 +194,7 @@ def test_outputs_are_not_overwritten(run, here, folder, packed, indicators):
     Path("out").mkdir()
     Path("out/thesis.txt").write_text("mine")
     for more in ([], ["--overwrite"]):
-        refused(run(*quantize("--bitops", "W4A4", "--data", folder, *more)), "out", "something else")
+        refused(run(*quantize("--bitops", "W4A4", "--data", folder, *more)), "out", "not a packed model")
     Path("out/thesis.txt").unlink()
     shutil.copytree(packed, "out", dirs_exist_ok=True)
     before = Path("out/model.mpq.safetensors").read_bytes()

@@ -82,7 +82,7 @@ def test_without_data_it_warns_and_calibrates(tmp_path):
     assert json.loads(done.stdout)["search"]["status"] == "optimal"  # nothing but the object on stdout
     first, warning = (line for line in done.stderr.splitlines() if not line.startswith(UNTESTED))
     assert first == "hub-mpq: 1 process, device cpu"
-    assert warning.startswith("warning: no data")
+    assert warning.startswith("warning: no training data")
 
 
 def test_unlabelled_images_are_distilled(run, folder, tmp_path):

@@ -15,9 +15,9 @@ TABLE = '{"sense": "min", "layers": {"a": {"x": {"score": 1}}}, "limits": {%s}}'
     [
         ("[" * 100_000, "nested too deeply"),
         ('{"sense":' + '{"a":' * 5000 + "1" + "}" * 5001, "nested too deeply"),
-        ('{"sense": "min", "sense": "max", "layers": {}}', "'sense' stands twice"),
-        ('{"sense": "min", "layers": {"a": {"x": {"score": 1}}, "a": {"y": {"score": 2}}}}', "'a' stands twice"),
-        ("9" * 5000, "cannot be read as JSON"),
+        ('{"sense": "min", "sense": "max", "layers": {}}', "duplicate name 'sense'"),
+        ('{"sense": "min", "layers": {"a": {"x": {"score": 1}}, "a": {"y": {"score": 2}}}}', "duplicate name 'a'"),
+        ("9" * 5000, "table.json as JSON: "),
     ],
 )
 def test_a_table_that_cannot_be_read(run, tmp_path, text, words):
@@ -41,8 +41,8 @@ def test_limits_without_end(run, tmp_path, limit):
         (["--model-arg", "exclude=x"], "'exclude' is not an argument of the model"),
         (["--model-arg", "input_size=3"], "'input_size' is not an argument of the model"),
         (["--model-arg", "meta=true"], "'meta' is not an argument of the model"),
-        (["--library", ""], "library is empty"),
-        (["--target", " "], "target is empty"),
+        (["--library", ""], "library must not be empty"),
+        (["--target", " "], "target must not be empty"),
     ],
 )
 def test_options_that_mean_nothing(run, more, words):

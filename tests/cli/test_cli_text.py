@@ -86,7 +86,7 @@ def test_mistakes_with_text(run, model, text, folder, tmp_path):
     out = ["--output", tmp_path / "out"]
     both = ["quantize", model, "--size", "W4", "--text", text, "--data", text, *out]
     refused(run(*both), "--data and --text")
-    refused(run("quantize", *MODEL, "--size", "W4", "--text", text, *out), "test_resnet reads no text")
+    refused(run("quantize", *MODEL, "--size", "W4", "--text", text, *out), "test_resnet does not read text")
     refused(run("evaluate", *MODEL, "--data", folder, "--context", "64"), "--context and --stride")
     refused(run("evaluate", model, "--data", text, "--context", "128"), "2 to 64 tokens")
     refused(run("evaluate", model, "--data", tmp_path / "none.txt"), "none.txt as text")
@@ -126,7 +126,7 @@ def test_a_run_that_is_killed_while_it_rounds_goes_on(run, model, text, tmp_path
     done, plain = [], round_weights.round_weight
     monkeypatch.setattr(round_weights, "round_weight", lambda w, x, *rest: (done.append(x.name), plain(w, x, *rest))[1])
     refused(run(*args, "--output", cut), "interrupted run")
-    refused(run(*args, "--rounding", "nearest", "--output", cut, "--resume"), "other rounding")
+    refused(run(*args, "--rounding", "nearest", "--output", cut, "--resume"), "different rounding")
     assert run(*args, "--output", cut, "--resume").exit_code == 0
     assert len(done) == len(read_manifest(whole / PACKED).policy.bits) - 7
     assert (cut / PACKED).read_bytes() == (whole / PACKED).read_bytes()

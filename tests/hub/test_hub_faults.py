@@ -137,7 +137,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(hub, versions, mpq, ne
 
 def test_a_download_that_never_ends_leaves_a_clean_cache(hub, versions, mpq, net, x):
     hub.faults.append(Fault("GET", PACKED, times=ALWAYS, cut=100))
-    with pytest.raises(HubMPQError, match="can't be fetched"):
+    with pytest.raises(HubMPQError, match="cannot download me/toy"):
         HubMPQ.from_pretrained(NAME, module=net)
     assert not list(hub.cache.rglob("*.incomplete"))
     assert not list(hub.cache.rglob(PACKED))
@@ -149,7 +149,7 @@ def test_a_file_that_a_model_runs_without_does_not_block_it_and_comes_with_the_n
     mpq.train_indicators([x], steps=0)
     mpq.push_to_hub("me/more", token="write-token")
     hub.faults.append(Fault("GET", INDICATORS, times=ALWAYS, cut=10))
-    with pytest.warns(UserWarning, match="indicators.safetensors of me/more can't be fetched"):
+    with pytest.warns(UserWarning, match="cannot download indicators.safetensors of me/more"):
         assert torch.equal(HubMPQ.from_pretrained("me/more", module=net)(x), mpq(x))
     hub.faults.clear()
     assert HubMPQ.from_pretrained("me/more", module=net).indicators == mpq.indicators

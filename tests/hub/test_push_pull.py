@@ -216,7 +216,7 @@ def test_a_model_that_no_float_weights_make_is_published_packed_alone(hub):
     mpq = HubMPQ.from_pretrained("vit_tiny_r_s16_p8_224", pretrained=False, input_size=(3, 32, 32), **small)
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     mpq.apply_policy("W5A8", [(x,)])
-    with pytest.raises(HubMPQError, match="there is no float copy to publish: layer"):
+    with pytest.raises(HubMPQError, match="cannot publish a float copy: layer"):
         mpq.push_to_hub(NAME, token="write-token", float_copy=True)
     with pytest.warns(UserWarning, match="published without a float copy: layer"):
         mpq.push_to_hub(NAME, token="write-token")

@@ -79,7 +79,7 @@ def test_it_runs_in_another_dtype(made):
 
 def test_mistakes(made, tmp_path):
     _, folder = made
-    with pytest.raises(InvalidArgument, match="'packed' or 'float', not 'int8'"):
+    with pytest.raises(InvalidArgument, match="'packed' or 'float', got 'int8'"):
         HubMPQ.from_pretrained(folder, resident="int8")
     with pytest.raises(InvalidArgument, match="resident= is only for packed models"):
         HubMPQ.from_pretrained(folder.parent / "float", resident="packed")

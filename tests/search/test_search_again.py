@@ -109,7 +109,7 @@ def test_no_budget_is_refused_before_the_search(net):
 
 
 def test_a_search_without_data_warns(net):
-    with pytest.warns(UserWarning, match="no data"):
+    with pytest.warns(UserWarning, match="no training data"):
         HubMPQ.from_module(net, X).quantize(strategy="mse", bitops="W3A3")
 
 

@@ -114,7 +114,7 @@ def test_validation_can_be_off_or_on_batches_of_its_own(mpq, train, val, data):
 
 
 def test_without_data_it_says_that_nothing_was_measured(mpq):
-    with pytest.warns(UserWarning, match="no data"):
+    with pytest.warns(UserWarning, match="no training data"):
         mpq.quantize(bitops="W4A4")
     assert str(mpq.result.validation) == "not validated: no data to measure on; give train=, val= or validate="
 
