@@ -90,7 +90,7 @@ def test_mistakes_with_text(run, model, text, folder, tmp_path):
     refused(run("evaluate", *MODEL, "--data", folder, "--context", "64"), "--context and --stride")
     refused(run("evaluate", model, "--data", text, "--context", "128"), "2 to 64 tokens")
     refused(run("evaluate", model, "--data", tmp_path / "none.txt"), "none.txt as text")
-    refused(run("quantize", model, "--size", "W4", "--text", text, "--chunk-length", "65", *out), "at most 64 tokens")
+    refused(run("quantize", model, "--size", "W4", "--text", text, "--chunk-length", "65", *out), "at most 64 for this")
     text.write_text(words(30))
     refused(run("quantize", model, "--size", "W4", "--text", text, *out), "30 tokens, fewer than one chunk of 64")
     assert not (tmp_path / "out").exists()
