@@ -238,9 +238,8 @@ def packed_layer(
     out = take_over(kind.packed_class, module)
     device = out._parameters.pop("weight").device
     out.kind, out.shape, out.bits, out.float_class = kind.name, layer.weight_shape, bits, type(module)
-    out.owner = (
-        () if owner is None else (owner,)
-    )  # a tuple, so that the owner is not a submodule: its buffers are its own
+    # a tuple, so that the owner does not become a submodule: its buffers belong to it alone
+    out.owner = () if owner is None else (owner,)
     for name in _PARTS:
         if name in parts:
             out.register_buffer(name, parts[name].to(device))

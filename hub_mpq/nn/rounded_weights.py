@@ -70,7 +70,7 @@ class RoundedWeights:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise HubMPQError(f"cannot write to {self.folder}: {error}") from error
+            raise HubMPQError(f"{self.folder} cannot be written: {error}") from error
         metadata = {"settings": self.settings, "unreached": str(unreached)}
         write_atomic(self._file(layer), [save(tensors, metadata=metadata)])
         self._know(layer, unreached)

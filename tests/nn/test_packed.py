@@ -179,7 +179,7 @@ def test_a_resident_weight_follows_the_dtype_of_the_model():
 
 def test_what_has_no_packed_layers_or_no_such_form_is_refused():
     _, packed, _ = both("linear")
-    with pytest.raises(InvalidArgument, match="'packed' or 'float', not 'int8'"):
+    with pytest.raises(InvalidArgument, match="'packed' or 'float', got 'int8'"):
         set_resident(packed, "int8")
     with pytest.raises(InvalidArgument, match="Linear has no packed layers"):
         set_resident(nn.Linear(2, 2), "float")
