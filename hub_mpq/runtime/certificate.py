@@ -74,8 +74,8 @@ class Certificate:
     """Whether a runtime computes the same model as the reference, and how far each layer deviates.
 
     Each layer is compared with its exact result. The bounds: a float32 output may deviate by 1e-5 of the layer's
-    largest output, one code in a thousand may differ by one step, and an accuracy by one item in a thousand (but at
-    least one item). If a task has no accuracy, each of its metrics may differ by a thousandth.
+    largest output, one code in a thousand (at least one) may differ by one step, and an accuracy may differ by one item
+    in a thousand (at least one). If a task has no accuracy, each of its metrics may differ by a thousandth.
 
     Args:
         runtime: Name of the runtime.

@@ -204,7 +204,7 @@ def test_the_error_stays_short_whatever_a_file_calls_its_kind(net, tmp_path):
         layer_kinds.unregister(kind.name)
     with pytest.raises(PackedFormat) as refused:
         read_manifest(tmp_path / PACKED)
-    assert f"kind '{'x' * 39}, which" in str(refused.value)
+    assert f"kind '{'x' * 39}; register" in str(refused.value)
 
 
 def test_a_kind_that_reads_indices_has_no_input_width():
