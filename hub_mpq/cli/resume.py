@@ -101,7 +101,8 @@ class Run:
             changed = sorted(k for k in {*before, *self.settings} if before.get(k) != self.settings.get(k))
             if changed:
                 raise InvalidArgument(
-                    f"{self.folder} belongs to a run with different {', '.join(changed)}; remove it to start over"
+                    f"{self.folder} belongs to a run with different options ({', '.join(changed)}); "
+                    "remove it to start over"
                 )
             return True
         if self.resume:

@@ -65,7 +65,7 @@ def test_ctrl_c_and_resume(run, folder, tmp_path):
     assert "--resume" in again.stderr
     other = run(*args, "--resume", "--seed", "3")
     assert other.exit_code == 2
-    assert "different seed" in other.stderr
+    assert "different options (seed)" in other.stderr
 
     resumed = run(*args, "--resume", "--json")
     assert resumed.exit_code == 0, resumed.stderr

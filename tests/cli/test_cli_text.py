@@ -126,7 +126,7 @@ def test_a_run_that_is_killed_while_it_rounds_goes_on(run, model, text, tmp_path
     done, plain = [], round_weights.round_weight
     monkeypatch.setattr(round_weights, "round_weight", lambda w, x, *rest: (done.append(x.name), plain(w, x, *rest))[1])
     refused(run(*args, "--output", cut), "interrupted run")
-    refused(run(*args, "--rounding", "nearest", "--output", cut, "--resume"), "different rounding")
+    refused(run(*args, "--rounding", "nearest", "--output", cut, "--resume"), "different options (rounding)")
     assert run(*args, "--output", cut, "--resume").exit_code == 0
     assert len(done) == len(read_manifest(whole / PACKED).policy.bits) - 7
     assert (cut / PACKED).read_bytes() == (whole / PACKED).read_bytes()
