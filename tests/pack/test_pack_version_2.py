@@ -165,7 +165,7 @@ def test_a_count_that_is_not_that_of_the_shape_is_refused(file):
 
 def test_a_policy_gives_no_groups_to_convolutions(file):
     bits = {**file[2].policy.bits, "depthwise": LayerBits(3, 4, 32)}
-    with pytest.raises(InvalidArgument, match="'depthwise' is a conv2d"):
+    with pytest.raises(InvalidArgument, match="'depthwise' of kind 'conv2d' does not support"):
         Policy(bits, GRAPH_V2.digest).check(GRAPH_V2)
     with pytest.raises(PolicyMismatch):
         Policy({"x": LayerBits(3, 4)}, GRAPH_V2.digest).check(GRAPH_V2)
