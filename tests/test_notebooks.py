@@ -16,8 +16,8 @@ import transformers
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "examples" / "notebooks").glob("*.ipynb"))
 SMALL = {
-    "decoder": {"sentences": 800, "base_steps": 4, "rounds": 1},
-    "encoder": {"train_size": 64, "test_size": 64, "float_epochs": 1, "validate_seconds": 1, "rounds": 1},
+    "decoder": {"sentences": 800, "base_steps": 4, "rounds": 3},
+    "encoder": {"train_size": 64, "test_size": 64, "float_epochs": 1, "validate_seconds": 60, "rounds": 3},
     "lora_on_a_packed_base": {"texts": 32, "base_steps": 2, "indicator_steps": 1, "quantize_steps": 1, "epochs": 1},
     "quickstart_timm": {
         "copies": 1,
@@ -25,7 +25,7 @@ SMALL = {
         "indicator_steps": 1,
         "finetune_epochs": 0.1,
         "validate_seconds": 1,
-        "rounds": 1,
+        "rounds": 3,
     },
 }
 SAYS = {
@@ -79,7 +79,6 @@ def shown(monkeypatch):
 
     display = ModuleType("IPython.display")
     display.Image = image
-    monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     pyplot = pytest.importorskip("matplotlib.pyplot")
     pyplot.switch_backend("agg")
