@@ -1214,7 +1214,7 @@ class HubMPQ(nn.Module):
             check_one_grid(candidates)
         if val is not None:
             rereadable(val, "val")
-            if "float" not in self.metrics and self._labelled(val, task):
+            if self._labelled(val, task):
                 self.metrics["float"] = evaluate(self.float_model, val, **self._told(task))
         rounded = None
         if rounding is not None:
@@ -1460,7 +1460,7 @@ class HubMPQ(nn.Module):
         text = report(graph, self.policy, usage, self.metrics, self.seconds, expected, unit)
         text += "".join(f"\n{note}" for note in fold_notes(self.model))
         if self.result is not None and (measured := measurements(self.result)):
-            text += f"\n{measured}"
+            text += f"\n\n{measured}"
         if (latency := self.history.get("latency")) is not None:
             text += f"\n{latency_line(latency)}"
         if self.target is not None:

@@ -98,26 +98,23 @@ def report(
         )
     for op in graph.floats:
         rows.append([op.name, op.kind, "float", human(op.macs), human(op.weight_count), human(float_bitops(op)), ""])
-    lines = [f"{shown(graph.model_id)} ({shown(graph.library)}), input {'×'.join(map(str, graph.input_shape))}"]
+    title = f"{shown(graph.model_id)} ({shown(graph.library)}), input {'×'.join(map(str, graph.input_shape))}"
     head = ["layer", "kind", "bits", "MACs", "weights", "BitOps", "bytes"]
+    totals = []
     if expected:
         head.append(unit)
         rows = [[*row, estimate(*expected[row[0]]) if row[0] in expected else ""] for row in rows]
-    lines.append(table(head, rows))
-    if expected:
         whole = sum(value for value, _ in expected.values())
-        lines.append(f"expected {unit} of the policy before fine-tuning: {whole:.4g}")
+        totals.append(f"expected {unit} of the policy before fine-tuning: {whole:.4g}")
     if usage is not None:
-        lines += [f"{limit.label}: {limit.show(usage[limit.name])}" for limit in limits if limit.name in usage.amounts]
-    for op in graph.floats:
-        lines.append(f"float: {shown(op.name, 120)} ({shown(op.reason)})")
+        totals += [f"{limit.label}: {limit.show(usage[limit.name])}" for limit in limits if limit.name in usage.amounts]
+    floats = [f"float: {shown(op.name, 120)} ({shown(op.reason)})" for op in graph.floats]
     if missed := not_run_line(graph):
-        lines.append(f"warning: {shown(missed)}")
-    for which, figures in metrics.items():
-        lines.append(f"{shown(which, 120)}: " + figures_line(figures, ", "))
+        floats.append(f"warning: {shown(missed)}")
+    measured = [f"{shown(which, 120)}: " + figures_line(figures, ", ") for which, figures in metrics.items()]
     if seconds:
-        lines.append("seconds: " + ", ".join(f"{k} {v:.3g}" for k, v in seconds.items()))
-    return "\n".join(lines)
+        measured.append("seconds: " + ", ".join(f"{k} {v:.3g}" for k, v in seconds.items()))
+    return "\n\n".join("\n".join(part) for part in ([title, table(head, rows)], totals, floats, measured) if part)
 
 
 def not_run_line(graph: LayerGraph) -> str:
