@@ -139,7 +139,7 @@ def test_a_folder_of_a_library_that_nobody_registered_is_refused(saved, name, mo
     for refused in (lambda: HubMPQ.from_pretrained(folder), lambda: publish(folder, "me/toy")):
         with pytest.raises(PackedFormat) as error:
             refused()
-        assert f"library {name[:40]!r} is not registered; known: timm, transformers, module" in str(error.value)
+        assert f"library {name[:40]!r} is unknown; registered libraries: timm, transformers, module" in str(error.value)
     assert torch.equal(HubMPQ.from_pretrained(folder, module=mpq.float_model).model(X), mpq.model(X))
     found = CliRunner().invoke(app, ["inspect", str(folder), "--json"], catch_exceptions=False)
     assert json.loads(found.stdout)["library"] == "toy"  # the header of a file needs no library
