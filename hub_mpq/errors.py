@@ -115,17 +115,23 @@ class InfeasibleBudget(HubMPQError):
         least: Mapping[str, float],
         binding: Iterable[str],
         at_least: Iterable[str] = (),
+        units: Mapping[str, str] | None = None,
     ) -> None:
         self.limits, self.least, self.binding = dict(limits), dict(least), sorted(binding)
         lower = set(at_least)
         words = {k: (">=", "maximum") if k in lower else ("<=", "minimum") for k in limits}
-        rows = ", ".join(f"{k} {words[k][0]} {limits[k]:.10g} ({words[k][1]} {least[k]:.10g})" for k in sorted(limits))
-        which = (
-            f"cannot be met: {', '.join(self.binding)}"
-            if self.binding
-            else "each limit can be met alone, but not all together"
+        unit = {k: f" {name}" for k, name in (units or {}).items() if name}
+        rows = ", ".join(
+            f"{k} {words[k][0]} {limits[k]:.10g}{unit.get(k, '')} ({words[k][1]} {least[k]:.10g}{unit.get(k, '')})"
+            for k in sorted(limits)
         )
-        super().__init__(f"no policy meets the budget: {rows}; {which}")
+        if len(self.binding) == len(self.limits):
+            which = ""
+        elif self.binding:
+            which = f"; cannot be met: {', '.join(self.binding)}"
+        else:
+            which = "; each limit can be met alone, but not all together"
+        super().__init__(f"no policy meets the budget: {rows}{which}")
 
 
 class PackedFormat(HubMPQError):

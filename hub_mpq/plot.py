@@ -182,6 +182,9 @@ def plot_pareto(
         ordered = sorted(front, key=lambda r: r.usage[x])
         xs, ys = [r.usage[x] for r in ordered], [r.objective for r in ordered]
         axes.plot(xs, ys, marker="o", markersize=4, linewidth=1.2, label=name)
+    drawn = [result.objective for front in results.values() for result in front]
+    if min(drawn) > 0 and max(drawn) > 100 * min(drawn):
+        axes.set_yscale("log")
     axes.set(xlabel=limit.label, ylabel="sum of the layers' scores (lower is better)")
     if limit.whole_numbers or limit.unit:
         axes.xaxis.set_major_formatter(EngFormatter(unit=limit.unit))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from ..errors import InvalidArgument
 from .bits import LayerBits
 from .checks import is_finite
 from .latency import LatencyTable, read_latency_table
-from .limit import Value, limits
+from .limit import RESERVED, Value, limits
 
 Cost = tuple[float, Mapping[str, Mapping[str, float]]] | tuple[float, Mapping[str, Mapping[str, float]], float]
 Costs = Mapping[str, Cost]
@@ -85,11 +86,13 @@ class Budget:
         given = {name: value for name, value in (own | others).items() if value is not None}
         for name in others:
             if name not in limits:
-                raise InvalidArgument(f"unknown option or limit {name!r}; limits: {', '.join(limits.names())}, costs")
+                near = difflib.get_close_matches(name, [*limits.names(), *sorted(RESERVED)], n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; limits: {', '.join(limits.names())}, costs"
+                raise InvalidArgument(f"unknown option or limit {name!r}{hint}")
         if latency is not None and latency_table is None:
             raise InvalidArgument(NO_TABLE)
         if not given and not costs and latency_table is None:
-            raise InvalidArgument('no budget given: give at least one limit, for example bitops="W4A4"')
+            raise InvalidArgument('no budget given: set at least one limit, such as bitops="W4A4" (--bitops W4A4)')
         if clash := sorted(set(costs or ()) & set(limits.names())):
             raise InvalidArgument(f"cost {clash[0]!r} has the name of a limit; rename it")
         for name, cost in (costs or {}).items():

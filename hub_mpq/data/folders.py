@@ -65,6 +65,8 @@ def list_images(folder: str | Path, class_map: Mapping[str, int] | None = None) 
     """
     root = Path(folder)
     if not root.is_dir():
+        if root.exists():
+            raise InvalidArgument(f"{root} is not a folder of images, a .tar file, or hfds/… or wds/… data")
         raise InvalidArgument(f"data folder not found: {root}")
     loose = [(path, None) for path in sorted(root.iterdir()) if path.suffix.lower() in IMAGES and path.is_file()]
     classes = {path.name: _walk(path) for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}

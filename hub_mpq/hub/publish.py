@@ -236,7 +236,7 @@ def _commit(
     from huggingface_hub.errors import HfHubHTTPError
 
     api = hub_api(token)
-    after = "; the repo holds the old version or the new one, complete"
+    after = "; the repository is either unchanged or fully updated"
     with hub_errors(f"cannot publish {repo_id}", after), bounded(_ANSWER):
         if not create_pr:
             api.create_repo(repo_id, private=private, exist_ok=True)

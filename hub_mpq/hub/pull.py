@@ -190,7 +190,7 @@ def pull(
             raise InvalidArgument(f"{target} already exists and is not empty; choose a new folder")
     found = fetch(check_repo_id(repo_id), revision=revision, token=token, local_files_only=local_files_only)
     if found is None:
-        raise HubMPQError(f"cannot pull {repo_id}: it does not hold a packed model, or it cannot be reached")
+        raise HubMPQError(f"cannot pull {repo_id}: it holds no packed model, or the Hub cannot be reached")
     mended(found, lambda: read_packed(found / PACKED), token=token, offline=local_files_only)
     if target is None:
         return found

@@ -64,7 +64,11 @@ class Problem:
 
         binding = [name for name, cap in caps.items() if cap < least[name]]
         return InfeasibleBudget(
-            whole(caps), whole(least), binding, at_least=[n for n, x in self.limits.items() if x.at_least]
+            whole(caps),
+            whole(least),
+            binding,
+            at_least=[n for n, x in self.limits.items() if x.at_least],
+            units={n: x.unit for n, x in self.limits.items()},
         )
 
 
@@ -119,7 +123,7 @@ def build(graph: LayerGraph, scores: Scores, budget: Budget, *, base_bytes: int,
             costs = {bits: limit.of_layer(layer, bits) for bits in row}
             row = {bits: score for bits, score in row.items() if costs[bits] <= cap}
             if not row:
-                raise InfeasibleBudget({limit.name: cap}, {limit.name: min(costs.values())}, [limit.name])
+                raise _exceeded(limit, cap, min(costs.values()))
         rows[layer.name] = {
             bits: (
                 score,
@@ -148,10 +152,15 @@ def build(graph: LayerGraph, scores: Scores, budget: Budget, *, base_bytes: int,
     return Problem(table, meaning, graph, sums, base_bytes)
 
 
+def _exceeded(limit: Limit, cap: float, least: float) -> InfeasibleBudget:
+    """Return the error of a limit that cannot be met alone."""
+    return InfeasibleBudget({limit.name: cap}, {limit.name: least}, [limit.name], units={limit.name: limit.unit})
+
+
 def _peak(limit: Limit, graph: LayerGraph, value: Value, base_bytes: int) -> float:
     """Return the cap on a single searched layer; raise InfeasibleBudget if a fixed layer exceeds it."""
     cap = limit.cap(graph, value, base_bytes)
     beside = limit.beside(graph, base_bytes)
     if not isinstance(value, LayerBits) and beside > cap:
-        raise InfeasibleBudget({limit.name: cap}, {limit.name: float(beside)}, [limit.name])
+        raise _exceeded(limit, cap, float(beside))
     return cap

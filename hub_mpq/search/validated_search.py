@@ -178,7 +178,7 @@ def search_measured(
     given = None if isinstance(validate, bool) else validate
     chosen = val if given is None else given
     if chosen is None and train is None:
-        return replace(result, validation=Validation(False, "no data to measure on; give train=, val= or validate="))
+        return replace(result, validation=Validation(False, "no data to measure on; pass train=, val= or validate="))
     rest: Iterable[Any] = ()
     if train is None:  # without data, norms are not re-estimated
         calibration: list[Any] = [synthetic_batch(model, example)]
@@ -195,7 +195,7 @@ def search_measured(
         raise InvalidArgument("validate must hold at least one batch")
     if not first:
         why = "all training batches were used for the scores" if chosen is None else f"{data} holds no batch"
-        return replace(result, validation=Validation(False, f"{why}; give val= or validate="))
+        return replace(result, validation=Validation(False, f"{why}; pass held-out data as val= (--val) or validate="))
     held = partial(hold_out, batches=chain(first, rest), data=data)
     try:
         return measuring(scored, model, calibration, held, seconds, began=began, example=example, **more)(
