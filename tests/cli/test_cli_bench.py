@@ -99,7 +99,7 @@ def test_a_table_of_another_input_size_is_refused(run, table, indicators):
     other = ["test_resnet", "--input-size", "64", "--model-arg", "num_classes=3", "--no-pretrained"]
     result = run("search", *other, "--latency", "5ms", "--latency-table", table, "--indicators", indicators)
     assert result.exit_code == 2
-    assert "3×32×32, and the model reads 3×64×64" in result.stderr
+    assert "3×32×32, but the model reads 3×64×64" in result.stderr
     assert "hub-mpq bench test_resnet --runtime onednn --input-size 3x64x64 -o table.json" in result.stderr
 
 
