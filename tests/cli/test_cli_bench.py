@@ -114,4 +114,4 @@ def test_quantize_within_a_table(run, table, folder, indicators, tmp_path):
     assert told["measured"] - told["spread"] <= told["limit"] == pytest.approx(float(limit[:-1]))
     result = run("quantize", *MODEL, *args[:3], "1ns", *args[4:], "--overwrite")
     assert result.exit_code == 2
-    assert "latency <= 1e-09 (minimum " in result.stderr
+    assert "latency <= 1e-09 s (minimum " in result.stderr
