@@ -86,7 +86,7 @@ class Budget:
         given = {name: value for name, value in (own | others).items() if value is not None}
         for name in others:
             if name not in limits:
-                near = difflib.get_close_matches(name, [*limits.names(), *sorted(RESERVED)], n=1)
+                near = difflib.get_close_matches(name, [*limits.names(), *sorted(RESERVED)], n=1, cutoff=0.8)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; limits: {', '.join(limits.names())}, costs"
                 raise InvalidArgument(f"unknown option or limit {name!r}{hint}")
         if latency is not None and latency_table is None:

@@ -168,7 +168,7 @@ def test_the_whole_route(outside, tmp_path):
     assert again.usage()["energy"] == mpq.usage()["energy"]
     assert again.scores == mpq.scores
     assert (again.scores.unit, again.scores.sense) == ("preference", "max")
-    with pytest.raises(InfeasibleBudget, match=r"energy <= 1 \(minimum "):
+    with pytest.raises(InfeasibleBudget, match=r"energy <= 1 mJ \(minimum "):
         mpq.search(energy=1)
 
 

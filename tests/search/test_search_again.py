@@ -70,7 +70,7 @@ def test_two_searches_of_one_seed_write_the_same_file(net, train, tmp_path):
         ({"strategy": "mse", "bitops": "W3A3", "indicator_options": {"preset": "authors"}}, "preset is an option of"),
         ({"bitops": "W3A3", "indicator_options": {"epoch": 1}}, "no option 'epoch'; did you mean 'epochs'"),
         ({"bitops": "W3A3", "finetune_options": {"learning_rate": 1}}, "no option 'learning_rate'"),
-        ({"bitop": "W3A3"}, "unknown option or limit 'bitop'"),
+        ({"bitop": "W3A3"}, "unknown option or limit 'bitop'; did you mean 'bitops'"),
         ({"bitops": "W3A3", "strategy_options": {"unifrom": False}}, "options of strategy 'limpq'.*unifrom"),
         ({"strategy": "mse", "bitops": "W3A3", "alpha": 2.0}, "alpha"),
         ({"strategy": "mse", "bitops": "W3A3", "fixed": {"*": "W4A4"}}, "nothing to search"),

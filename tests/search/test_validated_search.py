@@ -116,7 +116,7 @@ def test_validation_can_be_off_or_on_batches_of_its_own(mpq, train, val, data):
 def test_without_data_it_says_that_nothing_was_measured(mpq):
     with pytest.warns(UserWarning, match="no training data"):
         mpq.quantize(bitops="W4A4")
-    assert str(mpq.result.validation) == "not validated: no data to measure on; give train=, val= or validate="
+    assert str(mpq.result.validation) == "not validated: no data to measure on; pass train=, val= or validate="
 
 
 def test_search_and_pareto_measure_when_told(mpq, train, val):
