@@ -68,6 +68,16 @@ def test_a_packed_folder_against_float(run, packed):
     assert "float: fc (the reference computes in float)" in text
 
 
+def test_unsteady_timing_is_told(run, packed, monkeypatch):
+    from hub_mpq.runtime import Timing
+
+    words = "timing is unsteady; the machine is busy"
+    for spread, told in ((0.002, True), (0.0005, False)):
+        found = [Timing(0.001, spread, 9)] * 2
+        monkeypatch.setattr("hub_mpq.runtime.bench.time_calls", lambda calls, found=found, **_: found)
+        assert (words in run("bench", packed, "--runtime", "torch").stderr) == told
+
+
 def test_a_packed_folder_has_no_table(run, packed, tmp_path):
     result = run("bench", packed, "--runtime", "onednn", "-o", tmp_path / "t.json")
     assert result.exit_code == 2
