@@ -279,7 +279,10 @@ class HubMPQ(nn.Module):
             return out
         for name, value in {"resident": resident, "runtime": runtime}.items():
             if value is not None:
-                raise InvalidArgument(f"{name}= is only for packed models, and {str(model_id)!r} is not packed")
+                raise InvalidArgument(
+                    f"{name}= is only for packed models, and no packed model was found as {str(model_id)!r}; "
+                    "for a model on the Hub, check the name and the network"
+                )
         kwargs |= {key: value for key, value in {**where, "per_expert": per_expert}.items() if value}
         source = adapters.load(str(model_id), pretrained=pretrained, exclude=exclude, **kwargs)
         warn_of_not_run(source.graph)
@@ -1227,6 +1230,12 @@ class HubMPQ(nn.Module):
             cls = strategy_named(strategy)
             of += [] if cls.learned_once or not cls.trains or wanted is None else [str(wanted)]
             kept = Path(checkpoint_dir) / f"scores-{_mark(of)}.safetensors"
+            try:  # before the work that it is to keep
+                kept.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InvalidArgument(
+                    f"cannot create the folder checkpoint_dir={str(checkpoint_dir)!r}: {error}"
+                ) from error
             if resume and kept.is_file():
                 self.scores, learned = read_indicators(kept), True
         if not learned:

@@ -302,7 +302,7 @@ def test_pins_that_no_layer_can_keep_are_refused():
     ids = torch.tensor([[1, 2, 3]])
     mpq = HubMPQ.from_module(Tied().eval(), ids, fixed={"*": "W4A8"})
     assert str(mpq.graph["table"].fixed) == "W4A32", "an embedding reads indices"
-    with pytest.raises(InvalidArgument, match="both alike"):
+    with pytest.raises(InvalidArgument, match="pin both to the same weight bits"):
         HubMPQ.from_module(Tied().eval(), ids, fixed={"head": None})
     with pytest.raises(InvalidArgument, match="exclude"):
         HubMPQ.from_module(Tied().eval(), ids, fixed={"body": "A8"})
@@ -462,3 +462,15 @@ def test_a_generator_calibrates_on_as_many_batches_as_a_list():
         mpq = HubMPQ.from_module(net, batches[0], fixed={"0": "W4A4"}).apply_policy("W4A4", data, batches=20)
         scales.append(float(mpq.model[0].input_quantizer.scale))
     assert scales[0] == scales[1] != scales[2]
+
+
+def test_the_folder_of_checkpoints_is_made_before_the_work(net, train, tmp_path):
+    mpq = HubMPQ.from_module(net, torch.zeros(1, 1, 8, 8))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidArgument, match="cannot create the folder checkpoint_dir="):
+        mpq.quantize(
+            bitops="W4A4", train=train, strategy="gradient", epochs=0, checkpoint_dir=tmp_path / "file" / "states"
+        )
+    assert mpq.scores is None
+    mpq.quantize(bitops="W4A4", train=train, strategy="gradient", epochs=0, checkpoint_dir=tmp_path / "new" / "states")
+    assert [path.name[:7] for path in (tmp_path / "new" / "states").iterdir()] == ["scores-"]

@@ -87,5 +87,5 @@ def test_not_a_picture_and_no_matplotlib(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     graph = graph_of(2)
-    with pytest.raises(HubMPQError, match="cannot write .*policy.png"):
+    with pytest.raises(HubMPQError, match=r"cannot write .*policy\.png"):
         plot.plot_policy(graph, Policy.uniform(graph, "W4A4"), tmp_path / "file" / "policy.png")

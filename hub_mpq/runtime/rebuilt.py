@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.packed import packed_layers, set_resident
+from ..nn.packed import PackedLayer, packed_layers, set_resident
 from ..nn.quantize import quantized_layers
 
 
@@ -55,11 +55,14 @@ def _stay(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
 
 def not_on_cpu(model: nn.Module) -> str | None:
     """Why a model cannot run on an engine for CPUs; None if it can."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type != "cpu":
-            return f"expected a model on the CPU, got {tensor.device.type}"
-        if tensor.is_floating_point() and tensor.dtype in (torch.float16, torch.bfloat16, torch.float64):
-            return f"expected a model in float32, got {str(tensor.dtype).removeprefix('torch.')}"
+    for module in model.modules():
+        packed = isinstance(module, PackedLayer)  # stores scales in 16 bits, and computes in another type
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.device.type != "cpu":
+                return f"expected a model on the CPU, got {tensor.device.type}"
+            stored = packed and not isinstance(tensor, nn.Parameter)
+            if not stored and tensor.dtype in (torch.float16, torch.bfloat16, torch.float64):
+                return f"expected a model in float32, got {str(tensor.dtype).removeprefix('torch.')}"
     return None
 
 

@@ -172,3 +172,16 @@ def test_packed_weights_are_all_that_generation_keeps_in_memory(tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["packed"] < allowed
     assert found["float"] > 4 * whole
+
+
+def test_a_packed_model_with_groups_runs_on_a_runtime(tmp_path):
+    from hub_mpq import to_runtime
+
+    model, _ = build("llama", eos_token_id=None, max_position_embeddings=64)
+    model.save_pretrained(tmp_path / "float")
+    mpq = HubMPQ.from_pretrained(tmp_path / "float", weight_only=True)
+    mpq.apply_policy("W4A32", group_size=16).save_pretrained(tmp_path / "packed")
+    auto = type(model).from_pretrained(tmp_path / "packed")
+    assert any(buffer.dtype == torch.float16 for buffer in auto.buffers()), "scales of groups"
+    with torch.no_grad():
+        torch.testing.assert_close(to_runtime(auto, "onednn", IDS)(**IDS).logits, auto(**IDS).logits)

@@ -60,7 +60,7 @@ def test_bad_indicators_are_not_written(path, bad, words):
     [
         ((2.0, -1.0), "finite and positive"),
         ((2.0, math.inf), "finite"),
-        ((2.5, 1.0), "whole number"),
+        ((2.5, 1.0), "integer"),
         ((9.0, 1.0), "from 1 to 8"),
         ((3.0, 1.0), "ascend"),
     ],

@@ -55,7 +55,9 @@ def test_what_only_runs_is_neither_trained_nor_saved(folder, tmp_path):
 
 
 def test_runtime_is_of_packed_models(folder):
-    with pytest.raises(InvalidArgument, match="runtime= is only for packed models, and 'resnet18' is not packed"):
+    with pytest.raises(
+        InvalidArgument, match="runtime= is only for packed models, and no packed model was found as 'resnet18'"
+    ):
         HubMPQ.from_pretrained("resnet18", pretrained=False, runtime="auto")
     with pytest.raises(InvalidArgument, match="unknown runtime 'fast'"):
         HubMPQ.from_pretrained(folder, runtime="fast")

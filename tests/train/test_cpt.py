@@ -66,7 +66,7 @@ def test_bad_settings(net):
     with pytest.raises(InvalidArgument, match=r"cyclic_bits must be an integer from 2 to 8, got 2\.5"):
         CyclicPrecision(copy.deepcopy(net), 2.5)
     for cycles in (0, -1, 1.5, True):
-        with pytest.raises(InvalidArgument, match=f"cycles is a whole number of at least 1, not {cycles}"):
+        with pytest.raises(InvalidArgument, match=f"cycles must be an integer of at least 1, got {cycles}"):
             CyclicPrecision(copy.deepcopy(net), 3, cycles)
 
 
