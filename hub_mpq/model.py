@@ -63,7 +63,7 @@ from .nn.packing import base_nbytes
 from .nn.rounded_weights import RoundedWeights
 from .nn.types import device_of
 from .pack import Manifest, read_indicators, write_indicators
-from .report import latency_line, measurements, report, warn_of_not_run
+from .report import allowances, latency_line, measurements, report, warn_of_not_run
 from .runtime import (
     Certificate,
     MetLatency,
@@ -126,7 +126,8 @@ class HubMPQ(nn.Module):
         source: The loaded model with its layer graph, see `hub_mpq.adapters.Source`.
         task: What the model is for: a task's name such as "regression", or a `Task`. None detects it from the model and
             the batches.
-        fixed: `{name or pattern: "W8A8" or None}`: layers that keep these bit-widths (None: layers that are searched).
+        fixed: `{name or pattern: "W8A8" or None}`: pinned layers, which keep these bit-widths (None: layers that are
+            searched).
         weight_only: Quantize weights only; all inputs stay float, those of fixed layers too.
         tie_fused: Layers of one module that read the same input (q, k, v; gate, up) share one weight bit-width.
         target: The `Target` that policies are made for, or its name; None for hub-mpq's own file.
@@ -225,8 +226,8 @@ class HubMPQ(nn.Module):
                 in the dtypes that the model was saved in.
             task: What the model is for: a task's name such as "regression", or a `Task`. None detects it from the model
                 and the batches.
-            fixed: `{name or pattern: "W8A8" or None}`: layers that keep these bit-widths (None: layers that are
-                searched). By default the stem and the head are fixed at 8 bits, and the weights of embeddings at 8
+            fixed: `{name or pattern: "W8A8" or None}`: pinned layers, which keep these bit-widths (None: layers that
+                are searched). By default the stem and the head are pinned at 8 bits, and the weights of embeddings at 8
                 bits.
             exclude: Patterns of layers to leave float.
             weight_only: Quantize weights only; all inputs stay float, those of fixed layers too.
@@ -316,8 +317,8 @@ class HubMPQ(nn.Module):
             model_id: A name for it; None for the name of its class.
             task: What the model is for: a task's name such as "regression", or a `Task`. None detects it from the model
                 and the batches.
-            fixed: `{name or pattern: "W8A8" or None}`: layers that keep these bit-widths (None: layers that are
-                searched).
+            fixed: `{name or pattern: "W8A8" or None}`: pinned layers, which keep these bit-widths (None: layers that
+                are searched).
             exclude: Patterns of layers to leave float.
             weight_only: Quantize weights only; all inputs stay float.
             tie_fused: Layers of one module that read the same input share one weight bit-width.
@@ -1466,7 +1467,12 @@ class HubMPQ(nn.Module):
         graph = self._policy_graph or self.graph
         expected = expected_divergence(self.scores, graph, self.policy, weight_only=self.weight_only)
         unit = self.scores.unit if self.scores is not None else ""
-        text = report(graph, self.policy, usage, self.metrics, self.seconds, expected, unit)
+        budget = None
+        if self.policy is not None and usage is not None:
+            details = self.history.get("search", {}) if self.result is None else self.result.details
+            exact = self.target is None  # a target counts a level in bit-widths of its own
+            budget = allowances(str(details.get("budget", "")), graph, self.policy, usage, level_amounts=exact)
+        text = report(graph, self.policy, usage, self.metrics, self.seconds, expected, unit, budget)
         text += "".join(f"\n{note}" for note in fold_notes(self.model))
         if self.result is not None and (measured := measurements(self.result)):
             text += f"\n\n{measured}"
@@ -1479,7 +1485,7 @@ class HubMPQ(nn.Module):
         if self.policy is not None and exportable(self._manifest(self.policy)):
             text += (
                 "\nall quantized layers are Linear or Embedding layers; "
-                f'push_to_hub(…, format="{COMPRESSED_TENSORS}") '
+                f'push_to_hub(…, format="{COMPRESSED_TENSORS}"), or `hub-mpq push … --format {COMPRESSED_TENSORS}`, '
                 "publishes the model so that transformers loads it without hub-mpq"
             )
         return text

@@ -80,7 +80,7 @@ def _name_layers(axes: Axes, names: Sequence[str], across: int) -> None:
 def plot_policy(graph: LayerGraph, policy: Policy, path: str | Path, *, title: str | None = None) -> None:
     """Plot the bit-widths of each layer, in execution order.
 
-    Weight bits point up and activation bits point down. Fixed layers are hatched.
+    Weight bits point up and activation bits point down. Pinned layers (`fixed=`) are hatched.
 
     Args:
         graph: The layers of the model.
@@ -142,7 +142,7 @@ def _policy_legend(figure: Figure, fixed: bool) -> None:
 
     handles: list[Any] = [Patch(color=WEIGHT, label="weights"), Patch(color=ACTIVATION, label="activations")]
     if fixed:
-        handles.append(Patch(facecolor="0.6", edgecolor="white", hatch="////", label="fixed, not searched"))
+        handles.append(Patch(facecolor="0.6", edgecolor="white", hatch="////", label="pinned, not searched"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .core import LayerGraph, Policy, SearchResult, Usage, human, human_seconds, limits
+from .core import LayerBits, LayerGraph, Limit, Policy, SearchResult, Usage, human, human_seconds, limits
+from .core.limit import fixed_of
 from .cost.bitops import float_bitops, layer_bitops
 from .cost.size import layer_nbytes
-from .errors import shown
+from .errors import InvalidArgument, shown
 
+_DIVERGENCES = {"kl": ("KL", "KL divergence"), "target_error": ("target error", "divergence (target error)")}
+"""{unit of scores: (title of their column, the quantity)}."""
+_PLAIN_NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?(e[+-]?[0-9]+)?")
 NOT_RUN_SHARE = 0.05
 """Share of the weights that may go unused by the example input without a warning."""
 
@@ -54,6 +59,7 @@ def report(
     seconds: Mapping[str, float],
     expected: Mapping[str, tuple[float, float | None]] | None = None,
     unit: str = "",
+    budget: Mapping[str, str] | None = None,
 ) -> str:
     """Format the report of a model: bits and costs of each layer, totals, metrics and times.
 
@@ -67,7 +73,8 @@ def report(
         seconds: `{stage: wall time in seconds}`.
         expected: `{searched layer: (estimated divergence caused by its bit-widths, relative standard error or None)}`;
             None to omit the column.
-        unit: Unit of `expected`, which is the title of its column: "kl" or "target_error".
+        unit: Unit of `expected`, which names its column: "kl" or "target_error".
+        budget: `{limit: what the budget allows}`, from `allowances`, to show next to the totals; None to omit it.
 
     Returns:
         The report as text.
@@ -89,7 +96,7 @@ def report(
             [
                 layer.name,
                 layer.kind,
-                ("fixed " if layer.fixed else "") + (str(bits) if bits else "searched"),
+                ("pinned " if layer.fixed else "") + (str(bits) if bits else "searched"),
                 human(layer.macs),
                 human(layer.weight_count),
                 human(layer_bitops(layer, bits)) if bits else "",
@@ -102,19 +109,82 @@ def report(
     head = ["layer", "kind", "bits", "MACs", "weights", "BitOps", "bytes"]
     totals = []
     if expected:
-        head.append(unit)
+        column, divergence = _DIVERGENCES.get(unit, (unit, unit))
+        head.append(column)
         rows = [[*row, estimate(*expected[row[0]]) if row[0] in expected else ""] for row in rows]
         whole = sum(value for value, _ in expected.values())
-        totals.append(f"expected {unit} of the policy before fine-tuning: {whole:.4g}")
+        totals.append(f"expected {divergence} from the float model, without fine-tuning: {whole:.4g}")
     if usage is not None:
-        totals += [f"{limit.label}: {limit.show(usage[limit.name])}" for limit in limits if limit.name in usage.amounts]
-    floats = [f"float: {shown(op.name, 120)} ({shown(op.reason)})" for op in graph.floats]
+        totals += _totals(policy, usage, budget or {})
+    floats = [f"stays float: {shown(op.name, 120)} ({shown(op.reason)})" for op in graph.floats]
     if missed := not_run_line(graph):
         floats.append(f"warning: {shown(missed)}")
     measured = [f"{shown(which, 120)}: " + figures_line(figures, ", ") for which, figures in metrics.items()]
     if seconds:
         measured.append("seconds: " + ", ".join(f"{k} {v:.3g}" for k, v in seconds.items()))
     return "\n\n".join("\n".join(part) for part in ([title, table(head, rows)], totals, floats, measured) if part)
+
+
+def _totals(policy: Policy | None, usage: Usage, budget: Mapping[str, str]) -> list[str]:
+    """One line for each amount, with what the budget allows; amounts of inputs only if some input is quantized."""
+    lines = []
+    for limit in limits:
+        of_inputs = limit.level_parts == ("activation",)
+        if limit.name in usage.amounts and not (of_inputs and policy is not None and policy.weights_alone):
+            allowed = f" (budget {budget[limit.name]})" if limit.name in budget else ""
+            lines.append(f"{limit.label}: {limit.show(usage[limit.name])}{allowed}")
+    return lines
+
+
+def allowances(
+    budget: str, graph: LayerGraph, policy: Policy, usage: Usage, *, level_amounts: bool = True
+) -> dict[str, str]:
+    """Describe what a budget allows for the whole model.
+
+    Args:
+        budget: The budget as text, as in `SearchResult.details["budget"]`. What cannot be read in it is omitted.
+        graph: The layers of the model.
+        policy: The policy found within the budget.
+        usage: Total costs of the policy.
+        level_amounts: Whether to convert levels such as "W4A4" to amounts.
+
+    Returns:
+        `{limit: text}`.
+
+    Example:
+        >>> from hub_mpq import HubMPQ, Policy
+        >>> from hub_mpq.report import allowances
+        >>> mpq = HubMPQ.from_pretrained("test_resnet", pretrained=False)
+        >>> policy = Policy.uniform(mpq.graph, "W3A3")
+        >>> allowances("bitops W4A4, size 5.7MB", mpq.graph, policy, mpq.usage(policy))
+        {'bitops': 'W4A4: 1.778 G', 'size': '5.700 MB'}
+    """
+    out = {}
+    for part in budget.split(", "):
+        name, _, text = part.partition(" ")
+        if name not in limits:
+            continue
+        limit = limits.get(name)
+        try:
+            value = limit.parse(float(text) if _PLAIN_NUMBER.fullmatch(text) else text)
+        except InvalidArgument:
+            continue
+        if not isinstance(value, LayerBits):
+            out[name] = f"at least {limit.show(value)}" if limit.at_least else limit.show(value)
+            continue
+        amount = _of_level(limit, value, graph, policy, usage) if level_amounts else None
+        out[name] = text if amount is None else f"{text}: {limit.show(amount)}"
+    return out
+
+
+def _of_level(limit: Limit, level: LayerBits, graph: LayerGraph, policy: Policy, usage: Usage) -> float | None:
+    """The amount of the whole model at a level: that of the policy, with other searched layers."""
+    cap = limit.cap(graph, level, 0)
+    if limit.over == "max":
+        return limit.whole(graph, cap, 0)
+    if limit.name not in usage.amounts:
+        return None
+    return usage[limit.name] + cap - limit.together([(x, policy.bits[x.name]) for x in graph.searched], fixed_of(graph))
 
 
 def not_run_line(graph: LayerGraph) -> str:

@@ -18,6 +18,7 @@ from hub_mpq import (
     MPQConfig,
     Policy,
 )
+from hub_mpq.core import human
 from hub_mpq.cost import graph_bitops
 from hub_mpq.errors import HubMPQError, InfeasibleBudget, InvalidArgument
 from hub_mpq.pack import read_indicators, write_indicators
@@ -106,11 +107,15 @@ def test_pins_hold_for_one_call(net, train):
 def test_a_policy_remembers_the_pins_it_was_searched_with(net, train, tmp_path):
     mpq = HubMPQ.from_module(net, X)
     mpq.quantize(bitops="W3A3", train=train, epochs=0, indicator_options={"steps": 0}, fixed={"3": "W7A7"})
-    assert "fixed W7A7" in mpq.report()
+    assert "pinned W7A7" in mpq.report()
+    pinned = mpq.graph.with_fixed({"3": "W7A7"})
+    allowed = f"(budget W3A3: {human(graph_bitops(pinned, Policy.uniform(pinned, 'W3A3')))})"
+    assert allowed in mpq.report()
     usage = dict(mpq.usage().amounts)
     mpq.save_pretrained(tmp_path)
     again = HubMPQ.from_pretrained(tmp_path, module=copy.deepcopy(net))
     assert again.graph["3"].fixed == LayerBits(7, 7)
+    assert allowed in again.report()
     assert dict(again.usage().amounts) == usage
     assert mpq.graph["3"].fixed is None
     mpq.quantize(bitops="W3A3", train=train, epochs=0)
@@ -217,6 +222,10 @@ def test_a_layer_that_was_pinned_when_scores_were_made_is_named(net, train):
     with pytest.raises(InvalidArgument, match="layer '3' has no score"):
         mpq.search(bitops="W4A4")
     assert mpq.pareto("bitops", 3, fixed={"3": "W8A8"})
+    other = {f"other.{n}": scores for n, scores in mpq.scores.pairs.items()}
+    mpq.scores = Indicators({}, {}, pairs=other, provenance=mpq.scores.provenance)
+    with pytest.raises(InvalidArgument, match=r"has no score: the scores are of another model, with a layer 'other\."):
+        mpq.search(bitops="W4A4")
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_every_layer_is_named(count, tmp_path, svg_text):
     assert all(f">{name}<" in text for name in graph.names)
     assert text.count(">float<") == (count > 1)  # the embedding reads indices
     assert text.count(">5<") == max(count - 2, 0)
-    assert "fixed, not searched" in text
+    assert "pinned, not searched" in text
 
 
 def test_policy_of_another_graph(tmp_path):

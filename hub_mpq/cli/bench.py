@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -57,8 +58,12 @@ def bench(
         from ..runtime.bench import bench_runtime
 
         found = bench_runtime(mpq.model, runtime, mpq.source.example, **told)
+        if any(timing.spread > timing.seconds for timing in (found.runtime, found.float)):
+            typer.echo("warning: timing is unsteady; the machine is busy, repeat the measurement", err=True)
         return show.emit(as_json, {"model": model, **found.to_json()}, _against_float(model, found))
     table = mpq.measure_latency(runtime, candidates=widths, **told)
+    if widths is not None and all(_one_time(row) for row in table.entries.values()):
+        typer.echo(f"warning: --candidates has no effect: {runtime} computes all bit-widths with one kernel", err=True)
     saved = ""
     if output is not None:
         from ..pack import write_latency_table
@@ -66,6 +71,11 @@ def bench(
         write_latency_table(output, table)
         saved = f"\nsaved {output}; use it with --latency AMOUNT --latency-table {output}"
     show.emit(as_json, table.to_dict(), f"{_layers(table)}{saved}")
+
+
+def _one_time(row: Mapping[str, float]) -> bool:
+    """Whether a layer takes the same time at all bit-widths."""
+    return len({seconds for key, seconds in row.items() if key != "float"}) <= 1
 
 
 def _head(model: str, of: LatencyTable | RuntimeBench, runtime: str) -> str:

@@ -86,7 +86,7 @@ def export(
         raise InvalidArgument(f"{output} already exists; name a new folder")
     size = HubMPQ.from_pretrained(folder).export(output, format)
     tree = {"folder": str(output), "format": format, "bytes": size}
-    show.emit(as_json, tree, f"{format} in {output}: {size:,} bytes")
+    show.emit(as_json, tree, f"saved {output}: {size:,} bytes of {format}")
 
 
 def pull(

@@ -52,6 +52,7 @@ def indicators(
         from ..plot import plot_indicators
 
         plot_indicators(found, picture)
+        show.saved(picture)
     tree = {"output": str(output), "layers": len(found.weight), "provenance": dict(found.provenance)}
     moved = [f"  {k} scales: {_movement(v)}" for k, v in found.provenance["movement"].items() if v]
     text = "\n".join([f"saved {output}: indicators of {len(found.weight)} layers", *moved])

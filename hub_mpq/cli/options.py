@@ -144,7 +144,7 @@ class ModelOptions(Options):
     pretrained: bool = option(True, "Download the published weights.")
     exclude: list[str] | None = option(None, "Pattern of layers to leave float. Repeatable.")
     pin: list[str] | None = option(
-        None, "PATTERN=W8A8 fixes layers at bit-widths, PATTERN=none searches them. Repeatable."
+        None, "PATTERN=W8A8 pins layers at bit-widths, PATTERN=none searches them. Repeatable."
     )
     weight_only: bool = option(False, "Quantize weights only; all inputs stay float.")
     tie_fused: bool = option(False, "Layers that read the same input (q, k, v) share a bit-width, as vLLM requires.")
@@ -347,7 +347,7 @@ def candidates_of(text: str | None) -> Candidates | None:
         return Candidates.of([int(part) for part in text.split(",")])
     except ValueError as error:
         if isinstance(error, HubMPQError):
-            raise
+            raise InvalidArgument(f"--candidates: {error}") from None
         raise InvalidArgument(
             f"--candidates: {text!r} is not a valid list of bit-widths; use for example 2,3,4,5,6"
         ) from None
@@ -361,7 +361,15 @@ def group_sizes_of(text: str | None) -> list[int | None]:
         raise InvalidArgument(
             f"--group-size: {text!r} is not a valid group size; use for example 128 or none,128,32"
         ) from None
-    return [check_group_size(size) for size in sizes]
+    return [_named("--group-size", check_group_size, size) for size in sizes]
+
+
+def _named(option: str, parse: Callable[[Any], Any], value: Any) -> Any:
+    """A parsed value; an error names the option."""
+    try:
+        return parse(value)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{option}: {error}") from None
 
 
 def pins_of(items: list[str] | None) -> dict[str, LayerBits | None]:
@@ -371,7 +379,7 @@ def pins_of(items: list[str] | None) -> dict[str, LayerBits | None]:
         pattern, equals, bits = item.rpartition("=")
         if not equals or not pattern:
             raise InvalidArgument(f"--pin: expected PATTERN=W8A8 or PATTERN=none, got {item!r}")
-        pins[pattern] = None if bits.lower() == "none" else LayerBits.parse(bits)
+        pins[pattern] = None if bits.lower() == "none" else _named(f"--pin {item}", LayerBits.parse, bits)
     return pins
 
 

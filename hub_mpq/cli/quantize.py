@@ -186,6 +186,7 @@ def _finish(mpq: Any, output: Path, saved: int, plot: Path | None, as_json: bool
         from ..plot import plot_policy
 
         plot_policy(mpq.graph, mpq.policy, plot)
+        show.saved(plot)
     tree = {
         "output": str(output),
         "packed_bytes": saved,

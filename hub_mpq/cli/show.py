@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -17,6 +18,11 @@ def emit(as_json: bool, tree: Mapping[str, Any], text: str) -> None:
     typer.echo(json.dumps(tree, indent=2, sort_keys=False) if as_json else text)
 
 
+def saved(path: Path) -> None:
+    """Print to stderr that a plot was written."""
+    typer.echo(f"saved {path}", err=True)
+
+
 def amount(limit: str, value: float) -> str:
     """A limit's amount with its unit."""
     return limits.get(limit).show(value) if limit in limits else human(value)
@@ -25,7 +31,8 @@ def amount(limit: str, value: float) -> str:
 def policy_table(result: Any, graph: Any) -> str:
     """Layers with their bit-widths, then the cost of the policy, the proof of the optimum and measurements."""
     rows = [
-        [layer.name, layer.kind, str(result.policy.bits[layer.name]), "fixed" if layer.fixed else ""] for layer in graph
+        [layer.name, layer.kind, str(result.policy.bits[layer.name]), "pinned" if layer.fixed else ""]
+        for layer in graph
     ]
     proof = proof_line(result)
     if result.policy != result.optimum:

@@ -49,6 +49,7 @@ def search(
         from ..plot import plot_policy
 
         plot_policy(mpq.graph, result.policy, plot)
+        show.saved(plot)
     show.emit(as_json, result.to_dict(), show.policy_table(result, mpq.graph))
 
 
@@ -74,7 +75,9 @@ def pareto(
     budget: Budget | None,
     loading: o.NoWeights,
     indicators: o.Indicators = None,
-    limit: Annotated[str, typer.Option(help="Limit to vary: bitops, size, weight_bits, …")] = "bitops",
+    limit: Annotated[
+        str, typer.Option(help="Limit to vary: bitops, size, weight-bits, activation-memory, latency, …")
+    ] = "bitops",
     points: Annotated[
         int, typer.Option(min=2, max=10_000, help="Number of budgets between the minimum and the maximum.")
     ] = 20,
@@ -89,6 +92,7 @@ def pareto(
     Other limits, if given, apply at every point.
     """
     o.check_plot(plot)
+    limit = limit.replace("-", "_")
     widths = o.candidates_of(candidates)
     mpq = models.load(model, loading, meta=True)
     models.indicators_for(mpq, indicators)
@@ -97,4 +101,5 @@ def pareto(
         from ..plot import plot_pareto
 
         plot_pareto({mpq.graph.model_id: results}, plot, x=limit)
+        show.saved(plot)
     show.emit(as_json, {"limit": limit, "points": [r.to_dict() for r in results]}, show.front_table(results))

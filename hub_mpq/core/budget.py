@@ -19,7 +19,7 @@ Cost = tuple[float, Mapping[str, Mapping[str, float]]] | tuple[float, Mapping[st
 Costs = Mapping[str, Cost]
 
 NO_TABLE = (
-    "latency= needs a table of this model's layer times on a runtime: measure it with "
+    "latency= (--latency) needs a table of this model's layer times on a runtime: measure it with "
     "`hub-mpq bench MODEL --runtime R -o table.json`, then pass latency_table='table.json' (--latency-table table.json)"
 )
 

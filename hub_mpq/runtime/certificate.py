@@ -148,8 +148,8 @@ class Certificate:
         share = whole.flips / whole.codes if whole.codes else 0.0
         verdict = "the same model" if self.exact else "; ".join(self.reasons)
         return (
-            f"{self.runtime}: {len(self.layers)} layers in integers, {len(self.float)} in float; largest error "
-            f"{whole.error:.1e}, {share:.1e} of the codes off by one step; {verdict}"
+            f"{self.runtime}: {verdict}; {len(self.layers)} layers in integers, {len(self.float)} in float; largest "
+            f"relative error {whole.error:.1e}, {100 * share:.2g} % of the integer codes differ by one step"
         )
 
 

@@ -150,7 +150,8 @@ def _front_limit(graph: LayerGraph, name: str, others: Budget | None) -> Limit:
     own = [limit for limit in all_limits(others) if not isinstance(limit, CostTable)]
     usable = {limit.name: limit for limit in own if limit.over == "sum" and not limit.at_least}
     if name not in usable:
-        raise InvalidArgument(f"limit must be one of {', '.join(usable)}, got {name!r}")
+        why = ", which is a minimum or limits a single layer" if name in {limit.name for limit in own} else ""
+        raise InvalidArgument(f"limit must be one of {', '.join(usable)}, got {name!r}{why}")
     usable[name].check(graph)
     return usable[name]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from itertools import pairwise
 
@@ -81,10 +81,11 @@ def score_table(
     Raises:
         InvalidArgument: A layer has no score at its candidates, or alpha was given for another strategy than LIMPQ.
     """
-    there = {*indicators.weight, *indicators.pairs}
+    there = [*indicators.weight, *indicators.pairs]
     if missing := [layer.name for layer in graph.searched if layer.name not in there]:
         raise InvalidArgument(
-            f"layer {missing[0]!r} has no score; score the layers again, or pass fixed= if it was fixed at that time"
+            f"layer {missing[0]!r} has no score{_of_other_layers(there, graph)}; score the layers of this model again, "
+            f"or pin the layer with fixed= (--pin) if it was pinned when the others were scored"
         )
     if not indicators.pairs:
         chosen = candidates or scored_candidates(indicators, graph, weight_only=weight_only)
@@ -98,14 +99,21 @@ def score_table(
         if candidates is not None:
             wanted = candidates[layer.name]
             row = _in_groups(layer.name, row, wanted)
-            there = {*wanted.pairs, *wanted.weights}
-            row = {bits: score for bits, score in row.items() if bits in there}
+            choices = {*wanted.pairs, *wanted.weights}
+            row = {bits: score for bits, score in row.items() if bits in choices}
         if weight_only:
             row = {bits: score for bits, score in row.items() if bits.activation == FLOAT_BITS}
         if not row:
             raise InvalidArgument(f"layer {layer.name!r} has no score at these candidates; score the layers with them")
         table[layer.name] = row
     return table, 0.0
+
+
+def _of_other_layers(scored: Collection[str], graph: LayerGraph) -> str:
+    """Say that scores are of another model, if they name a layer that this model does not have."""
+    known = {*graph.names, *(op.name for op in graph.floats)}
+    strange = next((name for name in scored if name not in known), None)
+    return "" if strange is None else f": the scores are of another model, with a layer {strange!r}"
 
 
 def _in_groups(name: str, row: Mapping[LayerBits, float], wanted: Candidates) -> dict[LayerBits, float]:

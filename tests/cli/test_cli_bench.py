@@ -28,7 +28,8 @@ def table(tmp_path_factory):
 
 
 def test_a_table_as_json(run, table, tmp_path):
-    result = run("bench", *MODEL, "--runtime", "onednn", "--batch-size", 2, "--json")
+    result = run("bench", *MODEL, "--runtime", "onednn", "--batch-size", 2, "--candidates", "2,4", "--json")
+    assert "--candidates has no effect: onednn computes all bit-widths with one kernel" in result.stderr
     tree = json.loads(result.stdout)
     kept = json.loads(table.read_text())
     assert set(tree) == set(kept)
@@ -65,6 +66,16 @@ def test_a_packed_folder_against_float(run, packed):
     text = run("bench", packed, "--runtime", "torch").stdout
     assert "0 layers compute in integers" in text
     assert "float: fc (the reference computes in float)" in text
+
+
+def test_unsteady_timing_is_told(run, packed, monkeypatch):
+    from hub_mpq.runtime import Timing
+
+    words = "timing is unsteady; the machine is busy"
+    for spread, told in ((0.002, True), (0.0005, False)):
+        found = [Timing(0.001, spread, 9)] * 2
+        monkeypatch.setattr("hub_mpq.runtime.bench.time_calls", lambda calls, found=found, **_: found)
+        assert (words in run("bench", packed, "--runtime", "torch").stderr) == told
 
 
 def test_a_packed_folder_has_no_table(run, packed, tmp_path):

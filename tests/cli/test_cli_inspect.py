@@ -24,8 +24,8 @@ def test_resnet18_without_weights_or_network(run, monkeypatch):
 
 def test_float_work_is_named_with_its_reason(run):
     result = run("inspect", "vit_small_patch16_224", "--exclude", "blocks.0.mlp.fc1")
-    assert "float: blocks.0.attn" in result.stdout
-    assert "float: blocks.0.mlp.fc1 (excluded" in result.stdout
+    assert "stays float: blocks.0.attn" in result.stdout
+    assert "stays float: blocks.0.mlp.fc1 (excluded" in result.stdout
 
 
 def test_a_config_folder(run, tmp_path):

@@ -38,6 +38,7 @@ def test_search_takes_pins_candidates_and_a_plot(run, indicators, tmp_path):
     picture = tmp_path / "deep" / "policy.png"
     args = ["search", *SKELETON, "--indicators", indicators, "--bitops", "W4A4", "--candidates", "2,4,6"]
     result = run(*args, "--pin", "layer1.*=W3A5", "--plot", picture, "--json")
+    assert f"saved {picture}" in result.stderr
     bits = json.loads(result.stdout)["policy"]["bits"]
     assert {bits["layer1.0.conv1"], bits["layer1.0.conv2"]} == {"W3A5"}
     searched = {v for k, v in bits.items() if not k.startswith("layer1.") and k not in ("conv1.0", "fc")}
@@ -59,6 +60,18 @@ def test_pareto_is_monotone(run, indicators, tmp_path):
     assert objectives == sorted(objectives, reverse=True)
     assert b"<svg" in (tmp_path / "front.svg").read_bytes()
     assert len(run(*args).stdout.splitlines()) == len(points) + 2
+
+
+def test_pareto_names_limits_as_the_options_do(run, indicators):
+    args = ["pareto", *SKELETON, "--indicators", indicators, "--points", "2", "--limit"]
+    found = [run(*args, limit, "--json").stdout for limit in ("weight-bits", "weight_bits")]
+    assert json.loads(found[0])["limit"] == "weight_bits"
+    assert [p["policy"] for p in json.loads(found[0])["points"]] == [
+        p["policy"] for p in json.loads(found[1])["points"]
+    ]
+    refused = run(*args, "activation-peak").stderr
+    assert "limit must be one of bitops, size, weight_bits, activation_memory, latency" in refused
+    assert "limits a single layer" in refused
 
 
 def test_search_measures_policies_where_it_is_asked_to(run, indicators, folder):

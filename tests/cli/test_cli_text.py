@@ -139,6 +139,6 @@ def test_a_run_that_is_killed_while_it_rounds_goes_on(run, model, text, tmp_path
 def test_mistakes_with_groups(run, model, text, tmp_path):
     args = ["quantize", model, "--size", "W4", "--text", text, "--output", tmp_path / "out"]
     refused(run(*args, "--group-size", "many"), "--group-size: 'many' is not a valid group size")
-    refused(run(*args, "--group-size", "3"), "a group size must be")
+    refused(run(*args, "--group-size", "3"), "--group-size: a group size must be")
     refused(run(*args, "--rounding", "awq"), "'gptq' or 'nearest'")
     assert not (tmp_path / "out").exists()

@@ -227,6 +227,6 @@ def test_the_policy_runs_in_integers_in_every_layer_without_vnni(net, data):
 def test_the_command_line_takes_it():
     out = CliRunner().invoke(app, ["inspect", "resnet10t", "--target", "onednn"])
     assert out.exit_code == 0, out.output
-    assert "fixed W7A8" in out.output
+    assert "pinned W7A8" in out.output
     out = CliRunner().invoke(app, ["quantize", "resnet10t", "--help"])
     assert "onednn" in out.output

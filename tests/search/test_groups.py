@@ -335,7 +335,7 @@ def test_scores_say_in_which_groups_they_were_measured(strategy):
         True
     }
     assert mpq.search(bitops="W4A6").policy == mpq.policy
-    assert " kl" in mpq.report().splitlines()[1]
+    assert " KL" in mpq.report().splitlines()[1]
 
 
 def test_the_longest_header_has_zero_points_where_any_choice_has_them():
