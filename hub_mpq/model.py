@@ -52,7 +52,7 @@ from .export import COMPRESSED_TENSORS, export, exportable
 from .hub.cached import mended
 from .hub.folder import read_folder_indicators, save_folder
 from .hub.load import load_folder, load_resident
-from .hub.origin import local_card
+from .hub.origin import OWN_WEIGHTS, local_card
 from .hub.preprocess import local_preprocess
 from .hub.publish import publish
 from .hub.pull import packed_folder, refuse_choices
@@ -188,6 +188,7 @@ class HubMPQ(nn.Module):
         self.history: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self.home: Path | None = None  # the folder it was loaded from
+        self._own_weights = False  # whether the float weights are other than the published ones
         self._policy_graph: LayerGraph | None = None  # the graph with the pins of the policy that is applied
         # in a tuple: the float model is no submodule, or every state dict would hold it too
         self._float: tuple[nn.Module, ...] = (source.model,)
@@ -287,6 +288,7 @@ class HubMPQ(nn.Module):
         source = adapters.load(str(model_id), pretrained=pretrained, exclude=exclude, **kwargs)
         warn_of_not_run(source.graph)
         out = cls(source, task=task, fixed=fixed, weight_only=weight_only, tie_fused=tie_fused, target=target)
+        out._own_weights = not pretrained or kwargs.get("checkpoint_path") is not None
         if Path(model_id).is_dir():
             out.home = Path(model_id)
             out.scores = read_folder_indicators(model_id)
@@ -356,6 +358,7 @@ class HubMPQ(nn.Module):
             target=target if target in targets else None,
         )
         out.policy, out._float, out.home = manifest.policy, (), folder
+        out._own_weights = manifest.provenance.get("weights") == OWN_WEIGHTS
         out.scores = read_folder_indicators(folder)
         out.metrics = {k: dict(v) for k, v in manifest.provenance.get("metrics", {}).items()}
         out.history = {
@@ -1656,6 +1659,8 @@ class HubMPQ(nn.Module):
             for of, found in self.metrics.items()
         }
         provenance: dict[str, Any] = {"hub_mpq": __version__, "metrics": metrics, **self.history}
+        if self._own_weights:
+            provenance["weights"] = OWN_WEIGHTS
         if self.target is not None:
             provenance["target"] = self.target.name
         if self.task is not None:

@@ -17,6 +17,7 @@ from ..errors import shown
 from ..export import COMPRESSED_TENSORS, exportable, llm_compressor_recipe, unequal_inputs, unread_inputs
 from ..pack import Manifest
 from ..search.policy_search import usage_of
+from .origin import OWN_WEIGHTS
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -275,7 +276,8 @@ def _loading(repo_id: str, manifest: Manifest, facts: CardFacts) -> str:
                 f"hub-mpq is required: {library.name} alone finds no weights in this repo and reports that. "
                 "Do not use a model whose weights were newly initialised."
             )
-    if INDICATORS in nbytes:
+    own = facts.base_model is None and manifest.provenance.get("weights") == OWN_WEIGHTS  # no one else has them
+    if INDICATORS in nbytes and not own:
         base = code(facts.base_model or own_name(manifest.base_model)).replace('"', "'")
         again = "HubMPQ.from_module(net, x)" if needs_net else f'HubMPQ.from_pretrained("{base}")'
         parts.append(
@@ -284,12 +286,6 @@ def _loading(repo_id: str, manifest: Manifest, facts: CardFacts) -> str:
                 f'scores = HubMPQ.from_pretrained("{repo_id}"{given}).scores',
                 f'model = {again}.quantize(bitops="W3A3", indicators=scores, train=loader)',
             )
-        )
-    if exportable(manifest):
-        parts.append(
-            "All quantized layers are Linear or Embedding layers; "
-            f'`push_to_hub(…, format="{COMPRESSED_TENSORS}")` publishes this policy so that transformers loads it '
-            "without hub-mpq."
         )
     return "\n\n".join(parts)
 
@@ -334,7 +330,10 @@ def _making(manifest: Manifest, facts: CardFacts) -> str:
     provenance = manifest.provenance
     base = facts.base_model or own_name(manifest.base_model)
     rows: list[tuple[str, object]] = [("tool", f"hub-mpq {provenance.get('hub_mpq', '')}".strip())]
-    rows.append(("float model", f"{base} at {manifest.revision}" if manifest.revision else base))
+    if facts.base_model is None and provenance.get("weights") == OWN_WEIGHTS:
+        rows.append(("float model", f"{base}, with its own weights"))
+    else:
+        rows.append(("float model", f"{base} at {manifest.revision}" if manifest.revision else base))
     if facts.trained_on:
         rows.append(("trained on", facts.trained_on))
     stages = {"indicators": facts.indicators, **{k: provenance[k] for k in ("search", "finetune") if k in provenance}}

@@ -16,6 +16,9 @@ from .remote import COMMIT, bounded, hub_api, repo_of
 _CARD = 16 << 20
 """Maximum bytes of a card."""
 
+OWN_WEIGHTS = "own"
+"""`weights` of the provenance of a model whose float weights are not those that its library or the Hub publishes."""
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -29,8 +32,13 @@ class Origin:
 def origin_of(
     manifest: Manifest, config: Mapping[str, Any], base_model: str | None, token: str | bool | None = None
 ) -> Origin:
-    """Read them from the base model's card if it is available, else from its library and config.json."""
+    """Read them from the base model's card if it is available, else from its library and config.json.
+
+    A model with its own weights has no base model, and no licence that could be known.
+    """
     library = libraries.get(manifest.library)
+    if manifest.provenance.get("weights") == OWN_WEIGHTS:
+        return Origin(base_model, None, library.card_data(config).get("pipeline_tag"))
     base = base_model or _hub_id(library, manifest.base_model)
     card = _base_card(base or manifest.base_model, manifest.revision, token)
     own = library.card_data(config)

@@ -50,6 +50,7 @@ _SETTING: _Check = lambda value: value is None or _figure(value)  # noqa: E731
 _KNOWN: dict[str, tuple[_Check, str]] = {
     "hub_mpq": (_text, "a string"),
     "target": (_text, "a string"),
+    "weights": (_text, "a string"),
     "task": (
         _with(
             {"name": _text},

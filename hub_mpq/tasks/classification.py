@@ -22,7 +22,7 @@ class Classification(Classes):
 
     Args:
         ignore_index: Label that is excluded from losses, metrics and counts; None for none.
-        label_keys: Keys of labels in a dict; None for `labels`, `label`; plain networks: also `target`, `targets`, `y`.
+        label_keys: Keys of labels in a dict; None for `labels`, `label` (plain networks: also `target`, `y`).
         output: Which part of the network's output the labels are for, a key or a position; see `Task`.
 
     Example:

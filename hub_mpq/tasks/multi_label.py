@@ -23,7 +23,7 @@ class MultiLabel(Task):
 
     Args:
         ignore_index: Marks unknown labels, which are excluded from losses, metrics and counts; None for none.
-        label_keys: Keys of labels in a dict; None for `labels`, `label`; plain networks: also `target`, `targets`, `y`.
+        label_keys: Keys of labels in a dict; None for `labels`, `label` (plain networks: also `target`, `y`).
         output: Which part of the network's output the labels are for, a key or a position; see `Task`.
 
     Example:

@@ -24,7 +24,7 @@ class Segmentation(Classes):
     Args:
         ignore_index: Label that is excluded from losses, metrics and counts; None for none. At the default, a
             transformers model's `semantic_loss_ignore_index` takes precedence.
-        label_keys: Keys of labels in a dict; None for `labels`, `label`; plain networks: also `target`, `targets`, `y`.
+        label_keys: Keys of labels in a dict; None for `labels`, `label` (plain networks: also `target`, `y`).
         output: Which part of the network's output the labels are for, a key or a position; see `Task`.
 
     Example:

@@ -92,7 +92,7 @@ class Task:
             targets: `targets(output)` returns `{name: tensor}` to compare with the float model; None for all tensors.
             metrics: `metrics(output, labels)` returns `{metric: value}`, each value the mean over the batch or
                 `(sum, count)`; None for the loss alone.
-            label_keys: Keys of labels in a dict; None for `labels`, `label`; plain networks: also `target`, `targets`, `y`.
+            label_keys: Keys of labels in a dict; None for `labels`, `label` (plain networks: also `target`, `y`).
             name: Name of the task in the results of `evaluate`.
 
         Returns:

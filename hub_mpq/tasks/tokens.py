@@ -20,7 +20,7 @@ class TokenClassification(Classes):
 
     Args:
         ignore_index: Label that is excluded from losses, metrics and counts; None for none.
-        label_keys: Keys of labels in a dict; None for `labels`, `label`; plain networks: also `target`, `targets`, `y`.
+        label_keys: Keys of labels in a dict; None for `labels`, `label` (plain networks: also `target`, `y`).
         output: Which part of the network's output the labels are for, a key or a position; see `Task`.
 
     Example:
@@ -44,7 +44,7 @@ class MaskedLM(Classes):
 
     Args:
         ignore_index: Label that is excluded from losses, metrics and counts; None for none.
-        label_keys: Keys of labels in a dict; None for `labels`, `label`; plain networks: also `target`, `targets`, `y`.
+        label_keys: Keys of labels in a dict; None for `labels`, `label` (plain networks: also `target`, `y`).
         output: Which part of the network's output the labels are for, a key or a position; see `Task`.
 
     Example:
@@ -75,7 +75,7 @@ class CausalLM(MaskedLM):
 
     Args:
         ignore_index: Label that is excluded from losses, metrics and counts; None for none.
-        label_keys: Keys of labels in a dict; None for `labels`, `label`; plain networks: also `target`, `targets`, `y`.
+        label_keys: Keys of labels in a dict; None for `labels`, `label` (plain networks: also `target`, `y`).
         output: Which part of the network's output the labels are for, a key or a position; see `Task`.
 
     Example:
@@ -112,7 +112,7 @@ class Seq2SeqLM(MaskedLM):
 
     Args:
         ignore_index: Label that is excluded from losses, metrics and counts; None for none.
-        label_keys: Keys of labels in a dict; None for `labels`, `label`; plain networks: also `target`, `targets`, `y`.
+        label_keys: Keys of labels in a dict; None for `labels`, `label` (plain networks: also `target`, `y`).
         output: Which part of the network's output the labels are for, a key or a position; see `Task`.
 
     Example:

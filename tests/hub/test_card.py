@@ -143,3 +143,25 @@ def test_without_matplotlib_the_picture_is_left_out(hub, mpq, monkeypatch):
     assert "policy.png" not in card_of(hub, "me/toy").text
     config = json.loads(hub.store.content("me/toy")["config.json"])
     assert config["quantization_config"]["quant_method"] == "mpq"
+
+
+def test_weights_of_ones_own_have_no_base_model(hub, tmp_path):
+    """What was made from scratch or from a file is not the published model, nor under its licence."""
+    from safetensors.torch import save_file
+
+    mpq = HubMPQ.from_pretrained("test_resnet", pretrained=False, num_classes=5)
+    file = tmp_path / "weights.safetensors"
+    save_file(mpq.model.state_dict(), file)
+    for name, start in (
+        ("scratch", mpq),
+        ("file", HubMPQ.from_pretrained("test_resnet", checkpoint_path=file, num_classes=5)),
+    ):
+        start.apply_policy("W4A8", [IMAGE]).save_pretrained(tmp_path / name)
+        HubMPQ.from_pretrained(tmp_path / name).push_to_hub(f"me/{name}", token="write-token")
+        card = card_of(hub, f"me/{name}")
+        assert not {"base_model", "base_model_relation", "license"} & set(card.data.to_dict())
+        assert "| float model | test_resnet, with its own weights |" in card.text
+        assert "For another budget" not in card.text
+    start.push_to_hub("me/named", token="write-token", base_model="me/float", license="mit")
+    data = card_of(hub, "me/named").data
+    assert (data.base_model, data.license) == ("me/float", "mit")
