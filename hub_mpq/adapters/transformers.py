@@ -207,7 +207,11 @@ class TransformersLibrary(Library):
         return {"pipeline_tag": tag} if tag else {}
 
     def float_code(self, repo_id: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+        import transformers
+
         cls = _architecture(config) or "AutoModel"
+        auto = re.sub(r"^.*?(?=For[A-Z])", "AutoModel", cls)  # BertForMaskedLM → AutoModelForMaskedLM
+        cls = auto if hasattr(transformers, auto) else cls
         return ("import transformers", f'model = transformers.{cls}.from_pretrained("{repo_id}")')
 
     def plugin_code(self, repo_id: str, config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -258,7 +258,7 @@ def _loading(repo_id: str, manifest: Manifest, facts: CardFacts) -> str:
     given = ", module=net" if needs_net else ""
     parts = [
         _block(
-            f"With hub-mpq (packed weights, {human(nbytes[PACKED])}B):",
+            f"With hub-mpq (`pip install hub-mpq`; packed weights, {human(nbytes[PACKED])}B):",
             "from hub_mpq import HubMPQ",
             f'model = HubMPQ.from_pretrained("{repo_id}"{given})',
             "y = model(x)",
