@@ -83,7 +83,7 @@ def test_what_lasts_leaves_the_old_version_whole(hub, versions, fault):
 def test_a_commit_whose_answer_is_lost_is_whole_and_pushing_again_is_harmless(hub, versions):
     _, folder, new = versions
     hub.faults.append(Fault("POST", "/commit/", lost=True))
-    with pytest.raises(HubMPQError, match="old version or the new one"):
+    with pytest.raises(HubMPQError, match="either unchanged or fully updated"):
         publish(folder, NAME, token="write-token")
     assert hub.store.content(NAME) == new
     head = hub.store.repos[NAME].refs["main"]

@@ -179,7 +179,7 @@ def test_a_float_repo_and_an_unknown_one_are_left_to_their_libraries(hub):
     hub.store.make("me/float", files={"config.json": b'{"model_type": "bert"}'})
     assert fetch("me/float") is None
     assert fetch("me/float", revision="main") is None
-    with pytest.raises(HubMPQError, match="does not hold a packed model"):
+    with pytest.raises(HubMPQError, match="holds no packed model"):
         pull("me/float")
     with pytest.raises(HubMPQError, match="repo not found"):
         HubMPQ.from_pretrained("me/unknown")
