@@ -51,19 +51,20 @@ Model = Annotated[
         metavar="MODEL", help="A timm name, a Hugging Face id, hf-hub:…, or a local folder.", show_default=False
     ),
 ]
-CandidateBits = Annotated[Text, typer.Option("--candidates", help="Candidate bit-widths, for example 2,3,4,5,6.")]
+CandidateBits = Annotated[Text, typer.Option("--candidates", help="Bit-widths to choose from. Default: 2,3,4,5,6.")]
 GroupSize = Annotated[
     Text,
     typer.Option(
-        help="Weights of a row that share a scale: 128, or several (none,128,32) for the solver to choose from."
+        help="Number of weights in a row that share a scale: 128, or several (none,128,32) for the solver to choose from. "
+        "Default: one scale per output channel."
     ),
 ]
 Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="Store zero points with the weight scales.")]
 Rounding = Annotated[
     Text,
     typer.Option(
-        help="gptq or nearest: round weights on --data before they are scored. Default: gptq for weight-only "
-        "quantization without fine-tuning.",
+        help="How weights are rounded before they are scored: gptq, calibrated on --text or --data, or nearest. "
+        "Default: gptq for weight-only quantization without fine-tuning.",
         show_default=False,
     ),
 ]
@@ -71,7 +72,8 @@ Alpha = Annotated[
     Number,
     typer.Option(
         callback=_checked(number),
-        help="Multiplier for the weight indicators. Default: 1 for scores in one unit, else balanced.",
+        help="Factor on the weights' scores relative to the activations'. Default: 1 if both are in one unit, else such "
+        "that their sums are equal.",
     ),
 ]
 TimeLimit = Annotated[
@@ -84,7 +86,8 @@ TimeLimit = Annotated[
 Strategy = Annotated[
     Text,
     typer.Option(
-        help="limpq (default; gradient with GPTQ), dq, ebs, seam, bsq, gradient, hessian, mse, kl, or FILE.py:NAME.",
+        help="How layers are scored. By training: limpq (default), dq, ebs, seam, bsq; without: gradient (default with "
+        "GPTQ), hessian, mse, kl. Or your own, FILE.py:NAME.",
         show_default=False,
     ),
 ]
@@ -122,7 +125,7 @@ Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume an interrupted run from its checkpoint."), FREE]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Overwrite an existing hub-mpq output."), FREE]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Output folder."), FREE]
-Plot = Annotated[File, typer.Option(help="Plot to write (.png, .svg or .pdf)."), FREE]
+Plot = Annotated[File, typer.Option(help="File for a plot (.png, .svg or .pdf)."), FREE]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout."), FREE]
 
 
@@ -134,7 +137,9 @@ class ModelOptions(Options):
 
     library: str | None = option(None, "Library of the model (timm, transformers), if it is not clear from the name.")
     task: str | None = option(
-        None, "Task, if it is not clear from model and data: classification, regression, segmentation, …"
+        None,
+        "Task, if it is not clear from model and data: classification, multi-label, regression, segmentation, "
+        "detection, token-classification, question-answering, masked-lm, causal-lm, seq2seq-lm, contrastive, embedding or own.",
     )
     input_size: str | None = option(None, "Input size, if not the model's own: 160, 160x192 or 3x160x192.")
     model_arg: list[str] | None = option(
@@ -144,11 +149,15 @@ class ModelOptions(Options):
     pretrained: bool = option(True, "Download the published weights.")
     exclude: list[str] | None = option(None, "Pattern of layers to leave float. Repeatable.")
     pin: list[str] | None = option(
-        None, "PATTERN=W8A8 pins layers at bit-widths, PATTERN=none searches them. Repeatable."
+        None,
+        "PATTERN=W8A8 pins layers at bit-widths, PATTERN=none searches them. By default the first and last layer are "
+        "pinned at W8A8. Repeatable.",
     )
     weight_only: bool = option(False, "Quantize weights only; all inputs stay float.")
     tie_fused: bool = option(False, "Layers that read the same input (q, k, v) share a bit-width, as vLLM requires.")
-    target: str | None = option(None, "Program that the policy is made for: a runtime (onednn, …), vllm or gguf.")
+    target: str | None = option(
+        None, "Program that the policy is made for: onednn, openvino, onnxruntime, bit_serial, vllm or gguf."
+    )
     per_expert: bool = option(False, "Give each expert of a stack its own bit-widths.")
 
 

@@ -185,7 +185,9 @@ class IndicatorOptions(_Length):
         low=0,
         high=1,
     )
-    distill: float | None = option(None, "Weight of the distillation loss from the float model.", low=0, high=1)
+    distill: float | None = option(
+        None, "Weight of the distillation loss from the float model. Default: 1 without labels, else 0.", low=0, high=1
+    )
     preset: str = option("short", "short, or authors for LIMPQ's settings for ImageNet-sized runs.", strategy="limpq")
     scale_lr: float | None = option(None, "Learning rate of the scales.", low=0, strategy="limpq")
     freeze_weights: bool = option(False, "Train only scales and norms.", strategy="limpq")
@@ -257,8 +259,12 @@ class FinetuneOptions(_Length):
     smoothing: float | None = option(
         None, "Label smoothing; defaults to 0.1 for classification and to 0 for other tasks.", low=0, high=1
     )
-    distill: float | None = option(None, "Weight of the distillation loss from the float model.", low=0, high=1)
-    ema: float | None = option(None, "Decay of the exponential moving average of the weights.", low=0, high=1)
+    distill: float | None = option(
+        None, "Weight of the distillation loss from the float model. Default: 1 without labels, else 0.", low=0, high=1
+    )
+    ema: float | None = option(
+        None, "Decay of an exponential moving average of the weights. Off by default.", low=0, high=1
+    )
     reestimate_norms: bool = option(True, "Re-estimate BatchNorm statistics after the training.")
     cyclic_bits: int | None = option(
         None, "Cycle the bit-widths between this one and the policy's (CPT).", low=2, high=8

@@ -106,7 +106,7 @@ class ActivationMemory(_Activations):
     """
 
     name, label = "activation_memory", "quantized activations of one sample"
-    help = 'Total bytes of all quantized inputs of one sample ("200KB"), or a level ("A4").'
+    help = 'Maximum bytes of all quantized inputs of one sample ("200KB"), or a level ("A4").'
     one_input = True
 
     def together(self, layers: Sequence[LayerAt], beside: Sequence[LayerAt] = ()) -> int:
@@ -123,7 +123,7 @@ class ActivationPeak(_Activations):
     """Bytes of the largest quantized input of one sample."""
 
     name, label = "activation_peak", "largest quantized activation of one sample"
-    help = 'Bytes of the largest quantized input of one sample ("50KB"), or a level ("A4").'
+    help = 'Maximum bytes of the largest quantized input of one sample ("50KB"), or a level ("A4").'
     over = "max"
 
     def reduction(self, graph: LayerGraph) -> Reduction:

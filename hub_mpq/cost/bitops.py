@@ -123,7 +123,7 @@ class BitOps(Limit):
     """BitOps of the whole model for one sample; float work counts at 32×32 bits."""
 
     name, label = "bitops", "BitOps of the whole model"
-    help = 'BitOps of the whole model for one sample ("34.7G"), or a level ("W4A4").'
+    help = 'Maximum BitOps of the whole model for one sample ("34.7G"), or a level ("W4A4").'
     whole_numbers = True
     level_parts = ("weight", "activation")
 

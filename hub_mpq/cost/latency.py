@@ -15,7 +15,7 @@ class Latency(Limit):
     """
 
     name, unit, label = "latency", "s", "latency of one call"
-    help = 'Time of one call ("5ms") at the runtime, batch size and threads of --latency-table.'
+    help = 'Maximum time of one call ("5ms") at the runtime, batch size and threads of --latency-table.'
 
     def __init__(self, table: LatencyTable | None = None) -> None:
         self.table = table

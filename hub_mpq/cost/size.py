@@ -97,7 +97,7 @@ class Size(Limit):
     """Bytes of the packed file, including its header."""
 
     name, unit, label = "size", "B", "packed file"
-    help = 'Bytes of the packed file ("5.7MB", "4MiB"), or a level ("W4").'
+    help = 'Maximum bytes of the packed file ("5.7MB", "4MiB"), or a level ("W4").'
     whole_numbers = True
     level_parts = ("weight",)
 

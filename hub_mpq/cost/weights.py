@@ -73,7 +73,7 @@ class WeightBits(_Weights):
     """Mean bit-width of the searched layers' weights, each weight counted once."""
 
     name, label = "weight_bits", "mean bits of the searched weights"
-    help = "Mean bit-width of the searched weights."
+    help = "Maximum mean bit-width of the searched weights."
 
     def amount(self, value: str | float) -> float:
         bits = parse_ratio(value, self.name)
