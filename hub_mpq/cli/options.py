@@ -55,7 +55,7 @@ CandidateBits = Annotated[Text, typer.Option("--candidates", help="Bit-widths to
 GroupSize = Annotated[
     Text,
     typer.Option(
-        help="Number of weights in a row that share a scale: 128, or several (none,128,32) for the solver to choose from. "
+        help="Weights of a row that share one scale: 128, or several (none,128,32) for the solver to choose from. "
         "Default: one scale per output channel."
     ),
 ]
@@ -72,8 +72,8 @@ Alpha = Annotated[
     Number,
     typer.Option(
         callback=_checked(number),
-        help="Factor on the weights' scores relative to the activations'. Default: 1 if both are in one unit, else such "
-        "that their sums are equal.",
+        help="Factor on the weights' scores relative to the activations'. Default: 1 if both are in one unit, else "
+        "such that their sums are equal.",
     ),
 ]
 TimeLimit = Annotated[
@@ -139,7 +139,8 @@ class ModelOptions(Options):
     task: str | None = option(
         None,
         "Task, if it is not clear from model and data: classification, multi-label, regression, segmentation, "
-        "detection, token-classification, question-answering, masked-lm, causal-lm, seq2seq-lm, contrastive, embedding or own.",
+        "detection, token-classification, question-answering, masked-lm, "
+        "causal-lm, seq2seq-lm, contrastive, embedding or own.",
     )
     input_size: str | None = option(None, "Input size, if not the model's own: 160, 160x192 or 3x160x192.")
     model_arg: list[str] | None = option(
