@@ -86,7 +86,7 @@ def test_a_report_has_nothing_that_a_terminal_obeys():
     text += table(["a"], [[EVIL]]) + figures_line({EVIL: EVIL})
     assert not set(text) & (OBEYED - {"\n"})
     lines = report(manifest.graph, manifest.policy, None, {}, {}).splitlines()
-    assert len(lines) == 1 + 4 + 1  # title, table of two layers, one reason
+    assert len(lines) == 1 + 4 + 2  # title, table of two layers, a blank line, one reason
     assert max(map(len, lines)) < 700
 
 

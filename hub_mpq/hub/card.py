@@ -237,6 +237,7 @@ def _notes(manifest: Manifest, facts: CardFacts) -> str:
         as_tasks = sorted({prose(row["task"]) for row in metrics.values() if "task" in row})
         how = f" (task: {_list(as_tasks)})" if as_tasks else ""
         out.append(f"Measured on {_list(sorted(samples))} samples{where}{how}." if samples else "")
+        out.append("BitOps are multiply-accumulates × weight bits × activation bits, per sample.")
     if {FLOAT_COPY, PACKED} <= set(facts.nbytes):
         measured = "are given separately (row `float copy`)" if "float copy" in metrics else "were not measured"
         out.append("`model.safetensors` holds the same weights in float, with inputs that are not quantized.")
@@ -325,6 +326,20 @@ def _block(title: str, *lines: str) -> str:
     return "\n".join([title, "", "```python", *rows, "```"])
 
 
+def _in_short(indicators: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
+    """One sentence on how the model was made; "" if nothing is recorded."""
+    parts = []
+    if "strategy" in indicators:
+        samples = f" on {prose(indicators['samples'])} samples" if "samples" in indicators else ""
+        parts.append(f"layers scored by `{code(str(indicators['strategy']))}`{samples}")
+    if budget := provenance.get("search", {}).get("budget"):
+        parts.append(f"policy searched for {prose(budget)}")
+    if steps := provenance.get("finetune", {}).get("steps"):
+        parts.append(f"fine-tuned for {prose(steps)} steps")
+    text = "; ".join(parts)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
 def _making(manifest: Manifest, facts: CardFacts) -> str:
     """What is recorded: tool, base revision, indicators, search with its proof, fine-tuning, seconds."""
     provenance = manifest.provenance
@@ -342,12 +357,14 @@ def _making(manifest: Manifest, facts: CardFacts) -> str:
     rows += [(f"runtime {name}", _certificate(tree)) for name, tree in provenance.get("runtimes", {}).items()]
     rows += [(f"seconds: {key}", f"{value:.3g}") for key, value in facts.seconds.items()]
     table = "\n".join(["| | |", "|---|---|", *(f"| {prose(k)} | {prose(v)} |" for k, v in rows)])
+    all_of_it = f"<details>\n<summary>All settings</summary>\n\n{table}\n\n</details>"
+    made = "\n\n".join(part for part in (_in_short(facts.indicators, provenance), all_of_it) if part)
     if not exportable(manifest):
-        return table
+        return made
     # layer names are untrusted: none of their lines may end the block
     recipe = llm_compressor_recipe(manifest).replace("`", "'")
     told = "The same bit-widths as a recipe for llm-compressor, which uses its own scales and rounding:"
-    return "\n\n".join([table, told, f"```yaml\n{recipe}\n```"])
+    return "\n\n".join([made, told, f"```yaml\n{recipe}\n```"])
 
 
 def _certificate(tree: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import yaml
 from hub_toys import IMAGE, float_bert, timm_toy
 from huggingface_hub import ModelCard
@@ -165,3 +166,16 @@ def test_weights_of_ones_own_have_no_base_model(hub, tmp_path):
     start.push_to_hub("me/named", token="write-token", base_model="me/float", license="mit")
     data = card_of(hub, "me/named").data
     assert (data.base_model, data.license) == ("me/float", "mit")
+
+
+def test_how_it_was_made_in_a_sentence(hub, tmp_path):
+    images = [(IMAGE, torch.arange(2))] * 2
+    mpq = HubMPQ.from_pretrained("test_resnet", pretrained=False, num_classes=5)
+    mpq.quantize(bitops="W4A4", train=images, steps=1, indicator_options={"steps": 1}, validate=False)
+    mpq.push_to_hub("me/made", token="write-token")
+    text = card_of(hub, "me/made").text
+    made = text[text.index("## How it was made") :]
+    assert made.splitlines()[2] == (
+        "Layers scored by `limpq` on 2 samples; policy searched for bitops W4A4; fine-tuned for 1 steps."
+    )
+    assert made.index("<details>") < made.index("| tool | hub-mpq") < made.index("</details>")
