@@ -1221,7 +1221,7 @@ class HubMPQ(nn.Module):
             check_one_grid(candidates)
         if val is not None:
             rereadable(val, "val")
-            if self._labelled(val, task):
+            if "float" not in self.metrics and self._labelled(val, task):
                 self.metrics["float"] = evaluate(self.float_model, val, **self._told(task))
         rounded = None
         if rounding is not None:
