@@ -77,9 +77,8 @@ def load(model: str, options: ModelOptions, *, meta: bool = False, runtime: str 
     if options.checkpoint_path is not None:
         kwargs["checkpoint_path"] = options.checkpoint_path
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(
-            0
-        )  # for weights that no file holds (--no-pretrained, a new head): the same when a run is resumed
+        # for weights that no file holds (--no-pretrained, a new head): the same when a run is resumed
+        torch.manual_seed(0)
         mpq = HubMPQ.from_pretrained(model, pretrained=options.pretrained, exclude=exclude, **searched, **kwargs)
         return mpq if runtime not in (None, "torch") else place(mpq)
 
