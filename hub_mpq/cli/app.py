@@ -9,9 +9,10 @@ import warnings
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from .._version import __version__
+from ..core.checks import MAX_INT, MAX_SEED
 from ..errors import HubMPQError, last_line
 from . import bench, evaluate, hub, indicators, inspect, launch, quantize, solving
 from .options import Command
@@ -23,8 +24,36 @@ MAX_MESSAGE = 2000
 """Maximum length of an error that is shown, in characters."""
 
 
+def _tidy(command: Any, ctx: Any) -> None:
+    """Hide the types of flags and the largest machine integers in the help of a command."""
+    for param in command.get_params(ctx):
+        if param.param_type_name != "option":
+            continue
+        for range_ in (param, getattr(param, "type", None)):  # the option itself, or its type in older typer
+            if getattr(range_, "max", None) in (MAX_INT, MAX_SEED):
+                range_.max = None
+        if param.metavar is not None:
+            continue
+        if getattr(param, "is_flag", False):
+            param.metavar = ""
+        elif hasattr(param, "display_type"):
+            param.metavar = param.display_type(ctx).replace(" range>", ">")
+
+
+class Plain(TyperCommand):
+    """A command with a tidy help."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        _tidy(self, ctx)
+        super().format_help(ctx, formatter)
+
+
 class Commands(TyperGroup):
     """User errors, file errors and lack of memory print one line to stderr; unknown errors keep their traceback."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        _tidy(self, ctx)
+        super().format_help(ctx, formatter)
 
     def invoke(self, ctx: Any) -> Any:
         plain, warnings.formatwarning = warnings.formatwarning, _warning
@@ -100,13 +129,14 @@ _COMMANDS = (
     *(quantize.quantize, quantize.finetune, evaluate.evaluate, bench.bench, evaluate.demo),
 )
 for _command in _COMMANDS:
-    app.command()(Command(_command))
+    app.command(cls=Plain)(Command(_command))
 app.command(
+    cls=Plain,
     options_metavar="[OPTIONS] COMMAND [ARGS]...",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
 )(launch.launch)
 for _hub in (hub.push, hub.pull, hub.export):
-    app.command()(_hub)
+    app.command(cls=Plain)(_hub)
 
 
 def main() -> None:

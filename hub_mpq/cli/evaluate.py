@@ -38,7 +38,9 @@ def evaluate(
     ] = None,
     runtime: Annotated[
         str | None,
-        typer.Option(help="Runtime for a packed folder: auto, torch, onednn, openvino, onnxruntime or bit_serial."),
+        typer.Option(
+            help="Runtime for a packed folder: auto, torch, onednn, openvino, onnxruntime or bit_serial. Default: none, quantizers compute in float."
+        ),
     ] = None,
     as_json: o.Json = False,
 ) -> None:

@@ -14,7 +14,10 @@ from .inspect import Revision
 Repo = Annotated[str, typer.Argument(metavar="REPO", help="Repo on the Hub, owner/name.", show_default=False)]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Packed folder that hub-mpq wrote.", show_default=False)]
 Private = Annotated[
-    bool | None, typer.Option("--private/--public", help="Visibility of a new repo; an existing one keeps its own.")
+    bool | None,
+    typer.Option(
+        "--private/--public", help="Visibility of a new repo; an existing one keeps its own. Default: public."
+    ),
 ]
 FloatCopy = Annotated[
     bool | None,
@@ -26,11 +29,13 @@ def push(
     folder: Folder,
     repo: Repo,
     private: Private = None,
-    revision: Annotated[o.Text, typer.Option(help="Branch to publish on; created if it does not exist.")] = None,
+    revision: Annotated[
+        o.Text, typer.Option(help="Branch to publish on, created if it does not exist. Default: main.")
+    ] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
     float_copy: FloatCopy = None,
     format: Annotated[str, typer.Option(help="mpq, or compressed-tensors for transformers models.")] = "mpq",
-    license: Annotated[o.Text, typer.Option(help="Licence of the float model, if it is not found.")] = None,
+    license: Annotated[o.Text, typer.Option(help="License of the float model, if it is not found.")] = None,
     base_model: Annotated[o.Text, typer.Option(help="Hub id of the float model, if it is not known.")] = None,
     pipeline_tag: Annotated[o.Text, typer.Option(help="Pipeline tag of the model, if it is not known.")] = None,
     dataset: Annotated[

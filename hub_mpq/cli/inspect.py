@@ -14,7 +14,7 @@ from . import options as o
 if TYPE_CHECKING:
     from ..pack import Manifest
 
-Revision = Annotated[o.Text, typer.Option(help="Branch, tag or commit of a published model.")]
+Revision = Annotated[o.Text, typer.Option(help="Branch, tag or commit of a published model. Default: main.")]
 
 
 def inspect(

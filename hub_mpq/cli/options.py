@@ -72,15 +72,15 @@ Alpha = Annotated[
     Number,
     typer.Option(
         callback=_checked(number),
-        help="Factor on the weights' scores relative to the activations'. Default: 1 if both are in one unit, else "
-        "such that their sums are equal.",
+        help="Factor on the weights' scores relative to the activations', for limpq. Default: 1 if both are in one unit, "
+        "else such that their sums are equal.",
     ),
 ]
 TimeLimit = Annotated[
     Number,
     typer.Option(
         callback=_checked(seconds),
-        help="Time limit in seconds; after it the best policy so far is returned, with its gap.",
+        help="Time limit in seconds; after it the best policy so far is returned, with its gap. Default: none.",
     ),
 ]
 Strategy = Annotated[
@@ -94,7 +94,12 @@ Strategy = Annotated[
 StrategyOption = Annotated[
     list[str] | None, typer.Option("--strategy-option", help="KEY=VALUE, an argument of the strategy. Repeatable.")
 ]
-Indicators = Annotated[File, typer.Option(help="File of trained indicators.")]
+Indicators = Annotated[
+    File, typer.Option(help="File written by `hub-mpq indicators`. Default: the indicators stored with a packed model.")
+]
+TrainedIndicators = Annotated[
+    File, typer.Option(help="File written by `hub-mpq indicators`. Default: layers are scored by --strategy.")
+]
 
 _SOURCES = (
     "Images: a folder of class folders, a folder of unlabelled images, a .tar file, hfds/NAME[:SPLIT] or "
@@ -148,11 +153,11 @@ class ModelOptions(Options):
     )
     checkpoint_path: Path | None = option(None, "Load the weights from this file.")
     pretrained: bool = option(True, "Download the published weights.")
-    exclude: list[str] | None = option(None, "Pattern of layers to leave float. Repeatable.")
+    exclude: list[str] | None = option(None, "Pattern of layers to leave float, for example layer1.*. Repeatable.")
     pin: list[str] | None = option(
         None,
-        "PATTERN=W8A8 pins layers at bit-widths, PATTERN=none searches them. By default the first and last layer are "
-        "pinned at W8A8. Repeatable.",
+        "PATTERN=W8A8 pins layers at bit-widths, PATTERN=none searches them. By default the first and last layers "
+        "and all embeddings are pinned at 8 bits. Repeatable.",
     )
     weight_only: bool = option(False, "Quantize weights only; all inputs stay float.")
     tie_fused: bool = option(False, "Layers that read the same input (q, k, v) share a bit-width, as vLLM requires.")

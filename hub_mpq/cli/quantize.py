@@ -39,9 +39,9 @@ def quantize(
     alpha: o.Alpha = None,
     strategy: o.Strategy = None,
     strategy_option: o.StrategyOption = None,
-    indicators: o.Indicators = None,
+    indicators: o.TrainedIndicators = None,
     validate: Annotated[
-        bool, typer.Option(help="Measure policies before one is chosen, on --val or else on a part of --data.")
+        bool, typer.Option(help="Measure policies before one is chosen, on --val, else on a part of --data or --text.")
     ] = True,
     validate_seconds: o.ValidateSeconds = None,
     seed: o.Seed = 0,

@@ -104,6 +104,8 @@ class Run:
                     f"{self.folder} belongs to a run with different options ({', '.join(changed)}); "
                     "remove it to start over"
                 )
+            saved = max(self.folder.glob("*/step-*"), key=lambda path: path.stat().st_mtime_ns, default=self.folder)
+            typer.echo(f"hub-mpq: resuming from {saved}", err=True)
             return True
         if self.resume:
             typer.echo(f"hub-mpq: nothing to resume in {self.folder}, starting from the beginning", err=True)

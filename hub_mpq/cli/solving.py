@@ -24,7 +24,8 @@ def search(
     validate: Annotated[
         o.Text,
         typer.Option(
-            help="Images or text to measure policies on before one is chosen; sources as for --data of quantize."
+            help="Images or text to measure policies on before one is chosen (--val in quantize). Sources as for --data of "
+            "quantize."
         ),
     ] = None,
     validate_seconds: o.ValidateSeconds = None,
@@ -58,7 +59,11 @@ def solve(
     time_limit: o.TimeLimit = None,
     as_json: o.Json = False,
 ) -> None:
-    """Find the best choice per layer in your own table of scores and costs."""
+    """Find the best choice per layer in your own table of scores and costs.
+
+    A table is {"sense": "min" or "max", "layers": {LAYER: {CHOICE: {"score": NUMBER, "cost": {LIMIT: NUMBER}}}},
+    "limits": {LIMIT: NUMBER}}.
+    """
     from ..report import table
     from ..solve import solve_table
 
@@ -76,7 +81,7 @@ def pareto(
     loading: o.NoWeights,
     indicators: o.Indicators = None,
     limit: Annotated[
-        str, typer.Option(help="Limit to vary: bitops, size, weight-bits, activation-memory, latency, …")
+        str, typer.Option(help="Limit to vary: bitops, size, weight-bits, activation-memory or latency.")
     ] = "bitops",
     points: Annotated[
         int, typer.Option(min=2, max=10_000, help="Number of budgets between the minimum and the maximum.")

@@ -177,11 +177,15 @@ class IndicatorOptions(_Length):
 
     title = "Indicators"
 
+    epochs: float = option(1, "Number of epochs to train indicators for.", low=0)
+    steps: int | None = option(
+        None, "Number of optimizer steps to train indicators for, instead of epochs.", low=0, high=MAX_INT
+    )
     share: float = option(1.0, "Fraction of each epoch's batches to use.", low=0, high=1)
-    lr: float | None = option(None, "Learning rate of the weights.", low=0)
+    lr: float | None = option(None, "Learning rate of the weights. Default: 0.0001 (--preset authors: 0.01).", low=0)
     smoothing: float | None = option(
         None,
-        "Label smoothing; defaults to 0.1 for classification, and to 0 for other tasks and for ebs and seam.",
+        "Label smoothing. Default: 0.1 for classification, else 0.",
         low=0,
         high=1,
     )
@@ -189,11 +193,19 @@ class IndicatorOptions(_Length):
         None, "Weight of the distillation loss from the float model. Default: 1 without labels, else 0.", low=0, high=1
     )
     preset: str = option("short", "short, or authors for LIMPQ's settings for ImageNet-sized runs.", strategy="limpq")
-    scale_lr: float | None = option(None, "Learning rate of the scales.", low=0, strategy="limpq")
+    scale_lr: float | None = option(None, "Learning rate of the scales. Default: 0.01.", low=0, strategy="limpq")
     freeze_weights: bool = option(False, "Train only scales and norms.", strategy="limpq")
     uniform: bool = option(True, "Train at uniform bit-widths as well as random ones.", strategy="limpq")
-    indicator: str | None = option(None, "Indicator to compute: divergence, scale or raw scale.", strategy="limpq")
-    granularity: str | None = option(None, "Granularity of the weight scales: tensor or channel.", strategy="limpq")
+    indicator: str | None = option(
+        None,
+        "Indicator to compute: divergence, scale or raw scale. Default: divergence (--preset authors: raw scale).",
+        strategy="limpq",
+    )
+    granularity: str | None = option(
+        None,
+        "Granularity of the weight scales: tensor or channel. Default: channel (--indicator raw scale: tensor).",
+        strategy="limpq",
+    )
 
     def of_strategy(self, name: str) -> dict[str, Any]:
         """Return the options for the constructor of a strategy.
@@ -252,13 +264,15 @@ class FinetuneOptions(_Length):
 
     title = "Fine-tuning"
 
+    epochs: float = option(1, "Number of epochs of fine-tuning.", low=0)
+    steps: int | None = option(
+        None, "Number of optimizer steps of fine-tuning, instead of epochs.", low=0, high=MAX_INT
+    )
     optimizer: str = option("adam", "Optimizer: adam or sgd.")
     lr: float = option(1e-4, "Learning rate of the weights.", low=0)
     scale_lr: float = option(1e-3, "Learning rate of the scales.", low=0)
     weight_decay: float = option(1e-5, "Weight decay of the weights.", low=0)
-    smoothing: float | None = option(
-        None, "Label smoothing; defaults to 0.1 for classification and to 0 for other tasks.", low=0, high=1
-    )
+    smoothing: float | None = option(None, "Label smoothing. Default: 0.1 for classification, else 0.", low=0, high=1)
     distill: float | None = option(
         None, "Weight of the distillation loss from the float model. Default: 1 without labels, else 0.", low=0, high=1
     )
@@ -267,10 +281,12 @@ class FinetuneOptions(_Length):
     )
     reestimate_norms: bool = option(True, "Re-estimate BatchNorm statistics after the training.")
     cyclic_bits: int | None = option(
-        None, "Cycle the bit-widths between this one and the policy's (CPT).", low=2, high=8
+        None, "Cycle the bit-widths between this one and the policy's (CPT). Off by default.", low=2, high=8
     )
     cycles: int = option(8, "Number of cycles of --cyclic-bits.", low=1, high=MAX_INT)
-    gradient_bits: int | None = option(None, "Bit-width of gradients (fully quantized training).", low=1, high=8)
+    gradient_bits: int | None = option(
+        None, "Bit-width of gradients (fully quantized training). Float by default.", low=1, high=8
+    )
     gradient_quantizer: str = option("sample", "Gradient quantizer: tensor, sample or householder.")
 
 
@@ -316,7 +332,8 @@ class Engine(Options):
     fsdp: bool = option(False, "Shard the parameters over the processes.")
     log_with: Any = option(
         None,
-        "Tracker for losses, speed and scales: jsonl, tensorboard, wandb, …; logs go to OUTPUT.logs.",
+        "Tracker for losses, speed and scales: jsonl, tensorboard, wandb or another tracker of Accelerate. "
+        "Logs go to OUTPUT.logs. Off by default.",
         free=True,
         type=str,
     )
