@@ -29,7 +29,8 @@ def _tidy(command: Any, ctx: Any) -> None:
     for param in command.get_params(ctx):
         if param.param_type_name != "option":
             continue
-        for range_ in (param, getattr(param, "type", None)):  # the option itself, or its type in older typer
+        ranges: list[Any] = [param, getattr(param, "type", None)]  # older typer keeps the range in the type
+        for range_ in ranges:
             if getattr(range_, "max", None) in (MAX_INT, MAX_SEED):
                 range_.max = None
         if param.metavar is not None:

@@ -39,7 +39,8 @@ def evaluate(
     runtime: Annotated[
         str | None,
         typer.Option(
-            help="Runtime for a packed folder: auto, torch, onednn, openvino, onnxruntime or bit_serial. Default: none, quantizers compute in float."
+            help="Runtime for a packed folder: auto, torch, onednn, openvino, onnxruntime or bit_serial. "
+            "Default: none, quantizers compute in float."
         ),
     ] = None,
     as_json: o.Json = False,

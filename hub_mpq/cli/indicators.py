@@ -30,7 +30,10 @@ def indicators(
     plot: o.Plot = None,
     as_json: o.Json = False,
 ) -> None:
-    """Learn the importance of every layer at every bit-width, once for all budgets."""
+    """Learn the importance of every layer at every bit-width, once for all budgets.
+
+    Runs on a GPU if there is one; CUDA_VISIBLE_DEVICES= (empty) hides it.
+    """
     check_file(output, overwrite, resume)
     o.check_plot(plot)
     widths = o.candidates_of(candidates)

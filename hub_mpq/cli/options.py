@@ -51,7 +51,13 @@ Model = Annotated[
         metavar="MODEL", help="A timm name, a Hugging Face id, hf-hub:…, or a local folder.", show_default=False
     ),
 ]
-CandidateBits = Annotated[Text, typer.Option("--candidates", help="Bit-widths to choose from. Default: 2,3,4,5,6.")]
+CandidateBits = Annotated[
+    Text,
+    typer.Option("--candidates", help="Bit-widths to choose from. Default: 2,3,4,5,6, or all that --target supports."),
+]
+ScoredBits = Annotated[
+    Text, typer.Option("--candidates", help="Bit-widths to choose from. Default: all that have a score.")
+]
 GroupSize = Annotated[
     Text,
     typer.Option(
@@ -72,8 +78,8 @@ Alpha = Annotated[
     Number,
     typer.Option(
         callback=_checked(number),
-        help="Factor on the weights' scores relative to the activations', for limpq. Default: 1 if both are in one unit, "
-        "else such that their sums are equal.",
+        help="Factor on the weights' scores relative to the activations', for limpq. Default: 1 if both are in one "
+        "unit, else such that their sums are equal.",
     ),
 ]
 TimeLimit = Annotated[

@@ -50,7 +50,10 @@ def quantize(
     plot: o.Plot = None,
     as_json: o.Json = False,
 ) -> None:
-    """Train indicators, search a policy, quantize, fine-tune and save, in one command."""
+    """Train indicators, search a policy, quantize, fine-tune and save, in one command.
+
+    Runs on a GPU if there is one; CUDA_VISIBLE_DEVICES= (empty) hides it.
+    """
     from ..search.strategy import build_strategy, infers_widths
     from ..train.round_weights import check_rounding
 

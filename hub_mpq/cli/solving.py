@@ -19,13 +19,13 @@ def search(
     loading: o.ModelOptions,
     reading: o.DataOptions,
     indicators: o.Indicators = None,
-    candidates: o.CandidateBits = None,
+    candidates: o.ScoredBits = None,
     alpha: o.Alpha = None,
     validate: Annotated[
         o.Text,
         typer.Option(
-            help="Images or text to measure policies on before one is chosen (--val in quantize). Sources as for --data of "
-            "quantize."
+            help="Images or text to measure policies on before one is chosen (--val in quantize). Sources as for --data "
+            "of quantize."
         ),
     ] = None,
     validate_seconds: o.ValidateSeconds = None,
@@ -86,7 +86,7 @@ def pareto(
     points: Annotated[
         int, typer.Option(min=2, max=10_000, help="Number of budgets between the minimum and the maximum.")
     ] = 20,
-    candidates: o.CandidateBits = None,
+    candidates: o.ScoredBits = None,
     alpha: o.Alpha = None,
     time_limit: o.TimeLimit = None,
     plot: o.Plot = None,

@@ -41,3 +41,9 @@ def test_version(run):
 def test_every_command_has_help(run):
     for command in ("inspect", "indicators", "search", "solve", "pareto", "quantize", "finetune", "evaluate", "demo"):
         assert run(command, "--help").exit_code == 0
+
+
+def test_help_shows_neither_the_type_of_a_flag_nor_huge_ends(run):
+    for command in ([], ["indicators"], ["quantize"], ["bench"], ["launch"], ["push"]):
+        text = run(*command, "--help").stdout
+        assert not [word for word in ("<bool>", "BOOLEAN", "2147483647", "4294967295") if word in text]

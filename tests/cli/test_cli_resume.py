@@ -69,6 +69,8 @@ def test_ctrl_c_and_resume(run, folder, tmp_path):
 
     resumed = run(*args, "--resume", "--json")
     assert resumed.exit_code == 0, resumed.stderr
+    assert f"hub-mpq: resuming from {states / 'finetune-'}" in resumed.stderr
+    assert "step-000000" in resumed.stderr
     assert not states.exists()
     straight = run(*command(folder, tmp_path / "straight"), "--json")
     assert straight.exit_code == 0
