@@ -24,8 +24,8 @@ def search(
     validate: Annotated[
         o.Text,
         typer.Option(
-            help="Images or text to measure policies on before one is chosen (--val in quantize). Sources as for --data "
-            "of quantize."
+            help="Images or text to measure policies on before one is chosen (--val in quantize); sources as "
+            "for --data of quantize."
         ),
     ] = None,
     validate_seconds: o.ValidateSeconds = None,
