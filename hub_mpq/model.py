@@ -1223,6 +1223,13 @@ class HubMPQ(nn.Module):
             rereadable(val, "val")
             if "float" not in self.metrics and self._labelled(val, task):
                 self.metrics["float"] = evaluate(self.float_model, val, **self._told(task))
+        if checkpoint_dir:
+            try:  # before the work that it is to keep
+                Path(checkpoint_dir).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InvalidArgument(
+                    f"cannot create the folder checkpoint_dir={str(checkpoint_dir)!r}: {error}"
+                ) from error
         rounded = None
         if rounding is not None:
             rounded = self._rounded(graph, candidates, train, rounding, checkpoint_dir, resume, learning.seed, task)
@@ -1233,12 +1240,6 @@ class HubMPQ(nn.Module):
             cls = strategy_named(strategy)
             of += [] if cls.learned_once or not cls.trains or wanted is None else [str(wanted)]
             kept = Path(checkpoint_dir) / f"scores-{_mark(of)}.safetensors"
-            try:  # before the work that it is to keep
-                kept.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InvalidArgument(
-                    f"cannot create the folder checkpoint_dir={str(checkpoint_dir)!r}: {error}"
-                ) from error
             if resume and kept.is_file():
                 self.scores, learned = read_indicators(kept), True
         if not learned:

@@ -474,3 +474,16 @@ def test_the_folder_of_checkpoints_is_made_before_the_work(net, train, tmp_path)
     assert mpq.scores is None
     mpq.quantize(bitops="W4A4", train=train, strategy="gradient", epochs=0, checkpoint_dir=tmp_path / "new" / "states")
     assert [path.name[:7] for path in (tmp_path / "new" / "states").iterdir()] == ["scores-"]
+
+
+def test_the_folder_is_made_before_weights_are_rounded(net, train, tmp_path, monkeypatch):
+    mpq = HubMPQ.from_module(net, torch.zeros(1, 1, 8, 8), weight_only=True)
+    (tmp_path / "file").write_text("")
+    rounded = []
+    whole = HubMPQ._rounded
+    monkeypatch.setattr(HubMPQ, "_rounded", lambda *args: rounded.append(args) or whole(*args))
+    with pytest.raises(InvalidArgument, match="cannot create the folder checkpoint_dir="):
+        mpq.quantize(size="W4", train=train, epochs=0, checkpoint_dir=tmp_path / "file" / "states")
+    assert not rounded
+    mpq.quantize(size="W4", train=train, epochs=0, checkpoint_dir=tmp_path / "new" / "states")
+    assert rounded

@@ -277,8 +277,7 @@ def _loading(repo_id: str, manifest: Manifest, facts: CardFacts) -> str:
                 f"hub-mpq is required: {library.name} alone finds no weights in this repo and reports that. "
                 "Do not use a model whose weights were newly initialised."
             )
-    own = facts.base_model is None and manifest.provenance.get("weights") == OWN_WEIGHTS  # no one else has them
-    if INDICATORS in nbytes and not own:
+    if INDICATORS in nbytes and not _has_own_weights(manifest, facts):  # no one else has those
         base = code(facts.base_model or own_name(manifest.base_model)).replace('"', "'")
         again = "HubMPQ.from_module(net, x)" if needs_net else f'HubMPQ.from_pretrained("{base}")'
         parts.append(
@@ -326,6 +325,11 @@ def _block(title: str, *lines: str) -> str:
     return "\n".join([title, "", "```python", *rows, "```"])
 
 
+def _has_own_weights(manifest: Manifest, facts: CardFacts) -> bool:
+    """Whether the float weights are other than published ones, and the author names no base model."""
+    return facts.base_model is None and manifest.provenance.get("weights") == OWN_WEIGHTS
+
+
 def _in_short(indicators: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
     """One sentence on how the model was made; "" if nothing is recorded."""
     parts = []
@@ -345,7 +349,7 @@ def _making(manifest: Manifest, facts: CardFacts) -> str:
     provenance = manifest.provenance
     base = facts.base_model or own_name(manifest.base_model)
     rows: list[tuple[str, object]] = [("tool", f"hub-mpq {provenance.get('hub_mpq', '')}".strip())]
-    if facts.base_model is None and provenance.get("weights") == OWN_WEIGHTS:
+    if _has_own_weights(manifest, facts):
         rows.append(("float model", f"{base}, with its own weights"))
     else:
         rows.append(("float model", f"{base} at {manifest.revision}" if manifest.revision else base))
