@@ -120,6 +120,8 @@ def report(
     if missed := not_run_line(graph):
         floats.append(f"warning: {shown(missed)}")
     measured = [f"{shown(which, 120)}: " + figures_line(figures, ", ") for which, figures in metrics.items()]
+    if policy is not None and "float" in metrics and "quantized" not in metrics:
+        measured.append("quantized: not measured")
     if len({figures["samples"] for figures in metrics.values() if "samples" in figures}) > 1:
         measured.append("note: these were measured on different data")
     if seconds:

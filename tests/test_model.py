@@ -2,12 +2,14 @@
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from hub_mpq import Budget, HubMPQ, Policy
+from hub_mpq.core import human
 from hub_mpq.core.files import PACKED
 from hub_mpq.errors import HubMPQError, InfeasibleBudget, InvalidArgument, PackedFormat, PolicyMismatch
 from hub_mpq.pack import read_manifest
@@ -46,6 +48,10 @@ def test_one_call_returns_self_meets_the_budget_and_reloads_equal(mpq, net, trai
     assert again.indicators == mpq.indicators
     assert all(str(bits) in mpq.report() for bits in mpq.policy.bits.values())
     assert "chosen on 48 samples of val" in mpq.report()
+    assert "not measured" not in mpq.report()
+    mpq.finetune(train, steps=1)
+    lines = mpq.report().splitlines()
+    assert lines[lines.index("quantized: not measured") - 1].startswith("float: task classification")
 
 
 def test_indicators_serve_every_later_budget_and_report_their_movement(mpq, train):
@@ -58,6 +64,17 @@ def test_indicators_serve_every_later_budget_and_report_their_movement(mpq, trai
     tight = mpq.search(bitops="W2A2")
     assert {str(tight.policy.bits[x.name]) for x in mpq.graph.searched} == {"W2A2"}
     assert mpq.policy is None, "search alone must not change the model"
+
+
+def test_a_result_prints_its_policy_costs_and_proof(mpq, train):
+    mpq.train_indicators(train, steps=0)
+    found = mpq.search(bitops="W3A3")
+    *layers, costs, proof = str(found).splitlines()
+    assert [line.split() for line in layers] == [[name, str(bits)] for name, bits in found.policy.bits.items()]
+    assert costs.startswith(f"bitops {human(found.usage['bitops'])}  size {human(found.usage['size'])}B")
+    assert proof == f"optimal: objective {found.objective:.10g}, gap 0, {found.seconds:.3f} s"
+    measured = replace(found, policy=Policy.uniform(mpq.graph, "W2A2"), chosen_by="uniform W2A2")
+    assert str(measured).splitlines()[-1] == f"chosen by measuring: uniform W2A2; the optimum of the scores: {proof}"
 
 
 def test_untrained_and_frozen_and_authors(mpq, train):

@@ -9,9 +9,9 @@ import typer
 
 from . import options as o
 from . import show
-from .inspect import Revision
 
 Repo = Annotated[str, typer.Argument(metavar="REPO", help="Repo on the Hub, owner/name.", show_default=False)]
+Revision = Annotated[o.Text, typer.Option(help="Branch, tag or commit of the model. Default: main.")]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Packed folder that hub-mpq wrote.", show_default=False)]
 Private = Annotated[
     bool | None,

@@ -5,24 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
+from ..core import Usage
 from ..core.files import PACKED
+from ..core.limit import show_amount
+from ..report import report, table
 from . import models, show
 from . import options as o
 
 if TYPE_CHECKING:
     from ..pack import Manifest
 
-Revision = Annotated[o.Text, typer.Option(help="Branch, tag or commit of a published model. Default: main.")]
-
 
 def inspect(
     model: o.Model,
     loading: Annotated[
-        o.ModelOptions, o.Group(only=("library", "input_size", "model_arg", "pin", "exclude", "target", "per_expert"))
+        o.ModelOptions,
+        o.Group(only=("library", "revision", "input_size", "model_arg", "pin", "exclude", "target", "per_expert")),
     ],
-    revision: Revision = None,
     as_json: o.Json = False,
 ) -> None:
     """Show a model's layers, their costs, and what stays float and why.
@@ -31,7 +30,7 @@ def inspect(
 
     For a packed model, local or published, only the header of its file is read.
     """
-    if (found := _header(model, revision)) is not None:
+    if (found := _header(model, loading.revision)) is not None:
         from ..hub.pull import refuse_choices
 
         of = loading.pin, loading.exclude, loading.target, loading.per_expert
@@ -40,9 +39,11 @@ def inspect(
     mpq = models.load(model, loading, meta=True)
     levels = {level: dict(mpq.usage(level).amounts) for level in ("W8A8", "W4A4", "W2A2") if mpq.graph.searched}
     tree = {**_graph(mpq.graph), "levels": levels}
-    lines = [mpq.report(), "whole model, with all searched layers at one level:"]
-    lines += [f"  {level}: {show.usage_line(amounts)}" for level, amounts in levels.items()]
-    show.emit(as_json, tree, "\n".join(lines if levels else lines[:1]))
+    parts = [mpq.report()]
+    if amounts := levels.get("W4A4"):
+        rows = [[level, *map(show_amount, found, found.values())] for level, found in levels.items()]
+        parts.append(f"whole model, all searched layers at one level:\n{table(['level', *amounts], rows)}")
+    show.emit(as_json, tree, "\n\n".join(parts))
 
 
 def _header(model: str, revision: str | None) -> tuple[Manifest, int] | None:
@@ -63,7 +64,6 @@ def _header(model: str, revision: str | None) -> tuple[Manifest, int] | None:
 
 def _packed(manifest: Manifest, nbytes: int, as_json: bool) -> None:
     """From the packed file's header alone."""
-    from ..report import report
     from ..search.policy_search import usage_of
 
     amounts: dict[str, float] = dict(usage_of(manifest.graph, manifest.policy, None, 0).amounts)
@@ -76,7 +76,7 @@ def _packed(manifest: Manifest, nbytes: int, as_json: bool) -> None:
         "provenance": manifest.provenance,
     }
     text = report(manifest.graph, manifest.policy, None, metrics, {})
-    show.emit(as_json, tree, f"{text}\n{show.usage_line(amounts)}")
+    show.emit(as_json, tree, f"{text}\n{Usage(amounts)}")
 
 
 def _graph(graph: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _OWN = frozenset(
     {
         *("model_id", "module", "task", "fixed", "exclude", "weight_only", "tie_fused", "target", "per_expert"),
-        *("pretrained", "resident", "runtime", "library", "meta", "input_size", "checkpoint_path"),
+        *("pretrained", "resident", "runtime", "library", "revision", "meta", "input_size", "checkpoint_path"),
     }
 )
 """Arguments of `HubMPQ.from_pretrained` that commands set through their own options, or not at all."""
@@ -58,6 +58,8 @@ def load(model: str, options: ModelOptions, *, meta: bool = False, runtime: str 
     }
     if options.library is not None:
         kwargs["library"] = options.library
+    if options.revision is not None:
+        kwargs["revision"] = options.revision
     if runtime is not None:
         kwargs["runtime"] = runtime
     if options.per_expert:

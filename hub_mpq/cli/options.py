@@ -147,6 +147,7 @@ class ModelOptions(Options):
     title = "Model"
 
     library: str | None = option(None, "Library of the model (timm, transformers), if it is not clear from the name.")
+    revision: str | None = option(None, "Branch, tag or commit of a model on the Hub. Default: main.")
     task: str | None = option(
         None,
         "Task, if it is not clear from model and data: classification, multi-label, regression, segmentation, "

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from ..core import human, limits
+from ..core import limits
 from ..report import measurements, table
 
 
@@ -23,32 +23,14 @@ def saved(path: Path) -> None:
     typer.echo(f"saved {path}", err=True)
 
 
-def amount(limit: str, value: float) -> str:
-    """A limit's amount with its unit."""
-    return limits.get(limit).show(value) if limit in limits else human(value)
-
-
 def policy_table(result: Any, graph: Any) -> str:
     """Layers with their bit-widths, then the cost of the policy, the proof of the optimum and measurements."""
     rows = [
         [layer.name, layer.kind, str(result.policy.bits[layer.name]), "pinned" if layer.fixed else ""]
         for layer in graph
     ]
-    proof = proof_line(result)
-    if result.policy != result.optimum:
-        proof = f"chosen by measuring: {result.chosen_by}; the optimum of the scores: {proof}"
-    lines = [table(["layer", "kind", "bits", ""], rows), usage_line(result.usage.amounts), proof, measurements(result)]
+    lines = [table(["layer", "kind", "bits", ""], rows), str(result.usage), result.proof, measurements(result)]
     return "\n".join(filter(None, lines))
-
-
-def usage_line(amounts: Mapping[str, float]) -> str:
-    """All limits in one line."""
-    return "  ".join(f"{name} {amount(name, value)}" for name, value in amounts.items())
-
-
-def proof_line(result: Any) -> str:
-    """Status, objective, gap and seconds."""
-    return f"{result.status}: objective {result.objective:.10g}, gap {result.gap:.3g}, {result.seconds:.3f} s"
 
 
 def front_table(results: Sequence[Any]) -> str:
@@ -56,6 +38,7 @@ def front_table(results: Sequence[Any]) -> str:
     names = [limit.name for limit in limits if limit.over == "sum" and not limit.at_least]
     names = [name for name in names if all(name in result.usage.amounts for result in results)]
     rows = [
-        [*(amount(name, r.usage[name]) for name in names), f"{r.objective:.6g}", f"{r.seconds:.3f}"] for r in results
+        [*(limits.get(name).show(r.usage[name]) for name in names), f"{r.objective:.6g}", f"{r.seconds:.3f}"]
+        for r in results
     ]
     return table([*names, "objective", "seconds"], rows)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..core import Budget
+from ..core.result import proof_line
 from . import models, show
 from . import options as o
 
@@ -72,7 +73,7 @@ def solve(
     limits = {name: cap if cap <= 1e308 else math.inf for name, cap in (tree.get("limits") or {}).items()}
     lines = [table(["layer", "choice"], [[name, choice] for name, choice in solution.choices.items()])]
     lines += [f"{name}: {used:.10g} of {limits[name]:.10g}" for name, used in solution.usage.items()]
-    show.emit(as_json, solution.to_dict(), "\n".join([*lines, show.proof_line(solution)]))
+    show.emit(as_json, solution.to_dict(), "\n".join([*lines, proof_line(solution)]))
 
 
 def pareto(

@@ -271,6 +271,11 @@ limits: Registry[Limit] = Registry("limit", "hub_mpq.cost")
 """All limits, in the order in which usage and reports list them."""
 
 
+def show_amount(name: str, amount: float) -> str:
+    """The amount of a limit with its unit; that of an unregistered name without."""
+    return limits.get(name).show(amount) if name in limits else human(amount)
+
+
 _TAKEN = """
 allow_inexact alpha as_json asymmetric batch_size bf16 budget calibration candidates channels_last checkpoint_dir
 checkpoint_every checkpoint_path chunk_length class_map cls compile context costs cpu create_pr cycles cyclic_bits data

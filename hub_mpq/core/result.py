@@ -26,10 +26,18 @@ class Policy:
         >>> policy = Policy.uniform(load("test_resnet", meta=True).graph, "W4A4")
         >>> str(policy.bits["layer1.0.conv1"]), str(policy.bits["fc"])
         ('W4A4', 'W8A8')
+        >>> print(policy)  # doctest: +ELLIPSIS
+        conv1.conv1            W8A8
+        conv1.conv2            W4A4
+        ...
     """
 
     bits: Mapping[str, LayerBits]
     graph_digest: str
+
+    def __str__(self) -> str:
+        width = max(map(len, self.bits), default=0)
+        return "\n".join(f"{name:{width}}  {bits}" for name, bits in self.bits.items())
 
     def check(self, graph: LayerGraph) -> None:
         """Check that the policy can be applied to a model.
@@ -126,11 +134,19 @@ class Usage:
 
     Example:
         >>> from hub_mpq.core import Usage
-        >>> Usage({"bitops": 3.5e9, "size": 5.7e6})["size"]
+        >>> usage = Usage({"bitops": 3.5e9, "size": 5.7e6})
+        >>> usage["size"]
         5700000.0
+        >>> print(usage)
+        bitops 3.500 G  size 5.700 MB
     """
 
     amounts: Mapping[str, float]
+
+    def __str__(self) -> str:
+        from .limit import show_amount  # which imports this module
+
+        return "  ".join(f"{name} {show_amount(name, amount)}" for name, amount in self.amounts.items())
 
     def __getitem__(self, limit: str) -> float:
         return self.amounts[limit]
@@ -307,6 +323,12 @@ class SearchResult:
         >>> result = mpq.search(bitops="W3A3", candidates=[2, 4])
         >>> result.status, result.chosen_by, result.optimum == result.policy
         ('optimal', 'optimum', True)
+        >>> print(result)  # doctest: +ELLIPSIS
+        conv1.0                W8A8
+        conv1.3                W2A4
+        ...
+        bitops 987.725 M  size ...
+        optimal: objective ..., gap 0, ... s
     """
 
     policy: Policy
@@ -329,6 +351,17 @@ class SearchResult:
         if self.optimum is None:
             object.__setattr__(self, "optimum", self.policy)
 
+    def __str__(self) -> str:
+        return "\n".join(str(x) for x in (self.policy, self.usage, self.proof, self.validation, self.check) if x)
+
+    @property
+    def proof(self) -> str:
+        """How good the optimum of the scores is, and which policy was chosen if it is another."""
+        proof = proof_line(self)
+        if self.policy == self.optimum:
+            return proof
+        return f"chosen by measuring: {self.chosen_by}; the optimum of the scores: {proof}"
+
     def to_dict(self) -> dict[str, Any]:
         """Convert the result to JSON values.
 
@@ -342,6 +375,11 @@ class SearchResult:
         for name in ("check", "validation"):
             found[name] = None if found[name] is None else asdict(found[name])
         return _json(found)  # type: ignore[no-any-return]
+
+
+def proof_line(found: Any) -> str:
+    """Status, objective, gap and seconds of a `SearchResult` or a `Solution`."""
+    return f"{found.status}: objective {found.objective:.10g}, gap {found.gap:.3g}, {found.seconds:.3f} s"
 
 
 def _json(tree: Any) -> Any:

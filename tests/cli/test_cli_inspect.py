@@ -22,6 +22,14 @@ def test_resnet18_without_weights_or_network(run, monkeypatch):
     assert round(tree["macs"] / 1e9, 3) == 1.814
 
 
+def test_levels_are_a_table_in_the_order_of_the_limits(run):
+    lines = run("inspect", "test_resnet").stdout.rpartition("\n\n")[2].splitlines()
+    tree = json.loads(run("inspect", "test_resnet", "--json").stdout)
+    assert lines[1].split() == ["level", *tree["levels"]["W4A4"]]
+    assert [line.split()[0] for line in lines[3:]] == ["W8A8", "W4A4", "W2A2"]
+    assert "1.778 G  329.048 KB        6.63x" in lines[4]
+
+
 def test_float_work_is_named_with_its_reason(run):
     result = run("inspect", "vit_small_patch16_224", "--exclude", "blocks.0.mlp.fc1")
     assert "stays float: blocks.0.attn" in result.stdout

@@ -210,6 +210,32 @@ def test_commands(hub, mpq, saved, tmp_path, monkeypatch):
     assert (tmp_path / "copy" / PACKED).read_bytes() == (saved / PACKED).read_bytes()
 
 
+def test_commands_load_the_revision_that_is_named(hub, tmp_path):
+    from hub_toys import float_bert
+    from typer.testing import CliRunner
+
+    from hub_mpq.cli import app, models
+    from hub_mpq.cli.options import ModelOptions
+
+    files = float_bert(tmp_path / "float")
+    repo = hub.store.make("me/float", files=files)
+    first = repo.refs["main"]
+    shallow = json.loads(files["config.json"]) | {"num_hidden_layers": 1}
+    put = {"config.json": hub.store.put("config.json", json.dumps(shallow).encode())}
+    repo.refs["main"] = repo.add(repo.at("main").files | put)
+
+    def layers(*args):
+        found = CliRunner().invoke(app, ["inspect", "me/float", "--json", *args])
+        return len(json.loads(found.stdout)["layers"])
+
+    whole = len(HubMPQ.from_pretrained("me/float", revision=first).graph.layers)
+    assert layers("--revision", first) == whole > layers()
+    assert len(models.load("me/float", ModelOptions(revision=first)).graph.layers) == whole
+    refused = CliRunner().invoke(app, ["evaluate", "me/float", "--data", "x", "--revision", "nowhere"])
+    assert refused.exit_code == 2
+    assert "revision not found" in refused.stderr
+
+
 def test_a_model_that_no_float_weights_make_is_published_packed_alone(hub):
     """Its convolutions standardise their weight: what was quantized would be standardised again."""
     small = {"img_size": 32, "depth": 1, "embed_dim": 32, "num_heads": 2, "num_classes": 5}
