@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,16 @@ class TimmLibrary(Library):
         """Code that loads the model through transformers' TimmWrapper."""
         load = f'transformers.AutoModelForImageClassification.from_pretrained("{repo_id}")'
         return ("import hub_mpq, transformers", f"model = {load}  # a TimmWrapper")
+
+    def input_code(self, repo_id: str, files: Collection[str], input_shape: tuple[int, ...]) -> tuple[str, ...]:
+        if input_shape[0] != 3:
+            return super().input_code(repo_id, files, input_shape)
+        return (
+            "import timm",
+            "from PIL import Image",
+            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model.model))",
+            'y = model(transform(Image.open("image.jpg").convert("RGB"))[None])',
+        )
 
 
 def _is_timm_name(name: str) -> bool:

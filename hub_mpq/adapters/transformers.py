@@ -218,6 +218,15 @@ class TransformersLibrary(Library):
         _, load = self.float_code(repo_id, config)
         return ("import hub_mpq, transformers", load)
 
+    def input_code(self, repo_id: str, files: Collection[str], input_shape: tuple[int, ...]) -> tuple[str, ...]:
+        if "tokenizer_config.json" not in files or "preprocessor_config.json" in files:
+            return super().input_code(repo_id, files, input_shape)
+        return (
+            "from transformers import AutoTokenizer",
+            f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")',
+            'y = model(**tokenizer("A sentence.", return_tensors="pt"))',
+        )
+
 
 def _checkpoints() -> list[str]:
     """Hub ids in the source of transformers' configs, one per model type."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from .layer import LayerGraph
@@ -208,6 +208,19 @@ class Library(ABC):
             The lines of code; () if transformers cannot load it.
         """
         return ()
+
+    def input_code(self, repo_id: str, files: Collection[str], input_shape: tuple[int, ...]) -> tuple[str, ...]:
+        """Return Python code that prepares an input and computes the output of `model`, a `HubMPQ`.
+
+        Args:
+            repo_id: "owner/name" on the Hub.
+            files: Names of the files in the repo.
+            input_shape: Input shape of the model, without batch.
+
+        Returns:
+            The lines of code, imports first.
+        """
+        return ("y = model(x)",)
 
 
 L = TypeVar("L", bound=Library)

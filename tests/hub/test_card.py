@@ -1,12 +1,16 @@
 """Cards: what is known stands there, what is not is left out."""
 
 import json
+import re
 
 import pytest
 import torch
 import yaml
-from hub_toys import IMAGE, float_bert, timm_toy
+from hub_toys import IDS, IMAGE, float_bert, timm_toy
 from huggingface_hub import ModelCard
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from hub_mpq import HubMPQ
 from hub_mpq.core.files import PACKED
@@ -179,3 +183,33 @@ def test_how_it_was_made_in_a_sentence(hub, tmp_path):
         "Layers scored by `limpq` on 2 samples; policy searched for bitops W4A4; fine-tuned for 1 steps."
     )
     assert made.index("<details>") < made.index("| tool | hub-mpq") < made.index("</details>")
+
+
+def usage_of(hub, name):
+    """The first block of Python under Usage."""
+    return re.search(r"## Usage.*?```python\n(.*?)```", card_of(hub, name).text, re.S)[1]
+
+
+def test_the_first_lines_of_usage_run_from_an_image(hub, tmp_path, monkeypatch):
+    timm_toy().push_to_hub("me/timm", token="write-token", float_copy=False)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (200, 180), (90, 20, 160)).save("image.jpg")
+    names = {}
+    exec(usage_of(hub, "me/timm"), names)  # noqa: S102
+    assert names["y"].shape == (1, 5)
+    assert names["transform"](Image.open("image.jpg")).shape == names["model"].graph.input_shape
+
+
+def test_the_first_lines_of_usage_run_from_text(hub, tmp_path):
+    float_bert(tmp_path / "float")
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "sentence": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path / "float")
+    mpq = HubMPQ.from_pretrained(tmp_path / "float").apply_policy("W4A8", [{"input_ids": IDS}])
+    mpq.push_to_hub("me/bert", token="write-token", float_copy=False)
+    names = {}
+    exec(usage_of(hub, "me/bert"), names)  # noqa: S102
+    assert torch.equal(names["y"][0], mpq(torch.tensor([[0, 1, 0]]))[0])
+    (tmp_path / "float" / "preprocessor_config.json").write_text("{}")  # images or sound beside the text
+    HubMPQ.from_pretrained(tmp_path / "float").apply_policy("W4A8").push_to_hub("me/more", token="write-token")
+    assert usage_of(hub, "me/more").splitlines()[-1] == "y = model(x)"
