@@ -110,7 +110,7 @@ def test_every_table_has_its_source():
         above = next(block for block in reversed(blocks[:i]) if not block.startswith("**Older:**"))
         where = blocks[i].splitlines()[0]
         assert above.startswith("**Run:** "), where
-        assert re.search(r"`[^`]*python examples/[^`]+`", above), where
+        assert re.search(r"`(?:[^`]*python examples/|hub-mpq )[^`]+`", above), where
         assert "machine" in above, where
         assert re.search(r"\b20\d\d-\d\d-\d\d\b", above), where
         assert re.search(r"(commits?|recorded in) `[0-9a-f]{7}`", above.replace("\n", " ")), where
