@@ -22,6 +22,25 @@ IR = "model.xml"
 _INTEGERS = ("u8", "i8")
 _PRODUCTS = ("Convolution", "FullyConnected", "MatMul")
 _VIEWS = ("Reorder", "Reshape", "Transpose", "Split")
+_ALONE = threading.Lock()
+
+
+def _core() -> Any:
+    """OpenVINO's core: one for the whole process, which is never freed.
+
+    The first model that a core compiles sets the stack for signal handlers of this thread, and freeing the core unmaps
+    it. If cores are freed in another order than they were made, or by another thread, the thread keeps an unmapped
+    stack, and the next signal, such as Ctrl-C, kills the process (OpenVINO 2026.4).
+    """
+    with _ALONE:
+        return _the_core()
+
+
+@lru_cache
+def _the_core() -> Any:
+    import openvino as ov
+
+    return ov.Core()
 
 
 @lru_cache
@@ -36,7 +55,7 @@ def saturates() -> bool:
     codes = ops.fake_quantize(x, zero, top, zero, top, 256)
     weight = ops.convert(ops.constant(np.full((16, 64), 127, np.int8)), ov.Type.f32)
     product = ops.matmul(codes, ops.multiply(weight, ops.constant(np.ones((16, 1), np.float32))), False, True)
-    compiled = ov.Core().compile_model(ov.Model([product], [x]), "CPU", _settings())
+    compiled = _core().compile_model(ov.Model([product], [x]), "CPU", _settings())
     out = compiled([np.full((1, 64), 255, np.float32)])[0]
     return float(out[0, 0]) != 64 * 255 * 127
 
@@ -51,10 +70,8 @@ def _settings() -> dict[str, Any]:
 
 def _model(graph: OnnxGraph, outputs: tuple[str, ...] = ()) -> Any:
     """Convert the graph to OpenVINO's in memory; raises HubMPQError for an unsupported operator."""
-    import openvino as ov
-
     try:
-        return ov.Core().read_model(io.BytesIO(graph.serialized(outputs)))
+        return _core().read_model(io.BytesIO(graph.serialized(outputs)))
     except RuntimeError as error:
         said = [line.strip() for line in str(error).splitlines() if "Unsupported" in line or "not supported" in line]
         why = said[0] if said else str(error).strip().partition("\n")[0]
@@ -71,9 +88,7 @@ class OpenVINO(EngineRuntime):
         return saturates() if self.available() is None else not has_vnni()
 
     def session(self, graph: OnnxGraph, outputs: tuple[str, ...] = ()) -> tuple[Session, frozenset[str]]:
-        import openvino as ov
-
-        compiled = ov.Core().compile_model(_model(graph, outputs), "CPU", _settings())
+        compiled = _core().compile_model(_model(graph, outputs), "CPU", _settings())
         request = compiled.create_infer_request()
         count, alone = len(compiled.outputs), threading.Lock()  # a request serves only one caller at a time
         read = {name for port in compiled.inputs for name in port.names}

@@ -6,8 +6,10 @@ function that communicates must be called by all of them.
 
 from __future__ import annotations
 
+import atexit
 import copy
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
@@ -21,6 +23,8 @@ from ..versions import warn_if_untested
 T = TypeVar("T")
 Rows = dict[str, dict[Any, float]]
 _SAMPLE = 1 << 18
+_LINGER = 0.5
+"""Seconds between the end of a program and that of its interpreter, if gloo was used."""
 
 
 def world() -> tuple[int, int]:
@@ -64,9 +68,22 @@ def make_accelerator(*, seed: int = 0, cpu: bool | None = None, log_with: Any = 
     )
     # DDP must not wait for parts that a model does not use, such as a pooler or a second head
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=bool(cpu), dataloader_config=data, kwargs_handlers=[unused], log_with=log_with, project_dir=log_dir
     )
+    if accelerator.state.backend == "gloo":
+        atexit.unregister(_linger)
+        atexit.register(_linger)
+    return accelerator
+
+
+def _linger() -> None:
+    """Give gloo's threads time to free the tensors of the last operations, for which they need the interpreter.
+
+    Once the interpreter is being finalized, Python before 3.14 ends such a thread in a way that aborts the process.
+    torch joins the threads when the process group is destroyed, which DistributedDataParallel prevents (torch 2.14).
+    """
+    time.sleep(_LINGER)
 
 
 def describe() -> str:

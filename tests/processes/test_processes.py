@@ -48,6 +48,11 @@ def one(tmp_path_factory):
     return {name: scenarios.SCENARIOS[name](folder) for name in ("gradients", "indicators", "measured", "validated")}
 
 
+def test_a_thread_that_frees_a_tensor_at_the_end_does_not_abort_the_process():
+    done = launch(Path(scenarios.__file__).with_name("ends.py"))
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_there_are_two(two):
     assert [result["device"] for result in two] == ["2 processes, device cpu, gloo"] * 2
 

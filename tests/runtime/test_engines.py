@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
 import sys
 
 import pytest
@@ -237,6 +238,37 @@ def test_where_it_cannot_run_it_says_why(engine, nets):
         to_runtime(mpq.model, engine)
     with pytest.raises(HubMPQError, match="expected a model on the CPU, got meta"):
         to_runtime(mpq.model.to("meta"), engine, X)
+
+
+FREED = """
+import gc, signal, sys, threading
+import torch
+from hub_mpq import HubMPQ
+
+def free():
+    built.pop(0)
+    gc.collect()
+
+x = torch.randn(2, 3, 32, 32)
+mpq = HubMPQ.from_pretrained("test_resnet", pretrained=False, input_size=(3, 32, 32)).apply_policy("W8A8", [x])
+built = [mpq.to_runtime(sys.argv[1]) for _ in range(3)]
+free()
+thread = threading.Thread(target=free)
+thread.start()
+thread.join()
+free()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@ENGINES
+def test_ctrl_c_works_after_models_were_freed_in_any_order_and_by_any_thread(engine):
+    """OpenVINO unmaps the stack of signal handlers; a core for each model left it missing."""
+    done = subprocess.run([sys.executable, "-c", FREED, engine], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr[-2000:]
 
 
 def test_the_ir_is_written_on_request(nets, tmp_path):
