@@ -27,8 +27,8 @@ class Policy:
         >>> str(policy.bits["layer1.0.conv1"]), str(policy.bits["fc"])
         ('W4A4', 'W8A8')
         >>> print(policy)  # doctest: +ELLIPSIS
-        conv1.conv1            W8A8
-        conv1.conv2            W4A4
+        conv1.0                W8A8
+        conv1.3                W4A4
         ...
     """
 
@@ -325,10 +325,10 @@ class SearchResult:
         ('optimal', 'optimum', True)
         >>> print(result)  # doctest: +ELLIPSIS
         conv1.0                W8A8
-        conv1.3                W2A4
         ...
-        bitops 987.725 M  size ...
-        optimal: objective ..., gap 0, ... s
+        fc                     W8A8
+        bitops 1.0... G  size ... KB  compression ...
+        optimal: objective 3.3, gap 0, ... s
     """
 
     policy: Policy
