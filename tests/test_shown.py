@@ -2,7 +2,7 @@
 
 import pytest
 
-from hub_mpq.core import FloatOp, LayerBits, LayerGraph, LayerSpec, Policy
+from hub_mpq.core import FloatOp, LayerBits, LayerGraph, LayerSpec, Policy, Usage
 from hub_mpq.errors import HubMPQError, InvalidArgument, PackedFormat, PolicyMismatch, shown
 from hub_mpq.hub.card import CardFacts, code, prose, render_card
 from hub_mpq.pack import Manifest
@@ -88,6 +88,9 @@ def test_a_report_has_nothing_that_a_terminal_obeys():
     lines = report(manifest.graph, manifest.policy, None, {}, {}).splitlines()
     assert len(lines) == 1 + 4 + 2  # title, table of two layers, a blank line, one reason
     assert max(map(len, lines)) < 700
+    printed = f"{manifest.policy}\n{Usage({EVIL: 1.0})}"
+    assert not set(printed) & (OBEYED - {"\n"})
+    assert len(printed.splitlines()) == len(manifest.policy.bits) + 1
 
 
 def test_a_card_has_no_markup_of_others():

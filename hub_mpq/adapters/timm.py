@@ -149,7 +149,7 @@ class TimmLibrary(Library):
         return ("import hub_mpq, transformers", f"model = {load}  # a TimmWrapper")
 
     def input_code(self, repo_id: str, files: Collection[str], input_shape: tuple[int, ...]) -> tuple[str, ...]:
-        if input_shape[0] != 3:
+        if input_shape[:1] != (3,):
             return super().input_code(repo_id, files, input_shape)
         return (
             "import timm",

@@ -218,7 +218,7 @@ class Library(ABC):
             input_shape: Input shape of the model, without batch.
 
         Returns:
-            The lines of code, imports first.
+            The lines of code.
         """
         return ("y = model(x)",)
 

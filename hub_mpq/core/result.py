@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from ..errors import InvalidArgument, PolicyMismatch
+from ..errors import InvalidArgument, PolicyMismatch, shown
 from .bits import FLOAT_BITS, LayerBits
 from .layer import LayerGraph
 
@@ -36,8 +36,9 @@ class Policy:
     graph_digest: str
 
     def __str__(self) -> str:
-        width = max(map(len, self.bits), default=0)
-        return "\n".join(f"{name:{width}}  {bits}" for name, bits in self.bits.items())
+        names = [shown(name, 120) for name in self.bits]
+        width = max(map(len, names), default=0)
+        return "\n".join(f"{name:{width}}  {bits}" for name, bits in zip(names, self.bits.values(), strict=True))
 
     def check(self, graph: LayerGraph) -> None:
         """Check that the policy can be applied to a model.
@@ -146,7 +147,7 @@ class Usage:
     def __str__(self) -> str:
         from .limit import show_amount  # which imports this module
 
-        return "  ".join(f"{name} {show_amount(name, amount)}" for name, amount in self.amounts.items())
+        return "  ".join(f"{shown(name, 120)} {show_amount(name, amount)}" for name, amount in self.amounts.items())
 
     def __getitem__(self, limit: str) -> float:
         return self.amounts[limit]

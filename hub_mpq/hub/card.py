@@ -257,14 +257,12 @@ def _loading(repo_id: str, manifest: Manifest, facts: CardFacts) -> str:
         return _compressed(library.float_code(repo_id, facts.config), manifest, nbytes)
     needs_net = not library.builds_from_folder
     given = ", module=net" if needs_net else ""
-    imports, inputs = _split(library.input_code(repo_id, tuple(nbytes), manifest.graph.input_shape))
     parts = [
         _block(
             f"With hub-mpq (`pip install hub-mpq`; packed weights, {human(nbytes[PACKED])}B):",
             "from hub_mpq import HubMPQ",
-            *imports,
             f'model = HubMPQ.from_pretrained("{repo_id}"{given})',
-            *inputs,
+            *library.input_code(repo_id, tuple(nbytes), manifest.graph.input_shape),
         )
     ]
     if needs_net:
@@ -322,14 +320,10 @@ def _compressed(alone: tuple[str, ...], manifest: Manifest, nbytes: Mapping[str,
     return "\n\n".join(parts)
 
 
-def _split(lines: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(imports, other lines) of Python code."""
-    imports = [line for line in lines if line.startswith(("import ", "from "))]
-    return imports, [line for line in lines if line not in imports]
-
-
 def _block(title: str, *lines: str) -> str:
-    imports, rest = _split(lines)
+    """Python code below a title, imports first."""
+    imports = [line for line in lines if line.startswith(("import ", "from "))]
+    rest = [line for line in lines if line not in imports]
     return "\n".join([title, "", "```python", *imports, *([""] if imports else []), *rest, "```"])
 
 
